@@ -1,0 +1,123 @@
+"""The demo's conversations: questions about the standard library, answered from its docstrings.
+
+Lengths run from about 20 to 3,000 tokens, so that some documents are several sliding windows long; most
+answers are short, so that a small model can learn to finish them. `group` is the object asked about: a
+split by group keeps every chat about one object on one side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from workflow_scripts.models.stdlib_docs import Entry, entries
+
+SYSTEM_PROMPTS = (
+    "You are a Python documentation assistant.",
+    "Answer in one short paragraph, from the standard library's documentation.",
+    "You help programmers look up the Python standard library.",
+)
+# About 2.6 characters a token on such text: the longest chat stays near 3,000 tokens.
+MAX_OVERVIEW_CHARACTERS = 9_000
+OVERVIEW_FRACTION = 0.03
+SYSTEM_PROMPT_FRACTION = 0.2
+
+Turn = tuple[str, str]
+
+
+def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
+    """OpenAI-style records: `messages`, and `group`, the object asked about.
+
+    Args:
+        n_conversations: how many; fewer where the interpreter documents too little.
+        seed: order and choice of questions.
+    """
+    generator = random.Random(seed)
+    documented = [entry for entry in entries() if len(entry.summary) >= 12]
+    overviews = list(_overviews(documented))
+    generator.shuffle(overviews)
+    overviews = overviews[: max(1, round(n_conversations * OVERVIEW_FRACTION))]
+
+    short: list[tuple[str, list[Turn]]] = []
+    while len(short) < n_conversations - len(overviews):
+        generator.shuffle(documented)
+        round_of_chats = [(entry.name, _conversation(entry, generator)) for entry in documented]
+        asked = {turns[0] for _, turns in short}
+        fresh = [chat for chat in round_of_chats if chat[1][0] not in asked]
+        if not fresh:
+            break
+        short.extend(fresh)
+    chats = short[: n_conversations - len(overviews)] + overviews
+    generator.shuffle(chats)
+    return [
+        {"messages": _messages(turns, generator), "group": group} for group, turns in chats
+    ]
+
+
+def _messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]]:
+    messages = []
+    if generator.random() < SYSTEM_PROMPT_FRACTION:
+        messages.append({"role": "system", "content": generator.choice(SYSTEM_PROMPTS)})
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
+    purpose = (f"What does `{entry.name}` do?", entry.summary)
+    turns = [purpose]
+    parameters = _parameters(entry)
+    if entry.call is not None:
+        turns.append((f"What is the signature of `{entry.name}`?", f"`{entry.call}`"))
+    if parameters:
+        turns.append((f"Which parameters does `{entry.name}` take?", parameters))
+    whole = (f"Show the documentation of `{entry.name}`.", entry.docstring)
+    shape = generator.random()
+    if shape < 0.15 and len(turns) > 1:
+        return turns
+    if shape < 0.22 and len(entry.docstring) <= MAX_OVERVIEW_CHARACTERS:
+        return [whole]
+    return [generator.choice(turns)]
+
+
+def _parameters(entry: Entry) -> str:
+    """One line a parameter; an empty string where there is none or the interpreter does not say."""
+    if entry.signature is None:
+        return ""
+    lines = []
+    for parameter in entry.signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        is_required = parameter.default is inspect.Parameter.empty
+        default = "required" if is_required else f"default `{parameter.default!r}`"
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            default = "any number"
+        lines.append(f"- `{parameter.name}`: {default}")
+    text = "\n".join(lines)
+    return "" if " at 0x" in text else text
+
+
+def _overviews(documented: list[Entry]) -> Iterator[tuple[str, list[Turn]]]:
+    """One long chat a module: every documented object with its summary."""
+
+    def module_of(entry: Entry) -> str:
+        parts = entry.name.split(".")
+        return ".".join(parts[: -2 if entry.kind == "method" else -1])
+
+    by_module = sorted(documented, key=lambda entry: (module_of(entry), entry.name))
+    for module, members in groupby(by_module, key=module_of):
+        lines: list[str] = []
+        n_characters = 0
+        for entry in members:
+            line = f"- `{entry.name.removeprefix(module + '.')}`: {entry.summary}"
+            n_characters += len(line) + 1
+            if n_characters > MAX_OVERVIEW_CHARACTERS:
+                break
+            lines.append(line)
+        if len(lines) >= 8:
+            question = f"Give an overview of the module `{module}`."
+            yield module, [(question, "\n".join(lines))]

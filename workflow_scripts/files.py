@@ -1,0 +1,139 @@
+"""Files as the interface between stages: written whole or not at all, read with a clear message.
+
+Every writer here goes through a temporary name in the same folder and a rename, so that a file which
+exists is complete. Arrow and Parquet are imported where they are used: the Snakefile needs none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; renamed to it when the block ends, removed when it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Dotted prefix, same suffix: some writers choose their format by the suffix.
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; it replaces `path` when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        # mkdtemp and safetensors write for the owner alone; results are shared like any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(0o666 & ~mask)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        StageError: the file is missing, is not JSON, or holds something other than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError("a file is missing", where=path, to_fix="make it, or check the path") from error
+    except json.JSONDecodeError as error:
+        raise StageError("a file is not JSON", where=f"{path}, line {error.lineno}", found=error.msg) from error
+    if not isinstance(content, dict):
+        raise StageError("a file holds no JSON object", where=path, found=type(content).__name__)
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object, indented, its keys in the order given; NaN is refused (JSON has none)."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    from pyarrow import parquet
+
+    with atomic_file(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+def read_parquet(path: Path) -> pa.Table:
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Arrow IPC, uncompressed, so that readers can map it into memory."""
+    import pyarrow as pa
+
+    with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """A memory-mapped table: its columns are read from disk as they are touched."""
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(content: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a JSON value, independent of key order."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def copy_or_link(source: Path, target: Path) -> None:
+    """A hard link where the file system allows one, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

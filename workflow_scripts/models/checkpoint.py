@@ -1,0 +1,155 @@
+"""A checkpoint folder on disk: its facts, and loading it as a model.
+
+Facts come from the files themselves. One trap: where config.json lacks `sliding_window`, the class
+`MistralConfig` fills in 4096 by itself; here a missing key means no window, and loading says so explicitly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    from torch import device, dtype
+    from transformers import PreTrainedModel
+
+Precision = Literal["float32", "bfloat16", "float16", "nf4"]
+MODEL_TYPES = ("mistral", "mixtral")
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """The shape of a model, from its config.json; no weight is read.
+
+    Raises:
+        StageError: not a Mistral or Mixtral, or a key that decides the shape is missing.
+    """
+    config = files.read_json(checkpoint / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise StageError(
+            "the checkpoint is not of the Mistral family",
+            where=f"{checkpoint / 'config.json'}, model_type",
+            found=config.get("model_type"),
+            expected=" or ".join(MODEL_TYPES),
+        )
+    try:
+        n_heads = config["num_attention_heads"]
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return {
+            "architecture": config["architectures"][0],
+            "model_type": config["model_type"],
+            "n_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "n_heads": n_heads,
+            "n_kv_heads": config["num_key_value_heads"],
+            "head_dim": config.get("head_dim") or config["hidden_size"] // n_heads,
+            "vocabulary_size": config["vocab_size"],
+            "context_tokens": config["max_position_embeddings"],
+            "sliding_window": config.get("sliding_window"),
+            "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+            "rope_parameters": rope,
+            "n_experts": config.get("num_local_experts"),
+            "ties_embeddings": config.get("tie_word_embeddings", False),
+            "dtype": config.get("dtype") or config.get("torch_dtype"),
+        }
+    except KeyError as error:
+        raise StageError(
+            "the checkpoint's config lacks a key that decides the model's shape",
+            where=f"{checkpoint / 'config.json'}, {error.args[0]}",
+            to_fix="take config.json from the model's repository",
+        ) from error
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The safetensors shards that make up the model, in order.
+
+    A repository may also hold `consolidated.safetensors`, the same weights in Mistral's own layout; the
+    index (or the single `model.safetensors`) says what counts.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        shards = [checkpoint / name for name in names]
+    else:
+        shards = [checkpoint / "model.safetensors"]
+    missing = [path for path in shards if not path.is_file()]
+    if missing:
+        raise StageError(
+            "the checkpoint is not whole",
+            where=missing[0],
+            found="no such file",
+            expected="model.safetensors, or every shard that model.safetensors.index.json names",
+        )
+    return shards
+
+
+def default_device() -> device:
+    """The first CUDA device, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    checkpoint: Path,
+    *,
+    window: int | None,
+    precision: Precision,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """A causal language model on the default device.
+
+    Args:
+        checkpoint: folder with config.json and safetensors.
+        window: the model's sliding window (facts.json), set explicitly; None is full causal attention.
+        precision: of weights and arithmetic; `nf4` quantizes the linear layers on loading (bitsandbytes,
+            double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one that
+            has not, float32 on a CPU.
+        attention: transformers' name of the attention implementation.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = default_device()
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.sliding_window = window
+    if precision != "nf4":
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=getattr(torch, precision),
+            attn_implementation=attention,
+            device_map={"": device},
+        )
+    compute = compute_dtype(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=compute,
+        attn_implementation=attention,
+        device_map={"": device},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        ),
+    )
+    for layer in model.modules():
+        # On CPUs with AVX512-BF16 one forward pass in eval mode makes bitsandbytes 0.50 repack a layer
+        # for inference, for good: bfloat16 arithmetic, and no gradient through the layer ever after.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def compute_dtype(device: device) -> dtype:
+    """bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

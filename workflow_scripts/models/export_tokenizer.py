@@ -1,0 +1,36 @@
+"""Write the tokenizer that ships with everything made from a model.
+
+The original file, a `tokenizer.json` made from it, and the official chat template. The data stages depend
+on this folder and not on the weights, so data can be prepared before 14 GB are fetched or changed.
+
+python -m workflow_scripts.models.export_tokenizer --checkpoint results/models/m/checkpoint
+    --tokenizer results/models/m/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.models import tokenizer_files
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("export_tokenizer")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="to write: folder")
+    arguments = parser.parse_args(argv)
+
+    with files.atomic_folder(arguments.tokenizer) as folder:
+        version = tokenizer_files.export(arguments.checkpoint, folder)
+        names = sorted(path.name for path in folder.iterdir())
+    logger.info("wrote version=%s files=%s", version, ",".join(names))
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

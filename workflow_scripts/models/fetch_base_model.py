@@ -1,0 +1,130 @@
+"""Bring a base model into the workflow: from the Hugging Face Hub, or from a local folder by links.
+
+A Hub download goes straight to its place; what was fetched (repository and resolved commit) is written
+beside it as `source.json`. Set HF_TOKEN for gated repositories, HF_HUB_CACHE and HF_ENDPOINT as usual.
+
+python -m workflow_scripts.models.fetch_base_model
+    --settings '{"source": "mistralai/Mistral-7B-v0.3"}' --checkpoint results/models/m/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.log import StageError
+from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.models import tokenizer_files
+from workflow_scripts.settings import ModelSettings, settings_from_json
+
+OUTPUT_VERSION = 1
+# Weights as transformers reads them; the same again in `consolidated*` or .bin would double the download.
+WANTED = ["*.json", "model*.safetensors", "tokenizer.model*", "LICENSE*", "*.jinja"]
+UNWANTED = ["consolidated*", "*/*"]
+logger = log.stage_logger("fetch_base_model")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of `models.<name>`")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="to write: folder")
+    arguments = parser.parse_args(argv)
+    settings = settings_from_json(ModelSettings, arguments.settings)
+    if settings.source is None:
+        raise StageError("no model to fetch", where="--settings, source", found=settings.source)
+
+    with files.atomic_folder(arguments.checkpoint) as folder:
+        if settings.is_local:
+            link_folder(Path(settings.source).expanduser().resolve(), folder)
+        else:
+            download(settings.source, settings.revision, folder)
+        # Fail here, not after the data stages, when something a later stage needs is not there.
+        checkpoints.read_facts(folder)
+        checkpoints.weight_files(folder)
+        tokenizer_files.find_tokenizer(folder)
+    logger.info("wrote path=%s", arguments.checkpoint)
+
+
+def link_folder(source: Path, folder: Path) -> None:
+    """Symbolic links to the files of a local checkpoint; nothing is copied."""
+    if not source.is_dir():
+        raise StageError(
+            "the local base model is not there",
+            where="models.<name>.source",
+            found=f"{source} is no folder",
+            expected="a folder with config.json, safetensors and the tokenizer",
+        )
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            (folder / path.name).symlink_to(path)
+    files.write_json(folder / "source.json", {"source": str(source)})
+
+
+def download(repository: str, revision: str | None, folder: Path) -> None:
+    """The files of a Hub repository at one commit.
+
+    Raises:
+        StageError: gated, unknown, unknown revision, or no connection; each with its remedy.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"models.<name>.source, https://huggingface.co/{repository}"
+    try:
+        commit = HfApi().model_info(repository, revision=revision).sha
+        if revision != commit:
+            logger.warning(
+                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only name"
+                " that cannot move",
+                repository,
+                revision,
+                commit,
+            )
+        snapshot_download(
+            repository,
+            revision=commit,
+            local_dir=folder,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
+        )
+    except GatedRepoError as error:
+        raise StageError(
+            "the base model is gated",
+            where=where,
+            found="access refused",
+            to_fix="accept the licence on that page, then set HF_TOKEN (or run `hf auth login`)",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise StageError(
+            "the base model has no such revision",
+            where="models.<name>.revision",
+            found=revision,
+            expected=f"a commit, tag or branch of {repository}",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise StageError(
+            "the base model is not on the Hub, or is private",
+            where=where,
+            to_fix="check the spelling; for a private repository set HF_TOKEN",
+        ) from error
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise StageError(
+            "the Hub cannot be reached",
+            where=where,
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            to_fix="check the connection, or download the model elsewhere and set `source` to its folder",
+        ) from error
+    files.write_json(folder / "source.json", {"source": repository, "commit": commit})
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

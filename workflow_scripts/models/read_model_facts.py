@@ -1,0 +1,53 @@
+"""Read what a model is from its own files: window, heads, context, vocabulary, file hashes.
+
+Every stage that needs a fact about the model takes it from this file, never from the model's name.
+
+python -m workflow_scripts.models.read_model_facts --checkpoint results/models/m/checkpoint
+    --facts results/models/m/facts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.models import tokenizer_files
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("read_model_facts")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--facts", type=Path, required=True, help="to write: JSON")
+    arguments = parser.parse_args(argv)
+
+    facts = checkpoints.read_facts(arguments.checkpoint)
+    tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint)
+    facts["tokenizer_version"] = tokenizer_files.tokenizer_version(tokenizer)
+    counted = [
+        arguments.checkpoint / "config.json",
+        tokenizer,
+        *checkpoints.weight_files(arguments.checkpoint),
+    ]
+    facts["files"] = {
+        path.name: {"sha256": files.sha256(path), "size_bytes": path.stat().st_size}
+        for path in log.progress(counted, logger, total=len(counted), unit="files")
+    }
+    if facts["sliding_window"] is None and "sliding_window" not in files.read_json(
+        arguments.checkpoint / "config.json"
+    ):
+        logger.warning(
+            "found no sliding_window in config.json: taken as full attention (transformers alone would"
+            " take 4096)"
+        )
+    files.write_json(arguments.facts, facts)
+    logger.info("read %s", log.fields(facts))
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

@@ -1,0 +1,115 @@
+"""What the running interpreter says about its own standard library: objects, signatures, docstrings.
+
+The demo's model is pre-trained on this text and its chats ask about it. Price of reading the interpreter
+instead of shipping a corpus: the text differs between Python versions, so demo results do as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from types import ModuleType
+
+# Pure-Python modules with good docstrings, importable without side effects on every platform.
+MODULES = (
+    "abc argparse array ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64 bdb"
+    " bisect bz2 calendar cmath cmd code codecs collections colorsys concurrent.futures"
+    " configparser contextlib copy csv datetime decimal difflib dis doctest email.message email.utils"
+    " enum filecmp fileinput fnmatch fractions ftplib functools gettext glob graphlib gzip hashlib heapq"
+    " hmac html html.parser http.client http.cookies http.server imaplib importlib.util inspect io ipaddress"
+    " itertools json keyword linecache locale logging logging.handlers lzma mailbox math mimetypes"
+    " multiprocessing.pool multiprocessing.managers netrc numbers operator optparse os os.path pathlib pdb pickle"
+    " pickletools pkgutil platform plistlib poplib pprint profile pstats queue quopri random re reprlib sched"
+    " secrets selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics"
+    " string stringprep struct subprocess symtable sys sysconfig tarfile tempfile textwrap threading time timeit"
+    " token tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.case"
+    " unittest.mock urllib.error urllib.parse urllib.request uuid warnings wave weakref"
+    " wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zlib"
+).split()
+# A default such as `<function f at 0x7f…>` would change at every start of the interpreter.
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One documented object of the library."""
+
+    name: str
+    """Qualified name, `json.dumps`."""
+    kind: str
+    """`function`, `class` or `method`."""
+    signature: inspect.Signature | None
+    """None where the interpreter gives none (many built-ins)."""
+    docstring: str
+    """Cleaned by `inspect.cleandoc`, never empty."""
+
+    @property
+    def summary(self) -> str:
+        """The docstring's first paragraph on one line."""
+        return " ".join(self.docstring.split("\n\n", 1)[0].split())
+
+    @property
+    def call(self) -> str | None:
+        """`json.dumps(obj, *, skipkeys=False)`; None without a signature."""
+        if self.signature is None:
+            return None
+        return ADDRESS.sub("", f"{self.name}{self.signature}")
+
+
+def modules() -> list[ModuleType]:
+    """The modules of `MODULES` that this interpreter has."""
+    found = []
+    for name in MODULES:
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError:  # an interpreter built without _bz2, _lzma, _sqlite3, _ssl …
+            continue
+    return found
+
+
+def entries() -> list[Entry]:
+    """Every documented public function, class and method, sorted by name, each docstring once."""
+    by_name: dict[str, Entry] = {}
+    for module in modules():
+        for name, member in sorted(vars(module).items()):
+            if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
+                continue
+            if inspect.isclass(member):
+                _add(by_name, f"{module.__name__}.{name}", "class", member)
+                for method_name, method in sorted(vars(member).items()):
+                    if not method_name.startswith("_") and callable(method):
+                        _add(by_name, f"{module.__name__}.{name}.{method_name}", "method", method)
+            elif callable(member):
+                _add(by_name, f"{module.__name__}.{name}", "function", member)
+    seen: set[str] = set()
+    unique = []
+    for name in sorted(by_name):
+        if by_name[name].docstring not in seen:
+            seen.add(by_name[name].docstring)
+            unique.append(by_name[name])
+    return unique
+
+
+def _add(by_name: dict[str, Entry], name: str, kind: str, member: object) -> None:
+    documentation = getattr(member, "__doc__", None)
+    if not isinstance(documentation, str) or not documentation.strip():
+        return
+    docstring = ADDRESS.sub("", inspect.cleandoc(documentation)).strip()
+    try:
+        signature = inspect.signature(member)
+    except (ValueError, TypeError):
+        signature = None
+    by_name[name] = Entry(name, kind, signature, docstring)
+
+
+def module_sources() -> list[str]:
+    """The source text of each module that has one, in the order of `MODULES`."""
+    texts = []
+    for module in modules():
+        try:
+            texts.append(inspect.getsource(module))
+        except (OSError, TypeError):  # built in, or shipped without source
+            continue
+    return texts

@@ -1,0 +1,484 @@
+"""The config, once: typed settings that validate it, document it, and parse what a stage is handed.
+
+An attribute's docstring is the option's documentation: `config/config.schema.json` and the table in
+`config/README.md` are made from it (`make schema`; a test fails when they drift). Unknown keys, wrong types
+and impossible combinations raise `SettingsError` before any job runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from workflow_scripts.log import StageError
+
+Table = TypeVar("Table", bound="Settings")
+
+
+class SettingsError(StageError):
+    """A config that cannot be built, with the path of the key at fault."""
+
+
+class Settings(BaseModel):
+    """Base of every config table: an unknown key is an error, a loaded value never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _not_a_boolean(value: object) -> object:
+    # pydantic would take `true` as 1; numbers written as text ("2e-4", --config) stay welcome.
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0)]
+Fraction = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1)]
+
+
+
+def _kv_rank(value: object) -> object:
+    if value not in ("uniform", "matched") and not (str(value).isdigit() and int(str(value)) > 0):
+        raise ValueError(f"found {value!r}, expected 'uniform', 'matched' or a whole number from 1")
+    return value
+
+
+KvRank = Annotated[Literal["uniform", "matched"] | Count, BeforeValidator(_kv_rank)]
+
+# Names become folder names and wildcards; no dot-dot, no slash, and no `__`, kept for later use.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+# What llama.cpp's quantizer makes without an importance matrix, from large to small.
+QuantizationType = Literal[
+    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K",
+]  # fmt: skip
+
+
+class DemoModelSettings(Settings):
+    """`models.<name>.generate`: a small Mistral, pre-trained on the spot."""
+
+    n_layers: Count = 4
+    """Transformer layers."""
+    hidden_size: Annotated[Count, Field(multiple_of=256)] = 256
+    """Width; k-quants need a multiple of 256. Always 8 query and 2 key/value heads."""
+    intermediate_size: Annotated[Count, Field(multiple_of=256)] = 1024
+    """Width of the feed-forward layer, a multiple of 256."""
+    sliding_window: Count | None = 512
+    """Keys a query sees, itself included; null is full causal attention."""
+    context_tokens: Count = 4096
+    """Longest input the model is advertised for, tokens."""
+    n_pretraining_steps: Count = 160
+    """Steps of 2,048 tokens; 160 take two to three minutes on 2 CPU cores."""
+    learning_rate: Positive = 3e-3
+    """Peak of the pre-training schedule."""
+    seed: NonNegative = 0
+    """Initial weights and order of the text."""
+
+
+class ModelSettings(Settings):
+    """`models.<name>`: where a base model comes from; exactly one of `source` and `generate`."""
+
+    source: str | None = None
+    """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or beginning with `.` or `~`)."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub; a commit is the only one that cannot move."""
+    generate: DemoModelSettings | None = None
+    """Build the demo's model instead of fetching one."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if (self.source is None) == (self.generate is None):
+            raise ValueError("exactly one of `source` and `generate` is expected")
+        if self.is_local and self.revision is not None:
+            raise ValueError("`revision` belongs to a Hub id; a local folder has none")
+        if self.source and not self.is_local and self.source.count("/") != 1:
+            raise ValueError(
+                f"`source`: {self.source!r} is neither a Hub id (owner/name) nor a folder (./folder)"
+            )
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        return self.source is not None and self.source.startswith((".", "/", "~"))
+
+
+class DemoDatasetSettings(Settings):
+    """`datasets.<name>.generate`: chats about the standard library, from its own docstrings."""
+
+    n_conversations: Count = 3000
+    """How many chats."""
+    seed: NonNegative = 0
+    """Which questions are asked, in which order."""
+
+
+class CleaningSettings(Settings):
+    """`datasets.<name>.cleaning`: which conversations are kept, and in which split."""
+
+    validation_fraction: Fraction = 0.05
+    """Share held out for choosing: watched during training, used by the gates."""
+    test_fraction: Fraction = 0.05
+    """Share held out for reporting: every link of the chain is scored on it, nothing is chosen by it."""
+    split_by: Literal["first_user_turn", "group"] = "first_user_turn"
+    """What is hashed to choose the split: the first user message, or the record's `group` field."""
+    max_rejected_fraction: Fraction = 0.1
+    """Share of conversations that may be rejected before the stage fails."""
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> CleaningSettings:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction: less than 1 is expected")
+        return self
+
+
+class RenderingSettings(Settings):
+    """`datasets.<name>.rendering`: conversations as token ids."""
+
+    max_document_tokens: Count | None = None
+    """Longer conversations are rejected; null keeps every length."""
+    max_rejected_fraction: Fraction = 0.1
+    """Share of conversations that may be rejected before the stage fails."""
+
+
+class DatasetSettings(Settings):
+    """`datasets.<name>`: which chats; exactly one of `files` and `generate`."""
+
+    files: Annotated[list[str], Field(min_length=1)] | None = None
+    """JSON Lines files, one OpenAI-style record with `messages` a line."""
+    generate: DemoDatasetSettings | None = None
+    """Make the demo's chats instead of reading files."""
+    cleaning: CleaningSettings = CleaningSettings()
+    """What is kept, and how it is split."""
+    rendering: RenderingSettings = RenderingSettings()
+    """Limits once lengths are known in tokens."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DatasetSettings:
+        if (self.files is None) == (self.generate is None):
+            raise ValueError("exactly one of `files` and `generate` is expected")
+        return self
+
+
+class PackingSettings(Settings):
+    """`packings.<name>`: how documents share a row of training."""
+
+    strategy: Literal["best_fit", "concatenate"] = "best_fit"
+    """`best_fit` keeps documents whole and apart; `concatenate` cuts wherever a row ends, and attention crosses documents."""
+    row_tokens: Annotated[Count, Field(ge=16, le=131_072)] = 4096
+    """Length of a row of training, tokens."""
+    seed: NonNegative = 0
+    """Order of the rows after packing."""
+
+
+class RecipeSettings(Settings):
+    """`recipes.<name>`: LoRA, quantization of the base in training, optimizer."""
+
+    rank: Count = 32
+    """LoRA rank."""
+    alpha: Positive = 64
+    """LoRA alpha; the adapter's scale is alpha ÷ rank, the same for every module."""
+    kv_rank: KvRank = "uniform"
+    """Rank of k and v: `uniform` as the rest, `matched` rank × kv heads ÷ heads (the same budget a head), or a number."""
+    learning_rate: Positive = 1.4e-4
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0)] = 0.0
+    """AdamW's, on the adapter's weights."""
+    max_gradient_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    epochs: Positive = 1.0
+    """Passes over the packed rows."""
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says; null is no limit."""
+    rows_per_micro_batch: Count = 1
+    """Rows of one forward and backward pass."""
+    micro_batches_per_step: Count = 1
+    """Passes accumulated into one optimizer step."""
+    evaluations: NonNegative = 2
+    """How often the validation loss is taken during training, evenly spaced; 0 is never."""
+    checkpoint_steps: Count = 100
+    """Steps between resumable checkpoints."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: NonNegative = 0
+    """Adapter's initial weights."""
+
+
+class RunSettings(Settings):
+    """`runs.<name>`: model × dataset × packing × recipe, each the name of an entry above."""
+
+    model: str
+    """Name of an entry of `models`."""
+    dataset: str
+    """Name of an entry of `datasets`."""
+    packing: str
+    """Name of an entry of `packings`."""
+    recipe: str
+    """Name of an entry of `recipes`."""
+
+
+class GgufSettings(Settings):
+    """`gguf`: what is made of the merged model."""
+
+    quantizations: Annotated[list[QuantizationType], Field(min_length=1)] = ["Q8_0", "Q4_K_M"]
+    """llama.cpp quantization types; F16 is always made, it is their source."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> GgufSettings:
+        if len(set(self.quantizations)) != len(self.quantizations):
+            raise ValueError("quantizations: a type stands twice")
+        return self
+
+
+class GateSettings(Settings):
+    """`evaluation.gates`: what a hand-over may differ by before the chain stops."""
+
+    merge_kl_divergence_nats: Positive = 1e-5
+    """Merged model against the same base with the adapter applied live, mean a token."""
+    merge_perplexity_increase_fraction: Fraction = 0.005
+    """Merged model against the live adapter on its 4-bit base; better is always accepted."""
+    gguf_kl_divergence_nats: Positive = 1e-5
+    """F16 GGUF against the merged model, mean a token, within the window."""
+    n_conversations: Count = 20
+    """Validation conversations the gates score."""
+
+
+class InferenceSettings(Settings):
+    """`evaluation.inference`: how speed is measured, in llama-bench's terms."""
+
+    prompt_tokens: Count = 512
+    """Prompt processing, `pp512`."""
+    generated_tokens: Count = 64
+    """Decoding, `tg64`."""
+    repetitions: Count = 3
+    """Measured passes after one to warm up; mean and standard deviation are kept."""
+
+
+class EvaluationSettings(Settings):
+    """`evaluation`: what is measured, on how much."""
+
+    piece_tokens: Count | None = None
+    """Longest piece scored along the chain, tokens; null is the sliding window, else the context."""
+    max_conversations: Count | None = None
+    """Test conversations scored, the first of the split's order; null is all."""
+    gates: GateSettings = GateSettings()
+    """Thresholds of the gates."""
+    inference: InferenceSettings = InferenceSettings()
+    """Speed and memory."""
+
+
+class Config(Settings):
+    """The whole config: four tables, the runs that combine them, and what to build."""
+
+    models: dict[Name, ModelSettings]
+    """Base models by name."""
+    datasets: dict[Name, DatasetSettings]
+    """Chat datasets by name."""
+    packings: dict[Name, PackingSettings]
+    """Packing policies by name."""
+    recipes: dict[Name, RecipeSettings]
+    """Training recipes by name."""
+    runs: dict[Name, RunSettings]
+    """A run trains one model on one dataset with one packing and one recipe."""
+    build: Annotated[list[str], Field(min_length=1)]
+    """Names of the runs to build; in an overlay this list replaces the one before."""
+    gguf: GgufSettings = GgufSettings()
+    """GGUF files."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Measurements and gates."""
+    max_steps: Count | None = None
+    """Smoke setting: no training, the demo's pre-training included, takes more steps; null is no limit."""
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Config:
+        problems = []
+        for run_name, run in self.runs.items():
+            for field, table in RUN_TABLES.items():
+                entry, known = getattr(run, field), getattr(self, table)
+                if entry not in known:
+                    problems.append(
+                        f"runs.{run_name}.{field}: found {entry!r}, which is not in `{table}`"
+                        f" ({_did_you_mean(entry, known)})"
+                    )
+        for run_name in self.build:
+            if run_name not in self.runs:
+                problems.append(
+                    f"build: found {run_name!r}, which is not in `runs`"
+                    f" ({_did_you_mean(run_name, self.runs)})"
+                )
+        if len(set(self.build)) != len(self.build):
+            problems.append("build: a run stands twice")
+        for run_name in self.build:
+            run = self.runs.get(run_name)
+            packing = run and self.packings.get(run.packing)
+            model = run and self.models.get(run.model)
+            if packing and model and model.generate:
+                if packing.row_tokens > model.generate.context_tokens:
+                    problems.append(
+                        f"packings.{run.packing}.row_tokens: found {packing.row_tokens}, expected at"
+                        f" most models.{run.model}.generate.context_tokens"
+                        f" ({model.generate.context_tokens})"
+                    )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+    def entry(self, table: str, name: str) -> Settings:
+        """An entry of one of the four tables, the smoke setting applied.
+
+        Raises:
+            KeyError: there is no such table or name.
+        """
+        entry = getattr(self, table)[name]
+        if self.max_steps is None:
+            return entry
+        if isinstance(entry, RecipeSettings):
+            limit = min(self.max_steps, entry.max_steps or self.max_steps)
+            return entry.model_copy(update={"max_steps": limit})
+        if isinstance(entry, ModelSettings) and entry.generate is not None:
+            limit = min(self.max_steps, entry.generate.n_pretraining_steps)
+            generate = entry.generate.model_copy(update={"n_pretraining_steps": limit})
+            return entry.model_copy(update={"generate": generate})
+        return entry
+
+
+RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "recipe": "recipes"}
+
+
+def load_config(config: Mapping[str, Any]) -> Config:
+    """Validate a whole config.
+
+    Raises:
+        SettingsError: one message that lists every problem by its key's path.
+    """
+    return _validated(Config, config, "the config cannot be built")
+
+
+def settings_from_json(table: type[Table], text: str) -> Table:
+    """Parse the `--settings` a stage is handed.
+
+    Raises:
+        SettingsError: the text is not JSON, or does not fit `table`.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingsError("--settings is not JSON", found=text, to_fix=str(error)) from error
+    return _validated(table, content, "--settings cannot be used")
+
+
+def _validated(table: type[Table], content: object, what: str) -> Table:
+    try:
+        return table.model_validate(content)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  {line}" for problem in error.errors() for line in _describe(table, problem)
+        )
+        raise SettingsError(f"{what}\n{problems}") from error
+
+
+def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str]:
+    """One line or more a problem: the key's path, what was found, what would be right."""
+    path = ".".join(str(part) for part in problem["loc"] if part not in ("constrained-str", "[key]"))
+    found = problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_beside(table, problem["loc"])
+            yield f"{path}: unknown key ({_did_you_mean(str(problem['loc'][-1]), known)})"
+        case "missing":
+            yield f"{path}: missing"
+        case "value_error":
+            for line in str(problem["ctx"]["error"]).splitlines():
+                # A validator of the whole config writes its own paths.
+                yield f"{path}: {line}" if path else line
+        case "literal_error":
+            expected = problem["ctx"]["expected"]
+            known = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+            yield f"{path}: found {found!r}, expected {expected} ({_did_you_mean(str(found), known)})"
+        case _:
+            yield f"{path}: found {found!r}; {problem['msg']}"
+
+
+def _keys_beside(table: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that would have been known where `location` points to an unknown one."""
+    current: Any = table
+    for part in location[:-1]:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[str(part)].annotation
+        else:  # dict[Name, Table] and Optional: the table is the argument that is a model
+            current = _model_within(current)
+            continue
+        if _model_within(current) is not None and not _is_mapping(current):
+            current = _model_within(current)
+    model = _model_within(current)
+    return list(model.model_fields) if model else []
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    models = (_model_within(argument) for argument in get_args(annotation))
+    return next((model for model in models if model is not None), None)
+
+
+def _did_you_mean(found: str, known: Any) -> str:
+    close = difflib.get_close_matches(found, list(known), n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(map(str, known)) or 'none'}"
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema that editors complete and check `config/*.yaml` with."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Tramontane config"
+    # An overlay holds only what it changes.
+    schema.pop("required", None)
+    return schema
+
+
+def option_table() -> str:
+    """Markdown: every option with its meaning, unit and default, a table a settings class."""
+    sections = []
+    for table in (
+        Config, ModelSettings, DemoModelSettings, DatasetSettings, DemoDatasetSettings,
+        CleaningSettings, RenderingSettings, PackingSettings, RecipeSettings, RunSettings, GgufSettings, EvaluationSettings, GateSettings,
+        InferenceSettings,
+    ):  # fmt: skip
+        path, _, meaning = (table.__doc__ or "").partition(": ")
+        title = path if table is not Config else "Top level"
+        lines = [f"### {title}", "", (meaning or path).strip(), ""]
+        lines += ["| option | default | meaning |", "| --- | --- | --- |"]
+        for name, field in table.model_fields.items():
+            lines.append(f"| `{name}` | {_default(field)} | {_one_line(field.description)} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, Settings):
+        return "see below"
+    return f"`{json.dumps(field.default)}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
