@@ -99,8 +99,9 @@ def load_model(
     window: int | None,
     precision: Precision,
     attention: str = "sdpa",
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model on the default device.
+    """A causal language model, on the first GPU where there is one.
 
     Args:
         checkpoint: folder with config.json and safetensors.
@@ -109,11 +110,12 @@ def load_model(
             double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one that
             has not, float32 on a CPU.
         attention: transformers' name of the attention implementation.
+        device: name of a torch device; None is the first GPU, else the CPU.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    device = default_device()
+    place = torch.device(device) if device else default_device()
     config = AutoConfig.from_pretrained(checkpoint)
     config.sliding_window = window
     if precision != "nf4":
@@ -122,15 +124,15 @@ def load_model(
             config=config,
             dtype=getattr(torch, precision),
             attn_implementation=attention,
-            device_map={"": device},
+            device_map={"": place},
         )
-    compute = compute_dtype(device)
+    compute = compute_dtype(place)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         config=config,
         dtype=compute,
         attn_implementation=attention,
-        device_map={"": device},
+        device_map={"": place},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -1,0 +1,62 @@
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/models.smk"
+include: "rules/data.smk"
+include: "rules/train.smk"
+include: "rules/export.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    data,
+    train,
+    export,
+    evaluate,
+    report,
+
+
+rule all:
+    """The report, and a release of every run in `build`."""
+    default_target: True
+    input:
+        report_files(),
+        release_files(),
+
+
+rule data:
+    """Chats cleaned, rendered, checked and packed."""
+    input:
+        data_files(),
+
+
+rule train:
+    """An adapter of every run."""
+    input:
+        adapter_files(),
+
+
+rule export:
+    """Merged models and GGUFs of every run, their gates passed."""
+    input:
+        export_files(),
+
+
+rule evaluate:
+    """Scores and speed of every link of every run."""
+    input:
+        evaluation_files(),
+
+
+rule report:
+    """Tables and figures; `snakemake --report report.html` gathers them in one page."""
+    input:
+        report_files(),

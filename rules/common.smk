@@ -1,0 +1,194 @@
+# Config, wildcard constraints and input functions; no rules.
+import ast
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(workflow.basedir))
+
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import load_config
+
+try:
+    CONFIG = load_config(config)
+except StageError as error:
+    raise WorkflowError(str(error)) from None
+
+# Stages are `python -m workflow_scripts…`: run by this interpreter (a conda environment still goes first
+# where `--sdm conda` is used), found from any working directory.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(workflow.basedir), os.environ.get("PYTHONPATH")])
+)
+# Threads that spin while they wait cost a job on shared cores many times its work (measured: 44 s for
+# 9 s on a busy machine with 2 cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
+QUANTIZATIONS = list(CONFIG.gguf.quantizations)
+GGUF_TYPES = ["F16", *QUANTIZATIONS]
+GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
+GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
+
+
+def any_of(names):
+    """A wildcard constraint: one of these names and nothing else."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
+
+
+wildcard_constraints:
+    model=any_of(CONFIG.models),
+    dataset=any_of(CONFIG.datasets),
+    packing=any_of(CONFIG.packings),
+    run=any_of(CONFIG.runs),
+    quant=any_of(QUANTIZATIONS),
+    gguf=any_of(GGUF_TYPES),
+
+
+def settings_json(table, name, *keys):
+    """The JSON a stage is handed: an entry of a table, or the part of it under `keys`."""
+    settings = CONFIG.entry(table, name)
+    for key in keys:
+        settings = getattr(settings, key)
+    return settings.model_dump_json()
+
+
+def output_version(stage):
+    """A stage's OUTPUT_VERSION, read without running it: a changed algorithm makes its files anew."""
+    source = Path(workflow.basedir, "workflow_scripts", f"{stage}.py")
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "OUTPUT_VERSION":
+            return ast.literal_eval(node.value)
+    raise WorkflowError(f"{source} has no OUTPUT_VERSION")
+
+
+def of_run(pattern):
+    """An input function: `pattern` with {model}, {dataset}, {packing} filled in from the run."""
+
+    def fill(wildcards):
+        run = CONFIG.runs[wildcards.run]
+        # Other wildcards stay as they are for Snakemake.
+        names = {"model": run.model, "dataset": run.dataset, "packing": run.packing}
+        return pattern.format(run=wildcards.run, **names)
+
+    return fill
+
+
+def threads_of(table, name):
+    """8 threads for a real model; one for the demo's, whose jobs are mostly start-up."""
+    model = name if table == "models" else CONFIG.runs[name].model
+    return 1 if CONFIG.models[model].generate else 8
+
+
+def threads_for_run(wildcards):
+    return threads_of("runs", wildcards.run)
+
+
+def threads_for_model(wildcards):
+    return threads_of("models", wildcards.model)
+
+
+def gpus_for_run(wildcards):
+    """A GPU slot for a real model; the demo's is small enough for none, and uses one if it is there."""
+    return 0 if CONFIG.models[CONFIG.runs[wildcards.run].model].generate else 1
+
+
+def gpus_for_model(wildcards):
+    return 0 if CONFIG.models[wildcards.model].generate else 1
+
+
+def scoring_json():
+    """The keys of `evaluation` that change a score; gates and timing are others'."""
+    return CONFIG.evaluation.model_dump_json(include={"piece_tokens", "max_conversations"})
+
+
+def dataset_files(wildcards):
+    """What a dataset is read from: the user's files, or the one that is generated."""
+    dataset = CONFIG.datasets[wildcards.dataset]
+    if dataset.generate:
+        return [f"results/data/{wildcards.dataset}/source/conversations.jsonl"]
+    return dataset.files
+
+
+def data_files():
+    return sorted(
+        {
+            file
+            for run in RUNS.values()
+            for file in (
+                f"results/data/{run.dataset}/{run.model}/{run.packing}/plan.parquet",
+                f"results/data/{run.dataset}/{run.model}/tokens/check.json",
+            )
+        }
+    )
+
+
+def adapter_files():
+    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=RUNS)
+
+
+def export_files():
+    return [
+        *expand("results/runs/{run}/merged_check.json", run=RUNS),
+        *expand("results/runs/{run}/gguf_check.json", run=RUNS),
+        *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=RUNS, gguf=GGUF_TYPES),
+    ]
+
+
+def base_scores(run):
+    """Scores of a run's base model, 16-bit and 4-bit: made once for all runs that share it."""
+    folder = f"results/evaluation/{run.model}/{run.dataset}"
+    return [f"{folder}/base.json", f"{folder}/base-nf4.json"]
+
+
+def run_scores(name):
+    links = ["adapter", "merged", *GGUF_TYPES]
+    return [f"results/runs/{name}/evaluation/{link}.json" for link in links]
+
+
+def run_speeds(name):
+    links = ["adapter", "merged", *GGUF_TYPES]
+    return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links]
+
+
+def evaluation_files():
+    files = [file for run in RUNS.values() for file in base_scores(run)]
+    for name in RUNS:
+        files += run_scores(name) + run_speeds(name)
+    return sorted(set(files))
+
+
+def report_files():
+    return [
+        f"results/report/{name}"
+        for name in (
+            "comparison.tsv",
+            "comparison.md",
+            "comparison.html",
+            "chain.tsv",
+            "chain.md",
+            "chain.html",
+            "chain.svg",
+            "loss.svg",
+        )
+    ]
+
+
+def release_files():
+    return expand("results/runs/{run}/release", run=RUNS)
+
+
+def live_adapter(input):
+    """Arguments of the link `adapter`: applied live to the 4-bit base it was trained on."""
+    adapter = str(Path(input.adapter).parent)
+    return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", "nf4"]
+
+
+def runs_json():
+    """What the report needs to know: the runs built, what each combines, and the quantizations."""
+    runs = {name: run.model_dump() for name, run in RUNS.items()}
+    return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES})

@@ -1,0 +1,140 @@
+rule build_demo_dataset:
+    """Chats about the Python standard library, from the interpreter's own docstrings."""
+    output:
+        conversations="results/data/{dataset}/source/conversations.jsonl",
+    log:
+        "logs/data/{dataset}/build_demo_dataset.log",
+    benchmark:
+        "benchmarks/data/{dataset}/build_demo_dataset.tsv"
+    conda:
+        "../envs/data.yaml"
+    wildcard_constraints:
+        dataset=any_of(GENERATED_DATASETS),
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "generate"),
+        output_version=output_version("data/build_demo_dataset"),
+    shell:
+        "python -m workflow_scripts.data.build_demo_dataset --settings {params.settings:q}"
+        " --conversations {output.conversations:q} > {log:q} 2>&1"
+
+
+rule clean_dataset:
+    """Keep the usable conversations, reject the rest with reasons, split by a stable hash."""
+    input:
+        files=dataset_files,
+    output:
+        train="results/data/{dataset}/clean/train.parquet",
+        validation="results/data/{dataset}/clean/validation.parquet",
+        test="results/data/{dataset}/clean/test.parquet",
+        rejected="results/data/{dataset}/clean/rejected.parquet",
+        report="results/data/{dataset}/clean/cleaning_report.json",
+    log:
+        "logs/data/{dataset}/clean_dataset.log",
+    benchmark:
+        "benchmarks/data/{dataset}/clean_dataset.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "cleaning"),
+        clean=subpath(output.report, parent=True),
+        output_version=output_version("data/clean_dataset"),
+    shell:
+        "python -m workflow_scripts.data.clean_dataset --files {input.files:q}"
+        " --settings {params.settings:q} --clean {params.clean:q} > {log:q} 2>&1"
+
+
+rule render_chats:
+    """Token ids by mistral-common, with the spans that training may learn from."""
+    input:
+        train="results/data/{dataset}/clean/train.parquet",
+        validation="results/data/{dataset}/clean/validation.parquet",
+        test="results/data/{dataset}/clean/test.parquet",
+        tokenizer="results/models/{model}/tokenizer",
+    output:
+        train="results/data/{dataset}/{model}/tokens/train.arrow",
+        validation="results/data/{dataset}/{model}/tokens/validation.arrow",
+        test="results/data/{dataset}/{model}/tokens/test.arrow",
+        rejected="results/data/{dataset}/{model}/tokens/rejected.parquet",
+    log:
+        "logs/data/{dataset}/{model}/render_chats.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/render_chats.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "rendering"),
+        clean=subpath(input.train, parent=True),
+        tokens=subpath(output.train, parent=True),
+        output_version=output_version("data/render_chats"),
+    shell:
+        "python -m workflow_scripts.data.render_chats --clean {params.clean:q}"
+        " --tokenizer {input.tokenizer:q} --settings {params.settings:q}"
+        " --tokens {params.tokens:q} > {log:q} 2>&1"
+
+
+rule check_tokens:
+    """Gate: the same ids by mistral-common and by the tokenizer that ships."""
+    input:
+        train_chats="results/data/{dataset}/clean/train.parquet",
+        validation_chats="results/data/{dataset}/clean/validation.parquet",
+        test_chats="results/data/{dataset}/clean/test.parquet",
+        train="results/data/{dataset}/{model}/tokens/train.arrow",
+        validation="results/data/{dataset}/{model}/tokens/validation.arrow",
+        test="results/data/{dataset}/{model}/tokens/test.arrow",
+        tokenizer="results/models/{model}/tokenizer",
+    output:
+        check="results/data/{dataset}/{model}/tokens/check.json",
+    log:
+        "logs/data/{dataset}/{model}/check_tokens.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/check_tokens.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        clean=subpath(input.train_chats, parent=True),
+        tokens=subpath(input.train, parent=True),
+        output_version=output_version("data/check_tokens"),
+    shell:
+        "python -m workflow_scripts.data.check_tokens --clean {params.clean:q}"
+        " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"
+        " --check {output.check:q} > {log:q} 2>&1"
+
+
+rule pack_sequences:
+    """Plan the rows of training: which document, from which token, how many. Copies no token."""
+    input:
+        tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        facts="results/models/{model}/facts.json",
+        tokens_check="results/data/{dataset}/{model}/tokens/check.json",  # gate, read by none
+    output:
+        plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
+        report="results/data/{dataset}/{model}/{packing}/packing_report.json",
+    log:
+        "logs/data/{dataset}/{model}/{packing}/pack_sequences.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/{packing}/pack_sequences.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        # This packing's table and no more: a new learning rate must not pack again.
+        settings=lambda wildcards: settings_json("packings", wildcards.packing),
+        output_version=output_version("data/pack_sequences"),
+    shell:
+        "python -m workflow_scripts.data.pack_sequences --tokens {input.tokens:q}"
+        " --facts {input.facts:q} --settings {params.settings:q}"
+        " --plan {output.plan:q} --report {output.report:q} > {log:q} 2>&1"

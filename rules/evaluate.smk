@@ -1,0 +1,169 @@
+# One program scores every kind of link; each rule names the files that make up its own.
+
+
+rule evaluate_perplexity:
+    """Perplexity of a GGUF on the supervised tokens of the test conversations."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/{gguf}.json",
+    log:
+        "logs/runs/{run}/evaluate_perplexity/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_perplexity/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --threads {threads} --scores {output.scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_perplexity as evaluate_perplexity_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/merged.json",
+    log:
+        "logs/runs/{run}/evaluate_perplexity/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_perplexity/merged.tsv"
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/adapter.json",
+    log:
+        "logs/runs/{run}/evaluate_perplexity/adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_perplexity/adapter.tsv"
+    params:
+        link=lambda wildcards, input: live_adapter(input),
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+        facts="results/models/{model}/facts.json",
+        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
+        tokens_check="results/data/{dataset}/{model}/tokens/check.json",  # gate, read by none
+    output:
+        scores="results/evaluation/{model}/{dataset}/base{precision}.json",
+    log:
+        "logs/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.tsv"
+    wildcard_constraints:
+        precision="(-nf4)?",
+    threads: threads_for_model
+    resources:
+        gpu=gpus_for_model,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: [
+            "--checkpoint",
+            input.checkpoint,
+            "--precision",
+            wildcards.precision.removeprefix("-") or "native",
+        ],
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+rule benchmark_inference:
+    """Speed, memory and size of a GGUF, alone on the machine: it takes all cores."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        speed="results/runs/{run}/evaluation/{gguf}.inference.json",
+    log:
+        "logs/runs/{run}/benchmark_inference/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/benchmark_inference/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: workflow.cores or 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings=CONFIG.evaluation.inference.model_dump_json(),
+        output_version=output_version("evaluate/benchmark_inference"),
+    shell:
+        "python -m workflow_scripts.evaluate.benchmark_inference {params.link:q}"
+        " --facts {input.facts:q} --settings {params.settings:q} --threads {threads}"
+        " --speed {output.speed:q} > {log:q} 2>&1"
+
+
+use rule benchmark_inference as benchmark_inference_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        speed="results/runs/{run}/evaluation/merged.inference.json",
+    log:
+        "logs/runs/{run}/benchmark_inference/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/benchmark_inference/merged.tsv"
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=CONFIG.evaluation.inference.model_dump_json(),
+        output_version=output_version("evaluate/benchmark_inference"),
+
+
+use rule benchmark_inference_merged as benchmark_inference_adapter with:
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        speed="results/runs/{run}/evaluation/adapter.inference.json",
+    log:
+        "logs/runs/{run}/benchmark_inference/adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/benchmark_inference/adapter.tsv"
+    params:
+        link=lambda wildcards, input: live_adapter(input),
+        settings=CONFIG.evaluation.inference.model_dump_json(),
+        output_version=output_version("evaluate/benchmark_inference"),

@@ -1,0 +1,176 @@
+rule merge_adapter:
+    """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        config="results/runs/{run}/adapter/adapter_config.json",
+    output:
+        merged=directory("results/runs/{run}/merged"),
+    log:
+        "logs/runs/{run}/merge_adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/merge_adapter.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        adapter=subpath(input.adapter, parent=True),
+        output_version=output_version("export/merge_adapter"),
+    shell:
+        "python -m workflow_scripts.export.merge_adapter --checkpoint {input.checkpoint:q}"
+        " --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
+        " --merged {output.merged:q} > {log:q} 2>&1"
+
+
+rule check_merged:
+    """Gate: merged = base + adapter, and no worse than the adapter on its 4-bit base."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        merged="results/runs/{run}/merged",
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    output:
+        check="results/runs/{run}/merged_check.json",
+    log:
+        "logs/runs/{run}/check_merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/check_merged.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        adapter=subpath(input.adapter, parent=True),
+        output_version=output_version("export/check_merged"),
+    shell:
+        "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
+        " --facts {input.facts:q} --adapter {params.adapter:q} --merged {input.merged:q}"
+        " --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --check {output.check:q} > {log:q} 2>&1"
+
+
+rule convert_gguf:
+    """F16 GGUF by llama.cpp's own converter."""
+    input:
+        merged="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+    log:
+        "logs/runs/{run}/convert_gguf.log",
+    benchmark:
+        "benchmarks/runs/{run}/convert_gguf.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        output_version=output_version("export/convert_gguf"),
+    shell:
+        "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
+        " --facts {input.facts:q} --name {wildcards.run:q} --gguf {output.gguf:q} > {log:q} 2>&1"
+
+
+rule check_gguf:
+    """Gate: the F16 GGUF reads the same tokens and computes the same logits as the merged model."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        merged="results/runs/{run}/merged",
+        facts=of_run("results/models/{model}/facts.json"),
+        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    output:
+        check="results/runs/{run}/gguf_check.json",
+    log:
+        "logs/runs/{run}/check_gguf.log",
+    benchmark:
+        "benchmarks/runs/{run}/check_gguf.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        output_version=output_version("export/check_gguf"),
+    shell:
+        "python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
+        " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
+        " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
+        " --check {output.check:q} > {log:q} 2>&1"
+
+
+rule quantize_gguf:
+    """One quantization of the F16 GGUF by llama.cpp's own quantizer."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+    output:
+        quantized="results/runs/{run}/gguf/{run}-{quant}.gguf",
+    log:
+        "logs/runs/{run}/quantize_gguf/{quant}.log",
+    benchmark:
+        "benchmarks/runs/{run}/quantize_gguf/{quant}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        output_version=output_version("export/quantize_gguf"),
+    shell:
+        "python -m workflow_scripts.export.quantize_gguf --gguf {input.gguf:q}"
+        " --type {wildcards.quant} --threads {threads} --quantized {output.quantized:q}"
+        " > {log:q} 2>&1"
+
+
+rule package_release:
+    """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
+    input:
+        ggufs=lambda wildcards: expand(
+            "results/runs/{run}/gguf/{run}-{gguf}.gguf", run=wildcards.run, gguf=GGUF_TYPES
+        ),
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        manifest="results/runs/{run}/adapter/training_manifest.json",
+        merged_check="results/runs/{run}/merged_check.json",
+        gguf_check="results/runs/{run}/gguf_check.json",
+        scores=lambda wildcards: run_scores(wildcards.run),
+        base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
+    output:
+        release=directory("results/runs/{run}/release"),
+    log:
+        "logs/runs/{run}/package_release.log",
+    benchmark:
+        "benchmarks/runs/{run}/package_release.tsv"
+    conda:
+        "../envs/export.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
+        output_version=output_version("export/package_release"),
+    shell:
+        "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"
+        " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
+        " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
+        " --manifest {input.manifest:q} --checks {input.merged_check:q} {input.gguf_check:q}"
+        " --scores {input.base_scores:q} {input.scores:q} --release {output.release:q}"
+        " > {log:q} 2>&1"

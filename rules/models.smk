@@ -1,0 +1,89 @@
+rule build_demo_model:
+    """A small real Mistral, pre-trained here for some minutes; nothing is downloaded."""
+    output:
+        checkpoint=directory("results/models/{model}/checkpoint"),
+    log:
+        "logs/models/{model}/build_demo_model.log",
+    benchmark:
+        "benchmarks/models/{model}/build_demo_model.tsv"
+    conda:
+        "../envs/train.yaml"
+    wildcard_constraints:
+        model=any_of(GENERATED_MODELS),
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        settings=lambda wildcards: settings_json("models", wildcards.model, "generate"),
+        output_version=output_version("models/build_demo_model"),
+    shell:
+        "python -m workflow_scripts.models.build_demo_model --settings {params.settings:q}"
+        " --checkpoint {output.checkpoint:q} > {log:q} 2>&1"
+
+
+rule fetch_base_model:
+    """A base model from the Hugging Face Hub, or a local folder by links."""
+    output:
+        checkpoint=directory("results/models/{model}/checkpoint"),
+    log:
+        "logs/models/{model}/fetch_base_model.log",
+    benchmark:
+        "benchmarks/models/{model}/fetch_base_model.tsv"
+    conda:
+        "../envs/train.yaml"
+    wildcard_constraints:
+        model=any_of(set(CONFIG.models) - set(GENERATED_MODELS)),
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
+    params:
+        settings=lambda wildcards: settings_json("models", wildcards.model),
+        output_version=output_version("models/fetch_base_model"),
+    shell:
+        "python -m workflow_scripts.models.fetch_base_model --settings {params.settings:q}"
+        " --checkpoint {output.checkpoint:q} > {log:q} 2>&1"
+
+
+rule read_model_facts:
+    """Window, heads, context, vocabulary and file hashes, from the checkpoint's own files."""
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+    output:
+        facts="results/models/{model}/facts.json",
+    log:
+        "logs/models/{model}/read_model_facts.log",
+    benchmark:
+        "benchmarks/models/{model}/read_model_facts.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=30,  # minutes: every byte is hashed
+    params:
+        output_version=output_version("models/read_model_facts"),
+    shell:
+        "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"
+        " --facts {output.facts:q} > {log:q} 2>&1"
+
+
+rule export_tokenizer:
+    """The tokenizer that ships: original file, tokenizer.json, official chat template."""
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+    output:
+        tokenizer=directory("results/models/{model}/tokenizer"),
+    log:
+        "logs/models/{model}/export_tokenizer.log",
+    benchmark:
+        "benchmarks/models/{model}/export_tokenizer.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        output_version=output_version("models/export_tokenizer"),
+    shell:
+        "python -m workflow_scripts.models.export_tokenizer --checkpoint {input.checkpoint:q}"
+        " --tokenizer {output.tokenizer:q} > {log:q} 2>&1"

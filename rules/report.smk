@@ -1,0 +1,95 @@
+rule report_comparison:
+    """The headline table: the runs side by side in perplexity, speed, memory and context."""
+    input:
+        scores=lambda wildcards: evaluation_files(),
+        manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=RUNS),
+        facts=lambda wildcards: sorted(
+            {f"results/models/{run.model}/facts.json" for run in RUNS.values()}
+        ),
+    output:
+        tsv="results/report/comparison.tsv",
+        markdown="results/report/comparison.md",
+        html=report(
+            "results/report/comparison.html",
+            caption="../workflow_scripts/report/captions/comparison.rst",
+            category="Comparison",
+        ),
+    log:
+        "logs/report/report_comparison.log",
+    benchmark:
+        "benchmarks/report/report_comparison.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        output_version=output_version("report/report_comparison"),
+    shell:
+        "python -m workflow_scripts.report.report_comparison --runs {params.runs:q}"
+        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --html {output.html:q} > {log:q} 2>&1"
+
+
+rule report_chain:
+    """Perplexity of every link from base to quantized file, as tables and a figure."""
+    input:
+        scores=lambda wildcards: evaluation_files(),
+    output:
+        tsv="results/report/chain.tsv",
+        markdown="results/report/chain.md",
+        html=report(
+            "results/report/chain.html",
+            caption="../workflow_scripts/report/captions/chain.rst",
+            category="Chain of perplexities",
+        ),
+        figure=report(
+            "results/report/chain.svg",
+            caption="../workflow_scripts/report/captions/chain.rst",
+            category="Chain of perplexities",
+        ),
+    log:
+        "logs/report/report_chain.log",
+    benchmark:
+        "benchmarks/report/report_chain.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        n_conversations=CONFIG.evaluation.max_conversations or "all",
+        output_version=output_version("report/report_chain"),
+    shell:
+        "python -m workflow_scripts.report.report_chain --runs {params.runs:q}"
+        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
+
+
+rule report_loss:
+    """Loss curves of training, with the validation loss on the same axes."""
+    input:
+        histories=expand("results/runs/{run}/adapter/history.json", run=RUNS),
+    output:
+        figure=report(
+            "results/report/loss.svg",
+            caption="../workflow_scripts/report/captions/loss.rst",
+            category="Training",
+        ),
+    log:
+        "logs/report/report_loss.log",
+    benchmark:
+        "benchmarks/report/report_loss.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        output_version=output_version("report/report_loss"),
+    shell:
+        "python -m workflow_scripts.report.report_loss --runs {params.runs:q}"
+        " --results results --figure {output.figure:q} > {log:q} 2>&1"

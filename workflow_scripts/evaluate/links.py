@@ -1,0 +1,34 @@
+"""The links of the chain as command-line arguments: which files make up the model that is measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint` (with `--adapter`, `--precision`) or `--gguf`, and `--threads`."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="folder of a base or merged model")
+    model.add_argument("--gguf", type=Path, help="GGUF file")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter, applied live")
+    parser.add_argument(
+        "--precision",
+        choices=["native", "nf4"],
+        default="native",
+        help="native: float32 on a CPU, the 16-bit type on a GPU; nf4: the 4-bit base of training",
+    )
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads of llama.cpp")
+
+
+def measured_precision(name: str) -> str:
+    """The precision that a link is measured in on this machine.
+
+    Args:
+        name: `native` or `nf4`.
+    """
+    from workflow_scripts.models.checkpoint import compute_dtype, default_device
+
+    if name == "nf4":
+        return name
+    return str(compute_dtype(default_device())).removeprefix("torch.")

@@ -1,0 +1,84 @@
+"""Convert the merged model to an F16 GGUF with llama.cpp's own converter.
+
+The context that the file advertises is capped at the sliding window where the model has one: llama.cpp
+ignores a Mistral's window, and beyond it computes another model than was trained.
+
+python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.json --name my-run
+    --gguf my-run-F16.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.log import StageError
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("convert_gguf")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--merged", type=Path, required=True, help="folder of merge_adapter")
+    parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
+    parser.add_argument("--name", required=True, help="the model's name in the file's metadata")
+    parser.add_argument("--gguf", type=Path, required=True, help="to write: F16 GGUF")
+    arguments = parser.parse_args(argv)
+    facts = files.read_json(arguments.facts)
+    check_vocabulary(arguments.merged, facts)
+
+    with tempfile.TemporaryDirectory() as name, files.atomic_file(arguments.gguf) as gguf:
+        staged = Path(name)
+        stage_model(arguments.merged, staged, context_tokens=served_context(facts))
+        command = [sys.executable, str(llama_cpp_source.converter()), str(staged)]
+        command += ["--outfile", str(gguf), "--outtype", "f16", "--model-name", arguments.name]
+        # The converter says why it fails on stderr, which is this stage's log.
+        if subprocess.run(command, check=False).returncode or not gguf.is_file():
+            raise StageError(
+                "llama.cpp's converter failed", where=arguments.merged, found=" ".join(command)
+            )
+    logger.info(
+        "converted size_bytes=%d context_tokens=%d path=%s",
+        arguments.gguf.stat().st_size,
+        served_context(facts),
+        arguments.gguf,
+    )
+
+
+def served_context(facts: dict) -> int:
+    """Tokens that llama.cpp computes as the model was trained: its context, capped at its window."""
+    return min(facts["context_tokens"], facts["sliding_window"] or facts["context_tokens"])
+
+
+def stage_model(merged: Path, folder: Path, *, context_tokens: int) -> None:
+    """Links to the merged model's files, with the context that the GGUF may advertise."""
+    for path in merged.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    config = files.read_json(merged / "config.json")
+    files.write_json(folder / "config.json", config | {"max_position_embeddings": context_tokens})
+
+
+def check_vocabulary(merged: Path, facts: dict) -> None:
+    """Embedding rows and tokens must agree: the converter would not mind, and loading would fail."""
+    from transformers import AutoTokenizer
+
+    n_tokens = len(AutoTokenizer.from_pretrained(merged))
+    if n_tokens != facts["vocabulary_size"]:
+        raise StageError(
+            "the tokenizer does not fit the model",
+            where=merged,
+            found=f"{n_tokens} tokens",
+            expected=f"{facts['vocabulary_size']} rows of embeddings",
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

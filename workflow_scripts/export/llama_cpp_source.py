@@ -1,0 +1,98 @@
+"""llama.cpp's own converter, from the very source that the installed llama-cpp-python was built of.
+
+The converter is not part of the wheel, and the `gguf` package on the index is another age of the code; so
+the sdist of the same version is fetched once, checked, and the Python parts are unpacked beside the
+environment.
+
+python -m workflow_scripts.export.llama_cpp_source      (make does it; needed once an environment)
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.log import StageError
+
+SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+UNPACKED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+logger = log.stage_logger("llama_cpp_source")
+
+
+def source_folder() -> Path:
+    """Where the source of the installed version lies, in this Python environment."""
+    version = metadata.version("llama-cpp-python")
+    return Path(sys.prefix) / "share" / f"llama.cpp-{version}"
+
+
+def converter() -> Path:
+    """`convert_hf_to_gguf.py` of the installed llama.cpp.
+
+    Raises:
+        StageError: it has not been fetched.
+    """
+    script = source_folder() / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise StageError(
+            "llama.cpp's converter is not in this environment",
+            where=script,
+            to_fix="python -m workflow_scripts.export.llama_cpp_source",
+        )
+    return script
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.parse_args(argv)
+    if (source_folder() / "convert_hf_to_gguf.py").is_file():
+        return
+    version = metadata.version("llama-cpp-python")
+    if version not in SDIST_SHA256:
+        raise StageError(
+            "no checksum is known for this llama-cpp-python",
+            found=version,
+            expected=" or ".join(SDIST_SHA256),
+            to_fix="install the version of requirements.lock",
+        )
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name]
+        command += ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}"]
+        if subprocess.run(command, check=False).returncode:
+            raise StageError(
+                "the source of llama-cpp-python cannot be fetched",
+                found=" ".join(command),
+                to_fix="see pip's message above",
+            )
+        (sdist,) = Path(name).glob("*.tar.gz")
+        found = files.sha256(sdist)
+        if found != SDIST_SHA256[version]:
+            raise StageError(
+                "the source of llama-cpp-python is not the one that was tested",
+                where=sdist.name,
+                found=found,
+                expected=SDIST_SHA256[version],
+            )
+        with files.atomic_folder(source_folder()) as folder:
+            unpack(sdist, folder)
+    logger.info("unpacked version=%s path=%s", version, source_folder())
+
+
+def unpack(sdist: Path, folder: Path) -> None:
+    """The converter and what it imports, out of the sdist's `vendor/llama.cpp`."""
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            _, _, path = member.name.partition("/vendor/llama.cpp/")
+            if member.isfile() and path.startswith(UNPACKED):
+                member.name = path
+                archive.extract(member, folder, filter="data")
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

@@ -1,0 +1,124 @@
+"""Perplexity of every link, from the base to each quantized file: which hand-over cost what.
+
+python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …}' --results results
+    --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log
+from workflow_scripts.report.results import Link, RunResults, read_results
+from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("report_chain")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--tsv", type=Path, required=True, help="to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="to write")
+    parser.add_argument("--html", type=Path, required=True, help="to write")
+    parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
+    arguments = parser.parse_args(argv)
+
+    runs = read_results(arguments.runs, arguments.results)
+    chain(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    draw(runs, arguments.figure)
+    logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
+
+
+def chain(runs: Sequence[RunResults]) -> Table:
+    """One row a run and link."""
+    rows = []
+    for run in runs:
+        previous: Link | None = None
+        for link in run.links:
+            step = (
+                f"{link.scores['perplexity'] / previous.scores['perplexity'] - 1:+.2%}"
+                if previous
+                else ""
+            )
+            rows.append([f"{run.name}: {link.name}", perplexity(link.scores), step, *measured(link)])
+            previous = link
+    scores = runs[0].links[0].scores
+    return Table(
+        title="Chain of perplexities",
+        note=(
+            f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the same"
+            f" {scores['n_conversations']} test conversations, in pieces of at most"
+            f" {scores['piece_tokens']} tokens; lower is better. “Step” is the change against the line"
+            " above. “Whole conversations” are scored without cutting, by the links that honour the"
+            " sliding window."
+        ),
+        header=[
+            "Link",
+            "Perplexity",
+            "Step",
+            "Whole conversations",
+            "Prompt ms/token",
+            "Decode ms/token",
+            "Peak memory",
+            "Size",
+        ],
+        rows=rows,
+    )
+
+
+def measured(link: Link) -> list[str]:
+    """The cells after the step: full-length perplexity, speed, memory, size."""
+    whole = link.scores.get("full_length_perplexity")
+    cells = ["" if whole is None else f"{whole:.2f}"]
+    if link.speed is None:
+        return [*cells, "", "", "", ""]
+    for phase in ("prompt", "decode"):
+        cells.append(
+            with_error(
+                link.speed[f"{phase}_milliseconds_per_token"],
+                link.speed[f"{phase}_standard_deviation_milliseconds_per_token"],
+                digits=3,
+            )
+        )
+    memory, size = link.speed["peak_memory_bytes"], link.speed["size_bytes"]
+    return [*cells, mebibytes(memory), mebibytes(size)]
+
+
+def draw(runs: Sequence[RunResults], path: Path) -> None:
+    """Perplexity by link, a line a run, bars of one standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Without a fixed salt and date the same data would give another file each time.
+    matplotlib.rcParams["svg.hashsalt"] = "tramontane"
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    for number, run in enumerate(runs):
+        names = [link.name for link in run.links]
+        values = [link.scores["perplexity"] for link in run.links]
+        errors = [
+            (link.scores["loss_standard_error_nats_per_token"] or 0) * value
+            for link, value in zip(run.links, values, strict=True)
+        ]
+        shifted = [at + 0.06 * number for at in range(len(names))]
+        axes.errorbar(shifted, values, yerr=errors, marker="o", capsize=3, label=run.name)
+        axes.set_xticks(range(len(names)), names, rotation=20)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set_ylabel("perplexity, supervised test tokens (log scale)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    with files.atomic_file(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

@@ -1,0 +1,89 @@
+"""The headline table: the runs side by side, each figure as it was measured on this run.
+
+python -m workflow_scripts.report.report_comparison --runs '{"runs": …, "gguf_types": …}'
+    --results results --tsv comparison.tsv --markdown comparison.md --html comparison.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from workflow_scripts import log
+from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("report_comparison")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--tsv", type=Path, required=True, help="to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="to write")
+    parser.add_argument("--html", type=Path, required=True, help="to write")
+    arguments = parser.parse_args(argv)
+
+    runs = read_results(arguments.runs, arguments.results)
+    comparison(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
+
+
+def comparison(runs: Sequence[RunResults]) -> Table:
+    """One row a figure, one column a run."""
+    smallest = runs[0].links[-1].name
+    figures: dict[str, Callable[[RunResults], str]] = {
+        "Perplexity, base": lambda run: perplexity(run.link("base").scores),
+        "Perplexity, merged": lambda run: perplexity(run.link("merged").scores),
+        f"Perplexity, {smallest}": lambda run: perplexity(run.link(smallest).scores),
+        "Change against the base": lambda run: change(run, "merged"),
+        f"Prompt, {smallest}, ms/token": lambda run: speed(run, smallest, "prompt"),
+        f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
+        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).speed["size_bytes"]),
+        "Peak memory of training": lambda run: mebibytes(run.manifest["peak_memory_bytes"]),
+        "Training, tokens/s": lambda run: f"{run.manifest['tokens_per_second']:.0f}",
+        "Training, steps": lambda run: str(run.manifest["n_steps"]),
+        "Trainable parameters": lambda run: f"{run.manifest['n_trainable_parameters']:,}",
+        "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
+        "Context, GGUF": lambda run: f"{served_context(run):,}",
+    }
+    scores = runs[0].link("merged").scores
+    return Table(
+        title="Runs compared",
+        note=(
+            f"Test split: {scores['n_conversations']} conversations, {scores['n_scored_tokens']:,}"
+            f" supervised tokens, in pieces of at most {scores['piece_tokens']} tokens; lower perplexity"
+            " is better; ± is a standard error (speed: standard deviation over repetitions). The GGUF's"
+            " context ends at the sliding window, which llama.cpp does not apply. How much of a context"
+            " is usable is not measured here."
+        ),
+        header=["", *(run.name for run in runs)],
+        rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
+    )
+
+
+def change(run: RunResults, link: str) -> str:
+    base = run.link("base").scores["perplexity"]
+    return f"{run.link(link).scores['perplexity'] / base - 1:+.1%}"
+
+
+def speed(run: RunResults, link: str, phase: str) -> str:
+    measured = run.link(link).speed
+    return with_error(
+        measured[f"{phase}_milliseconds_per_token"],
+        measured[f"{phase}_standard_deviation_milliseconds_per_token"],
+        digits=3,
+    )
+
+
+def served_context(run: RunResults) -> int:
+    """What the GGUF advertises: the context, capped at the window."""
+    context = run.facts["context_tokens"]
+    return min(context, run.facts["sliding_window"] or context)
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

@@ -1,0 +1,73 @@
+"""What the report reads: the metrics of every run and link, found by the layout of `results/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files
+
+
+@dataclass(frozen=True)
+class Link:
+    """One state of the chain, for one run."""
+
+    name: str
+    scores: dict[str, Any]
+    """Of evaluate_perplexity."""
+    speed: dict[str, Any] | None
+    """Of benchmark_inference; None for the base, which is scored alone."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Everything measured of one run."""
+
+    name: str
+    settings: dict[str, str]
+    """Model, dataset, packing and recipe by name."""
+    facts: dict[str, Any]
+    manifest: dict[str, Any]
+    """Of train_adapter."""
+    history: dict[str, list[dict[str, float]]]
+    links: list[Link]
+    """From base to the smallest quantization."""
+
+    def link(self, name: str) -> Link:
+        return next(link for link in self.links if link.name == name)
+
+
+def read_results(runs: str, results: Path) -> list[RunResults]:
+    """All runs of a report.
+
+    Args:
+        runs: JSON of the runs' settings and the GGUF types, as the rule hands it.
+        results: the folder `results/`.
+    """
+    wanted = json.loads(runs)
+    return [
+        RunResults(
+            name=name,
+            settings=settings,
+            facts=files.read_json(results / "models" / settings["model"] / "facts.json"),
+            manifest=files.read_json(results / "runs" / name / "adapter" / "training_manifest.json"),
+            history=files.read_json(results / "runs" / name / "adapter" / "history.json"),
+            links=list(_links(name, settings, wanted["gguf_types"], results)),
+        )
+        for name, settings in wanted["runs"].items()
+    ]
+
+
+def _links(
+    run: str, settings: dict[str, str], gguf_types: list[str], results: Path
+) -> Iterator[Link]:
+    base = results / "evaluation" / settings["model"] / settings["dataset"]
+    yield Link("base", files.read_json(base / "base.json"), None)
+    yield Link("base NF4", files.read_json(base / "base-nf4.json"), None)
+    folder = results / "runs" / run / "evaluation"
+    for name in ("adapter", "merged", *gguf_types):
+        scores = files.read_json(folder / f"{name}.json")
+        yield Link(name, scores, files.read_json(folder / f"{name}.inference.json"))

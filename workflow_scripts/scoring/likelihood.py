@@ -1,0 +1,101 @@
+"""Token-level scores from logits: negative log-likelihood, KL divergence, and their means.
+
+Transformers and llama.cpp give logits through one interface, `LogitModel`, so that a number means the same
+whichever link made it. All arithmetic on logits is float32, all sums over tokens float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from workflow_scripts.scoring.pieces import Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LogitModel(Protocol):
+    """A model that gives next-token logits."""
+
+    def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
+        """Logits after each of `positions`, in order, in blocks of (n, vocabulary) float32 on the CPU.
+
+        Args:
+            input_ids: (n_tokens,) integer.
+            positions: ascending; the logits at position p predict token p + 1.
+        """
+        ...
+
+
+def negative_log_likelihoods(model: LogitModel, piece: Piece) -> np.ndarray:
+    """(n_scored,) float64 nats, of each scored token of a piece."""
+    import torch
+
+    targets = torch.from_numpy(piece.input_ids[piece.scored].astype(np.int64))
+    parts = []
+    done = 0
+    for logits in model.logit_blocks(piece.input_ids, piece.scored - 1):
+        wanted = targets[done : done + len(logits), None]
+        parts.append((torch.logsumexp(logits, dim=-1) - logits.gather(1, wanted)[:, 0]).double())
+        done += len(logits)
+    assert done == len(targets), (done, len(targets))
+    return torch.cat(parts).numpy()
+
+
+def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> dict[int, np.ndarray]:
+    """Nats of every scored token, by document."""
+    by_document: dict[int, list[np.ndarray]] = {}
+    for piece in pieces:
+        by_document.setdefault(piece.document, []).append(negative_log_likelihoods(model, piece))
+    return {document: np.concatenate(parts) for document, parts in by_document.items()}
+
+
+def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
+    """Mean loss over all scored tokens with its standard error over documents, and perplexity.
+
+    Tokens of one document depend on each other, so the error is that of a ratio of sums over documents
+    (Cochran, Sampling Techniques, 1977, §6.3). It is null for a single document.
+    """
+    sums = np.array([part.sum() for part in scores.values()])
+    counts = np.array([len(part) for part in scores.values()])
+    loss = float(sums.sum() / counts.sum())
+    n = len(sums)
+    error = None
+    if n > 1:
+        residuals = sums - loss * counts
+        error = float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum())
+    return {
+        "n_conversations": n,
+        "n_scored_tokens": int(counts.sum()),
+        "loss_nats_per_token": loss,
+        "loss_standard_error_nats_per_token": error,
+        "perplexity": math.exp(loss),
+    }
+
+
+def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """KL divergence of each position, nats, reference first; and whether the likeliest tokens agree.
+
+    Args:
+        reference: (n, vocabulary) float32 logits, as is `other`.
+    """
+    import torch
+
+    divergences = []
+    # float64, as a good match is 1e-8 nats; a few positions at a time, as a copy of all would be slow.
+    for p, q in zip(reference.split(32), other.split(32), strict=True):
+        log_p = torch.log_softmax(p.double(), dim=-1)
+        log_q = torch.log_softmax(q.double(), dim=-1)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    return torch.cat(divergences), reference.argmax(dim=-1) == other.argmax(dim=-1)
+
+
+def all_logits(model: LogitModel, piece: Piece) -> Tensor:
+    """(n_scored, vocabulary) float32; for gates, on few and short pieces."""
+    import torch
+
+    return torch.cat(list(model.logit_blocks(piece.input_ids, piece.scored - 1)))

@@ -1,0 +1,148 @@
+"""A GGUF through llama.cpp as a source of logits, in bounded memory.
+
+The high-level `Llama(logits_all=True)` would hold n_ctx × n_vocab floats; here each token of a batch says
+whether its logits are wanted, and they are read before the next batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH_TOKENS = 256
+
+
+class LlamaCppModel:
+    """Scores with a GGUF file. Use as a context manager: llama.cpp's memory is freed at the end.
+
+    Args:
+        path: the GGUF.
+        context_tokens: longest input.
+        n_threads: CPU threads.
+    Raises:
+        StageError: llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, *, context_tokens: int, n_threads: int) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        self._path = path
+        # The callback must live as long as the library may call it.
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, _: None)
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self._model:
+            raise StageError("llama.cpp cannot load the GGUF", where=path, to_fix="make it again")
+        context_params = llama_cpp.llama_context_default_params()
+        context_params.n_ctx = context_tokens
+        context_params.n_batch = context_params.n_ubatch = min(BATCH_TOKENS, context_tokens)
+        context_params.n_threads = context_params.n_threads_batch = n_threads
+        self._context = llama_cpp.llama_init_from_model(self._model, context_params)
+        if not self._context:
+            llama_cpp.llama_model_free(self._model)
+            raise StageError("llama.cpp cannot make a context", where=path, found=context_tokens)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def __enter__(self) -> LlamaCppModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+        self._api.llama_model_free(self._model)
+
+    def forget(self) -> None:
+        """Empty the key-value cache."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+
+    def decode(self, tokens: np.ndarray, *, first: int, wants_logits: np.ndarray) -> np.ndarray | None:
+        """Run up to `BATCH_TOKENS` tokens after what is in the cache.
+
+        Args:
+            tokens: (n,) integer.
+            first: position of the first of them.
+            wants_logits: (n,) bool.
+        Returns:
+            (wanted, vocabulary) float32, llama.cpp's own memory, valid until the next call; None where
+            none is wanted.
+        """
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for at, token in enumerate(tokens):
+            batch.token[at] = int(token)
+            batch.pos[at] = first + at
+            batch.n_seq_id[at] = 1
+            batch.seq_id[at][0] = 0
+            batch.logits[at] = bool(wants_logits[at])
+        code = self._api.llama_decode(self._context, batch)
+        if code:
+            raise StageError("llama.cpp cannot decode", found=f"code {code}", where=f"token {first}")
+        n_wanted = int(wants_logits.sum())
+        if not n_wanted:
+            return None
+        logits = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, shape=(n_wanted, self.n_vocabulary))
+
+    def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
+        import torch
+
+        wants_logits = np.zeros(len(input_ids), dtype=bool)
+        wants_logits[positions] = True
+        # Tokens after the last wanted one change nothing.
+        end = int(positions[-1]) + 1
+        self.forget()
+        for first in range(0, end, BATCH_TOKENS):
+            stretch = slice(first, min(end, first + BATCH_TOKENS))
+            block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
+            if block is not None:
+                yield torch.from_numpy(block)
+
+    def tokenize(self, text: str, *, adds_bos: bool, parses_control: bool) -> list[int]:
+        """Token ids of text.
+
+        Args:
+            text: what to read.
+            adds_bos: put BOS in front.
+            parses_control: control tokens written out (`[INST]`) become the tokens they name.
+        """
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = (self._api.llama_token * room)()
+        n = self._api.llama_tokenize(
+            self._vocabulary, raw, len(raw), tokens, room, adds_bos, parses_control
+        )
+        assert n >= 0, n
+        return list(tokens[:n])
+
+    def metadata(self, key: str) -> str:
+        """A value of the file's metadata as text.
+
+        Raises:
+            StageError: the file has no such key.
+        """
+        size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        if size < 0:
+            raise StageError("the GGUF lacks metadata", where=f"{self._path}, {key}")
+        buffer = ctypes.create_string_buffer(size + 1)
+        self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
+        return buffer.value.decode()
+
+    def control_text(self, which: Literal["bos", "eos"]) -> str:
+        """How the BOS or EOS token is written."""
+        read = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}[which]
+        return self._api.llama_vocab_get_text(self._vocabulary, read(self._vocabulary)).decode()

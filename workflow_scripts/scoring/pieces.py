@@ -1,0 +1,64 @@
+"""Pieces: held-out documents cut so that every link of the chain can score them alike.
+
+llama.cpp does not apply a Mistral's sliding window, so only text no longer than the window compares. A
+longer document becomes overlapping pieces: each begins with the document's first token (BOS), carries half
+a piece of context that is not scored again, and no supervised token is scored twice or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts.data.documents import Document
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of tokens and the positions whose token is scored."""
+
+    document: int
+    """Index of the document it is cut from."""
+    input_ids: np.ndarray
+    """(n_tokens,) int32."""
+    scored: np.ndarray
+    """(n_scored,) int64 positions in the piece, ascending, none 0: each token is predicted from those
+    before it."""
+
+
+def cut(documents: Sequence[Document], *, piece_tokens: int | None) -> Iterator[Piece]:
+    """The pieces of all documents, in order; stretches without a supervised token are left out.
+
+    Args:
+        documents: rendered conversations.
+        piece_tokens: longest piece, at least 4; None keeps documents whole.
+    """
+    import numpy as np
+
+    for number, document in enumerate(documents):
+        n_tokens = len(document.input_ids)
+        longest = n_tokens if piece_tokens is None else min(piece_tokens, n_tokens)
+        is_scored = document.is_supervised.copy()
+        is_scored[:1] = False
+        end = longest
+        if is_scored[:end].any():
+            yield Piece(number, document.input_ids[:end], np.flatnonzero(is_scored[:end]))
+        while end < n_tokens:
+            scored_from = end
+            end = min(n_tokens, end + longest - longest // 2)
+            # One token of the piece is the BOS in front.
+            first = end - (longest - 1)
+            scored = np.flatnonzero(is_scored[scored_from:end]) + scored_from - first + 1
+            if len(scored):
+                tokens = np.concatenate([document.input_ids[:1], document.input_ids[first:end]])
+                yield Piece(number, tokens, scored)
+
+
+def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
+    """Length of pieces that every link scores alike: the window, else the context; or less if wanted."""
+    limit = facts["sliding_window"] or facts["context_tokens"]
+    return limit if wanted is None else min(limit, wanted)
