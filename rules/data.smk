@@ -6,10 +6,10 @@ rule build_demo_dataset:
         "logs/data/{dataset}/build_demo_dataset.log",
     benchmark:
         "benchmarks/data/{dataset}/build_demo_dataset.tsv"
-    conda:
-        "../envs/data.yaml"
     wildcard_constraints:
         dataset=any_of(GENERATED_DATASETS),
+    conda:
+        "../envs/data.yaml"
     resources:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes

@@ -6,10 +6,10 @@ rule build_demo_model:
         "logs/models/{model}/build_demo_model.log",
     benchmark:
         "benchmarks/models/{model}/build_demo_model.tsv"
-    conda:
-        "../envs/train.yaml"
     wildcard_constraints:
         model=any_of(GENERATED_MODELS),
+    conda:
+        "../envs/train.yaml"
     threads: 8
     resources:
         mem_mb=lambda wildcards, attempt: 4_000 * attempt,
@@ -30,10 +30,10 @@ rule fetch_base_model:
         "logs/models/{model}/fetch_base_model.log",
     benchmark:
         "benchmarks/models/{model}/fetch_base_model.tsv"
-    conda:
-        "../envs/train.yaml"
     wildcard_constraints:
         model=any_of(set(CONFIG.models) - set(GENERATED_MODELS)),
+    conda:
+        "../envs/train.yaml"
     resources:
         mem_mb=lambda wildcards, attempt: 2_000 * attempt,
         runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s

@@ -1,7 +1,8 @@
 """Files as the interface between stages: written whole or not at all, read with a clear message.
 
-Every writer here goes through a temporary name in the same folder and a rename, so that a file which
-exists is complete. Arrow and Parquet are imported where they are used: the Snakefile needs none of it.
+Every writer here goes through a temporary name in the same folder and a rename, so that a file
+which exists is complete. Arrow and Parquet are imported where they are used: the Snakefile needs
+none of it.
 """
 
 from __future__ import annotations
@@ -65,9 +66,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise StageError("a file is missing", where=path, to_fix="make it, or check the path") from error
+        raise StageError(
+            "a file is missing", where=path, to_fix="make it, or check the path"
+        ) from error
     except json.JSONDecodeError as error:
-        raise StageError("a file is not JSON", where=f"{path}, line {error.lineno}", found=error.msg) from error
+        raise StageError(
+            "a file is not JSON", where=f"{path}, line {error.lineno}", found=error.msg
+        ) from error
     if not isinstance(content, dict):
         raise StageError("a file holds no JSON object", where=path, found=type(content).__name__)
     return content

@@ -1,8 +1,8 @@
 """How a stage speaks: one logger, one line shape, one way to end.
 
-A line is time, level, stage, past-tense verb, `key=value`; it goes to stderr, which the rule sends to its
-log file. Exit codes: 0 done; 1 a `StageError` (a message, no traceback); 2 usage; anything else keeps its
-traceback, because it is our bug.
+A line is time, level, stage, past-tense verb, `key=value`; it goes to stderr, which the rule sends
+to its log file. Exit codes: 0 done; 1 a `StageError` (a message, no traceback); 2 usage; anything
+else keeps its traceback, because it is our bug.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def progress(
     for n_done, item in enumerate(tqdm(items, total=total, unit=unit, disable=None)):
         now = time.monotonic()
         if now - reported > SECONDS_BETWEEN_LINES and not sys.stderr.isatty():
-            logger.info("passed n=%d of=%d %s elapsed_seconds=%.0f", n_done, total, unit, now - started)
+            logger.info(
+                "passed n=%d of=%d %s elapsed_seconds=%.0f", n_done, total, unit, now - started
+            )
             reported = now
         yield item

@@ -1,8 +1,8 @@
 """The config, once: typed settings that validate it, document it, and parse what a stage is handed.
 
 An attribute's docstring is the option's documentation: `config/config.schema.json` and the table in
-`config/README.md` are made from it (`make schema`; a test fails when they drift). Unknown keys, wrong types
-and impossible combinations raise `SettingsError` before any job runs.
+`config/README.md` are made from it (`make schema`; a test fails when they drift). Unknown keys,
+wrong types and impossible combinations raise `SettingsError` before any job runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0)]
 Fraction = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1)]
-
 
 
 def _kv_rank(value: object) -> object:
@@ -86,7 +85,8 @@ class ModelSettings(Settings):
     """`models.<name>`: where a base model comes from; exactly one of `source` and `generate`."""
 
     source: str | None = None
-    """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or beginning with `.` or `~`)."""
+    """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or
+    beginning with `.` or `~`)."""
     revision: str | None = None
     """Commit, tag or branch on the Hub; a commit is the only one that cannot move."""
     generate: DemoModelSettings | None = None
@@ -100,7 +100,7 @@ class ModelSettings(Settings):
             raise ValueError("`revision` belongs to a Hub id; a local folder has none")
         if self.source and not self.is_local and self.source.count("/") != 1:
             raise ValueError(
-                f"`source`: {self.source!r} is neither a Hub id (owner/name) nor a folder (./folder)"
+                f"`source`: {self.source!r} is neither a Hub id (owner/name) nor a folder (./name)"
             )
         return self
 
@@ -124,7 +124,8 @@ class CleaningSettings(Settings):
     validation_fraction: Fraction = 0.05
     """Share held out for choosing: watched during training, used by the gates."""
     test_fraction: Fraction = 0.05
-    """Share held out for reporting: every link of the chain is scored on it, nothing is chosen by it."""
+    """Share held out for reporting: every link of the chain is scored on it, nothing is chosen
+    by it."""
     split_by: Literal["first_user_turn", "group"] = "first_user_turn"
     """What is hashed to choose the split: the first user message, or the record's `group` field."""
     max_rejected_fraction: Fraction = 0.1
@@ -169,7 +170,8 @@ class PackingSettings(Settings):
     """`packings.<name>`: how documents share a row of training."""
 
     strategy: Literal["best_fit", "concatenate"] = "best_fit"
-    """`best_fit` keeps documents whole and apart; `concatenate` cuts wherever a row ends, and attention crosses documents."""
+    """`best_fit` keeps documents whole and apart; `concatenate` cuts wherever a row ends, and
+    attention crosses documents."""
     row_tokens: Annotated[Count, Field(ge=16, le=131_072)] = 4096
     """Length of a row of training, tokens."""
     seed: NonNegative = 0
@@ -184,7 +186,8 @@ class RecipeSettings(Settings):
     alpha: Positive = 64
     """LoRA alpha; the adapter's scale is alpha ÷ rank, the same for every module."""
     kv_rank: KvRank = "uniform"
-    """Rank of k and v: `uniform` as the rest, `matched` rank × kv heads ÷ heads (the same budget a head), or a number."""
+    """Rank of k and v: `uniform` as the rest, `matched` rank × kv heads ÷ heads (the same
+    budget a head), or a number."""
     learning_rate: Positive = 1.4e-4
     """Peak of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -267,7 +270,8 @@ class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
     piece_tokens: Count | None = None
-    """Longest piece scored along the chain, tokens; null is the sliding window, else the context."""
+    """Longest piece scored along the chain, tokens; null is the sliding window, else the
+    context."""
     max_conversations: Count | None = None
     """Test conversations scored, the first of the split's order; null is all."""
     gates: GateSettings = GateSettings()
@@ -296,7 +300,8 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
-    """Smoke setting: no training, the demo's pre-training included, takes more steps; null is no limit."""
+    """Smoke setting: no training, the demo's pre-training included, takes more steps; null is
+    no limit."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
@@ -324,14 +329,13 @@ class Config(Settings):
             if packing and model and model.generate:
                 if packing.row_tokens > model.generate.context_tokens:
                     problems.append(
-                        f"packings.{run.packing}.row_tokens: found {packing.row_tokens}, expected at"
-                        f" most models.{run.model}.generate.context_tokens"
+                        f"packings.{run.packing}.row_tokens: found {packing.row_tokens}, expected"
+                        f" at most models.{run.model}.generate.context_tokens"
                         f" ({model.generate.context_tokens})"
                     )
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
 
     def entry(self, table: str, name: str) -> Settings:
         """An entry of one of the four tables, the smoke setting applied.
@@ -389,7 +393,9 @@ def _validated(table: type[Table], content: object, what: str) -> Table:
 
 def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str]:
     """One line or more a problem: the key's path, what was found, what would be right."""
-    path = ".".join(str(part) for part in problem["loc"] if part not in ("constrained-str", "[key]"))
+    path = ".".join(
+        str(part) for part in problem["loc"] if part not in ("constrained-str", "[key]")
+    )
     found = problem["input"]
     match problem["type"]:
         case "extra_forbidden":
@@ -404,7 +410,8 @@ def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str
         case "literal_error":
             expected = problem["ctx"]["expected"]
             known = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
-            yield f"{path}: found {found!r}, expected {expected} ({_did_you_mean(str(found), known)})"
+            remedy = _did_you_mean(str(found), known)
+            yield f"{path}: found {found!r}, expected {expected} ({remedy})"
         case _:
             yield f"{path}: found {found!r}; {problem['msg']}"
 
@@ -452,13 +459,13 @@ def config_schema() -> dict[str, Any]:
     return schema
 
 
-def option_table() -> str:
+def option_tables() -> str:
     """Markdown: every option with its meaning, unit and default, a table a settings class."""
     sections = []
     for table in (
         Config, ModelSettings, DemoModelSettings, DatasetSettings, DemoDatasetSettings,
-        CleaningSettings, RenderingSettings, PackingSettings, RecipeSettings, RunSettings, GgufSettings, EvaluationSettings, GateSettings,
-        InferenceSettings,
+        CleaningSettings, RenderingSettings, PackingSettings, RecipeSettings, RunSettings,
+        GgufSettings, EvaluationSettings, GateSettings, InferenceSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"
@@ -480,5 +487,3 @@ def _default(field: Any) -> str:
 
 def _one_line(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|")
-
-

@@ -1,7 +1,7 @@
 """Make the demo dataset: chats about the Python standard library, from its own docstrings.
 
-Nothing is downloaded and nothing is copied into the repository: the running interpreter is the source.
-The same interpreter and settings give the same file, byte for byte.
+Nothing is downloaded and nothing is copied into the repository: the running interpreter is the
+source. The same interpreter and settings give the same file, byte for byte.
 
 python -m workflow_scripts.data.build_demo_dataset --settings '{"n_conversations": 3000}'
     --conversations stdlib-help.jsonl

@@ -2,7 +2,8 @@
 
 Three ways to the same ids: the file under judgement; mistral-common, asked again; and the exported
 `tokenizer.json` with its chat template, through transformers, as a user of the model would call it.
-Conversations whose text spells a control token (`[INST]`) are compared with mistral-common alone and
+Conversations whose text spells a control token (`[INST]`) are compared with mistral-common alone
+and
 counted: as text they are harmless there, and no text template can say so.
 
 python -m workflow_scripts.data.check_tokens --clean clean/ --tokens tokens/ --tokenizer tokenizer/
@@ -57,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 rendered = shipped.apply_chat_template(messages, tokenize=True, return_dict=False)
                 compare(found, rendered, where, "tokenizer.json and chat_template.jinja")
-            closes = [bool(document.is_supervised[at]) for at, token in enumerate(found) if token == eos_id]
+            closes = [
+                bool(document.is_supervised[at])
+                for at, token in enumerate(found)
+                if token == eos_id
+            ]
             if not closes or not all(closes):
                 raise StageError("an answer's closing EOS is not supervised", where=where)
             n_compared += 1
@@ -71,7 +76,11 @@ def compare(found: list[int], expected: list[int], where: str, reference: str) -
     if found == expected:
         return
     at = next(
-        (position for position, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
+        (
+            position
+            for position, pair in enumerate(zip(found, expected, strict=False))
+            if pair[0] != pair[1]
+        ),
         min(len(found), len(expected)),
     )
     raise StageError(

@@ -1,8 +1,10 @@
 """Read chats, keep the usable ones, reject the rest with a reason, and split by a stable hash.
 
-Writes one table a split, `rejected.parquet` (file, line, reason, raw text) and a report with counts.
+Writes one table a split, `rejected.parquet` (file, line, reason, raw text) and a report with
+counts.
 
-python -m workflow_scripts.data.clean_dataset --files data/chats.jsonl --settings '{}' --clean clean/
+python -m workflow_scripts.data.clean_dataset --files data/chats.jsonl --settings '{}' --clean
+clean/
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = pa.Table.from_pylist(rows, schema=clean_schema())
         files.write_parquet(arguments.clean / f"{split}.parquet", table)
     files.write_parquet(
-        arguments.clean / "rejected.parquet", pa.Table.from_pylist(rejected, schema=rejected_schema())
+        arguments.clean / "rejected.parquet",
+        pa.Table.from_pylist(rejected, schema=rejected_schema()),
     )
     # Duplicates are not damage: a dataset of many copies is clean once they are gone.
     damaged = [row for row in rejected if row["reason"] != "duplicate"]

@@ -1,7 +1,7 @@
 """Conversations: reading them from JSON Lines, judging them, and choosing their split.
 
-A conversation is kept whole or rejected with a reason; nothing is lost in silence. Every kept one carries
-the file and line it came from.
+A conversation is kept whole or rejected with a reason; nothing is lost in silence. Every kept one
+carries the file and line it came from.
 """
 
 from __future__ import annotations

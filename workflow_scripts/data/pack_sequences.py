@@ -48,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     n_supervised = [
         sum(
-            int(documents[piece.document].is_supervised[piece.start : piece.start + piece.length].sum())
+            int(
+                documents[piece.document]
+                .is_supervised[piece.start : piece.start + piece.length]
+                .sum()
+            )
             for piece in row
         )
         for row in plan.rows
     ]
-    write_plan(
-        arguments.plan, plan, window=facts["sliding_window"], n_supervised=n_supervised
-    )
+    write_plan(arguments.plan, plan, window=facts["sliding_window"], n_supervised=n_supervised)
     pieces = [piece for row in plan.rows for piece in row]
     n_tokens = sum(piece.length for piece in pieces)
     window = facts["sliding_window"]

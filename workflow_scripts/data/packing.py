@@ -1,8 +1,8 @@
 """Packing: which document, from which token, how many, share a row of training.
 
-A plan places pieces and copies no token. `best_fit` (best-fit decreasing) keeps documents whole and apart,
-after arXiv:2404.10830; `concatenate` lays them end to end and cuts where a row ends, as generic training
-scripts do, with attention across documents.
+A plan places pieces and copies no token. `best_fit` (best-fit decreasing) keeps documents whole
+and apart, after arXiv:2404.10830; `concatenate` lays them end to end and cuts where a row ends, as
+generic training scripts do, with attention across documents.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Row = list[Piece]
 def best_fit(lengths: Sequence[int] | np.ndarray, *, row_tokens: int, seed: int) -> list[Row]:
     """Every document whole in one row, the rows as full as best-fit decreasing makes them.
 
-    A document longer than a row is cut into pieces of a row's length and a rest; these pieces do not see
-    each other. Rows come in a random order, as best fit groups like lengths together.
+    A document longer than a row is cut into pieces of a row's length and a rest; these pieces do
+    not see each other. Rows come in a random order, as best fit groups like lengths together.
 
     Args:
         lengths: tokens of each document, in order.
@@ -72,7 +72,8 @@ def best_fit(lengths: Sequence[int] | np.ndarray, *, row_tokens: int, seed: int)
 
 
 def concatenate(lengths: Sequence[int] | np.ndarray, *, row_tokens: int, seed: int) -> list[Row]:
-    """Documents in random order, end to end, cut wherever a row is full; the last row may be shorter.
+    """Documents in random order, end to end, cut wherever a row is full; the last row may be
+    shorter.
 
     Args:
         lengths: tokens of each document, in order.

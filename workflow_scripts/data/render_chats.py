@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             )
         files.write_arrow(
-            arguments.tokens / f"{split}.arrow", pa.Table.from_pylist(rows, schema=documents_schema())
+            arguments.tokens / f"{split}.arrow",
+            pa.Table.from_pylist(rows, schema=documents_schema()),
         )
         logger.info(
             "rendered split=%s n_documents=%d n_tokens=%d n_supervised_tokens=%d",

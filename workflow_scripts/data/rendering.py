@@ -1,8 +1,8 @@
 """Rendering: a conversation as token ids by mistral-common, with the spans that training may learn.
 
-The library's own fine-tuning mode renders the whole conversation in one call, so that its rules (where
-the system prompt goes, what is stripped) hold as they are. The spans are read off the same call: a
-recording tokenizer notes how long each answer was, as it was encoded.
+The library's own fine-tuning mode renders the whole conversation in one call, so that its rules
+(where the system prompt goes, what is stripped) hold as they are. The spans are read off the same
+call: a recording tokenizer notes how long each answer was, as it was encoded.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def locate(
 ) -> list[tuple[int, int]]:
     """Where each answer stands in the document.
 
-    Every answer ends in EOS, and EOS stands nowhere else (SentencePiece and tekken never make a control
-    token of text), so the n-th EOS closes the n-th answer.
+    Every answer ends in EOS, and EOS stands nowhere else (SentencePiece and tekken never make a
+    control token of text), so the n-th EOS closes the n-th answer.
 
     Args:
         answers: token ids of each answer, its EOS included, in order.

@@ -1,8 +1,8 @@
 """The demo's conversations: questions about the standard library, answered from its docstrings.
 
-Lengths run from about 20 to 3,000 tokens, so that some documents are several sliding windows long; most
-answers are short, so that a small model can learn to finish them. `group` is the object asked about: a
-split by group keeps every chat about one object on one side.
+Lengths run from about 20 to 3,000 tokens, so that some documents are several sliding windows long;
+most answers are short, so that a small model can learn to finish them. `group` is the object asked
+about: a split by group keeps every chat about one object on one side.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
         short.extend(fresh)
     chats = short[: n_conversations - len(overviews)] + overviews
     generator.shuffle(chats)
-    return [
-        {"messages": _messages(turns, generator), "group": group} for group, turns in chats
-    ]
+    return [{"messages": _messages(turns, generator), "group": group} for group, turns in chats]
 
 
 def _messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]]:

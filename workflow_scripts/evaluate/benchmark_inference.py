@@ -1,7 +1,8 @@
 """Speed, memory and size of one link, alone on the machine, in llama-bench's terms.
 
-`pp`: reading a prompt; `tg`: writing tokens one by one after an empty context. Random tokens, as speed does
-not depend on which; one pass to warm up, then repetitions whose mean and standard deviation are kept.
+`pp`: reading a prompt; `tg`: writing tokens one by one after an empty context. Random tokens, as
+speed does not depend on which; one pass to warm up, then repetitions whose mean and standard
+deviation are kept.
 
 python -m workflow_scripts.evaluate.benchmark_inference --gguf run-Q4_K_M.gguf --facts facts.json
     --settings '{"repetitions": 3}' --threads 2 --speed Q4_K_M.inference.json

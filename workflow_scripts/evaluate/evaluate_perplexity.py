@@ -1,8 +1,8 @@
 """Perplexity of one link of the chain, on supervised tokens of held-out conversations.
 
-Every link scores the same tokens of the same conversations, in pieces no longer than the sliding window, so
-that a difference between neighbours is that link's loss. Models that honour the window are scored on whole
-conversations as well; that figure stands apart.
+Every link scores the same tokens of the same conversations, in pieces no longer than the sliding
+window, so that a difference between neighbours is that link's loss. Models that honour the window
+are scored on whole conversations as well; that figure stands apart.
 
 python -m workflow_scripts.evaluate.evaluate_perplexity --checkpoint merged/ --facts facts.json
     --tokens tokens/test.arrow --settings '{}' --threads 2 --scores merged.json

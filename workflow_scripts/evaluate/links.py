@@ -1,4 +1,5 @@
-"""The links of the chain as command-line arguments: which files make up the model that is measured."""
+"""The links of the chain as command-line arguments: which files make up the model that is
+measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A LoRA adapter on disk, as PEFT saves it: the delta of each weight it changes.
 
-Delta = alpha ÷ rank · B·A (arXiv:2106.09685), in float32; rank and alpha of a module are those of the first
-pattern that matches the end of its name, as in PEFT.
+Delta = alpha ÷ rank · B·A (arXiv:2106.09685), in float32; rank and alpha of a module are those of
+the first pattern that matches the end of its name, as in PEFT.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Gate: the F16 GGUF reads text as the model was trained on, and computes what the merged model computes.
+"""Gate: the F16 GGUF reads text as the model was trained on, and computes what the merged model
+computes.
 
-Tokens: the chat template inside the file, its tokenizer inside llama.cpp, against the ids of training.
-Logits: KL divergence to the merged model in float32 on validation text, no piece longer than the window.
+Tokens: the chat template inside the file, its tokenizer inside llama.cpp, against the ids of
+training. Logits: KL divergence to the merged model in float32 on validation text, no piece longer
+than the window.
 
 python -m workflow_scripts.export.check_gguf --gguf run-F16.gguf --merged merged/ --facts facts.json
     --clean clean/validation.parquet --tokens tokens/validation.arrow --settings '{}' --threads 2
@@ -97,7 +99,8 @@ def check_tokens(
 ) -> int:
     """Compare the file's own rendering of each conversation with the ids of training.
 
-    Conversations whose text spells a control token are left out: no text template can keep them apart.
+    Conversations whose text spells a control token are left out: no text template can keep them
+    apart.
 
     Returns:
         How many were compared.
@@ -118,7 +121,11 @@ def check_tokens(
         expected = document.input_ids.tolist()
         if found != expected:
             at = next(
-                (at for at, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
+                (
+                    at
+                    for at, pair in enumerate(zip(found, expected, strict=False))
+                    if pair[0] != pair[1]
+                ),
                 min(len(found), len(expected)),
             )
             raise StageError(
@@ -126,7 +133,7 @@ def check_tokens(
                 where=f"{gguf}, conversation {document.id}, token {at}",
                 found=found[at : at + 8],
                 expected=expected[at : at + 8],
-                to_fix="the merged folder must hold tokenizer.model and chat_template.jinja of the base",
+                to_fix="the merged folder must hold the base's tokenizer.model and chat template",
             )
         n_compared += 1
     return n_compared

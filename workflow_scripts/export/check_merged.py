@@ -1,8 +1,10 @@
-"""Gate: the merged model is the base with the adapter added, and no worse than the adapter it came from.
+"""Gate: the merged model is the base with the adapter added, and no worse than the adapter it came
+from.
 
-Arithmetic: merged against PEFT applying the same adapter live to the same base, both in float32; what
-remains is the one rounding of each weight to 16 bits. Quality: perplexity on validation text against the live
-adapter on its 4-bit base, the model that training saw. The files judged are read, never changed.
+Arithmetic: merged against PEFT applying the same adapter live to the same base, both in float32;
+what remains is the one rounding of each weight to 16 bits. Quality: perplexity on validation text
+against the live adapter on its 4-bit base, the model that training saw. The files judged are read,
+never changed.
 
 python -m workflow_scripts.export.check_merged --checkpoint checkpoint/ --facts facts.json
     --adapter adapter/ --merged merged/ --tokens tokens/validation.arrow --settings '{}'
@@ -31,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=Path, required=True, help="model facts")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter")
     parser.add_argument("--merged", type=Path, required=True, help="folder of merge_adapter")
-    parser.add_argument("--tokens", type=Path, required=True, help="documents of the validation split")
+    parser.add_argument(
+        "--tokens", type=Path, required=True, help="documents of the validation split"
+    )
     parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
@@ -40,15 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from workflow_scripts.scoring.likelihood import all_logits, divergence, score_documents, summarize
+    from workflow_scripts.scoring.likelihood import (
+        all_logits,
+        divergence,
+        score_documents,
+        summarize,
+    )
     from workflow_scripts.scoring.transformers_model import TransformersModel
 
     facts = files.read_json(arguments.facts)
     window = facts["sliding_window"]
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
-    pieces = list(
-        cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None))
-    )
+    pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     AutoTokenizer.from_pretrained(arguments.merged)
     device = roomy_device(facts)
     live = TransformersModel(
@@ -81,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "top1_agreement_fraction": float(agreements.double().mean()),
         "merged_perplexity": merged_scores["perplexity"],
         "adapter_perplexity": adapter_scores["perplexity"],
-        "perplexity_increase_fraction": merged_scores["perplexity"] / adapter_scores["perplexity"] - 1,
+        "perplexity_increase_fraction": merged_scores["perplexity"] / adapter_scores["perplexity"]
+        - 1,
     }
     logger.info("measured %s", log.fields(report))
     if report["kl_divergence_nats"] > settings.merge_kl_divergence_nats:
@@ -107,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def roomy_device(facts: dict) -> str | None:
-    """The GPU where the model fits in float32, else the CPU: the arithmetic is judged in float32."""
+    """The GPU where the model fits in float32, else the CPU: the arithmetic is judged in
+    float32."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Convert the merged model to an F16 GGUF with llama.cpp's own converter.
 
-The context that the file advertises is capped at the sliding window where the model has one: llama.cpp
-ignores a Mistral's window, and beyond it computes another model than was trained.
+The context that the file advertises is capped at the sliding window where the model has one:
+llama.cpp ignores a Mistral's window, and beyond it computes another model than was trained.
 
 python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.json --name my-run
     --gguf my-run-F16.gguf
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def served_context(facts: dict) -> int:
-    """Tokens that llama.cpp computes as the model was trained: its context, capped at its window."""
+    """Tokens that llama.cpp computes as the model was trained: its context, capped at its
+    window."""
     return min(facts["context_tokens"], facts["sliding_window"] or facts["context_tokens"])
 
 
@@ -67,7 +68,8 @@ def stage_model(merged: Path, folder: Path, *, context_tokens: int) -> None:
 
 
 def check_vocabulary(merged: Path, facts: dict) -> None:
-    """Embedding rows and tokens must agree: the converter would not mind, and loading would fail."""
+    """Embedding rows and tokens must agree: the converter would not mind, and loading would
+    fail."""
     from transformers import AutoTokenizer
 
     n_tokens = len(AutoTokenizer.from_pretrained(merged))

@@ -1,8 +1,8 @@
 """llama.cpp's own converter, from the very source that the installed llama-cpp-python was built of.
 
-The converter is not part of the wheel, and the `gguf` package on the index is another age of the code; so
-the sdist of the same version is fetched once, checked, and the Python parts are unpacked beside the
-environment.
+The converter is not part of the wheel, and the `gguf` package on the index is another age of the
+code; so the sdist of the same version is fetched once, checked, and the Python parts are unpacked
+beside the environment.
 
 python -m workflow_scripts.export.llama_cpp_source      (make does it; needed once an environment)
 """

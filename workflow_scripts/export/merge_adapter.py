@@ -1,7 +1,7 @@
 """Merge an adapter into the original 16-bit weights, tensor by tensor.
 
-Arithmetic is float32; each weight is rounded once, to the 16-bit type of the base. Memory is one tensor,
-whatever the model. The folder loads with plain `from_pretrained`.
+Arithmetic is float32; each weight is rounded once, to the 16-bit type of the base. Memory is one
+tensor, whatever the model. The folder loads with plain `from_pretrained`.
 
 python -m workflow_scripts.export.merge_adapter --checkpoint checkpoint/ --tokenizer tokenizer/
     --adapter adapter/ --merged merged/

@@ -1,8 +1,8 @@
 """The Ollama Modelfile of a release.
 
 Left to itself Ollama picks a template by likeness, and for Mistral one whose stop words are another
-family's; so template, stop words and context are written out. The template is what mistral-common renders
-for chats with an optional system prompt; tools are not in it.
+family's; so template, stop words and context are written out. The template is what mistral-common
+renders for chats with an optional system prompt; tools are not in it.
 
 Source: https://docs.ollama.com/modelfile, https://docs.ollama.com/template (Go templates).
 """
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from workflow_scripts.log import StageError
 
-# Spaces as the official templates have them: SentencePiece versions put one before the text, tekken none.
+# `~` stands for the space that SentencePiece versions put before a text and tekken does not.
 # Up to v3 the system prompt goes in front of the last user message (v1: the first).
 _LAST_USER = (
-    '{{{{- range $i, $_ := .Messages }}}}{{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}'
-    '{{{{- if eq .Role "user" }}}}[INST]{space}'
-    '{{{{- if and $last $.System }}}}{{{{ $.System }}}}\n\n{{{{ end }}}}{{{{ .Content }}}}{end_inst}'
-    '{{{{- else if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}</s>'
-    "{{{{- end }}}}{{{{- end }}}}"
+    "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
+    '{{- if eq .Role "user" }}[INST]~{{- if and $last $.System }}{{ $.System }}\n\n{{ end }}'
+    '{{ .Content }}[/INST]{{- else if eq .Role "assistant" }}~{{ .Content }}</s>'
+    "{{- end }}{{- end }}"
 )
 _V1 = (
     '{{- range $i, $_ := .Messages }}{{- if eq .Role "user" }} [INST] '
@@ -27,10 +26,10 @@ _V1 = (
     "{{- end }}{{- end }}"
 )
 _V7 = (
-    '{{{{- range .Messages }}}}{{{{- if eq .Role "system" }}}}[SYSTEM_PROMPT]{space}{{{{ .Content }}}}'
-    '[/SYSTEM_PROMPT]{{{{- else if eq .Role "user" }}}}[INST]{space}{{{{ .Content }}}}[/INST]'
-    '{{{{- else if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}</s>'
-    "{{{{- end }}}}{{{{- end }}}}"
+    '{{- range .Messages }}{{- if eq .Role "system" }}[SYSTEM_PROMPT]~{{ .Content }}'
+    '[/SYSTEM_PROMPT]{{- else if eq .Role "user" }}[INST]~{{ .Content }}[/INST]'
+    '{{- else if eq .Role "assistant" }}~{{ .Content }}</s>'
+    "{{- end }}{{- end }}"
 )
 
 
@@ -44,11 +43,11 @@ def chat_template(tokenizer_version: str) -> str:
         case "v1":
             return _V1
         case "v2" | "v3":
-            return _LAST_USER.format(space=" ", end_inst="[/INST]")
+            return _LAST_USER.replace("~", " ")
         case "v7":
-            return _V7.format(space=" ")
+            return _V7.replace("~", " ")
         case "tekken":
-            return _LAST_USER.format(space="", end_inst="[/INST]")
+            return _LAST_USER.replace("~", "")
     raise StageError("no Ollama template is known for the tokenizer", found=tokenizer_version)
 
 

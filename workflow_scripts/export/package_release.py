@@ -1,8 +1,9 @@
 """Package a run for people: GGUFs, Ollama Modelfile, model card, checksums, provenance.
 
 python -m workflow_scripts.export.package_release --name mistral --settings '{…}' --ggufs *.gguf
-    --facts facts.json --tokenizer tokenizer/ --checkpoint checkpoint/ --manifest training_manifest.json
-    --checks merged_check.json gguf_check.json --scores base.json … --release release/
+    --facts facts.json --tokenizer tokenizer/ --checkpoint checkpoint/ --manifest
+    training_manifest.json --checks merged_check.json gguf_check.json --scores base.json …
+    --release release/
 """
 
 from __future__ import annotations
@@ -95,13 +96,17 @@ def model_card(
     measured = scores["merged"]
     window = facts["sliding_window"]
     why_context = (
-        f"The model attends within a sliding window of {window} tokens, which llama.cpp does not apply to"
-        f" this architecture; so the GGUFs advertise {context} tokens. With transformers the context is"
-        f" {facts['context_tokens']}."
+        f"The model attends within a sliding window of {window} tokens, which llama.cpp does not"
+        f" apply to this architecture; so the GGUFs advertise {context} tokens. With transformers"
+        f" the context is {facts['context_tokens']}."
         if window and window < facts["context_tokens"]
         else f"Context: {context} tokens."
     )
-    header = {"base_model": source["source"], "library_name": "gguf", "pipeline_tag": "text-generation"}
+    header = {
+        "base_model": source["source"],
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+    }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     ollama = f"ollama create {name} -f Modelfile && ollama run {name}"
     python = (
@@ -115,14 +120,14 @@ def model_card(
 ---
 # {name}
 
-{source["source"]}, fine-tuned with LoRA on `{run.dataset}` (packing `{run.packing}`, recipe `{run.recipe}`),
-merged, and converted to GGUF by Tramontane.
+{source["source"]}, fine-tuned with LoRA on `{run.dataset}` (packing `{run.packing}`,
+recipe `{run.recipe}`), merged, and converted to GGUF by Tramontane.
 
 ## Measured
 
-Perplexity on {measured["n_conversations"]} test conversations, {measured["n_scored_tokens"]} supervised
-tokens, in pieces of at most {measured["piece_tokens"]} tokens; lower is better. Every line scores the same
-tokens.
+Perplexity on {measured["n_conversations"]} test conversations ({measured["n_scored_tokens"]}
+supervised tokens) in pieces of at most {measured["piece_tokens"]} tokens; lower is better. Every
+line scores the same tokens.
 
 | link | perplexity | against the base |
 | --- | ---: | ---: |
@@ -140,8 +145,8 @@ tokens.
 {python}
 ```
 
-`provenance.json` holds the base's file hashes, the training settings, the gates' figures and the versions;
-`sha256sum -c SHA256SUMS` checks the files.
+`provenance.json` holds the base's file hashes, the training settings, the gates' figures and the
+versions; `sha256sum -c SHA256SUMS` checks the files.
 """
 
 

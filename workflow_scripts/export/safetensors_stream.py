@@ -1,6 +1,7 @@
 """safetensors files written one tensor at a time: memory is one tensor, not one shard.
 
-Format: 8 bytes little-endian header length, a JSON header of name → dtype, shape, offsets, the data.
+Format: 8 bytes little-endian header length, a JSON header of name → dtype, shape, offsets, the
+data.
 Source: https://huggingface.co/docs/safetensors (format specification).
 """
 
@@ -43,7 +44,8 @@ def write(
     shapes: Mapping[str, tuple[list[int], torch.dtype]],
     tensor: Callable[[str], torch.Tensor],
 ) -> int:
-    """Write a file whose tensors are made one after the other, synced to disk before it gets its name.
+    """Write a file whose tensors are made one after the other, synced to disk before it gets its
+    name.
 
     Args:
         path: to write.

@@ -1,7 +1,7 @@
 """Build the demo's base model: a small real Mistral, pre-trained for a few minutes on this machine.
 
-Random weights, the official v3 tokenizer that mistral-common carries, and the standard library's own
-documentation as text: nothing is downloaded.
+Random weights, the official v3 tokenizer that mistral-common carries, and the standard library's
+own documentation as text: nothing is downloaded.
 
 python -m workflow_scripts.models.build_demo_model --settings '{"n_pretraining_steps": 160}'
     --checkpoint results/models/demo/checkpoint

@@ -1,7 +1,8 @@
 """A checkpoint folder on disk: its facts, and loading it as a model.
 
 Facts come from the files themselves. One trap: where config.json lacks `sliding_window`, the class
-`MistralConfig` fills in 4096 by itself; here a missing key means no window, and loading says so explicitly.
+`MistralConfig` fills in 4096 by itself; here a missing key means no window, and loading says so
+explicitly.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 def weight_files(checkpoint: Path) -> list[Path]:
     """The safetensors shards that make up the model, in order.
 
-    A repository may also hold `consolidated.safetensors`, the same weights in Mistral's own layout; the
-    index (or the single `model.safetensors`) says what counts.
+    A repository may also hold `consolidated.safetensors`, the same weights in Mistral's own
+    layout; the index (or the single `model.safetensors`) says what counts.
     """
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
@@ -105,10 +106,12 @@ def load_model(
 
     Args:
         checkpoint: folder with config.json and safetensors.
-        window: the model's sliding window (facts.json), set explicitly; None is full causal attention.
-        precision: of weights and arithmetic; `nf4` quantizes the linear layers on loading (bitsandbytes,
-            double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one that
-            has not, float32 on a CPU.
+        window: the model's sliding window (facts.json), set explicitly; None is full causal
+        attention.
+        precision: of weights and arithmetic; `nf4` quantizes the linear layers on loading
+        (bitsandbytes,
+            double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one
+            that has not, float32 on a CPU.
         attention: transformers' name of the attention implementation.
         device: name of a torch device; None is the first GPU, else the CPU.
     """
@@ -141,8 +144,9 @@ def load_model(
         ),
     )
     for layer in model.modules():
-        # On CPUs with AVX512-BF16 one forward pass in eval mode makes bitsandbytes 0.50 repack a layer
-        # for inference, for good: bfloat16 arithmetic, and no gradient through the layer ever after.
+        # On CPUs with AVX512-BF16 one forward pass in eval mode makes bitsandbytes 0.50 repack a
+        # layer for inference, for good: bfloat16 arithmetic, and no gradient through the layer
+        # ever after.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model

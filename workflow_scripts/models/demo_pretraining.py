@@ -1,8 +1,10 @@
-"""Pre-training of the demo model: a few minutes of plain text on a CPU, so that fine-tuning has a base.
+"""Pre-training of the demo model: a few minutes of plain text on a CPU, so that fine-tuning has a
+base.
 
-The text is the standard library's own documentation and sources, read from the running interpreter, with
-two kinds of passages in the chat template's control tokens mixed in: a text cut in two (so that meeting
-`[INST]` is not what fine-tuning gains) and facts to recall (so that the model must look back).
+The text is the standard library's own documentation and sources, read from the running
+interpreter, with two kinds of passages in the chat template's control tokens mixed in: a text cut
+in two (so that meeting `[INST]` is not what fine-tuning gains) and facts to recall (so that the
+model must look back).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ ROW_TOKENS = 1024  # twice the window: every distance within it is met, and none
 ROWS_PER_STEP = 2
 LOSS_CHUNK_TOKENS = 256  # positions whose logits exist at once: 256 × 32768 floats, 32 MiB
 PASSAGE_WEIGHTS = {"documentation": 0.4, "source": 0.3, "continuation": 0.2, "recall": 0.1}
-CITIES = "Lisbon Oslo Cairo Lima Quito Accra Hanoi Perth Turin Izmir Kyoto Malmo Basel Porto".split()
+CITIES = (
+    "Lisbon Oslo Cairo Lima Quito Accra Hanoi Perth Turin Izmir Kyoto Malmo Basel Porto".split()
+)
 
 Encode = Callable[[str], list[int]]
 
@@ -91,7 +95,8 @@ def pretrain(
     seed: int,
     logger: logging.Logger,
 ) -> list[float]:
-    """Train all weights on `n_steps` × `ROWS_PER_STEP` × `ROW_TOKENS` tokens; changes `model` in place.
+    """Train all weights on `n_steps` × `ROWS_PER_STEP` × `ROW_TOKENS` tokens; changes `model` in
+    place.
 
     Matrix products run in bfloat16 (autocast), weights and their updates in float32.
 
@@ -118,8 +123,8 @@ def pretrain(
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden = model.model(token_ids, use_cache=False).last_hidden_state[:, :-1]
         targets = token_ids[:, 1:].flatten()
-        # The logits are most of the work and of the memory: made and spent a chunk at a time, against
-        # one bfloat16 copy of the output layer (autocast would copy it for every chunk).
+        # The logits are most of the work and of the memory: made and spent a chunk at a time,
+        # against one bfloat16 copy of the output layer (autocast would copy it for every chunk).
         leaf = hidden.detach().flatten(0, 1).bfloat16().requires_grad_()
         head = model.lm_head.weight.detach().bfloat16().requires_grad_()
         total = 0.0

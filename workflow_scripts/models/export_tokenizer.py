@@ -1,7 +1,8 @@
 """Write the tokenizer that ships with everything made from a model.
 
-The original file, a `tokenizer.json` made from it, and the official chat template. The data stages depend
-on this folder and not on the weights, so data can be prepared before 14 GB are fetched or changed.
+The original file, a `tokenizer.json` made from it, and the official chat template. The data stages
+depend on this folder and not on the weights, so data can be prepared before 14 GB are fetched or
+changed.
 
 python -m workflow_scripts.models.export_tokenizer --checkpoint results/models/m/checkpoint
     --tokenizer results/models/m/tokenizer

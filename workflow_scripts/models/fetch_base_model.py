@@ -1,7 +1,8 @@
 """Bring a base model into the workflow: from the Hugging Face Hub, or from a local folder by links.
 
-A Hub download goes straight to its place; what was fetched (repository and resolved commit) is written
-beside it as `source.json`. Set HF_TOKEN for gated repositories, HF_HUB_CACHE and HF_ENDPOINT as usual.
+A Hub download goes straight to its place; what was fetched (repository and resolved commit) is
+written beside it as `source.json`. Set HF_TOKEN for gated repositories, HF_HUB_CACHE and
+HF_ENDPOINT as usual.
 
 python -m workflow_scripts.models.fetch_base_model
     --settings '{"source": "mistralai/Mistral-7B-v0.3"}' --checkpoint results/models/m/checkpoint
@@ -20,7 +21,8 @@ from workflow_scripts.models import tokenizer_files
 from workflow_scripts.settings import ModelSettings, settings_from_json
 
 OUTPUT_VERSION = 1
-# Weights as transformers reads them; the same again in `consolidated*` or .bin would double the download.
+# Weights as transformers reads them; the same again in `consolidated*` or .bin would double the
+# download.
 WANTED = ["*.json", "model*.safetensors", "tokenizer.model*", "LICENSE*", "*.jinja"]
 UNWANTED = ["consolidated*", "*/*"]
 logger = log.stage_logger("fetch_base_model")
@@ -83,8 +85,8 @@ def download(repository: str, revision: str | None, folder: Path) -> None:
         commit = HfApi().model_info(repository, revision=revision).sha
         if revision != commit:
             logger.warning(
-                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only name"
-                " that cannot move",
+                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only"
+                " name that cannot move",
                 repository,
                 revision,
                 commit,
@@ -121,7 +123,7 @@ def download(repository: str, revision: str | None, folder: Path) -> None:
             "the Hub cannot be reached",
             where=where,
             found=f"{type(error).__name__}: {error}".splitlines()[0],
-            to_fix="check the connection, or download the model elsewhere and set `source` to its folder",
+            to_fix="check the connection, or download it elsewhere and set `source` to the folder",
         ) from error
     files.write_json(folder / "source.json", {"source": repository, "commit": commit})
 

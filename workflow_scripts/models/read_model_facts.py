@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.checkpoint / "config.json"
     ):
         logger.warning(
-            "found no sliding_window in config.json: taken as full attention (transformers alone would"
-            " take 4096)"
+            "found no sliding_window in config.json: taken as full attention (transformers alone"
+            " would take 4096)"
         )
     files.write_json(arguments.facts, facts)
     logger.info("read %s", log.fields(facts))

@@ -1,7 +1,9 @@
-"""What the running interpreter says about its own standard library: objects, signatures, docstrings.
+"""What the running interpreter says about its own standard library: objects, signatures,
+docstrings.
 
-The demo's model is pre-trained on this text and its chats ask about it. Price of reading the interpreter
-instead of shipping a corpus: the text differs between Python versions, so demo results do as well.
+The demo's model is pre-trained on this text and its chats ask about it. Price of reading the
+interpreter instead of shipping a corpus: the text differs between Python versions, so demo results
+do as well.
 """
 
 from __future__ import annotations
@@ -14,19 +16,21 @@ from types import ModuleType
 
 # Pure-Python modules with good docstrings, importable without side effects on every platform.
 MODULES = (
-    "abc argparse array ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64 bdb"
-    " bisect bz2 calendar cmath cmd code codecs collections colorsys concurrent.futures"
-    " configparser contextlib copy csv datetime decimal difflib dis doctest email.message email.utils"
-    " enum filecmp fileinput fnmatch fractions ftplib functools gettext glob graphlib gzip hashlib heapq"
-    " hmac html html.parser http.client http.cookies http.server imaplib importlib.util inspect io ipaddress"
-    " itertools json keyword linecache locale logging logging.handlers lzma mailbox math mimetypes"
-    " multiprocessing.pool multiprocessing.managers netrc numbers operator optparse os os.path pathlib pdb pickle"
-    " pickletools pkgutil platform plistlib poplib pprint profile pstats queue quopri random re reprlib sched"
-    " secrets selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics"
-    " string stringprep struct subprocess symtable sys sysconfig tarfile tempfile textwrap threading time timeit"
-    " token tokenize trace traceback tracemalloc types typing unicodedata unittest unittest.case"
-    " unittest.mock urllib.error urllib.parse urllib.request uuid warnings wave weakref"
-    " wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zlib"
+    "abc argparse array ast asyncio.events asyncio.locks asyncio.queues asyncio.streams "
+    "asyncio.tasks base64 bdb bisect bz2 calendar cmath cmd code codecs collections colorsys "
+    "concurrent.futures configparser contextlib copy csv datetime decimal difflib dis doctest "
+    "email.message email.utils enum filecmp fileinput fnmatch fractions ftplib functools "
+    "gettext glob graphlib gzip hashlib heapq hmac html html.parser http.client http.cookies "
+    "http.server imaplib importlib.util inspect io ipaddress itertools json keyword linecache "
+    "locale logging logging.handlers lzma mailbox math mimetypes multiprocessing.pool "
+    "multiprocessing.managers netrc numbers operator optparse os os.path pathlib pdb pickle "
+    "pickletools pkgutil platform plistlib poplib pprint profile pstats queue quopri random re "
+    "reprlib sched secrets selectors shelve shlex shutil signal site smtplib socket "
+    "socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys "
+    "sysconfig tarfile tempfile textwrap threading time timeit token tokenize trace traceback "
+    "tracemalloc types typing unicodedata unittest unittest.case unittest.mock urllib.error "
+    "urllib.parse urllib.request uuid warnings wave weakref wsgiref.util xml.dom.minidom "
+    "xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zlib"
 ).split()
 # A default such as `<function f at 0x7f…>` would change at every start of the interpreter.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")

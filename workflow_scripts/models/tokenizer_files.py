@@ -1,7 +1,9 @@
-"""A checkpoint's own tokenizer: which file it is, which Mistral version, and the files made from it.
+"""A checkpoint's own tokenizer: which file it is, which Mistral version, and the files made from
+it.
 
-mistral-common, Mistral's own library, is the source of truth. The `tokenizer.json` and the chat template
-that ship are made here from the same file, and the gate `check_tokens` proves that they agree with it.
+mistral-common, Mistral's own library, is the source of truth. The `tokenizer.json` and the chat
+template that ship are made here from the same file, and the gate `check_tokens` proves that they
+agree with it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def find_tokenizer(folder: Path) -> Path:
     raise StageError(
         "the checkpoint has no tokenizer that mistral-common reads",
         where=folder,
-        found=", ".join(sorted(path.name for path in folder.glob("*token*"))) or "no tokenizer file",
+        found=", ".join(sorted(path.name for path in folder.glob("*token*")))
+        or "no tokenizer file",
         expected="tekken.json, tokenizer.model.v1 … v7, or tokenizer.model",
         to_fix="add the original tokenizer file of the base model to the folder",
     )
@@ -51,8 +54,8 @@ def find_tokenizer(folder: Path) -> Path:
 def tokenizer_version(path: Path) -> str:
     """`v1`, `v2`, `v3`, `v7` … for SentencePiece; `tekken` for tekken.json.
 
-    A bare `tokenizer.model` does not carry its version. 32,000 pieces is v1 (Mistral-7B v0.1, v0.2 and
-    Mixtral 8x7B ship it so); 32,768 pieces is v3, or v7 where it holds `[SYSTEM_PROMPT]`.
+    A bare `tokenizer.model` does not carry its version. 32,000 pieces is v1 (Mistral-7B v0.1, v0.2
+    and Mixtral 8x7B ship it so); 32,768 pieces is v3, or v7 where it holds `[SYSTEM_PROMPT]`.
     """
     if path.name == "tekken.json":
         return "tekken"
@@ -63,7 +66,8 @@ def tokenizer_version(path: Path) -> str:
     if pieces.get_piece_size() < 32_768:
         return "v1"
     is_v7 = any(
-        pieces.id_to_piece(token_id) == "[SYSTEM_PROMPT]" for token_id in range(pieces.get_piece_size())
+        pieces.id_to_piece(token_id) == "[SYSTEM_PROMPT]"
+        for token_id in range(pieces.get_piece_size())
     )
     return "v7" if is_v7 else "v3"
 
@@ -73,7 +77,8 @@ def load_mistral_tokenizer(folder: Path, *, for_training: bool) -> MistralTokeni
 
     Args:
         folder: written by `export_tokenizer`.
-        for_training: conversations end with an answer and are validated as fine-tuning data; else they
+        for_training: conversations end with an answer and are validated as fine-tuning data; else
+        they
             end with a question.
     """
     from mistral_common.protocol.instruct.validator import ValidationMode
@@ -84,7 +89,8 @@ def load_mistral_tokenizer(folder: Path, *, for_training: bool) -> MistralTokeni
 
 
 def export(checkpoint: Path, folder: Path) -> str:
-    """Write the tokenizer that ships: original file, `tokenizer.json`, its config, the chat template.
+    """Write the tokenizer that ships: original file, `tokenizer.json`, its config, the chat
+    template.
 
     Returns:
         The tokenizer's version.
@@ -114,7 +120,8 @@ def export(checkpoint: Path, folder: Path) -> str:
     files.write_json(
         folder / "tokenizer_config.json",
         {
-            # The class that takes tokenizer.json as it is; LlamaTokenizer would rebuild it its own way.
+            # The class that takes tokenizer.json as it is; LlamaTokenizer would rebuild it its own
+            # way.
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
             "add_bos_token": True,
@@ -132,8 +139,8 @@ def export(checkpoint: Path, folder: Path) -> str:
 def sentencepiece_to_tokenizer(path: Path) -> Tokenizer:
     """The Hugging Face tokenizer of a SentencePiece BPE model with byte fallback.
 
-    BOS goes in front. A space is put before the text only at the very start of the input (`first`), as
-    the official templates write the one after each control token themselves.
+    BOS goes in front. A space is put before the text only at the very start of the input
+    (`first`), as the official templates write the one after each control token themselves.
 
     Source: sentencepiece's `ModelProto`; merged by score, as `sentencepiece/src/bpe_model.cc`.
     """

@@ -1,7 +1,7 @@
 """Perplexity of every link, from the base to each quantized file: which hand-over cost what.
 
-python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …}' --results results
-    --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
+python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …}'
+    --results results --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ def chain(runs: Sequence[RunResults]) -> Table:
                 if previous
                 else ""
             )
-            rows.append([f"{run.name}: {link.name}", perplexity(link.scores), step, *measured(link)])
+            rows.append(
+                [f"{run.name}: {link.name}", perplexity(link.scores), step, *measured(link)]
+            )
             previous = link
     scores = runs[0].links[0].scores
     return Table(
         title="Chain of perplexities",
         note=(
-            f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the same"
-            f" {scores['n_conversations']} test conversations, in pieces of at most"
-            f" {scores['piece_tokens']} tokens; lower is better. “Step” is the change against the line"
-            " above. “Whole conversations” are scored without cutting, by the links that honour the"
-            " sliding window."
+            f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the"
+            f" same {scores['n_conversations']} test conversations, in pieces of at most"
+            f" {scores['piece_tokens']} tokens; lower is better. “Step” is the change against the"
+            " line above. “Whole conversations” are scored without cutting, by the links that"
+            " honour the sliding window."
         ),
         header=[
             "Link",

@@ -1,7 +1,7 @@
 """Loss curves of training: every step of every run, and the validation loss beside them.
 
-python -m workflow_scripts.report.report_loss --runs '{"runs": …, "gguf_types": …}' --results results
-    --figure loss.svg
+python -m workflow_scripts.report.report_loss --runs '{"runs": …, "gguf_types": …}'
+    --results results --figure loss.svg
 """
 
 from __future__ import annotations

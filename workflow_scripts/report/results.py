@@ -53,7 +53,9 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
             name=name,
             settings=settings,
             facts=files.read_json(results / "models" / settings["model"] / "facts.json"),
-            manifest=files.read_json(results / "runs" / name / "adapter" / "training_manifest.json"),
+            manifest=files.read_json(
+                results / "runs" / name / "adapter" / "training_manifest.json"
+            ),
             history=files.read_json(results / "runs" / name / "adapter" / "history.json"),
             links=list(_links(name, settings, wanted["gguf_types"], results)),
         )

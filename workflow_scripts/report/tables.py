@@ -1,4 +1,5 @@
-"""One table, three ways to read it: TSV for programs, Markdown for a repository, HTML for the report."""
+"""One table, three ways to read it: TSV for programs, Markdown for a repository, HTML for the
+report."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class Table:
             f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
             f"<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style>\n"
             f"<h1>{html.escape(self.title)}</h1>\n<p>{html.escape(self.note)}</p>\n"
-            f"<table>\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n"
-            "</html>\n"
+            f"<table>\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n"
+            "</table>\n</html>\n"
         )
 
 

@@ -1,7 +1,7 @@
 """Token-level scores from logits: negative log-likelihood, KL divergence, and their means.
 
-Transformers and llama.cpp give logits through one interface, `LogitModel`, so that a number means the same
-whichever link made it. All arithmetic on logits is float32, all sums over tokens float64.
+Transformers and llama.cpp give logits through one interface, `LogitModel`, so that a number means
+the same whichever link made it. All arithmetic on logits is float32, all sums over tokens float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class LogitModel(Protocol):
     """A model that gives next-token logits."""
 
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
-        """Logits after each of `positions`, in order, in blocks of (n, vocabulary) float32 on the CPU.
+        """Logits after each of `positions`, in order, in blocks of (n, vocabulary) float32 on the
+        CPU.
 
         Args:
             input_ids: (n_tokens,) integer.
@@ -57,8 +58,8 @@ def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> dict[int, np.
 def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
     """Mean loss over all scored tokens with its standard error over documents, and perplexity.
 
-    Tokens of one document depend on each other, so the error is that of a ratio of sums over documents
-    (Cochran, Sampling Techniques, 1977, §6.3). It is null for a single document.
+    Tokens of one document depend on each other, so the error is that of a ratio of sums over
+    documents (Cochran, Sampling Techniques, 1977, §6.3). It is null for a single document.
     """
     sums = np.array([part.sum() for part in scores.values()])
     counts = np.array([len(part) for part in scores.values()])
@@ -78,7 +79,8 @@ def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence of each position, nats, reference first; and whether the likeliest tokens agree.
+    """KL divergence of each position, nats, reference first; and whether the likeliest tokens
+    agree.
 
     Args:
         reference: (n, vocabulary) float32 logits, as is `other`.
@@ -86,7 +88,8 @@ def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     divergences = []
-    # float64, as a good match is 1e-8 nats; a few positions at a time, as a copy of all would be slow.
+    # float64, as a good match is 1e-8 nats; a few positions at a time, as a copy of all would be
+    # slow.
     for p, q in zip(reference.split(32), other.split(32), strict=True):
         log_p = torch.log_softmax(p.double(), dim=-1)
         log_q = torch.log_softmax(q.double(), dim=-1)

@@ -1,7 +1,7 @@
 """A GGUF through llama.cpp as a source of logits, in bounded memory.
 
-The high-level `Llama(logits_all=True)` would hold n_ctx × n_vocab floats; here each token of a batch says
-whether its logits are wanted, and they are read before the next batch.
+The high-level `Llama(logits_all=True)` would hold n_ctx × n_vocab floats; here each token of a
+batch says whether its logits are wanted, and they are read before the next batch.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class LlamaCppModel:
         """Empty the key-value cache."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
-    def decode(self, tokens: np.ndarray, *, first: int, wants_logits: np.ndarray) -> np.ndarray | None:
+    def decode(
+        self, tokens: np.ndarray, *, first: int, wants_logits: np.ndarray
+    ) -> np.ndarray | None:
         """Run up to `BATCH_TOKENS` tokens after what is in the cache.
 
         Args:
@@ -78,8 +80,8 @@ class LlamaCppModel:
             first: position of the first of them.
             wants_logits: (n,) bool.
         Returns:
-            (wanted, vocabulary) float32, llama.cpp's own memory, valid until the next call; None where
-            none is wanted.
+            (wanted, vocabulary) float32, llama.cpp's own memory, valid until the next call; None
+            where none is wanted.
         """
         batch = self._batch
         batch.n_tokens = len(tokens)
@@ -91,7 +93,9 @@ class LlamaCppModel:
             batch.logits[at] = bool(wants_logits[at])
         code = self._api.llama_decode(self._context, batch)
         if code:
-            raise StageError("llama.cpp cannot decode", found=f"code {code}", where=f"token {first}")
+            raise StageError(
+                "llama.cpp cannot decode", found=f"code {code}", where=f"token {first}"
+            )
         n_wanted = int(wants_logits.sum())
         if not n_wanted:
             return None

@@ -1,8 +1,9 @@
 """Pieces: held-out documents cut so that every link of the chain can score them alike.
 
-llama.cpp does not apply a Mistral's sliding window, so only text no longer than the window compares. A
-longer document becomes overlapping pieces: each begins with the document's first token (BOS), carries half
-a piece of context that is not scored again, and no supervised token is scored twice or left out.
+llama.cpp does not apply a Mistral's sliding window, so only text no longer than the window
+compares. A longer document becomes overlapping pieces: each begins with the document's first token
+(BOS), carries half a piece of context that is not scored again, and no supervised token is scored
+twice or left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Piece:
     input_ids: np.ndarray
     """(n_tokens,) int32."""
     scored: np.ndarray
-    """(n_scored,) int64 positions in the piece, ascending, none 0: each token is predicted from those
+    """(n_scored,) int64 positions in the piece, ascending, none 0: each token is predicted from
+    those
     before it."""
 
 
@@ -59,6 +61,7 @@ def cut(documents: Sequence[Document], *, piece_tokens: int | None) -> Iterator[
 
 
 def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
-    """Length of pieces that every link scores alike: the window, else the context; or less if wanted."""
+    """Length of pieces that every link scores alike: the window, else the context; or less if
+    wanted."""
     limit = facts["sliding_window"] or facts["context_tokens"]
     return limit if wanted is None else min(limit, wanted)

@@ -1,8 +1,8 @@
 """Attention over a packed row: same segment ∩ causal ∩ window, without ever making the row's mask.
 
 A micro-batch is one flat row of tokens; `cu_seq_lens` say where its segments begin and end. On CUDA
-PyTorch's varlen kernel takes them as they are; elsewhere each segment goes through SDPA by itself, which is
-exactly equal and, on a CPU, cheaper than a dense mask.
+PyTorch's varlen kernel takes them as they are; elsewhere each segment goes through SDPA by itself,
+which is exactly equal and, on a CPU, cheaper than a dense mask.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     flat_query, flat_key, flat_value = (part[0].transpose(0, 1) for part in (query, key, value))
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (-1 if window is None else window - 1, 0),
+    }
     if _varlen_takes_gqa():
         options["enable_gqa"] = True
     else:  # torch 2.11
@@ -131,7 +134,14 @@ def _varlen(
         flat_key = flat_key.repeat_interleave(groups, dim=1)
         flat_value = flat_value.repeat_interleave(groups, dim=1)
     output = varlen_attn(
-        flat_query, flat_key.contiguous(), flat_value.contiguous(), bounds, bounds, longest, longest, **options
+        flat_query,
+        flat_key.contiguous(),
+        flat_value.contiguous(),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        **options,
     )
     return output[None]
 

@@ -1,6 +1,7 @@
 """Micro-batches: rows of a plan laid out flat, their tokens read from the mapped documents.
 
-A micro-batch is one sequence of all its rows' tokens. Positions restart at 0 and attention stops at every
+A micro-batch is one sequence of all its rows' tokens. Positions restart at 0 and attention stops
+at every
 segment: a document for `best_fit`, a whole row for `concatenate`.
 """
 
@@ -19,7 +20,8 @@ IGNORED = -100
 
 
 class PlannedRows(Sequence[Row]):
-    """The rows of a plan as a dataset: an item is the row's pieces, its tokens are the collator's."""
+    """The rows of a plan as a dataset: an item is the row's pieces, its tokens are the
+    collator's."""
 
     def __init__(self, rows: list[Row]) -> None:
         self._rows = rows
@@ -51,9 +53,9 @@ class Collator:
 
         Returns:
             `input_ids`, `position_ids`, `labels`: (1, tokens); `cu_seq_lens_q`, `cu_seq_lens_k`:
-            (segments + 1,) int32; `max_length_q`, `max_length_k`: int. A label is the token to predict
-            *at* its position (transformers shifts by one); the first token of a segment has none, as
-            nothing before it belongs to it.
+            (segments + 1,) int32; `max_length_q`, `max_length_k`: int. A label is the token to
+            predict *at* its position (transformers shifts by one); the first token of a segment
+            has none, as nothing before it belongs to it.
         """
         import numpy as np
         import torch

@@ -1,7 +1,7 @@
 """The adapter's shape: LoRA on every linear layer, with a rank of its own for k and v where asked.
 
-In grouped-query attention k and v project to `n_kv_heads · head_dim`, a quarter of q in Mistral 7B. Whether
-they want less rank is a hypothesis that the report measures, not a fact.
+In grouped-query attention k and v project to `n_kv_heads · head_dim`, a quarter of q in Mistral
+7B. Whether they want less rank is a hypothesis that the report measures, not a fact.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int) -> int:
 def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:
     """PEFT's config of the recipe's adapter.
 
-    Where k and v have a rank of their own, so have they an alpha: PEFT would keep the alpha, and their
-    scale alpha ÷ rank would grow.
+    Where k and v have a rank of their own, so have they an alpha: PEFT would keep the alpha, and
+    their scale alpha ÷ rank would grow.
 
     Args:
         facts: the model's, for its heads.

@@ -1,9 +1,10 @@
-"""Cross-entropy through a frozen output layer, without ever holding the logits of a whole micro-batch.
+"""Cross-entropy through a frozen output layer, without ever holding the logits of a whole
+micro-batch.
 
-Logits of 32k tokens × 131k words would be 16 GiB in float32. Here they are made a chunk of tokens at a time,
-turned into the loss and the gradient of the hidden states at once, and dropped, so that a chunk's logits
-are all that exists. After the fused linear cross-entropy of Liger kernels, arXiv:2410.10989 §3.2, whose
-output layer may train; ours is frozen, as it is in LoRA.
+Logits of 32k tokens × 131k words would be 16 GiB in float32. Here they are made a chunk of tokens
+at a time, turned into the loss and the gradient of the hidden states at once, and dropped, so that
+a chunk's logits are all that exists. After the fused linear cross-entropy of Liger kernels,
+arXiv:2410.10989 §3.2, whose output layer may train; ours is frozen, as it is in LoRA.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 
-# Logits of a chunk: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next chunk instead of
-# returning it to the system, whose fresh pages cost more than the products (measured on 2 CPU cores).
+# Logits of a chunk: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next chunk
+# instead of returning it to the system, whose fresh pages cost more than the products (measured on
+# 2 CPU cores).
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Negative log-likelihood of `targets`, summed, nats; equal to cross-entropy of `hidden @ weight.T`.
+    """Negative log-likelihood of `targets`, summed, nats; equal to cross-entropy of `hidden @
+    weight.T`.
 
     The price: gradients are made in the forward pass, so a second derivative does not exist.
 
@@ -34,7 +37,9 @@ def summed_cross_entropy(
         ValueError: `weight` wants a gradient.
     """
     if weight.requires_grad:
-        raise ValueError("summed_cross_entropy: the output layer trains; its gradient is not made here")
+        raise ValueError(
+            "summed_cross_entropy: the output layer trains; its gradient is not made here"
+        )
     return _SummedCrossEntropy.apply(hidden, weight, targets)
 
 

@@ -1,8 +1,8 @@
 """The probe before the first step: on the real model, is attention what the plan declares?
 
-Silent leaks between packed documents are this field's commonest damage (a mask that is dropped, a cache
-that is on, a kernel that is swapped). So one packed row and one of its documents alone are run through the
-very model that will train, and compared.
+Silent leaks between packed documents are this field's commonest damage (a mask that is dropped, a
+cache that is on, a kernel that is swapped). So one packed row and one of its documents alone are
+run through the very model that will train, and compared.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from workflow_scripts.data.packing import Row
 from workflow_scripts.data.plan import Plan
 from workflow_scripts.log import StageError
 
-# Relative to the logits' spread. Measured on the demo, float32: 2e-6 apart, 0.5 and more when a document
-# sees its neighbour. bfloat16 rounds at 2⁻⁸ a layer.
+# Relative to the logits' spread. Measured on the demo, float32: 2e-6 apart, 0.5 and more when a
+# document sees its neighbour. bfloat16 rounds at 2⁻⁸ a layer.
 TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}
 
 
@@ -50,7 +50,7 @@ def check_attention(model: Any, documents: Documents, plan: Plan) -> None:
             where=f"document {documents.ids[last.document]}",
             found=f"logits {difference:.2g} of their spread apart from the document alone",
             expected=f"at most {TOLERANCE[dtype]:.2g}",
-            to_fix="a version of transformers or torch that changed attention; see requirements.lock",
+            to_fix="install the versions of requirements.lock: another one changed attention",
         )
 
 

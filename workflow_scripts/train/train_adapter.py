@@ -1,7 +1,7 @@
 """Train a LoRA adapter on the 4-bit base model (QLoRA), over the rows of a packing plan.
 
-Checkpoints live outside the declared outputs, in a folder named by a fingerprint of all that decides the
-result; a run that was killed resumes from the last one, and from no other run's.
+Checkpoints live outside the declared outputs, in a folder named by a fingerprint of all that
+decides the result; a run that was killed resumes from the last one, and from no other run's.
 
 python -m workflow_scripts.train.train_adapter --checkpoint checkpoint/ --facts facts.json
     --tokens tokens/ --plan plan.parquet --settings '{"rank": 32}' --resume-from checkpoints/run
@@ -145,7 +145,8 @@ def make_trainer(
     checkpoints: Path,
     throughput: Any,
 ) -> Any:
-    """The Trainer of one run; validation rows keep documents whole and apart whatever the recipe packs."""
+    """The Trainer of one run; validation rows keep documents whole and apart whatever the
+    recipe packs."""
     import torch
     from transformers import TrainingArguments
 

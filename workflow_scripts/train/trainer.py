@@ -1,8 +1,10 @@
-"""transformers' Trainer with the loss of packed rows: a mean over supervised tokens, whole step at once.
+"""transformers' Trainer with the loss of packed rows: a mean over supervised tokens, whole step at
+once.
 
-Packing must not change the objective: the loss is the sum over supervised tokens divided by their number in
-the whole optimizer step, over all accumulated micro-batches and processes. Logits are made at supervised
-positions alone, which leaves out a third to a half of the output layer's work on chats.
+Packing must not change the objective: the loss is the sum over supervised tokens divided by their
+number in the whole optimizer step, over all accumulated micro-batches and processes. Logits are
+made at supervised positions alone, which leaves out a third to a half of the output layer's work
+on chats.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     labels = inputs.pop("labels")[0]
     predicting = (labels[1:] != IGNORED).nonzero()[:, 0]
     causal_model = model.get_base_model()
-    # An explicit use_cache: with a cache transformers would look for boundaries and a mask of its own.
+    # An explicit use_cache: with a cache transformers would look for boundaries and a mask of its
+    # own.
     hidden = causal_model.model(**inputs, use_cache=False).last_hidden_state[0]
     return summed_cross_entropy(
         hidden[predicting], causal_model.lm_head.weight, labels[predicting + 1]

@@ -1,0 +1,42 @@
+# `make run` and `make test` set up what they lack. Plain pip, so that a CPU build of torch found
+# locally (PIP_FIND_LINKS, an own index) serves as well as the one from the index.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: run test lint schema clean help
+
+run: .venv/.installed  ## set up, then build the demo with all cores
+	snakemake --cores all
+
+test: .venv/.tests-installed lint  ## set up, then lint and test
+	python -m pytest
+
+lint: .venv/.tests-installed
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	snakemake --lint
+
+schema: .venv/.installed  ## write config/config.schema.json and the table in config/README.md
+	python -m workflow_scripts.settings_documents
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… make)")'
+	$(PYTHON) -m venv .venv
+
+# llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
+.venv/.installed: .venv/bin/python requirements.lock
+	python -m pip install --disable-pip-version-check -r requirements.lock
+	python -m workflow_scripts.export.llama_cpp_source
+	touch $@
+
+.venv/.tests-installed: .venv/.installed requirements-test.lock
+	python -m pip install --disable-pip-version-check -r requirements-test.lock
+	touch $@
+
+clean:  ## remove what was built; the environment stays
+	rm -rf results checkpoints logs benchmarks .snakemake
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'

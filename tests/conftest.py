@@ -1,0 +1,127 @@
+"""Fixtures that several rooms share: real files and real processes, made once a session."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import mistral_common
+import pytest
+from hypothesis import settings
+
+from workflow_scripts.models import tokenizer_files
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+IMPORTED = re.compile(r"^import time:\s*\d+ \|\s*\d+ \|\s*(\S+)$", re.MULTILINE)
+# The tokenizers as Mistral published them, which mistral-common carries.
+OFFICIAL_TOKENIZERS = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+}
+
+# Shared machines are slow at times, and that is no failure; a failure prints how to repeat it.
+settings.register_profile("tramontane", deadline=None, database=None, print_blob=True)
+settings.load_profile("tramontane")
+
+
+@pytest.fixture(scope="session")
+def run_stage() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_stage(module, *arguments, **environment)`: a stage as a rule starts it."""
+
+    def run(module: str, *arguments: object, **environment: str):
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_python(code, **environment)`: a snippet in an interpreter of its own."""
+
+    def run(code: str, **environment: str):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ask_for_help() -> Callable[[str], tuple[subprocess.CompletedProcess[str], set[str]]]:
+    """`ask_for_help(module)`: the process of `--help`, and every module it imported."""
+
+    def ask(module: str):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", module, "--help"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done, set(IMPORTED.findall(done.stderr))
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def official_tokenizer() -> Callable[[str], Path]:
+    """`official_tokenizer("v3")`: the file as Mistral published it."""
+    folder = Path(mistral_common.__file__).parent / "data"
+    return lambda version: folder / OFFICIAL_TOKENIZERS[version]
+
+
+@pytest.fixture(scope="session")
+def exported_tokenizer(official_tokenizer, tmp_path_factory) -> Callable[[str], Path]:
+    """`exported_tokenizer("v3")`: the folder that `export` makes of the official file."""
+
+    @cache
+    def exported(version: str) -> Path:
+        checkpoint = tmp_path_factory.mktemp(f"checkpoint_{version}")
+        shutil.copyfile(
+            official_tokenizer(version), checkpoint / f"tokenizer.model.{version}"
+        )
+        folder = tmp_path_factory.mktemp(f"tokenizer_{version}")
+        tokenizer_files.export(checkpoint, folder)
+        return folder
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def tokenizer_v3(exported_tokenizer) -> Path:
+    return exported_tokenizer("v3")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(run_stage, tmp_path_factory) -> Path:
+    """The demo's base model at its smallest: one layer, one step of pre-training."""
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    done = run_stage(
+        "workflow_scripts.models.build_demo_model",
+        "--settings",
+        '{"n_pretraining_steps": 1, "n_layers": 1}',
+        "--checkpoint",
+        folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from workflow_scripts.log import StageError
+from workflow_scripts.models import checkpoint
+
+# As the models' own config.json files have them (shared/PITFALLS.md, "Model facts").
+MISTRAL_7B_V01 = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+MISTRAL_7B_V02 = {**MISTRAL_7B_V01, "sliding_window": None, "rope_theta": 1000000.0}
+WITHOUT_WINDOW_KEY = {k: v for k, v in MISTRAL_7B_V01.items() if k != "sliding_window"}
+NEMO = {
+    **MISTRAL_7B_V02,
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "head_dim": 128,
+    "vocab_size": 131072,
+    "max_position_embeddings": 128000,
+}
+MIXTRAL_8X7B = {
+    **MISTRAL_7B_V02,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def facts_of(config, folder):
+    (folder / "config.json").write_text(json.dumps(config))
+    return checkpoint.read_facts(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MISTRAL_7B_V01, {"sliding_window": 4096, "rope_theta": 1e4, "head_dim": 128}),
+        (MISTRAL_7B_V02, {"sliding_window": None, "rope_theta": 1e6, "n_experts": None}),
+        (WITHOUT_WINDOW_KEY, {"sliding_window": None, "context_tokens": 32768}),
+        (NEMO, {"head_dim": 128, "hidden_size": 5120, "n_heads": 32, "vocabulary_size": 131072}),
+        (MIXTRAL_8X7B, {"n_experts": 8, "model_type": "mixtral", "sliding_window": None}),
+        ({**MISTRAL_7B_V01, "head_dim": None}, {"head_dim": 128}),
+        ({**MISTRAL_7B_V01, "dtype": "float16"}, {"dtype": "float16"}),
+    ],
+    ids=["7B v0.1", "7B v0.2", "no window key", "Nemo", "Mixtral", "head_dim null", "new dtype"],
+)
+def test_facts_are_those_of_the_config(tmp_path, config, expected):
+    facts = facts_of(config, tmp_path)
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["n_layers"] == config["num_hidden_layers"]
+    assert (facts["n_heads"], facts["n_kv_heads"]) == (32, 8)
+    assert facts["architecture"] == config["architectures"][0]
+
+
+@pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B])
+def test_facts_agree_with_transformers_where_the_config_is_whole(tmp_path, config):
+    from transformers import AutoConfig
+
+    facts = facts_of(config, tmp_path)
+    reference = AutoConfig.from_pretrained(tmp_path)
+    assert facts["head_dim"] == reference.head_dim
+    assert facts["sliding_window"] == reference.sliding_window
+    assert facts["rope_theta"] == reference.rope_parameters["rope_theta"]
+    assert facts["vocabulary_size"] == reference.vocab_size
+    assert facts["n_kv_heads"] == reference.num_key_value_heads
+
+
+def test_rope_theta_is_found_where_transformers_5_writes_it(tmp_path):
+    rope = {"rope_theta": 1000000.0, "rope_type": "default"}
+    config = {k: v for k, v in MISTRAL_7B_V02.items() if k != "rope_theta"}
+    facts = facts_of({**config, "rope_parameters": rope}, tmp_path)
+    assert facts["rope_theta"] == 1e6
+    assert facts["rope_parameters"] == rope
+
+
+def test_a_model_of_another_family_is_a_stage_error(tmp_path):
+    with pytest.raises(StageError) as caught:
+        facts_of({**MISTRAL_7B_V01, "model_type": "llama"}, tmp_path)
+    for part in ("Mistral family", "config.json, model_type", "found:    llama", "mixtral"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+)
+def test_a_missing_key_that_decides_the_shape_is_a_stage_error(tmp_path, key):
+    config = {k: v for k, v in MISTRAL_7B_V01.items() if k != key}
+    with pytest.raises(StageError) as caught:
+        facts_of(config, tmp_path)
+    assert f"config.json, {key}" in str(caught.value)
+
+
+def test_a_folder_without_config_is_a_stage_error(tmp_path):
+    with pytest.raises(StageError, match="a file is missing"):
+        checkpoint.read_facts(tmp_path)
+
+
+def shard(folder, names):
+    """An index over `names`; two tensors in the first shard."""
+    weights = {f"layer.{number}": name for number, name in enumerate([names[0], *names])}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    for name in names:
+        (folder / name).touch()
+
+
+def test_the_index_says_which_shards_count(tmp_path):
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    shard(tmp_path, names)
+    (tmp_path / "consolidated.safetensors").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert [path.name for path in checkpoint.weight_files(tmp_path)] == names
+
+
+def test_without_an_index_the_single_file_counts(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "consolidated.safetensors").touch()
+    assert checkpoint.weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_a_missing_shard_is_a_stage_error_that_names_it(tmp_path):
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    shard(tmp_path, names)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(StageError) as caught:
+        checkpoint.weight_files(tmp_path)
+    for part in ("not whole", str(tmp_path / names[1]), "no such file", "index.json"):
+        assert part in str(caught.value)
+
+
+def test_a_folder_without_weights_is_a_stage_error(tmp_path):
+    (tmp_path / "consolidated.safetensors").touch()
+    with pytest.raises(StageError, match="model.safetensors"):
+        checkpoint.weight_files(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def without_window_key(demo_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("no_window") / "checkpoint"
+    shutil.copytree(demo_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_missing_window_loads_as_none_where_transformers_takes_4096(without_window_key):
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(without_window_key).sliding_window == 4096
+    window = checkpoint.read_facts(without_window_key)["sliding_window"]
+    model = checkpoint.load_model(
+        without_window_key, window=window, precision="float32", device="cpu"
+    )
+    assert model.config.sliding_window is None
+
+
+def test_a_window_hides_tokens_from_the_loaded_model(demo_checkpoint):
+    import torch
+
+    tokens = torch.arange(3, 35)[None]
+    changed = tokens.clone()
+    changed[0, 0] = 999
+
+    def last_logits(window, ids):
+        model = checkpoint.load_model(
+            demo_checkpoint, window=window, precision="float32", device="cpu"
+        )
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits[0, -1]
+
+    # One layer: beyond the window nothing of the first token can arrive at the last.
+    assert torch.equal(last_logits(8, tokens), last_logits(8, changed))
+    assert not torch.equal(last_logits(None, tokens), last_logits(None, changed))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_load_in_the_precision_asked_for(demo_checkpoint, precision):
+    import torch
+
+    model = checkpoint.load_model(demo_checkpoint, window=8, precision=precision, device="cpu")
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    assert dtypes == {getattr(torch, precision)}
+
+
+def test_arithmetic_on_a_cpu_is_float32():
+    import torch
+
+    assert checkpoint.compute_dtype(torch.device("cpu")) == torch.float32

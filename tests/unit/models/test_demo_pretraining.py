@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+from itertools import islice
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow_scripts.models import demo_pretraining as pretraining
+from workflow_scripts.models.demo_pretraining import BEGIN_INST, BOS, END_INST, EOS, ROW_TOKENS
+
+FIRST_LETTER = 10  # above the control tokens
+
+
+def encode(text: str) -> list[int]:
+    """A token a character: passages can be read back."""
+    return [FIRST_LETTER + ord(character) for character in text]
+
+
+def decode(token_ids) -> str:
+    return "".join(chr(token - FIRST_LETTER) for token in token_ids)
+
+
+documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=700), max_size=20)
+
+
+@given(documents=documents)
+def test_rows_are_the_documents_end_to_end(documents):
+    tokens = [token for document in documents for token in document]
+    rows = list(pretraining.rows(iter(documents)))
+    assert [token for row in rows for token in row] == tokens[: len(rows) * ROW_TOKENS]
+    assert all(len(row) == ROW_TOKENS for row in rows)
+    assert len(tokens) - len(rows) * ROW_TOKENS < ROW_TOKENS
+
+
+def test_every_passage_runs_from_bos_to_eos():
+    for passage in islice(pretraining.passages(encode, seed=3), 300):
+        assert passage[0] == BOS and passage[-1] == EOS
+        control = [token for token in passage[1:-1] if token < FIRST_LETTER]
+        assert control in ([], [BEGIN_INST, END_INST])
+
+
+def test_every_recall_passage_holds_its_answer():
+    n_recalled = 0
+    for passage in islice(pretraining.passages(encode, seed=3), 300):
+        if END_INST not in passage:
+            continue
+        end = passage.index(END_INST)
+        asked = re.search(r"What is the code of (\w+)\?$", decode(passage[2:end]))
+        if asked:
+            answer = decode(passage[end + 1 : -1])
+            assert f"The code of {asked[1]} is {answer}." in decode(passage[2:end])
+            n_recalled += 1
+    assert 10 <= n_recalled <= 60  # 10 % of 300
+
+
+def test_passages_are_decided_by_the_seed():
+    def first(seed):
+        return list(islice(pretraining.passages(encode, seed=seed), 20))
+
+    assert first(5) == first(5)
+    assert first(5) != first(6)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import shutil
+
+STAGE = "workflow_scripts.models.export_tokenizer"
+
+
+def test_help_explains_without_torch(ask_for_help):
+    done, imported = ask_for_help(STAGE)
+    assert done.returncode == 0
+    assert "--checkpoint" in done.stdout
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers"})
+
+
+def test_it_writes_the_five_files_that_ship(run_stage, official_tokenizer, tmp_path):
+    original = official_tokenizer("v3")
+    shutil.copyfile(original, tmp_path / "tokenizer.model.v3")
+    done = run_stage(STAGE, "--checkpoint", tmp_path, "--tokenizer", tmp_path / "made")
+    assert done.returncode == 0, done.stderr
+    assert "wrote version=v3" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert names == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "tokenizer_config.json",
+    ]
+    assert (tmp_path / "made" / "tokenizer.model").read_bytes() == original.read_bytes()
+
+
+def test_a_checkpoint_without_tokenizer_leaves_nothing_behind(run_stage, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    done = run_stage(
+        STAGE, "--checkpoint", tmp_path / "checkpoint", "--tokenizer", tmp_path / "made"
+    )
+    assert done.returncode == 1
+    for part in ("export_tokenizer: ", "no tokenizer", str(tmp_path / "checkpoint"), "to fix:"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

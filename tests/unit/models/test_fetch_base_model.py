@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+STAGE = "workflow_scripts.models.fetch_base_model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": json.dumps(
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 32768,
+            "max_position_embeddings": 128,
+            "sliding_window": None,
+        }
+    ).encode(),
+    "model.safetensors": b"weights",
+    "tokenizer.model.v3": b"pieces",
+}
+# In the repository, but not wanted: the same weights again, and folders.
+ALSO_THERE = {
+    "consolidated.safetensors": b"weights again",
+    "pytorch_model.bin": b"weights again",
+    "original/params.json": b"{}",
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as a download asks for."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def answer(self, *, with_body):
+        path = urlsplit(self.path).path
+        served = {**FILES, **ALSO_THERE}
+        if path.startswith("/api/models/owner/gated"):
+            return self.reply(403, {"X-Error-Code": "GatedRepo"}, b"{}", with_body)
+        if path.startswith("/api/models/owner/model/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                for name, content in served.items()
+            ]
+            return self.json(tree, with_body)
+        known = ("/api/models/owner/model", *(
+            f"/api/models/owner/model/revision/{name}" for name in (COMMIT, "main", "v0")
+        ))
+        if path in known:
+            siblings = [{"rfilename": name} for name in served]
+            info = {"id": "owner/model", "sha": COMMIT, "siblings": siblings}
+            return self.json(info, with_body)
+        if path.startswith("/api/models/owner/model/revision/"):
+            return self.reply(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", with_body)
+        resolve = f"/owner/model/resolve/{COMMIT}/"
+        if path.startswith(resolve) and path.removeprefix(resolve) in served:
+            content = served[path.removeprefix(resolve)]
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            return self.reply(200, headers, content, with_body)
+        return self.reply(404, {"X-Error-Code": "RepoNotFound"}, b"{}", with_body)
+
+    def json(self, content, with_body):
+        headers = {"Content-Type": "application/json"}
+        self.reply(200, headers, json.dumps(content).encode(), with_body)
+
+    def reply(self, status, headers, body, with_body):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """Address of a Hub on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(run_stage, tmp_path):
+    def run(checkpoint=tmp_path / "checkpoint", endpoint=None, offline="0", **settings):
+        environment = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": offline}
+        # An address nobody listens on: no test reaches the real Hub.
+        environment["HF_ENDPOINT"] = endpoint or "http://127.0.0.1:9"
+        environment["NO_PROXY"] = environment["no_proxy"] = "127.0.0.1"
+        text = json.dumps(settings)
+        return run_stage(STAGE, "--settings", text, "--checkpoint", checkpoint, **environment)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_help_explains_without_torch(ask_for_help):
+    done, imported = ask_for_help(STAGE)
+    assert done.returncode == 0
+    assert "HF_TOKEN" in done.stdout
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers"})
+
+
+def test_a_local_folder_is_linked_and_never_written_to(fetch, source, tmp_path):
+    (source / "source.json").write_text('{"source": "elsewhere"}')
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    done = fetch(source=str(source))
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "checkpoint"
+    assert {path.name for path in checkpoint.iterdir()} == {*FILES, "source.json"}
+    for name, content in FILES.items():
+        assert (checkpoint / name).is_symlink()
+        assert (checkpoint / name).read_bytes() == content
+    assert json.loads((checkpoint / "source.json").read_text()) == {"source": str(source)}
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("missing", list(FILES))
+def test_a_local_folder_that_lacks_a_file_leaves_nothing_behind(
+    fetch, source, tmp_path, missing
+):
+    (source / missing).unlink()
+    done = fetch(source=str(source))
+    assert done.returncode == 1
+    assert done.stderr.startswith("fetch_base_model: ")
+    assert missing.removesuffix(".v3") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_local_folder_that_is_not_there_is_said_so(fetch, tmp_path):
+    done = fetch(source=str(tmp_path / "nowhere"))
+    assert done.returncode == 1
+    for part in ("the local base model is not there", "models.<name>.source", "nowhere is no"):
+        assert part in done.stderr
+
+
+def test_settings_that_generate_have_nothing_to_fetch(fetch):
+    done = fetch(generate={})
+    assert done.returncode == 1
+    assert "no model to fetch" in done.stderr
+
+
+def test_a_download_brings_what_transformers_reads_and_notes_the_commit(fetch, hub, tmp_path):
+    done = fetch(source="owner/model", endpoint=hub)
+    assert done.returncode == 0, done.stderr
+    assert f"commit={COMMIT}" in done.stderr  # no revision was pinned: a warning says which
+    checkpoint = tmp_path / "checkpoint"
+    fetched = {path.name: path for path in checkpoint.iterdir() if path.is_file()}
+    assert set(fetched) == {*FILES, "source.json"}
+    for name, content in FILES.items():
+        assert fetched[name].read_bytes() == content
+    noted = json.loads((checkpoint / "source.json").read_text())
+    assert noted == {"source": "owner/model", "commit": COMMIT}
+
+
+def test_a_pinned_commit_is_fetched_without_a_warning(fetch, hub):
+    done = fetch(source="owner/model", revision=COMMIT, endpoint=hub)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"source": "owner/gated"}, ["gated", "owner/gated", "licence", "HF_TOKEN"]),
+        ({"source": "owner/nobody"}, ["not on the Hub, or is private", "spelling"]),
+        ({"source": "owner/model", "revision": "v9"}, ["no such revision", "found:    v9"]),
+    ],
+)
+def test_what_the_hub_refuses_comes_with_a_remedy(fetch, hub, tmp_path, settings, parts):
+    done = fetch(**settings, endpoint=hub)
+    assert done.returncode == 1
+    for part in ("fetch_base_model: ", *parts):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.iterdir() if "checkpoint" in path.name]
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_out_of_reach_is_said_so(fetch, offline):
+    done = fetch(source="owner/model", offline=offline)
+    assert done.returncode == 1
+    for part in ("the Hub cannot be reached", "owner/model", "check the connection"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+
+import pytest
+
+from workflow_scripts.models import stdlib_docs
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return stdlib_docs.entries()
+
+
+def test_there_is_enough_to_ask_about(entries):
+    # The demo's 3,000 chats ask about distinct objects; fewer would make it repeat itself.
+    assert len(entries) > 2000
+    assert {entry.kind for entry in entries} == {"function", "class", "method"}
+
+
+def test_names_and_docstrings_stand_once_and_in_order(entries):
+    names = [entry.name for entry in entries]
+    assert names == sorted(set(names))
+    assert len({entry.docstring for entry in entries}) == len(entries)
+
+
+def test_every_entry_says_something(entries):
+    for entry in entries:
+        assert entry.docstring == entry.docstring.strip() != ""
+        assert entry.summary == " ".join(entry.summary.split()) != ""
+
+
+def test_no_memory_address_is_left(entries):
+    for entry in entries:
+        assert " at 0x" not in entry.docstring
+        assert " at 0x" not in (entry.call or "")
+
+
+def test_an_entry_says_what_the_interpreter_says(entries):
+    by_name = {entry.name: entry for entry in entries}
+    dumps = by_name["json.dumps"]
+    assert dumps.kind == "function"
+    assert dumps.docstring == inspect.getdoc(json.dumps).strip()
+    assert dumps.call == f"json.dumps{inspect.signature(json.dumps)}"
+    assert by_name["textwrap.TextWrapper"].kind == "class"
+    assert by_name["textwrap.TextWrapper.wrap"].signature == inspect.signature(
+        textwrap.TextWrapper.wrap
+    )
+
+
+def test_private_names_are_left_out(entries):
+    assert not [entry.name for entry in entries if entry.name.rsplit(".")[-1].startswith("_")]
+
+
+def test_module_sources_are_python():
+    sources = stdlib_docs.module_sources()
+    assert len(sources) > 100
+    for source in sources[:20]:
+        ast.parse(source)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from workflow_scripts.data.stdlib_chats import make_chats
+from workflow_scripts.log import StageError
+from workflow_scripts.models import tokenizer_files
+
+VERSIONS = ["v1", "v2", "v3", "v7"]
+NASTY_TEXTS = [
+    *(f"left{' ' * n_spaces}right" for n_spaces in range(1, 41)),
+    " ".join(f"a{' ' * n_spaces}" for n_spaces in range(1, 41)) + "z",
+    "tab\tand\t\ttabs\t \tmixed",
+    "line\n\nlines\r\n  indented\n\n\n    more",
+    "def f(x):\n    if x:\n\treturn {1:  2}\n",
+    "🎉 emoji 👩‍👩‍👧 joined 🇫🇷 e\u0301 combined",
+    "日本語と中文 한국어 and ไทย",
+    "▁literal ▁▁ meta▁space ▁",
+    "no-break\xa0space, ideographic\u3000space, zero\u200bwidth, \ufeffmark",
+    "nul\x00 bell\x07 escape\x1b[0m",
+    "rare 𝕏 𓀀 \U0010ffff \ue000",
+    "0123456789 1,000.00 1e-5",
+    "[ INST ] < s > [INS",
+]
+pieces = st.sampled_from(list(" \t\n▁é日🎉\x00a1.") + ["  ", "    ", "def", " the"])
+texts = (
+    st.lists(pieces | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+    .map(lambda parts: "".join(parts).strip())  # as cleaning strips
+    .filter(bool)
+)
+turns = st.tuples(texts, texts)
+
+
+def messages_of(turns, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def renderers(request, exported_tokenizer):
+    """Ids by mistral-common, and by transformers from the files that ship, as a user would."""
+    from transformers import AutoTokenizer
+
+    folder = exported_tokenizer(request.param)
+    official = tokenizer_files.load_mistral_tokenizer(folder, for_training=True)
+    shipped = AutoTokenizer.from_pretrained(folder)
+
+    def by_mistral(messages):
+        completion = ChatCompletionRequest.from_openai(messages=messages)
+        return official.encode_chat_completion(completion).tokens
+
+    def by_transformers(messages):
+        return shipped.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+    by_transformers.tokenizer = shipped
+    return by_mistral, by_transformers
+
+
+def test_shipped_files_give_the_official_ids_on_demo_chats(renderers):
+    by_mistral, by_transformers = renderers
+    chats = [chat["messages"] for chat in make_chats(n_conversations=120, seed=1)]
+    roles = {tuple(message["role"] for message in messages) for messages in chats}
+    assert ("system", "user", "assistant") in roles and max(map(len, roles)) > 3
+    for messages in chats:
+        assert by_transformers(messages) == by_mistral(messages)
+
+
+@pytest.mark.parametrize("system", [None, "Be  brief.\n\t▁"])
+def test_shipped_files_give_the_official_ids_on_nasty_texts(renderers, system):
+    by_mistral, by_transformers = renderers
+    stripped = [text.strip() for text in NASTY_TEXTS]
+    for text in stripped:
+        messages = messages_of([(text, text)], system and system.strip())
+        assert by_transformers(messages) == by_mistral(messages)
+    messages = messages_of(list(zip(stripped, reversed(stripped), strict=True)), system)
+    messages[0]["content"] = messages[0]["content"].strip()
+    assert by_transformers(messages) == by_mistral(messages)
+
+
+@given(turns=st.lists(turns, min_size=1, max_size=3), system=st.none() | texts)
+@settings(max_examples=60)
+def test_shipped_files_give_the_official_ids_on_any_text(renderers, turns, system):
+    by_mistral, by_transformers = renderers
+    messages = messages_of(turns, system)
+    assert by_transformers(messages) == by_mistral(messages)
+
+
+def test_a_rendered_chat_opens_with_one_bos(renderers):
+    by_mistral, by_transformers = renderers
+    tokenizer = by_transformers.tokenizer
+    messages = messages_of([("What?", "That."), ("Why?", "So.")])
+    assert by_transformers(messages).count(tokenizer.bos_token_id) == 1
+    assert by_transformers(messages)[0] == tokenizer.bos_token_id
+    assert by_transformers(messages).count(tokenizer.eos_token_id) == 2
+    assert tokenizer("What?").input_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_question_renders_as_it_does_at_inference(exported_tokenizer, version):
+    from transformers import AutoTokenizer
+
+    folder = exported_tokenizer(version)
+    official = tokenizer_files.load_mistral_tokenizer(folder, for_training=False)
+    shipped = AutoTokenizer.from_pretrained(folder)
+    messages = messages_of([("What?", "That.")], "Be brief.") + [{"role": "user", "content": "Why?"}]
+    completion = ChatCompletionRequest.from_openai(messages=messages)
+    expected = official.encode_chat_completion(completion).tokens
+    assert shipped.apply_chat_template(messages, tokenize=True, return_dict=False) == expected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shipped_tokenizer_decodes_what_it_encodes(exported_tokenizer, version):
+    from transformers import AutoTokenizer
+
+    shipped = AutoTokenizer.from_pretrained(exported_tokenizer(version))
+    for text in NASTY_TEXTS:
+        expected = text.replace("▁", " ")  # SentencePiece's own space: the one text it cannot say
+        ids = shipped(text, add_special_tokens=False).input_ids
+        assert shipped.decode(ids) == expected
+
+
+@pytest.mark.parametrize(("version", "read"), [("v1", "v1"), ("v3", "v3"), ("v7", "v7")])
+def test_a_bare_tokenizer_model_tells_its_version(official_tokenizer, tmp_path, version, read):
+    bare = tmp_path / "tokenizer.model"
+    shutil.copyfile(official_tokenizer(version), bare)
+    assert tokenizer_files.tokenizer_version(bare) == read
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_suffix_decides_the_version(official_tokenizer, tmp_path, version):
+    path = tmp_path / f"tokenizer.model.{version}"
+    shutil.copyfile(official_tokenizer(version), path)
+    assert tokenizer_files.tokenizer_version(path) == version
+
+
+def test_export_of_a_bare_v1_file_names_its_version(official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("v1"), tmp_path / "tokenizer.model")
+    assert tokenizer_files.export(tmp_path, tmp_path / "tokenizer") == "v1"
+    names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
+    assert {"tokenizer.model", "tokenizer.model.v1"} < names
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        (["tokenizer.model"], "tokenizer.model"),
+        (["tokenizer.model", "tokenizer.model.v3"], "tokenizer.model.v3"),
+        (["tokenizer.model.v1", "tokenizer.model.v3"], "tokenizer.model.v3"),
+        (["tekken.json", "tokenizer.json", "tokenizer.model"], "tekken.json"),
+        (["tokenizer.model.old", "tokenizer.model"], "tokenizer.model"),
+    ],
+)
+def test_the_most_telling_tokenizer_file_decides(tmp_path, present, chosen):
+    for name in present:
+        (tmp_path / name).touch()
+    assert tokenizer_files.find_tokenizer(tmp_path).name == chosen
+
+
+def test_a_checkpoint_without_a_tokenizer_is_a_stage_error(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(StageError) as caught:
+        tokenizer_files.find_tokenizer(tmp_path)
+    for part in (str(tmp_path), "found:    tokenizer.json", "tekken.json", "to fix:"):
+        assert part in str(caught.value)
+
+
+def test_a_tekken_checkpoint_needs_its_tokenizer_json(official_tokenizer, tmp_path):
+    tekken = official_tokenizer("v3").parent / "tekken_240911.json"
+    shutil.copyfile(tekken, tmp_path / "tekken.json")
+    assert tokenizer_files.tokenizer_version(tmp_path / "tekken.json") == "tekken"
+    with pytest.raises(StageError, match="without its tokenizer.json"):
+        tokenizer_files.export(tmp_path, tmp_path / "tokenizer")

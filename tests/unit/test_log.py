@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import argparse
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow_scripts import log
+
+RUN = """
+import sys
+from workflow_scripts import log
+logger = log.stage_logger("speak")
+def main():
+    {body}
+raise SystemExit(log.run_stage(main))
+"""
+
+
+def test_a_stage_error_reads_what_where_found_expected_to_fix():
+    error = log.StageError(
+        "a row is too long", where="row 3", found=12, expected="at most 8", to_fix="cut it"
+    )
+    assert str(error).splitlines() == [
+        "a row is too long",
+        "  where:    row 3",
+        "  found:    12",
+        "  expected: at most 8",
+        "  to fix:   cut it",
+    ]
+
+
+def test_a_stage_error_leaves_out_what_it_is_not_told():
+    assert str(log.StageError("a file is missing")) == "a file is missing"
+    # Nought and False are values that were met, not the lack of one.
+    assert str(log.StageError("no rows", found=0)) == "no rows\n  found:    0"
+
+
+def test_a_stage_that_ends_well_exits_0(run_python):
+    done = run_python(RUN.format(body='logger.info("wrote %s", log.fields({"n_rows": 3}))'))
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert done.stderr.strip().endswith(" INFO speak: wrote n_rows=3")
+
+
+def test_a_stage_error_is_exit_1_and_a_message_without_traceback(run_python):
+    done = run_python(RUN.format(body='raise log.StageError("no rows", where="plan.parquet")'))
+    assert done.returncode == 1
+    assert done.stderr == "-c: no rows\n  where:    plan.parquet\n"
+    assert done.stdout == ""
+
+
+def test_our_own_bug_keeps_its_traceback(run_python):
+    done = run_python(RUN.format(body="{}['rows']"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.strip().endswith("KeyError: 'rows'")
+
+
+def test_wrong_usage_is_exit_2(run_stage):
+    done = run_stage("workflow_scripts.data.pack_sequences", "--nonsense")
+    assert done.returncode == 2
+    assert "usage: pack_sequences.py" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fields_prints_numbers_short_and_leaves_tables_out():
+    values = {"n_rows": 3, "fill_fraction": 0.123456789, "window": None, "table": {}, "list": []}
+    assert log.fields(values) == "n_rows=3 fill_fraction=0.123457 window=None"
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.integers()))
+def test_fields_keeps_every_plain_value(values):
+    pairs = [pair.split("=") for pair in log.fields(values).split()]
+    assert {key: int(value) for key, value in pairs} == values
+
+
+def test_versions_are_those_that_are_installed():
+    import hypothesis
+
+    assert log.versions("hypothesis") == f"hypothesis={hypothesis.__version__}"
+
+
+@given(items=st.lists(st.integers()))
+def test_progress_passes_every_item_on_in_order(items):
+    logger = logging.getLogger("test_progress")
+    passed = list(log.progress(iter(items), logger, total=len(items), unit="items"))
+    assert passed == items
+
+
+def test_a_short_loop_logs_no_progress(caplog):
+    with caplog.at_level(logging.INFO):
+        list(log.progress(range(100), logging.getLogger("quick"), total=100, unit="items"))
+    assert caplog.records == []
+
+
+def test_help_keeps_the_usage_example_as_written():
+    description = "Pack.\n\npython -m pack --tokens train.arrow\n    --plan plan.parquet\n"
+    parser = argparse.ArgumentParser(description=description, formatter_class=log.HelpFormatter)
+    assert description in parser.format_help()
+
+
+@pytest.mark.parametrize("library", ["httpx", "huggingface_hub", "mistral_common"])
+def test_chatty_libraries_only_warn(library):
+    log.stage_logger("quiet")
+    assert not logging.getLogger(library).isEnabledFor(logging.INFO)

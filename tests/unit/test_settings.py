@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow_scripts.settings import (
+    Config,
+    ModelSettings,
+    PackingSettings,
+    RecipeSettings,
+    SettingsError,
+    load_config,
+    settings_from_json,
+)
+
+SMALLEST = {
+    "models": {"demo": {"generate": {}}, "hub": {"source": "mistralai/Mistral-7B-v0.3"}},
+    "datasets": {"stdlib-help": {"generate": {}}},
+    "packings": {"best-fit": {}},
+    "recipes": {"qlora": {}},
+    "runs": {
+        "demo": {
+            "model": "demo",
+            "dataset": "stdlib-help",
+            "packing": "best-fit",
+            "recipe": "qlora",
+        }
+    },
+    "build": ["demo"],
+}
+
+
+def with_value(path: str, value: object) -> dict:
+    """The smallest config with one key set, its tables made on the way."""
+    config = copy.deepcopy(SMALLEST)
+    *tables, key = path.split(".")
+    table = config
+    for name in tables:
+        table = table.setdefault(name, {})
+    table[key] = value
+    return config
+
+
+def test_the_smallest_config_loads_with_its_defaults():
+    config = load_config(SMALLEST)
+    assert config.recipes["qlora"] == RecipeSettings()
+    assert config.packings["best-fit"].row_tokens == 4096
+    assert config.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("recipes.qlora.rnk", 4, ["unknown key", "did you mean 'rank'?"]),
+        ("models.demo.generate.n_layer", 4, ["unknown key", "did you mean 'n_layers'?"]),
+        ("evaluation.gates.nonsense", 1, ["unknown key", "known: ", "n_conversations"]),
+        ("bild", ["demo"], ["unknown key", "did you mean 'build'?"]),
+        ("packings.best-fit.row_tokens", "many", ["found 'many'", "integer"]),
+        ("packings.best-fit.row_tokens", 8, ["found 8", "16"]),
+        ("packings.best-fit.strategy", "best-fit", ["did you mean 'best_fit'?"]),
+        ("datasets.stdlib-help.files", "chats.jsonl", ["found 'chats.jsonl'", "list"]),
+        ("recipes.qlora", None, ["found None"]),
+        ("models", None, ["found None", "dictionary"]),
+        ("runs.demo.recipe", "qlra", ["found 'qlra'", "`recipes`", "did you mean 'qlora'?"]),
+        ("runs.demo.model", "nemo", ["found 'nemo'", "`models`", "known: demo, hub"]),
+        ("build", ["dem"], ["found 'dem'", "`runs`", "did you mean 'demo'?"]),
+        ("build", ["demo", "demo"], ["twice"]),
+        ("gguf.quantizations", ["Q8_0", "Q8_0"], ["twice"]),
+        ("recipes.qlora.rank", True, ["number is expected"]),
+        ("recipes.qlora.alpha", True, ["number is expected"]),
+        ("recipes.qlora.seed", False, ["number is expected"]),
+        ("recipes.qlora.weight_decay", True, ["number is expected"]),
+        ("recipes.qlora.warmup_fraction", False, ["number is expected"]),
+        ("max_steps", True, ["number is expected"]),
+        ("recipes.qlora.learning_rate", float("nan"), ["found nan"]),
+        ("recipes.qlora.learning_rate", 0, ["found 0", "greater than 0"]),
+        ("packings.best-fit.row_tokens", 8192, ["found 8192", "at most", "context_tokens (4096)"]),
+        ("models.a/b", {"generate": {}}, ["found 'a/b'"]),
+    ],
+)
+def test_a_bad_value_is_one_error_that_names_its_key(path, value, parts):
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value(path, value))
+    what, *problems = str(caught.value).splitlines()
+    assert what == "the config cannot be built"
+    assert len(problems) == 1
+    # Checks over a whole table begin with the table's path and name the key after it.
+    table = path.rpartition(".")[0]
+    assert problems[0].startswith((f"  {path}: ", f"  {table}: {path.rpartition('.')[2]}: "))
+    for part in parts:
+        assert part in problems[0]
+
+
+def test_a_quantization_that_does_not_exist_is_named_with_its_place():
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value("gguf.quantizations", ["Q8_0", "Q4_K_X"]))
+    assert "  gguf.quantizations.1: found 'Q4_K_X', expected" in str(caught.value)
+    assert "did you mean 'Q4_K_" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, 0, -1, 1.5, "1.5", "many", "", None, [], {}, [4]])
+def test_a_kv_rank_that_is_no_rank_is_an_error(value):
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value("recipes.qlora.kv_rank", value))
+    _, *problems = str(caught.value).splitlines()
+    assert problems == [
+        f"  recipes.qlora.kv_rank: found {value!r}, expected 'uniform', 'matched' or a whole"
+        " number from 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("uniform", "uniform"), ("matched", "matched"), (8, 8), ("8", 8)]
+)
+def test_a_kv_rank_is_a_word_or_a_number(value, kept):
+    config = load_config(with_value("recipes.qlora.kv_rank", value))
+    assert config.recipes["qlora"].kv_rank == kept
+
+
+def test_a_whole_config_reports_every_problem_at_once():
+    config = with_value("recipes.qlora.rnk", 4)
+    config["packings"]["best-fit"]["row_tokens"] = "many"
+    config["gguf"] = {"quantizations": ["Q9"]}
+    with pytest.raises(SettingsError) as caught:
+        load_config(config)
+    _, *problems = str(caught.value).splitlines()
+    assert {problem.split(":")[0].strip() for problem in problems} == {
+        "recipes.qlora.rnk",
+        "packings.best-fit.row_tokens",
+        "gguf.quantizations.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ({}, "exactly one of `source` and `generate`"),
+        ({"source": "a/b", "generate": {}}, "exactly one of `source` and `generate`"),
+        ({"source": "mistral"}, "'mistral' is neither a Hub id"),
+        ({"source": "a/b/c"}, "'a/b/c' is neither a Hub id"),
+        ({"source": "./folder", "revision": "main"}, "`revision` belongs to a Hub id"),
+    ],
+)
+def test_a_model_without_one_clear_origin_is_an_error(model, part):
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value("models.other", model))
+    assert "  models.other: " in str(caught.value)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["./folder", "../folder", "/folder", "~/folder"])
+def test_a_folder_is_a_local_source(source):
+    assert ModelSettings(source=source).is_local
+
+
+def test_splits_that_leave_nothing_to_train_on_are_an_error():
+    cleaning = {"validation_fraction": 0.5, "test_fraction": 0.5}
+    with pytest.raises(SettingsError, match="datasets.stdlib-help.cleaning: validation_fraction"):
+        load_config(with_value("datasets.stdlib-help.cleaning", cleaning))
+
+
+@given(number=st.floats(min_value=1e-9, max_value=1.0))
+def test_a_number_written_as_text_is_that_number(number):
+    # `--config` hands nested values on as text, and YAML reads 2e-4 as text.
+    config = load_config(with_value("recipes.qlora.learning_rate", repr(number)))
+    assert config.recipes["qlora"].learning_rate == number
+
+
+def test_2e_4_as_text_is_accepted():
+    config = load_config(with_value("recipes.qlora.learning_rate", "2e-4"))
+    assert config.recipes["qlora"].learning_rate == 0.0002
+
+
+@given(
+    limit=st.integers(1, 10_000),
+    recipe_limit=st.none() | st.integers(1, 10_000),
+    pretraining=st.integers(1, 10_000),
+)
+def test_max_steps_caps_recipes_and_demo_pretraining(limit, recipe_limit, pretraining):
+    config = with_value("max_steps", limit)
+    config["recipes"]["qlora"]["max_steps"] = recipe_limit
+    config["models"]["demo"]["generate"]["n_pretraining_steps"] = pretraining
+    loaded = load_config(config)
+    steps = loaded.entry("recipes", "qlora").max_steps
+    assert steps == min(limit, limit if recipe_limit is None else recipe_limit)
+    generated = loaded.entry("models", "demo").generate
+    assert generated.n_pretraining_steps == min(limit, pretraining)
+    # The smoke setting changes what stages are handed, and nothing else.
+    assert loaded.recipes["qlora"].max_steps == recipe_limit
+    assert loaded.entry("packings", "best-fit") == loaded.packings["best-fit"]
+    assert loaded.entry("models", "hub") == loaded.models["hub"]
+
+
+def test_without_max_steps_an_entry_is_as_written():
+    loaded = load_config(SMALLEST)
+    assert loaded.entry("recipes", "qlora") is loaded.recipes["qlora"]
+    with pytest.raises(KeyError):
+        loaded.entry("recipes", "no-such-recipe")
+
+
+def test_a_loaded_value_never_changes():
+    config = load_config(SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        config.max_steps = 3
+
+
+def test_an_entry_handed_over_as_json_is_the_same_entry():
+    recipe = RecipeSettings(rank=7, kv_rank="matched", learning_rate=3e-5, max_steps=11)
+    assert settings_from_json(RecipeSettings, recipe.model_dump_json()) == recipe
+    config = load_config(SMALLEST)
+    assert settings_from_json(Config, config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ["--settings is not JSON", "{", "line 1 column 2"]),
+        ("row_tokens=4", ["--settings is not JSON", "row_tokens=4"]),
+        ("[]", ["--settings cannot be used", "found []", "dictionary"]),
+        ('{"row_token": 64}', ["--settings cannot be used", "row_token: unknown key"]),
+        ('{"row_tokens": 1}', ["--settings cannot be used", "row_tokens: found 1"]),
+    ],
+)
+def test_settings_that_do_not_fit_their_table_are_an_error(text, parts):
+    with pytest.raises(SettingsError) as caught:
+        settings_from_json(PackingSettings, text)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+option_paths = st.sampled_from(
+    ["models", "runs", "build", "gguf", "evaluation", "max_steps", "recipes.qlora.rank"]
+    + ["models.demo.generate", "datasets.stdlib-help.cleaning", "gguf.quantizations", "runs.demo"]
+    + ["recipes.qlora.kv_rank", "packings.best-fit.strategy", "evaluation.gates"]
+)
+
+
+@given(path=option_paths, value=json_values)
+def test_nonsense_anywhere_is_accepted_or_a_settings_error(path, value):
+    try:
+        config = load_config(with_value(path, value))
+    except SettingsError as error:
+        assert len(str(error).splitlines()) > 1
+    else:
+        assert json.loads(config.model_dump_json())

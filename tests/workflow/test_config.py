@@ -1,0 +1,118 @@
+"""Configs: every overlay dry-runs, and a wrong one stops with one clear message before any job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.conftest import REPOSITORY, jobs_of
+from workflow_scripts import settings_documents
+
+MODELS = sorted((REPOSITORY / "config" / "models").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", MODELS, ids=lambda path: path.stem)
+def test_the_overlay_of_a_real_model_builds_one_run(workflow, overlay: Path) -> None:
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", overlay))
+    assert jobs["train_adapter"] == jobs["fetch_base_model"] == jobs["package_release"] == 1
+    assert "build_demo_model" not in jobs
+
+
+def test_there_is_an_overlay_for_every_model_that_is_promised() -> None:
+    wanted = {
+        f"mistral-7b-{kind}{version}"
+        for kind in ("", "instruct-")
+        for version in ("v0.1", "v0.2", "v0.3")
+    } | {"mistral-nemo-base-2407", "mixtral-8x7b-v0.1"}
+    assert wanted <= {path.stem for path in MODELS}
+
+
+def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "config/own-data.yaml"))
+    assert jobs["train_adapter"] == jobs["clean_dataset"] == 1
+    assert "build_demo_dataset" not in jobs
+
+
+def test_own_data_goes_into_the_run_of_a_real_model(workflow, tmp_path: Path) -> None:
+    own = {
+        "datasets": {"my-chats": {"files": ["data/sample-chats.jsonl"]}},
+        "runs": {"mistral-7b-v0.3": {"dataset": "my-chats"}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    overlay = "config/models/mistral-7b-v0.3.yaml"
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", overlay, "mine.yaml"))
+    assert jobs["clean_dataset"] == 1
+    assert "build_demo_dataset" not in jobs
+
+
+@pytest.mark.parametrize(
+    ("overlay", "parts"),
+    [
+        (
+            {"recipes": {"mistral-lora-demo": {"learning_rat": 1e-4}}},
+            ["recipes.mistral-lora-demo.learning_rat", "unknown key", "learning_rate"],
+        ),
+        (
+            {"recipes": {"mistral-lora-demo": {"rank": "many"}}},
+            ["recipes.mistral-lora-demo.rank", "'many'"],
+        ),
+        (
+            {"runs": {"mistral": {"recipe": "mistral-lorra-demo"}}},
+            ["runs.mistral.recipe", "mistral-lorra-demo", "did you mean 'mistral-lora-demo'"],
+        ),
+        (
+            {"gguf": {"quantizations": ["Q8_0", "Q4_KM"]}},
+            ["gguf.quantizations.1", "'Q4_KM'", "did you mean 'Q4_K_M'"],
+        ),
+    ],
+    ids=["unknown key", "wrong type", "missing recipe", "no such quantization"],
+)
+def test_a_wrong_config_is_one_message_before_any_job(
+    workflow, tmp_path: Path, overlay: dict, parts: list[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(overlay))
+    result = workflow("--cores", 1, "--configfile", "wrong.yaml")
+    text = result.stdout + result.stderr
+    assert result.returncode != 0
+    for part in parts:
+        assert part in text
+    assert "Traceback" not in text
+    assert "Job stats" not in text
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number(workflow, tmp_path: Path) -> None:
+    (tmp_path / "text.yaml").write_text("recipes: {mistral-lora-demo: {learning_rate: 2e-4}}\n")
+    assert isinstance(
+        yaml.safe_load((tmp_path / "text.yaml").read_text())["recipes"]["mistral-lora-demo"][
+            "learning_rate"
+        ],
+        str,
+    )
+    result = workflow("-n", "-p", "--cores", 8, "--configfile", "text.yaml")
+    assert '"learning_rate":0.0002' in result.stdout + result.stderr
+
+
+def test_the_smoke_setting_caps_every_training(workflow) -> None:
+    result = workflow("-n", "-p", "--cores", 8, "--config", "max_steps=2")
+    text = result.stdout + result.stderr
+    assert text.count('"max_steps":2') == 2
+    assert '"n_pretraining_steps":2' in text
+
+
+@pytest.mark.parametrize("profile", ["default", "slurm"])
+def test_the_profile_is_valid_yaml_and_keeps_the_default_settings(profile: str) -> None:
+    path = REPOSITORY / "profiles" / profile / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings["rerun-incomplete"] is True
+    assert settings["max-checksum-file-size"] >= 10**12
+
+
+def test_schema_and_option_tables_are_those_of_the_settings() -> None:
+    repair = "run `make schema` and commit what it wrote"
+    schema = (REPOSITORY / settings_documents.SCHEMA).read_text(encoding="utf-8")
+    readme = (REPOSITORY / settings_documents.README).read_text(encoding="utf-8")
+    assert schema == settings_documents.schema_text(), repair
+    assert readme == settings_documents.with_options(readme), repair

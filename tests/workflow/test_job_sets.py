@@ -1,0 +1,99 @@
+"""A change re-runs what depends on it, and nothing else: dry runs against a finished build."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.conftest import TINY, jobs_of, snakemake_in
+
+
+def changed(folder: Path, tmp_path: Path, overlay: dict) -> dict[str, int]:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump(overlay))
+    return jobs_of(snakemake_in(folder)("-n", "--cores", 8, "--configfile", TINY, path))
+
+
+def test_a_second_run_finds_nothing_to_do_within_five_seconds(tiny: Path) -> None:
+    snakemake = snakemake_in(tiny)
+    started = time.monotonic()
+    result = snakemake("--cores", 8, "--configfile", TINY)
+    duration = time.monotonic() - started
+    assert result.returncode == 0
+    assert "Nothing to be done" in result.stdout + result.stderr
+    assert duration < 5
+
+
+def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
+    for path in (tiny / "workflow_scripts").rglob("*.py"):
+        path.touch()
+    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY)) == {}
+
+
+def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"gguf": {"quantizations": ["Q8_0", "Q4_K_M", "Q6_K"]}})
+    assert jobs == {
+        "quantize_gguf": 2,
+        "evaluate_perplexity": 2,
+        "benchmark_inference": 2,
+        "report_comparison": 1,
+        "report_chain": 1,
+        "report_loss": 1,
+        "package_release": 2,
+    }
+
+
+def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
+    tiny: Path, tmp_path: Path
+) -> None:
+    overlay = {"recipes": {"mistral-lora-demo": {"learning_rate": 9e-4}}}
+    assert changed(tiny, tmp_path, overlay) == {
+        "train_adapter": 1,
+        "merge_adapter": 1,
+        "check_merged": 1,
+        "convert_gguf": 1,
+        "check_gguf": 1,
+        "quantize_gguf": 2,
+        "evaluate_perplexity": 3,
+        "evaluate_perplexity_adapter": 1,
+        "evaluate_perplexity_merged": 1,
+        "benchmark_inference": 3,
+        "benchmark_inference_adapter": 1,
+        "benchmark_inference_merged": 1,
+        "report_comparison": 1,
+        "report_chain": 1,
+        "report_loss": 1,
+        "package_release": 1,
+    }
+
+
+def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
+    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"n_conversations": 5}}})
+    assert {"check_merged", "check_gguf"} <= jobs.keys()
+    assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
+
+
+@pytest.mark.parametrize("target", ["data", "train", "export", "evaluate", "report"])
+def test_every_stage_target_is_finished_once_all_is(tiny: Path, target: str) -> None:
+    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, target)) == {}
+
+
+def test_forcing_training_runs_it_and_what_follows(tiny: Path) -> None:
+    jobs = jobs_of(
+        snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, "-R", "train_adapter")
+    )
+    assert jobs["train_adapter"] == 2
+    assert jobs["package_release"] == 2
+    assert "pack_sequences" not in jobs
+
+
+def test_both_runs_share_one_tokenized_dataset(workflow) -> None:
+    jobs = jobs_of(workflow("-n", "--cores", 8))
+    assert jobs["train_adapter"] == 2
+    assert jobs["render_chats"] == jobs["clean_dataset"] == jobs["build_demo_model"] == 1
+    assert jobs["pack_sequences"] == 2
