@@ -97,9 +97,7 @@ def exported_tokenizer(official_tokenizer, tmp_path_factory) -> Callable[[str], 
     @cache
     def exported(version: str) -> Path:
         checkpoint = tmp_path_factory.mktemp(f"checkpoint_{version}")
-        shutil.copyfile(
-            official_tokenizer(version), checkpoint / f"tokenizer.model.{version}"
-        )
+        shutil.copyfile(official_tokenizer(version), checkpoint / f"tokenizer.model.{version}")
         folder = tmp_path_factory.mktemp(f"tokenizer_{version}")
         tokenizer_files.export(checkpoint, folder)
         return folder

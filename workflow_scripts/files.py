@@ -65,6 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise StageError("a file is not UTF-8", where=path, found=error.reason) from error
     except FileNotFoundError as error:
         raise StageError(
             "a file is missing", where=path, to_fix="make it, or check the path"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -38,19 +39,19 @@ def _not_a_boolean(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0)]
+Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1)]
 
 
 def _kv_rank(value: object) -> object:
-    if value not in ("uniform", "matched") and not (str(value).isdigit() and int(str(value)) > 0):
+    if value not in ("uniform", "matched") and not re.fullmatch("[1-9][0-9]*", str(value)):
         raise ValueError(f"found {value!r}, expected 'uniform', 'matched' or a whole number from 1")
     return value
 
 
 KvRank = Annotated[Literal["uniform", "matched"] | Count, BeforeValidator(_kv_rank)]
 
-# Names become folder names and wildcards; no dot-dot, no slash, and no `__`, kept for later use.
+# Names become folder names and wildcards.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 # What llama.cpp's quantizer makes without an importance matrix, from large to small.
@@ -58,6 +59,9 @@ QuantizationType = Literal[
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K",
 ]  # fmt: skip
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class DemoModelSettings(Settings):
@@ -73,10 +77,10 @@ class DemoModelSettings(Settings):
     """Keys a query sees, itself included; null is full causal attention."""
     context_tokens: Count = 4096
     """Longest input the model is advertised for, tokens."""
-    n_pretraining_steps: Count = 160
-    """Steps of 2,048 tokens; 160 take two to three minutes on 2 CPU cores."""
-    learning_rate: Positive = 3e-3
-    """Peak of the pre-training schedule."""
+    n_pretraining_steps: Count = 280
+    """Steps of 1,024 tokens; 280 take two to three minutes on 2 CPU cores."""
+    learning_rate: Positive = 0.02
+    """Peak of the pre-training schedule (Muon's)."""
     seed: NonNegative = 0
     """Initial weights and order of the text."""
 
@@ -98,7 +102,7 @@ class ModelSettings(Settings):
             raise ValueError("exactly one of `source` and `generate` is expected")
         if self.is_local and self.revision is not None:
             raise ValueError("`revision` belongs to a Hub id; a local folder has none")
-        if self.source and not self.is_local and self.source.count("/") != 1:
+        if self.source is not None and not (self.is_local or HUB_ID.fullmatch(self.source)):
             raise ValueError(
                 f"`source`: {self.source!r} is neither a Hub id (owner/name) nor a folder (./name)"
             )
@@ -340,8 +344,10 @@ class Config(Settings):
     def entry(self, table: str, name: str) -> Settings:
         """An entry of one of the four tables, the smoke setting applied.
 
+        Args:
+            table: `models`, `datasets`, `packings` or `recipes`.
         Raises:
-            KeyError: there is no such table or name.
+            KeyError: the table has no such name.
         """
         entry = getattr(self, table)[name]
         if self.max_steps is None:
@@ -396,6 +402,7 @@ def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str
     path = ".".join(
         str(part) for part in problem["loc"] if part not in ("constrained-str", "[key]")
     )
+    path = path or "top level"
     found = problem["input"]
     match problem["type"]:
         case "extra_forbidden":
@@ -406,7 +413,7 @@ def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str
         case "value_error":
             for line in str(problem["ctx"]["error"]).splitlines():
                 # A validator of the whole config writes its own paths.
-                yield f"{path}: {line}" if path else line
+                yield line if path == "top level" else f"{path}: {line}"
         case "literal_error":
             expected = problem["ctx"]["expected"]
             known = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]

@@ -66,7 +66,7 @@ def test_the_smallest_config_loads_with_its_defaults():
         ("recipes.qlora", None, ["found None"]),
         ("models", None, ["found None", "dictionary"]),
         ("runs.demo.recipe", "qlra", ["found 'qlra'", "`recipes`", "did you mean 'qlora'?"]),
-        ("runs.demo.model", "nemo", ["found 'nemo'", "`models`", "known: demo, hub"]),
+        ("runs.demo.model", "x", ["found 'x'", "`models`", "known: demo, hub"]),
         ("build", ["dem"], ["found 'dem'", "`runs`", "did you mean 'demo'?"]),
         ("build", ["demo", "demo"], ["twice"]),
         ("gguf.quantizations", ["Q8_0", "Q8_0"], ["twice"]),

@@ -20,7 +20,7 @@ Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def copy_workflow(folder: Path) -> None:
-    """What git holds of the workflow, in a folder of its own: tests never touch the user's results."""
+    """What git holds of the workflow, in another folder: tests never touch the results here."""
     for name in WORKFLOW:
         source = REPOSITORY / name
         if source.is_dir():

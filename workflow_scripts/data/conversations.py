@@ -71,14 +71,17 @@ def parse_messages(record: Record) -> tuple[list[dict[str, str]], str | None]:
         raise Rejected("not UTF-8")
     try:
         content = json.loads(record.raw)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise Rejected("not JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
         raise Rejected("no list `messages`")
     messages = [_message(message) for message in content["messages"]]
     check_order([message["role"] for message in messages])
     group = content.get("group")
-    return messages, None if group is None else str(group)
+    if group is not None:
+        group = str(group)
+        _check_encodes(group)
+    return messages, group
 
 
 def _message(message: Any) -> dict[str, str]:
@@ -92,11 +95,15 @@ def _message(message: Any) -> dict[str, str]:
     text = text.strip()
     if not text:
         raise Rejected("an empty message")
+    _check_encodes(text)
+    return {"role": role, "content": text}
+
+
+def _check_encodes(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise Rejected("a lone surrogate in the text") from error
-    return {"role": role, "content": text}
 
 
 def check_order(roles: list[str]) -> None:

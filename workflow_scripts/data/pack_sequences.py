@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     documents = Documents(arguments.tokens)
+    if not len(documents):
+        raise log.StageError(
+            "there is nothing to pack",
+            where=arguments.tokens,
+            found="no document",
+            to_fix="see rejected.parquet beside it, and datasets.<name>.rendering",
+        )
     plan = Plan(
         rows=packing.STRATEGIES[settings.strategy](
             documents.lengths, row_tokens=settings.row_tokens, seed=settings.seed

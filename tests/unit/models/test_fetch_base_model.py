@@ -31,6 +31,7 @@ FILES = {
 # In the repository, but not wanted: the same weights again, and folders.
 ALSO_THERE = {
     "consolidated.safetensors": b"weights again",
+    "consolidated.safetensors.index.json": b"{}",
     "pytorch_model.bin": b"weights again",
     "original/params.json": b"{}",
 }
@@ -58,9 +59,10 @@ class Hub(BaseHTTPRequestHandler):
                 for name, content in served.items()
             ]
             return self.json(tree, with_body)
-        known = ("/api/models/owner/model", *(
-            f"/api/models/owner/model/revision/{name}" for name in (COMMIT, "main", "v0")
-        ))
+        known = (
+            "/api/models/owner/model",
+            *(f"/api/models/owner/model/revision/{name}" for name in (COMMIT, "main", "v0")),
+        )
         if path in known:
             siblings = [{"rfilename": name} for name in served]
             info = {"id": "owner/model", "sha": COMMIT, "siblings": siblings}
@@ -147,9 +149,7 @@ def test_a_local_folder_is_linked_and_never_written_to(fetch, source, tmp_path):
 
 
 @pytest.mark.parametrize("missing", list(FILES))
-def test_a_local_folder_that_lacks_a_file_leaves_nothing_behind(
-    fetch, source, tmp_path, missing
-):
+def test_a_local_folder_that_lacks_a_file_leaves_nothing_behind(fetch, source, tmp_path, missing):
     (source / missing).unlink()
     done = fetch(source=str(source))
     assert done.returncode == 1

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+STAGE = "workflow_scripts.data.build_demo_dataset"
+
+
+def test_help_explains_without_torch(ask_for_help):
+    done, imported = ask_for_help(STAGE)
+    assert done.returncode == 0
+    assert "--conversations" in done.stdout
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "transformers"})
+
+
+def test_the_same_settings_give_the_same_bytes_wherever_it_runs(run_stage, tmp_path):
+    surroundings = [
+        {"PYTHONHASHSEED": "1"},
+        {"PYTHONHASHSEED": "2", "LC_ALL": "C", "COLUMNS": "40", "HOME": str(tmp_path)},
+    ]
+    written = []
+    for number, environment in enumerate(surroundings):
+        path = tmp_path / f"{number}.jsonl"
+        settings = '{"n_conversations": 2000, "seed": 3}'
+        done = run_stage(STAGE, "--settings", settings, "--conversations", path, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "wrote n_conversations=2000" in done.stderr
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+    assert len(written[0].splitlines()) == 2000
+    assert set(json.loads(written[0].splitlines()[0])) == {"messages", "group"}
+
+
+def test_no_conversation_at_all_is_refused(run_stage, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    done = run_stage(STAGE, "--settings", '{"n_conversations": 0}', "--conversations", path)
+    assert done.returncode == 1
+    for part in ("build_demo_dataset: --settings cannot be used", "n_conversations: found 0"):
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not path.exists()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import logging
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow_scripts import files
+from workflow_scripts.data.documents import Documents, check_rejected, documents_schema
+from workflow_scripts.log import StageError
+
+logger = logging.getLogger("test_documents")
+
+
+@st.composite
+def document_rows(draw):
+    rows = []
+    for number in range(draw(st.integers(0, 6))):
+        input_ids = draw(st.lists(st.integers(0, 131_071), min_size=1, max_size=12))
+        cuts = draw(st.lists(st.integers(0, len(input_ids)), unique=True, max_size=6).map(sorted))
+        spans = cuts[: len(cuts) // 2 * 2]
+        rows.append(
+            {
+                "id": f"document {number}",
+                "input_ids": input_ids,
+                "supervised_spans": spans,
+                "n_tokens": len(input_ids),
+                "n_supervised_tokens": sum(spans[1::2]) - sum(spans[::2]),
+            }
+        )
+    return rows
+
+
+@given(rows=document_rows(), n_first=st.integers(0, 6))
+def test_documents_read_back_as_written(rows, n_first, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "documents.arrow"
+    schema = documents_schema()
+    # Two batches, as a larger file has them.
+    table = pa.concat_tables(
+        pa.Table.from_pylist(part, schema=schema) for part in (rows[:n_first], rows[n_first:])
+    )
+    files.write_arrow(path, table)
+    documents = Documents(path)
+    assert len(documents) == len(rows)
+    assert documents.lengths.tolist() == [row["n_tokens"] for row in rows]
+    for document, row in zip(documents, rows, strict=True):
+        assert document.id == row["id"]
+        assert document.input_ids.tolist() == row["input_ids"]
+        starts, ends = row["supervised_spans"][::2], row["supervised_spans"][1::2]
+        spans = list(zip(starts, ends, strict=True))
+        assert document.is_supervised.tolist() == [
+            any(start <= at < end for start, end in spans) for at in range(row["n_tokens"])
+        ]
+        assert document.is_supervised.sum() == row["n_supervised_tokens"]
+
+
+def test_a_document_past_the_end_is_an_index_error(tmp_path):
+    files.write_arrow(tmp_path / "d.arrow", pa.Table.from_pylist([], schema=documents_schema()))
+    with pytest.raises(IndexError):
+        Documents(tmp_path / "d.arrow")[0]
+
+
+@given(n_read=st.integers(0, 60), n_bad=st.integers(0, 60), limit=st.floats(0, 1))
+def test_rejections_stop_a_stage_only_above_the_limit(n_read, n_bad, limit):
+    problems = [f"chats.jsonl:{number}: no turn" for number in range(1, min(n_bad, n_read) + 1)]
+    try:
+        check_rejected(problems, logger, n_read=n_read, limit=limit, key="cleaning.limit")
+    except StageError as error:
+        assert len(problems) > limit * n_read
+        shown = [problem for problem in problems if f" {problem}\n" in str(error)]
+        assert shown == problems[:10]
+        assert f"{len(problems)} of {n_read} conversations" in str(error)
+        assert "(cleaning.limit)" in str(error)
+    else:
+        assert len(problems) <= limit * n_read
+
+
+def test_every_rejection_is_logged(caplog):
+    problems = [f"chats.jsonl:{number}: no turn" for number in range(30)]
+    check_rejected(problems, logger, n_read=100, limit=0.5, key="limit")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"rejected {problem}" for problem in problems
+    ]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from workflow_scripts.data import conversations
+from workflow_scripts.data.stdlib_chats import SYSTEM_PROMPTS, make_chats
+from workflow_scripts.models.stdlib_docs import entries
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return make_chats(n_conversations=1000, seed=0)
+
+
+def first_turn(chat):
+    turns = [message for message in chat["messages"] if message["role"] != "system"]
+    return turns[0]["content"], turns[1]["content"]
+
+
+@pytest.mark.parametrize("n_conversations", [1, 2, 33, 500])
+def test_there_are_as_many_chats_as_asked(n_conversations):
+    assert len(make_chats(n_conversations=n_conversations, seed=0)) == n_conversations
+
+
+def test_cleaning_keeps_every_chat_as_it_is(chats):
+    for number, chat in enumerate(chats):
+        line = conversations.Record("chats.jsonl", number, json.dumps(chat), True)
+        assert conversations.parse_messages(line) == (chat["messages"], chat["group"])
+
+
+def test_no_chat_stands_twice(chats):
+    assert max(Counter(map(first_turn, chats)).values()) == 1
+
+
+def test_a_seed_decides_the_chats(chats):
+    assert make_chats(n_conversations=1000, seed=0) == chats
+    assert make_chats(n_conversations=1000, seed=1) != chats
+
+
+def test_there_are_long_chats_turns_and_system_prompts(chats):
+    n_system = sum(chat["messages"][0]["role"] == "system" for chat in chats)
+    assert 150 <= n_system <= 250  # a fifth of 1,000, four standard deviations either way
+    systems = {chat["messages"][0]["content"] for chat in chats} & set(SYSTEM_PROMPTS)
+    assert systems == set(SYSTEM_PROMPTS)
+    assert max(len(chat["messages"]) for chat in chats) >= 6
+    lengths = sorted(sum(len(m["content"]) for m in chat["messages"]) for chat in chats)
+    assert lengths[0] < 150 and 4_000 < lengths[-1] < 10_000
+    overviews = [chat for chat in chats if "Give an overview" in first_turn(chat)[0]]
+    assert len(overviews) == 30
+
+
+def test_answers_are_what_the_library_says(chats):
+    by_name = {entry.name: entry for entry in entries()}
+    n_checked = Counter()
+    for chat in chats:
+        question, answer = first_turn(chat)
+        entry = by_name.get(chat["group"])
+        if question.startswith("What does"):
+            assert answer == entry.summary
+        elif question.startswith("What is the signature"):
+            assert answer == f"`{entry.call}`"
+        elif question.startswith("Show the documentation"):
+            assert answer == entry.docstring
+        elif question.startswith("Which parameters"):
+            asked = [line.split("`")[1] for line in answer.splitlines()]
+            assert asked == [p for p in entry.signature.parameters if p not in ("self", "cls")]
+        else:
+            assert question == f"Give an overview of the module `{chat['group']}`."
+        n_checked[question.partition("`")[0]] += 1
+    assert len(n_checked) == 5 and min(n_checked.values()) >= 30
+
+
+def test_no_memory_address_is_left(chats):
+    assert not [chat for chat in chats if " at 0x" in json.dumps(chat)]

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from workflow_scripts import files
+from workflow_scripts.export import check_merged
+
+# The demo's default of 1e-5 is for a trained model; random weights of this size round coarser.
+GATES = {"merge_kl_divergence_nats": 1e-3, "merge_perplexity_increase_fraction": 0.5}
+
+
+def arguments(chain, merged, settings, check):
+    return (
+        ["--checkpoint", chain.checkpoint, "--facts", chain.facts, "--adapter", chain.adapter]
+        + ["--merged", merged, "--tokens", chain.tokens, "--settings", settings]
+        + ["--check", check]
+    )
+
+
+@pytest.fixture
+def damaged(chain, tmp_path):
+    """A copy of the merged model in which one number of one weight is another."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(chain.merged, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = 50.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_the_right_merge_passes_and_says_how_near_it_is(chain, tmp_path, as_json):
+    check = tmp_path / "merged_check.json"
+    check_merged.main([str(a) for a in arguments(chain, chain.merged, as_json(**GATES), check)])
+    report = files.read_json(check)
+    assert report["n_conversations"] == 3
+    assert 0 < report["kl_divergence_nats"] < 1e-3
+    assert report["kl_divergence_nats"] <= report["max_kl_divergence_nats"]
+    assert report["top1_agreement_fraction"] > 0.95
+    ratio = report["merged_perplexity"] / report["adapter_perplexity"]
+    assert report["perplexity_increase_fraction"] == pytest.approx(ratio - 1)
+
+
+def test_the_base_scored_in_place_of_the_merged_model_is_found(
+    chain, tmp_path, as_json, ends_with_message
+):
+    unmerged = tmp_path / "unmerged"
+    shutil.copytree(chain.merged, unmerged)
+    shutil.copyfile(chain.checkpoint / "model.safetensors", unmerged / "model.safetensors")
+    check = tmp_path / "merged_check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, unmerged, as_json(**GATES), check)
+    )
+    assert "the merged model differs from base + adapter" in message
+    assert not check.exists()
+
+
+def test_one_damaged_number_stops_the_chain_with_a_message(
+    chain, damaged, tmp_path, as_json, ends_with_message
+):
+    check = tmp_path / "merged_check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, damaged, as_json(**GATES), check)
+    )
+    for part in (
+        "the merged model differs from base + adapter",
+        f"where:    {damaged}",
+        "found:    KL divergence",
+        "expected: at most 0.001 (evaluation.gates.merge_kl_divergence_nats)",
+        "to fix:   ",
+    ):
+        assert part in message
+    assert not check.exists()
+
+
+def test_a_merge_that_is_worse_than_its_adapter_stops_the_chain(
+    chain, damaged, tmp_path, as_json, ends_with_message
+):
+    """With the first threshold out of the way the second still holds."""
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 4  # too sure of itself
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    check = tmp_path / "merged_check.json"
+    gates = as_json(merge_kl_divergence_nats=1e6, merge_perplexity_increase_fraction=0.001)
+    message = ends_with_message(check_merged.main, arguments(chain, damaged, gates, check))
+    for part in (
+        "the merged model is worse than the adapter it was made of",
+        "3 validation conversations",
+        "of the adapter on its 4-bit base",
+        "at most 0.1% more (evaluation.gates.merge_perplexity_increase_fraction)",
+    ):
+        assert part in message
+    assert not check.exists()
+
+
+def test_without_a_gpu_the_arithmetic_is_judged_on_the_default_device(chain):
+    assert not torch.cuda.is_available() or check_merged.roomy_device(
+        {"files": {"w": {"size_bytes": 10**15}}}
+    ) == "cpu"  # fmt: skip
+    if not torch.cuda.is_available():
+        assert check_merged.roomy_device(files.read_json(chain.facts)) is None
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.export.check_merged")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers"}

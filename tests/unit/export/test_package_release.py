@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.export import package_release
+
+RUN = {"model": "m", "dataset": "chats", "packing": "apart", "recipe": "lora"}
+PERPLEXITIES = {"base": 10.0, "base-nf4": 10.5, "merged": 5.0, "F16": 5.001, "Q4_K_M": 5.5}
+
+
+@pytest.fixture(scope="module")
+def inputs(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "run-Q4_K_M.gguf").write_bytes(b"GGUF quantized")
+    (folder / "run-F16.gguf").write_bytes(b"GGUF sixteen bits")
+    for name, perplexity in PERPLEXITIES.items():
+        scores = {"n_conversations": 12, "n_scored_tokens": 3456, "piece_tokens": 300}
+        files.write_json(folder / f"{name}.json", {**scores, "perplexity": perplexity})
+    files.write_json(folder / "manifest.json", {"n_steps": 7})
+    for gate in ("merged_check", "gguf_check"):
+        files.write_json(folder / f"{gate}.json", {"kl_divergence_nats": 1e-7})
+    return folder
+
+
+def arguments(chain, inputs, release):
+    paths = ["--name", "run", "--settings", package_release.json.dumps(RUN), "--ggufs"]
+    paths += [inputs / "run-F16.gguf", inputs / "run-Q4_K_M.gguf", "--facts", chain.facts]
+    paths += ["--tokenizer", chain.tokenizer, "--checkpoint", chain.checkpoint, "--manifest"]
+    paths += [inputs / "manifest.json", "--checks", inputs / "merged_check.json"]
+    paths += [inputs / "gguf_check.json", "--scores"]
+    paths += [inputs / f"{name}.json" for name in PERPLEXITIES]
+    return [*map(str, paths), "--release", str(release)]
+
+
+@pytest.fixture(scope="module")
+def release(chain, inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released") / "release"
+    package_release.main(arguments(chain, inputs, folder))
+    return folder
+
+
+def test_sha256sum_verifies_every_file(release):
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=release,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = {line.split("  ")[1] for line in (release / "SHA256SUMS").read_text().splitlines()}
+    assert listed | {"SHA256SUMS"} == {path.name for path in release.iterdir()}
+    assert listed == {
+        "run-F16.gguf",
+        "run-Q4_K_M.gguf",
+        "Modelfile",
+        "README.md",
+        "provenance.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+    }
+
+
+def test_the_ggufs_take_no_second_place_on_the_disk(release, inputs):
+    for name in ("run-F16.gguf", "run-Q4_K_M.gguf"):
+        assert (release / name).samefile(inputs / name)
+        assert (release / name).stat().st_nlink == 2
+
+
+def test_the_card_has_a_line_a_link_against_the_base(release):
+    card = (release / "README.md").read_text()
+    for line in (
+        "| base | 10.000 | +0.0% |",
+        "| base-nf4 | 10.500 | +5.0% |",
+        "| merged | 5.000 | -50.0% |",
+        "| F16 | 5.001 | -50.0% |",
+        "| Q4_K_M | 5.500 | -45.0% |",
+    ):
+        assert line in card.splitlines()
+    # The card is wrapped by hand; the figures stand in it whatever the line.
+    words = " ".join(card.split())
+    assert "12 test conversations (3456 supervised tokens) in pieces of at most 300" in words
+    assert "a sliding window of 300 tokens" in words and "advertise 300 tokens" in words
+    assert "the context is 512" in words
+    assert "`chats`" in words and "`apart`" in words and "`lora`" in words
+    assert 'Llama("run-Q4_K_M.gguf", n_ctx=300)' in card
+
+
+def test_the_cards_front_matter_is_yaml(release):
+    import yaml
+
+    _, front, _ = (release / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "m",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+    }
+
+
+def test_the_modelfile_runs_the_last_file_within_the_window(release):
+    lines = (release / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./run-Q4_K_M.gguf"
+    assert "PARAMETER num_ctx 300" in lines
+
+
+def test_the_provenance_says_what_it_was_made_of(release, chain):
+    provenance = files.read_json(release / "provenance.json")
+    assert provenance["run"] == "run"
+    assert {key: provenance[key] for key in RUN} == RUN
+    assert provenance["base"] == {"source": "m"}
+    weights = provenance["base_files"]["model.safetensors"]
+    assert weights["sha256"] == files.sha256(chain.checkpoint / "model.safetensors")
+    assert provenance["training"] == {"n_steps": 7}
+    assert provenance["gates"].keys() == {"merged_check", "gguf_check"}
+    assert provenance["packages"].keys() == set(package_release.PACKAGES)
+
+
+def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path):
+    import yaml
+
+    checkpoint = tmp_path / "checkpoint"
+    source = {"source": "hf://mistralai/Mistral-7B-v0.1", "revision": "abc"}
+    files.write_json(checkpoint / "source.json", source)
+    moved = chain._replace(checkpoint=checkpoint)
+    package_release.main(arguments(moved, inputs, tmp_path / "release"))
+    assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == source["source"]
+
+
+def test_packaging_again_replaces_the_whole_folder(chain, inputs, tmp_path):
+    release = tmp_path / "release"
+    release.mkdir()
+    (release / "stale.gguf").write_bytes(b"old")
+    package_release.main(arguments(chain, inputs, release))
+    assert not (release / "stale.gguf").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.export.package_release")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers"}

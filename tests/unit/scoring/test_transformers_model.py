@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from workflow_scripts.scoring import transformers_model
+from workflow_scripts.scoring.transformers_model import TransformersModel
+
+TOKENS = np.random.default_rng(0).integers(3, 300, size=40).astype(np.int32)
+
+
+def plain_logits(checkpoint, *, window, adapter=None):
+    """(tokens, vocabulary) by a plain call of the plain model."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.sliding_window = window
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS.astype("int64"))[None]).logits[0]
+
+
+def scored_logits(model, positions):
+    blocks = list(model.logit_blocks(TOKENS, np.array(positions)))
+    return torch.cat(blocks)
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_logits_are_the_plain_models_at_the_positions_asked_for(checkpoint, window):
+    model = TransformersModel(checkpoint, window=window, precision="float32")
+    positions = [0, 3, 20, 39]
+    found = scored_logits(model, positions)
+    expected = plain_logits(checkpoint, window=window)[positions]
+    assert found.dtype == torch.float32
+    # sdpa against eager; measured 2e-6, logits are of size 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_window_is_the_one_given(checkpoint):
+    windowed, full = (
+        scored_logits(TransformersModel(checkpoint, window=w, precision="float32"), [5, 39])
+        for w in (8, None)
+    )
+    torch.testing.assert_close(windowed[0], full[0], rtol=0, atol=2e-5)
+    assert (windowed[1] - full[1]).abs().max() > 0.01
+
+
+def test_an_adapter_is_applied_live(checkpoint, uniform_adapter):
+    model = TransformersModel(checkpoint, window=8, precision="float32", adapter=uniform_adapter)
+    positions = list(range(40))
+    found = scored_logits(model, positions)
+    expected = plain_logits(checkpoint, window=8, adapter=uniform_adapter)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert (expected - plain_logits(checkpoint, window=8)).abs().max() > 0.1
+
+
+def test_a_vocabulary_that_fills_a_block_gives_a_block_a_position(make_checkpoint, tmp_path):
+    """2,097,152 words leave room for two positions a block."""
+    vocabulary = transformers_model.BLOCK_ELEMENTS // 2
+    make_checkpoint(
+        tmp_path,
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = TransformersModel(tmp_path, window=8, precision="float32")
+    positions = np.array([1, 4, 5])
+    blocks = list(model.logit_blocks(TOKENS, positions))
+    assert [tuple(block.shape) for block in blocks] == [(2, vocabulary), (1, vocabulary)]
+    with torch.no_grad():
+        expected = model.model(torch.from_numpy(TOKENS.astype("int64"))[None]).logits[0, positions]
+    # A product of another shape sums in another order; measured 1e-7.
+    torch.testing.assert_close(torch.cat(blocks), expected, rtol=0, atol=1e-5)
+
+
+def test_nf4_scores_with_the_quantized_base(checkpoint):
+    import bitsandbytes
+
+    nf4 = TransformersModel(checkpoint, window=8, precision="nf4")
+    dense = TransformersModel(checkpoint, window=8, precision="float32")
+    layers = dict(dense.model.named_modules())
+    with torch.no_grad():
+        for name, layer in nf4.model.named_modules():
+            if isinstance(layer, bitsandbytes.nn.Linear4bit):
+                weight = layer.weight
+                layers[name].weight.copy_(
+                    bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+                )
+    positions = list(range(40))
+    found, expected = scored_logits(nf4, positions), scored_logits(dense, positions)
+    # Measured 2e-6; against the base that is not quantized, 1.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
