@@ -189,3 +189,9 @@ def test_a_missing_shard_is_a_stage_error(make_checkpoint, uniform_adapter, toke
     with pytest.raises(StageError, match="the checkpoint is not whole"):
         merge(base, tokenizer, uniform_adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.export.merge_adapter")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers"}

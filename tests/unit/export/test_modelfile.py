@@ -57,7 +57,7 @@ def by_mistral_common(path, messages):
     tokenizer = MistralTokenizer.from_file(str(path))
     request = ChatCompletionRequest.from_openai(messages=messages)
     text = tokenizer.encode_chat_completion(request).text
-    return text.removeprefix("<s>").replace("▁", " ")
+    return text.removeprefix("<s>").replace("▁", " ").replace("<0x0A>", "\n")
 
 
 @pytest.fixture(scope="module")

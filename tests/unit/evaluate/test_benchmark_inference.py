@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from workflow_scripts import files
+from workflow_scripts.evaluate import benchmark_inference
+from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+
+SETTINGS = '{"prompt_tokens": 280, "generated_tokens": 5, "repetitions": 2}'
+TOKENS = np.random.default_rng(0).integers(3, 300, size=20).astype(np.int32)
+
+
+def benchmark(chain, speed, *model, settings=SETTINGS):
+    benchmark_inference.main(
+        [*map(str, model), "--facts", str(chain.facts), "--settings", settings]
+        + ["--threads", "1", "--speed", str(speed)]
+    )
+    return files.read_json(speed)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+def test_a_link_is_measured_with_its_size_and_memory(chain, tmp_path, engine):
+    model, size = {
+        "transformers": (("--checkpoint", chain.merged), chain.merged / "model.safetensors"),
+        "llama.cpp": (("--gguf", chain.gguf), chain.gguf),
+    }[engine]
+    report = benchmark(chain, tmp_path / "speed.json", *model)
+    assert report["engine"] == engine
+    assert (report["prompt_tokens"], report["generated_tokens"]) == (280, 5)
+    assert report["n_repetitions"] == 2
+    assert report["size_bytes"] == size.stat().st_size
+    assert report["peak_memory_bytes"] > report["size_bytes"]
+    for phase in ("prompt", "decode"):
+        assert 0 < report[f"{phase}_milliseconds_per_token"] < 10_000
+        assert report[f"{phase}_standard_deviation_milliseconds_per_token"] >= 0
+
+
+def test_no_more_tokens_run_than_the_window_holds_and_one_pass_has_no_deviation(chain, tmp_path):
+    settings = '{"prompt_tokens": 5000, "generated_tokens": 3, "repetitions": 1}'
+    report = benchmark(chain, tmp_path / "s.json", "--gguf", chain.gguf, settings=settings)
+    assert report["prompt_tokens"] == 300
+    assert report["prompt_standard_deviation_milliseconds_per_token"] is None
+
+
+@pytest.mark.parametrize("repetitions", [1, 3])
+def test_phases_alternate_and_the_first_pass_of_each_is_not_counted(repetitions):
+    calls = []
+    seconds = benchmark_inference.measure(
+        lambda: calls.append("prompt"), lambda: calls.append("decode"), repetitions
+    )
+    assert calls == ["prompt", "decode"] * (repetitions + 1)
+    assert {phase: len(times) for phase, times in seconds.items()} == {
+        "prompt": repetitions,
+        "decode": repetitions,
+    }
+    assert statistics.mean(seconds["prompt"]) >= 0
+
+
+@pytest.fixture(scope="module")
+def gguf_model(chain):
+    with LlamaCppModel(chain.gguf, context_tokens=300, n_threads=1) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    "run", [benchmark_inference.read_gguf, benchmark_inference.write_gguf], ids=["read", "write"]
+)
+def test_both_phases_leave_the_cache_after_the_last_token(gguf_model, run):
+    """The next token's logits are those of the whole text: every token was run, once, in place."""
+    tokens = TOKENS.astype(np.int32)
+    run(gguf_model, tokens[:-1])
+    wanted = np.ones(1, dtype=bool)
+    found = gguf_model.decode(tokens[-1:], first=len(tokens) - 1, wants_logits=wanted).copy()
+    (expected,) = gguf_model.logit_blocks(tokens, np.array([len(tokens) - 1]))
+    # One token a pass against all in one; measured 0.002, logits are of size 3.
+    np.testing.assert_allclose(found, expected.numpy(), atol=0.03)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 20])
+def test_transformers_runs_every_token_once(checkpoint, tokens_at_once):
+    model = load_model(checkpoint, window=8, precision="float32")
+    seen = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].flatten().tolist())
+    )
+    benchmark_inference.run_transformers(model, TOKENS, tokens_at_once=tokens_at_once)
+    assert [len(part) for part in seen] == [tokens_at_once] * (20 // tokens_at_once)
+    assert sum(seen, []) == TOKENS.tolist()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.evaluate.benchmark_inference")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "llama_cpp"}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from workflow_scripts import files
+from workflow_scripts.data.documents import Documents
+from workflow_scripts.evaluate import evaluate_perplexity
+
+
+def score(chain, scores, *model, settings="{}"):
+    evaluate_perplexity.main(
+        [*map(str, model), "--facts", str(chain.facts), "--tokens", str(chain.tokens)]
+        + ["--settings", settings, "--threads", "1", "--scores", str(scores)]
+    )
+    return files.read_json(scores)
+
+
+def nats_by_document(model, documents):
+    """Every document whole, through a plain call; its supervised tokens' nats."""
+    found = []
+    with torch.no_grad():
+        for document in documents:
+            tokens = torch.from_numpy(document.input_ids.astype("int64"))
+            logits = model(tokens[None]).logits[0, :-1]
+            nats = cross_entropy(logits, tokens[1:], reduction="none")
+            found.append(nats[torch.from_numpy(document.is_supervised)[1:]].double())
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged_model(chain):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        chain.merged, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def test_perplexity_is_that_of_a_plain_model_over_supervised_tokens(chain, merged_model, tmp_path):
+    short = '{"max_conversations": 2}'
+    report = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged, settings=short)
+    nats = torch.cat(nats_by_document(merged_model, list(Documents(chain.tokens))[:2]))
+    assert report["n_conversations"] == 2
+    assert report["n_scored_tokens"] == len(nats)
+    assert report["loss_nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert report["perplexity"] == pytest.approx(math.exp(nats.mean().item()), rel=1e-5)
+    assert report["precision"] == "float32" or torch.cuda.is_available()
+
+
+def test_whole_conversations_are_scored_beside_their_pieces(chain, merged_model, tmp_path):
+    report = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
+    documents = Documents(chain.tokens)
+    nats = torch.cat(nats_by_document(merged_model, documents))
+    assert report["piece_tokens"] == 300
+    # The third conversation: a whole piece, then half a piece of tokens not scored yet.
+    n_of_the_long_one = 1 + math.ceil((len(documents[2].input_ids) - 300) / 150)
+    assert report["n_pieces"] == 2 + n_of_the_long_one > 3
+    assert report["n_conversations_beyond_piece"] == 1
+    assert report["n_scored_tokens"] == report["full_length_n_scored_tokens"] == len(nats)
+    assert report["full_length_loss_nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert report["loss_nats_per_token"] != report["full_length_loss_nats_per_token"]
+
+
+def test_the_live_adapter_and_the_merged_model_score_alike(chain, tmp_path):
+    merged = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
+    live = score(
+        chain, tmp_path / "live.json", "--checkpoint", chain.checkpoint, "--adapter", chain.adapter
+    )
+    base = score(chain, tmp_path / "base.json", "--checkpoint", chain.checkpoint)
+    # What is left is one rounding of each weight to bfloat16; measured 2e-4.
+    assert live["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-3)
+    assert abs(base["loss_nats_per_token"] - live["loss_nats_per_token"]) > 0.05
+
+
+def test_a_gguf_scores_the_same_tokens_as_its_source(chain, tmp_path):
+    merged = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
+    gguf = score(chain, tmp_path / "F16.json", "--gguf", chain.gguf)
+    for key in ("piece_tokens", "n_pieces", "n_conversations", "n_scored_tokens"):
+        assert gguf[key] == merged[key], key
+    # Measured 1e-4 nats.
+    assert gguf["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=1e-3)
+    assert "full_length_perplexity" not in gguf  # llama.cpp does not honour the window
+
+
+def test_the_nf4_base_is_scored_as_such(chain, tmp_path):
+    nf4 = ("--checkpoint", chain.checkpoint, "--precision", "nf4")
+    report = score(chain, tmp_path / "nf4.json", *nf4)
+    base = score(chain, tmp_path / "base.json", "--checkpoint", chain.checkpoint)
+    assert report["precision"] == "nf4"
+    assert report["n_scored_tokens"] == base["n_scored_tokens"]
+    assert report["loss_nats_per_token"] != base["loss_nats_per_token"]
+
+
+def test_a_split_without_conversations_is_a_stage_error(
+    chain, random_documents, tmp_path, ends_with_message
+):
+    random_documents(tmp_path / "test.arrow", [])
+    message = ends_with_message(
+        evaluate_perplexity.main,
+        ["--checkpoint", chain.merged, "--facts", chain.facts, "--tokens"]
+        + [tmp_path / "test.arrow", "--settings", "{}", "--threads", 1]
+        + ["--scores", tmp_path / "scores.json"],
+    )
+    for part in ("nothing to score", "test.arrow", "no document", "test_fraction"):
+        assert part in message
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("model", [[], ["--checkpoint", "a", "--gguf", "b"]], ids=["none", "both"])
+def test_exactly_one_model_is_scored(chain, tmp_path, model):
+    with pytest.raises(SystemExit) as caught:
+        score(chain, tmp_path / "scores.json", *model)
+    assert caught.value.code == 2
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.evaluate.evaluate_perplexity")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "llama_cpp"}

@@ -1,0 +1,96 @@
+"""A small results tree, as the stages before the report write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from workflow_scripts import files
+
+GGUF_TYPES = ["F16", "Q4_K_M"]
+PERPLEXITIES = {"adapter": 5.0, "merged": 5.05, "F16": 5.051, "Q4_K_M": 5.5}
+RUNS = {
+    name: {"model": "tiny", "dataset": "chats", "packing": packing, "recipe": name}
+    for name, packing in (("generic", "joined"), ("mistral", "apart"))
+}
+
+
+class Results(NamedTuple):
+    folder: Path
+    runs: str
+    """JSON, as the rule hands it."""
+
+
+def scores(perplexity: float, **more: object) -> dict:
+    return {
+        "piece_tokens": 64,
+        "n_conversations": 12,
+        "n_scored_tokens": 34_567,
+        "perplexity": perplexity,
+        "loss_standard_error_nats_per_token": 0.01,
+        **more,
+    }
+
+
+@pytest.fixture
+def write_results(tmp_path) -> Callable[[], Results]:
+    def write() -> Results:
+        folder = tmp_path / "results"
+        facts = {"context_tokens": 2048, "sliding_window": 64}
+        files.write_json(folder / "models" / "tiny" / "facts.json", facts)
+        base = folder / "evaluation" / "tiny" / "chats"
+        whole = {"full_length_perplexity": 9.876}
+        files.write_json(base / "base.json", scores(10.0, **whole))
+        files.write_json(base / "base-nf4.json", scores(10.25, **whole))
+        for number, run in enumerate(RUNS):
+            adapter = folder / "runs" / run / "adapter"
+            manifest = {
+                "peak_memory_bytes": (number + 1) * 3 * 2**29,
+                "tokens_per_second": 1234.4,
+                "n_steps": 7 + number,
+                "n_trainable_parameters": 1_234_567,
+            }
+            files.write_json(adapter / "training_manifest.json", manifest)
+            steps = [
+                {
+                    "step": step,
+                    "loss_nats_per_token": 3 / step,
+                    "gradient_norm": 1.0 / step,
+                    "learning_rate": 0.1,
+                }
+                for step in range(1, 6)
+            ]
+            validation = [{"step": 5, "loss_nats_per_token": 1.5}] if number else []
+            history = {"train": steps, "validation": validation}
+            files.write_json(adapter / "history.json", history)
+            for link, perplexity in PERPLEXITIES.items():
+                evaluation = folder / "runs" / run / "evaluation"
+                more = whole if link in ("adapter", "merged") else {}
+                found = scores(perplexity + number, **more)
+                files.write_json(evaluation / f"{link}.json", found)
+                speed = {
+                    "prompt_milliseconds_per_token": 0.1234,
+                    "prompt_standard_deviation_milliseconds_per_token": 0.0056,
+                    "decode_milliseconds_per_token": 2.5,
+                    "decode_standard_deviation_milliseconds_per_token": None,
+                    "size_bytes": 5 * 2**20,
+                    "peak_memory_bytes": 3 * 2**30,
+                }
+                files.write_json(evaluation / f"{link}.inference.json", speed)
+        return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES}))
+
+    return write
+
+
+@pytest.fixture
+def results(write_results) -> Results:
+    return write_results()
+
+
+@pytest.fixture
+def read_tsv() -> Callable[[Path], list[list[str]]]:
+    return lambda path: [line.split("\t") for line in path.read_text().splitlines()]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.report import report_chain
+
+
+@pytest.fixture
+def write(results, tmp_path):
+    def run():
+        paths = {key: tmp_path / f"chain.{key}" for key in ("tsv", "md", "html", "svg")}
+        report_chain.main(
+            ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
+            + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
+            + ["--figure", str(paths["svg"])]
+        )
+        return paths
+
+    return run
+
+
+def test_each_link_stands_against_the_one_before(write, read_tsv):
+    header, *rows = read_tsv(write()["tsv"])
+    assert header[:4] == ["Link", "Perplexity", "Step", "Whole conversations"]
+    assert [row[0] for row in rows[:7]] == [
+        "generic: base",
+        "generic: base NF4",
+        "generic: adapter",
+        "generic: merged",
+        "generic: F16",
+        "generic: Q4_K_M",
+        "mistral: base",
+    ]
+    steps = [row[2] for row in rows[:6]]
+    assert steps == ["", "+2.50%", "-51.22%", "+1.00%", "+0.02%", "+8.89%"]
+    assert rows[6][2] == ""  # another run's base is no step
+
+
+def test_what_was_not_measured_is_left_empty(write, read_tsv):
+    rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
+    assert rows["generic: base"][3:] == ["9.88", "", "", "", ""]
+    assert rows["generic: merged"][3:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+    # llama.cpp does not honour the window: no figure for whole conversations.
+    assert rows["generic: F16"][3:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+
+
+def test_the_figure_is_svg_that_names_links_and_runs(write):
+    root = ElementTree.parse(write()["svg"]).getroot()
+    assert root.tag.endswith("svg")
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 20
+
+
+def test_the_same_results_give_the_same_bytes(write):
+    first = {key: path.read_bytes() for key, path in write().items()}
+    assert {key: path.read_bytes() for key, path in write().items()} == first
+
+
+def test_other_results_give_another_figure(write, results):
+    before = write()["svg"].read_bytes()
+    path = results.folder / "runs" / "generic" / "evaluation" / "merged.json"
+    files.write_json(path, files.read_json(path) | {"perplexity": 8.0})
+    assert write()["svg"].read_bytes() != before
+
+
+def test_a_single_conversation_without_an_error_is_drawn_all_the_same(write, results, read_tsv):
+    for path in results.folder.glob("**/evaluation/**/*.json"):
+        if "perplexity" in (scores := files.read_json(path)):
+            files.write_json(path, scores | {"loss_standard_error_nats_per_token": None})
+    paths = write()
+    assert read_tsv(paths["tsv"])[1][1] == "10.00"
+    assert paths["svg"].stat().st_size > 1000
+
+
+def test_help_starts_without_torch_or_matplotlib(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_chain")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib"}

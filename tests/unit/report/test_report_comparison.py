@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.report import report_comparison
+
+
+@pytest.fixture
+def write(results, tmp_path):
+    def run():
+        paths = {key: tmp_path / f"comparison.{key}" for key in ("tsv", "md", "html")}
+        report_comparison.main(
+            ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
+            + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
+        )
+        return paths
+
+    return run
+
+
+def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
+    cells = read_tsv(write()["tsv"])
+    assert cells == [
+        ["", "generic", "mistral"],
+        ["Perplexity, base", "10.00 ± 0.10", "10.00 ± 0.10"],
+        ["Perplexity, merged", "5.05 ± 0.05", "6.05 ± 0.06"],
+        ["Perplexity, Q4_K_M", "5.50 ± 0.06", "6.50 ± 0.07"],
+        ["Change against the base", "-49.5%", "-39.5%"],
+        ["Prompt, Q4_K_M, ms/token", "0.123 ± 0.006", "0.123 ± 0.006"],
+        ["Decode, Q4_K_M, ms/token", "2.500", "2.500"],
+        ["File, Q4_K_M", "5.0 MiB", "5.0 MiB"],
+        ["Peak memory of training", "1.50 GiB", "3.00 GiB"],
+        ["Training, tokens/s", "1234", "1234"],
+        ["Training, steps", "7", "8"],
+        ["Trainable parameters", "1,234,567", "1,234,567"],
+        ["Context, transformers", "2,048", "2,048"],
+        ["Context, GGUF", "64", "64"],
+    ]
+
+
+def test_the_note_says_on_what_it_was_measured(write):
+    text = write()["md"].read_text()
+    for part in ("12 conversations", "34,567 supervised tokens", "at most 64 tokens"):
+        assert part in text
+
+
+def test_a_model_without_a_window_serves_its_whole_context(write, results, read_tsv):
+    path = results.folder / "models" / "tiny" / "facts.json"
+    files.write_json(path, {"context_tokens": 2048, "sliding_window": None})
+    assert read_tsv(write()["tsv"])[-1] == ["Context, GGUF", "2,048", "2,048"]
+
+
+def test_the_same_results_give_the_same_bytes(write):
+    first = {key: path.read_bytes() for key, path in write().items()}
+    assert {key: path.read_bytes() for key, path in write().items()} == first
+
+
+def test_help_starts_without_torch_or_matplotlib(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_comparison")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib"}

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from workflow_scripts.log import StageError
+from workflow_scripts.report.results import read_results
+
+
+def test_a_runs_links_go_from_the_base_to_the_smallest_file(results):
+    runs = read_results(results.runs, results.folder)
+    assert [run.name for run in runs] == ["generic", "mistral"]
+    for run in runs:
+        names = [link.name for link in run.links]
+        assert names == ["base", "base NF4", "adapter", "merged", "F16", "Q4_K_M"]
+        assert [link.speed is None for link in run.links] == [True, True] + [False] * 4
+
+
+def test_every_figure_comes_from_its_own_run(results):
+    generic, mistral = read_results(results.runs, results.folder)
+    assert generic.link("merged").scores["perplexity"] == 5.05
+    assert mistral.link("merged").scores["perplexity"] == 6.05
+    assert generic.link("base").scores == mistral.link("base").scores
+    assert (generic.manifest["n_steps"], mistral.manifest["n_steps"]) == (7, 8)
+    assert (len(generic.history["validation"]), len(mistral.history["validation"])) == (0, 1)
+    assert mistral.settings["packing"] == "apart"
+    assert mistral.facts["sliding_window"] == 64
+
+
+def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(results):
+    path = results.folder / "runs" / "mistral" / "evaluation" / "Q4_K_M.inference.json"
+    path.unlink()
+    with pytest.raises(StageError, match="a file is missing") as caught:
+        read_results(results.runs, results.folder)
+    assert str(path) in str(caught.value)

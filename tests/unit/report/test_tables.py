@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import csv
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+
+TABLE = Table(
+    title="A <b> & C",
+    note="Lower is “better” <script>",
+    header=["", "a|b", "x<y"],
+    rows=[["one & two", "1.0", "|"], ["<i>", "2.0", '"q"']],
+)
+
+
+class Cells(HTMLParser):
+    """The cells of the page's only table, by row, and every tag there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.tags, self._open = [], set(), None
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self._open = tag
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+    def handle_data(self, data):
+        if self._open in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def written(tmp_path):
+    paths = {key: tmp_path / f"table.{key}" for key in ("tsv", "md", "html")}
+    TABLE.write(tsv=paths["tsv"], markdown=paths["md"], page=paths["html"])
+    return {key: path.read_text(encoding="utf-8") for key, path in paths.items()}
+
+
+def test_the_tsv_reads_back_cell_by_cell(tmp_path):
+    lines = written(tmp_path)["tsv"].splitlines()
+    cells = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert cells == [TABLE.header, *TABLE.rows]
+
+
+def test_the_markdown_table_keeps_bars_inside_their_cells(tmp_path):
+    lines = written(tmp_path)["md"].splitlines()
+    assert lines[0] == "### A <b> & C"
+    assert lines[-4:] == [
+        r"|  | a\|b | x<y |",
+        "| --- | ---: | ---: |",
+        r"| one & two | 1.0 | \| |",
+        '| <i> | 2.0 | "q" |',
+    ]
+
+
+def test_the_page_shows_every_cell_and_no_cell_becomes_a_tag(tmp_path):
+    page = Cells()
+    page.feed(written(tmp_path)["html"])
+    assert page.rows == [TABLE.header, *TABLE.rows]
+    assert not page.tags & {"b", "i", "script"}
+
+
+def test_the_page_asks_for_nothing_outside_itself(tmp_path):
+    text = written(tmp_path)["html"]
+    assert not any(part in text for part in ("http", "src=", "href=", "@import"))
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "expected"),
+    [
+        (0, "0.0 MiB"),
+        (2**20, "1.0 MiB"),
+        (2**30 - 2**20, "1023.0 MiB"),
+        (2**30, "1.00 GiB"),
+        (4.125 * 2**30, "4.12 GiB"),
+    ],
+)
+def test_sizes_are_binary_and_named_so(n_bytes, expected):
+    assert mebibytes(n_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((12.345, 0.054), "12.35 ± 0.05"),
+        ((12.345, None), "12.35"),
+        ((0.1, 0.02, 3), "0.100 ± 0.020"),
+    ],
+)
+def test_an_error_is_shown_where_one_is_known(arguments, expected):
+    # 12.345 lies a little above its decimal form in binary.
+    assert with_error(*arguments) == expected
+
+
+def test_the_error_of_a_perplexity_is_the_losss_times_its_slope():
+    loss, error = 2.0, 0.01
+    shown = perplexity({"perplexity": math.exp(loss), "loss_standard_error_nats_per_token": error})
+    slope = (math.exp(loss + 1e-6) - math.exp(loss - 1e-6)) / 2e-6
+    assert shown == f"{math.exp(loss):.2f} ± {slope * error:.2f}" == "7.39 ± 0.07"
+    assert perplexity({"perplexity": 7.0, "loss_standard_error_nats_per_token": None}) == "7.00"
