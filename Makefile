@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test lint schema clean help
+.PHONY: run test check-demo lint schema clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
@@ -35,8 +35,11 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
 	touch $@
 
+check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?
+	python -m pytest tests/demo
+
 clean:  ## remove what was built; the environment stays
 	rm -rf results checkpoints logs benchmarks .snakemake
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'

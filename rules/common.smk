@@ -1,7 +1,6 @@
 # Config, wildcard constraints and input functions; no rules.
 import ast
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
+from workflow_scripts import environment
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import load_config
 
@@ -18,15 +18,7 @@ try:
 except StageError as error:
     raise WorkflowError(str(error)) from None
 
-# Stages are `python -m workflow_scripts…`: run by this interpreter (a conda environment still goes first
-# where `--sdm conda` is used), found from any working directory.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(workflow.basedir), os.environ.get("PYTHONPATH")])
-)
-# Threads that spin while they wait cost a job on shared cores many times its work (measured: 44 s for
-# 9 s on a busy machine with 2 cores).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+environment.prepare(Path(workflow.basedir))
 
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
 QUANTIZATIONS = list(CONFIG.gguf.quantizations)

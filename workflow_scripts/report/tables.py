@@ -15,9 +15,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; margin: 1.5rem; }
 h1 { font-size: 1.2rem; margin: 0 0 .2rem; }
 p { max-width: 60rem; color: #51606f; margin: .4rem 0 1rem; }
 table { border-collapse: collapse; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid #dde3e9; text-align: right; }
+th, td { padding: .35rem .9rem; border-bottom: 1px solid #dde3e9; text-align: right;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #51606f; white-space: nowrap; }
+thead th { border-bottom: 2px solid #51606f; }
 tbody tr:hover { background: #f3f6f9; }
 """
 

@@ -71,7 +71,7 @@ def test_the_live_adapter_and_the_merged_model_score_alike(chain, tmp_path):
         chain, tmp_path / "live.json", "--checkpoint", chain.checkpoint, "--adapter", chain.adapter
     )
     base = score(chain, tmp_path / "base.json", "--checkpoint", chain.checkpoint)
-    # What is left is one rounding of each weight to bfloat16; measured 2e-4.
+    # What is left is one rounding of each weight to bfloat16; measured 1e-4.
     assert live["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-3)
     assert abs(base["loss_nats_per_token"] - live["loss_nats_per_token"]) > 0.05
 
@@ -81,8 +81,8 @@ def test_a_gguf_scores_the_same_tokens_as_its_source(chain, tmp_path):
     gguf = score(chain, tmp_path / "F16.json", "--gguf", chain.gguf)
     for key in ("piece_tokens", "n_pieces", "n_conversations", "n_scored_tokens"):
         assert gguf[key] == merged[key], key
-    # Measured 1e-4 nats.
-    assert gguf["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=1e-3)
+    # Measured 4e-4 nats, of 11.
+    assert gguf["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-3)
     assert "full_length_perplexity" not in gguf  # llama.cpp does not honour the window
 
 

@@ -31,8 +31,8 @@ def test_loss_and_gradient_equal_cross_entropy_in_float32(n_tokens):
     assert loss.dtype == torch.float32
     # Measured 3e-7, against sums in float64.
     torch.testing.assert_close(loss.double(), reference, rtol=3e-6, atol=0)
-    # Measured 2e-6 of the largest entry.
-    bound = 2e-5 * expected.abs().max().item()
+    # Measured 8e-6 of the largest entry.
+    bound = 4e-5 * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
