@@ -66,6 +66,7 @@ class Documents(Sequence[Document]):
     def __getitem__(self, index: int) -> Document:
         import numpy as np
 
+        index = range(len(self))[index]  # negative counts from the end, beyond is an IndexError
         input_ids = self._tokens[self._token_offsets[index] : self._token_offsets[index + 1]]
         spans = self._spans[self._span_offsets[index] : self._span_offsets[index + 1]]
         is_supervised = np.zeros(len(input_ids), dtype=bool)

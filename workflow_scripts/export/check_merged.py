@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         - 1,
     }
     logger.info("measured %s", log.fields(report))
-    if report["kl_divergence_nats"] > settings.merge_kl_divergence_nats:
+    # Written so that NaN, which compares as false, does not pass.
+    if not report["kl_divergence_nats"] <= settings.merge_kl_divergence_nats:
         raise log.StageError(
             "the merged model differs from base + adapter",
             where=f"{arguments.merged}, mean over {report['n_scored_tokens']} tokens",
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             " (evaluation.gates.merge_kl_divergence_nats)",
             to_fix="merge again with this version; if it stays, please report it",
         )
-    if report["perplexity_increase_fraction"] > settings.merge_perplexity_increase_fraction:
+    if not report["perplexity_increase_fraction"] <= settings.merge_perplexity_increase_fraction:
         raise log.StageError(
             "the merged model is worse than the adapter it was made of",
             where=f"{arguments.merged}, {len(documents)} validation conversations",

@@ -15,13 +15,13 @@ from workflow_scripts.log import StageError
 # Up to v3 the system prompt goes in front of the last user message (v1: the first).
 _LAST_USER = (
     "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
-    '{{- if eq .Role "user" }}[INST]~{{- if and $last $.System }}{{ $.System }}\n\n{{ end }}'
+    '{{- if eq .Role "user" }}[INST]~{{ if and $last $.System }}{{ $.System }}\n\n{{ end }}'
     '{{ .Content }}[/INST]{{- else if eq .Role "assistant" }}~{{ .Content }}</s>'
     "{{- end }}{{- end }}"
 )
 _V1 = (
     '{{- range $i, $_ := .Messages }}{{- if eq .Role "user" }} [INST] '
-    "{{- if and (le $i 1) $.System }}{{ $.System }}\n\n{{ end }}{{ .Content }} [/INST]"
+    "{{ if and (le $i 1) $.System }}{{ $.System }}\n\n{{ end }}{{ .Content }} [/INST]"
     '{{- else if eq .Role "assistant" }} {{ .Content }}</s>'
     "{{- end }}{{- end }}"
 )

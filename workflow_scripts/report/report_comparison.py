@@ -44,7 +44,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
         f"File, {smallest}": lambda run: mebibytes(run.link(smallest).speed["size_bytes"]),
         "Peak memory of training": lambda run: mebibytes(run.manifest["peak_memory_bytes"]),
-        "Training, tokens/s": lambda run: f"{run.manifest['tokens_per_second']:.0f}",
+        "Training, tokens/s": training_speed,
         "Training, steps": lambda run: str(run.manifest["n_steps"]),
         "Trainable parameters": lambda run: f"{run.manifest['n_trainable_parameters']:,}",
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
@@ -63,6 +63,12 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
     )
+
+
+def training_speed(run: RunResults) -> str:
+    """Empty for a run that resumed at its last step: nothing was timed."""
+    measured = run.manifest["tokens_per_second"]
+    return "" if measured is None else f"{measured:.0f}"
 
 
 def change(run: RunResults, link: str) -> str:

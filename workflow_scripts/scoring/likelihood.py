@@ -25,6 +25,8 @@ class LogitModel(Protocol):
         """Logits after each of `positions`, in order, in blocks of (n, vocabulary) float32 on the
         CPU.
 
+        A block may be the model's own memory: it is valid until the next one is asked for.
+
         Args:
             input_ids: (n_tokens,) integer.
             positions: ascending; the logits at position p predict token p + 1.
@@ -101,4 +103,5 @@ def all_logits(model: LogitModel, piece: Piece) -> Tensor:
     """(n_scored, vocabulary) float32; for gates, on few and short pieces."""
     import torch
 
-    return torch.cat(list(model.logit_blocks(piece.input_ids, piece.scored - 1)))
+    blocks = model.logit_blocks(piece.input_ids, piece.scored - 1)
+    return torch.cat([block.clone() for block in blocks])

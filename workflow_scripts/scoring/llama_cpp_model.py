@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_TOKENS = 256
+
+
+@cache
+def _silence_log() -> object:
+    """Turn llama.cpp's own log off; the callback is kept, as the library may call it to the end."""
+    import llama_cpp
+
+    silent = llama_cpp.llama_log_callback(lambda level, text, _: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    return silent
 
 
 class LlamaCppModel:
@@ -37,9 +48,7 @@ class LlamaCppModel:
 
         self._api = llama_cpp
         self._path = path
-        # The callback must live as long as the library may call it.
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, _: None)
-        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        _silence_log()
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0

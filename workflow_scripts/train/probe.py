@@ -44,7 +44,7 @@ def check_attention(model: Any, documents: Documents, plan: Plan) -> None:
     dtype = str(next(p for p in model.parameters() if p.requires_grad).dtype)
     if model.device.type == "cuda":
         dtype = str(model.config.dtype)
-    if difference > TOLERANCE[dtype]:
+    if not difference <= TOLERANCE[dtype]:  # NaN is no agreement
         raise StageError(
             "packed documents see each other",
             where=f"document {documents.ids[last.document]}",

@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     validation = Documents(arguments.tokens / "validation.arrow")
 
     import torch
-    from transformers.trainer_utils import get_last_checkpoint
 
     from workflow_scripts.train.probe import check_attention
     from workflow_scripts.train.trainer import Throughput
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_attention(model, train, plan)
     throughput = Throughput()
     trainer = make_trainer(model, recipe, plan, train, validation, checkpoints, throughput)
-    last = get_last_checkpoint(str(checkpoints))
+    last = last_whole_checkpoint(checkpoints)
     if last:
         logger.info("resumed checkpoint=%s", last)
     started = time.perf_counter()
@@ -110,6 +109,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A finished run has nothing to resume; a forced one starts over.
     shutil.rmtree(checkpoints)
     logger.info("trained %s", log.fields(manifest))
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; torn ones are removed.
+
+    The Trainer writes a checkpoint in place, `trainer_state.json` last: a run killed while saving
+    leaves one that could never be resumed from.
+    """
+    whole: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / "trainer_state.json").is_file():
+            whole[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            logger.warning("removed torn checkpoint=%s", path)
+            shutil.rmtree(path)
+    return str(whole[max(whole)]) if whole else None
 
 
 def adapted_model(checkpoint: Path, facts: dict[str, Any], recipe: RecipeSettings) -> Any:

@@ -73,11 +73,7 @@ class PackedTrainer(Trainer):
 
 
 class Throughput(TrainerCallback):
-    """Seconds and tokens of each optimizer step, without the time of evaluations.
-
-    Args:
-        tokens_per_step: mean tokens of a step, supervised or not.
-    """
+    """Seconds of each optimizer step, without the time of evaluations."""
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}

@@ -11,7 +11,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
 
-def arguments(chain, gguf, check, *, settings='{"n_conversations": 2}'):
+def arguments(chain, gguf, check, *, settings="{}"):
     return (
         ["--gguf", gguf, "--merged", chain.merged, "--facts", chain.facts, "--threads", 1]
         + ["--clean", chain.clean, "--tokens", chain.tokens, "--settings", settings]
@@ -30,11 +30,11 @@ def test_the_file_converted_from_the_merged_model_passes(chain, tmp_path):
     check = tmp_path / "gguf_check.json"
     check_gguf.main([str(argument) for argument in arguments(chain, chain.gguf, check)])
     report = files.read_json(check)
-    assert report["n_conversations_token_parity"] == 2
+    assert report["n_conversations_token_parity"] == 3
     assert 0 <= report["kl_divergence_nats"] <= report["max_kl_divergence_nats"] < 1e-5
     assert report["top1_agreement_fraction"] > 0.95
     documents = Documents(chain.tokens)
-    assert report["n_scored_tokens"] == sum(documents[at].is_supervised.sum() for at in (0, 1))
+    assert report["n_scored_tokens"] == sum(documents[at].is_supervised.sum() for at in range(3))
 
 
 def test_a_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_message):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from workflow_scripts import files
 from workflow_scripts.export import check_merged
 
-# The demo's default of 1e-5 is for a trained model; random weights of this size round coarser.
-GATES = {"merge_kl_divergence_nats": 1e-3, "merge_perplexity_increase_fraction": 0.5}
+# The default of 1e-5 is for a trained model; random weights round coarser: measured 1.4e-5.
+GATES = {"merge_kl_divergence_nats": 1e-4, "merge_perplexity_increase_fraction": 0.5}
 
 
 def arguments(chain, merged, settings, check):
@@ -37,7 +37,7 @@ def test_the_right_merge_passes_and_says_how_near_it_is(chain, tmp_path, as_json
     check_merged.main([str(a) for a in arguments(chain, chain.merged, as_json(**GATES), check)])
     report = files.read_json(check)
     assert report["n_conversations"] == 3
-    assert 0 < report["kl_divergence_nats"] < 1e-3
+    assert 0 < report["kl_divergence_nats"] < 1e-4
     assert report["kl_divergence_nats"] <= report["max_kl_divergence_nats"]
     assert report["top1_agreement_fraction"] > 0.95
     ratio = report["merged_perplexity"] / report["adapter_perplexity"]
@@ -69,7 +69,7 @@ def test_one_damaged_number_stops_the_chain_with_a_message(
         "the merged model differs from base + adapter",
         f"where:    {damaged}",
         "found:    KL divergence",
-        "expected: at most 0.001 (evaluation.gates.merge_kl_divergence_nats)",
+        "expected: at most 0.0001 (evaluation.gates.merge_kl_divergence_nats)",
         "to fix:   ",
     ):
         assert part in message

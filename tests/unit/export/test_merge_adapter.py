@@ -127,7 +127,7 @@ def test_the_folder_loads_with_from_pretrained_and_computes_what_the_live_adapte
     tokens = AutoTokenizer.from_pretrained(chain.merged)("A list is", return_tensors="pt").input_ids
     with torch.no_grad():
         difference = (merged(tokens).logits - live(tokens).logits).abs().max()
-    assert difference < 0.05  # one rounding to bfloat16 a weight; measured 0.01
+    assert difference < 0.05  # one rounding to bfloat16 a weight; measured 0.02
 
 
 def test_the_folder_holds_weights_config_and_tokenizer_and_nothing_else(

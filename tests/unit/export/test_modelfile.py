@@ -93,7 +93,7 @@ CHATS = {
 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
-@pytest.mark.parametrize("version", ["v7", "tekken"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_ollamas_prompt_is_the_one_mistral_common_renders(published, version, chat):
     found = rendered(chat_template(version), chat)
     assert found == by_mistral_common(published(version), chat)

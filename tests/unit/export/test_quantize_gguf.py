@@ -38,7 +38,7 @@ def test_each_type_is_smaller_and_less_like_the_source_than_the_one_before(chain
     assert sizes[1] < 0.6 * sizes[0] and sizes[2] < 0.75 * sizes[1]
     reference = logits(chain.gguf)
     errors = [divergence(reference, logits(path))[0].mean().item() for path in paths]
-    # Random weights quantize badly; measured 0.0004 and 0.06 nats.
+    # Random weights quantize badly; measured 0.0004 and 0.04 nats.
     assert errors[0] == 0 < errors[1] < 0.01 < errors[2] < 1
 
 
