@@ -66,11 +66,13 @@ def _messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str
 
 
 def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
-    purpose = (f"What does `{entry.name}` do?", entry.summary)
+    purpose = (f"What does `{entry.name}` do?", entry.summary.rstrip(" .:") + ".")
     turns = [purpose]
     parameters = _parameters(entry)
     if entry.call is not None:
-        turns.append((f"What is the signature of `{entry.name}`?", f"`{entry.call}`"))
+        turns.append(
+            (f"What is the signature of `{entry.name}`?", f"Its signature is `{entry.call}`.")
+        )
     if parameters:
         turns.append((f"Which parameters does `{entry.name}` take?", parameters))
     whole = (f"Show the documentation of `{entry.name}`.", entry.docstring)
@@ -83,19 +85,22 @@ def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
 
 
 def _parameters(entry: Entry) -> str:
-    """One line a parameter; an empty string where there is none or the interpreter does not say."""
+    """The parameters in one sentence; empty where the interpreter does not say."""
     if entry.signature is None:
         return ""
-    lines = []
+    names = []
     for parameter in entry.signature.parameters.values():
         if parameter.name in ("self", "cls"):
             continue
-        is_required = parameter.default is inspect.Parameter.empty
-        default = "required" if is_required else f"default `{parameter.default!r}`"
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            default = "any number"
-        lines.append(f"- `{parameter.name}`: {default}")
-    text = "\n".join(lines)
+            names.append(f"any number of `{parameter.name}`")
+        elif parameter.default is inspect.Parameter.empty:
+            names.append(f"`{parameter.name}`")
+        else:
+            names.append(f"`{parameter.name}` (default `{parameter.default!r}`)")
+    if not names:
+        return "It takes no parameters."
+    text = f"It takes {', '.join(names)}."
     return "" if " at 0x" in text else text
 
 
