@@ -84,28 +84,37 @@ def by_segment(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Each segment through SDPA alone; shapes as `packed_attention`."""
+    """Each segment through SDPA alone; shapes as `packed_attention`.
+
+    A segment longer than the window goes a window of queries at a time, each with the keys it can
+    reach: the work grows with length × window, not with length².
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     parts = []
     for start, end in zip(bounds, bounds[1:], strict=False):
-        mask = None
-        if window is not None and end - start > window:
-            position = torch.arange(end - start, device=query.device)
-            tokens_back = position[:, None] - position[None, :]
-            mask = (tokens_back >= 0) & (tokens_back < window)
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
+        stretch = end - start if window is None else window
+        for first in range(start, end, stretch):
+            last = min(end, first + stretch)
+            first_key = start if window is None else max(start, first - window + 1)
+            mask = None
+            if first_key < first:
+                queries = torch.arange(first, last, device=query.device)
+                keys = torch.arange(first_key, last, device=query.device)
+                tokens_back = queries[:, None] - keys[None, :]
+                mask = (tokens_back >= 0) & (tokens_back < window)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[:, :, first:last],
+                    key[:, :, first_key:last],
+                    value[:, :, first_key:last],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scale,
+                    enable_gqa=True,
+                )
             )
-        )
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
