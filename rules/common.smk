@@ -84,6 +84,11 @@ def threads_for_model(wildcards):
     return threads_of("models", wildcards.model)
 
 
+def all_cores():
+    """Every core Snakemake was given, so that a job is alone; 8 where it needs none (--report)."""
+    return workflow.resource_settings.cores or 8
+
+
 def gpus_for_run(wildcards):
     """A GPU slot for a real model; the demo's is small enough for none, and uses one if it is there."""
     return 0 if CONFIG.models[CONFIG.runs[wildcards.run].model].generate else 1

@@ -117,7 +117,7 @@ rule benchmark_inference:
         "benchmarks/runs/{run}/benchmark_inference/{gguf}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: workflow.cores or 8
+    threads: all_cores()
     resources:
         mem_mb=lambda wildcards, attempt: 16_000 * attempt,
         runtime=60,  # minutes
