@@ -273,7 +273,7 @@ class InferenceSettings(Settings):
 class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
-    piece_tokens: Count | None = None
+    piece_tokens: Annotated[Count, Field(ge=16)] | None = None
     """Longest piece scored along the chain, tokens; null is the sliding window, else the
     context."""
     max_conversations: Count | None = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.export import llama_cpp_source
 from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint import served_context
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("convert_gguf")
@@ -50,12 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         served_context(facts),
         arguments.gguf,
     )
-
-
-def served_context(facts: dict) -> int:
-    """Tokens that llama.cpp computes as the model was trained: its context, capped at its
-    window."""
-    return min(facts["context_tokens"], facts["sliding_window"] or facts["context_tokens"])
 
 
 def stage_model(merged: Path, folder: Path, *, context_tokens: int) -> None:

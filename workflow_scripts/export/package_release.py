@@ -17,7 +17,7 @@ from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.export import modelfile
-from workflow_scripts.export.convert_gguf import served_context
+from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.settings import RunSettings, settings_from_json
 
 OUTPUT_VERSION = 1

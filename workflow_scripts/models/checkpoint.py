@@ -65,6 +65,15 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
+def served_context(facts: dict[str, Any]) -> int:
+    """Tokens over which llama.cpp computes as the model was trained: the context, up to the window.
+
+    Args:
+        facts: of `read_facts`.
+    """
+    return min(facts["context_tokens"], facts["sliding_window"] or facts["context_tokens"])
+
+
 def weight_files(checkpoint: Path) -> list[Path]:
     """The safetensors shards that make up the model, in order.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
+from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
@@ -48,7 +49,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Training, steps": lambda run: str(run.manifest["n_steps"]),
         "Trainable parameters": lambda run: f"{run.manifest['n_trainable_parameters']:,}",
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
-        "Context, GGUF": lambda run: f"{served_context(run):,}",
+        "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
     }
     scores = runs[0].link("merged").scores
     return Table(
@@ -83,12 +84,6 @@ def speed(run: RunResults, link: str, phase: str) -> str:
         measured[f"{phase}_standard_deviation_milliseconds_per_token"],
         digits=3,
     )
-
-
-def served_context(run: RunResults) -> int:
-    """What the GGUF advertises: the context, capped at the window."""
-    context = run.facts["context_tokens"]
-    return min(context, run.facts["sliding_window"] or context)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.data.documents import Document
+from workflow_scripts.models.checkpoint import served_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,6 @@ def cut(documents: Sequence[Document], *, piece_tokens: int | None) -> Iterator[
 
 
 def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
-    """Length of pieces that every link scores alike: the window, else the context; or less if
-    wanted."""
-    limit = facts["sliding_window"] or facts["context_tokens"]
+    """Length of pieces that every link scores alike: what llama.cpp honours, or less if wanted."""
+    limit = served_context(facts)
     return limit if wanted is None else min(limit, wanted)
