@@ -81,7 +81,7 @@ def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["data", "train", "export", "evaluate", "report"])
 def test_every_stage_target_is_finished_once_all_is(tiny: Path, target: str) -> None:
-    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, target)) == {}
+    assert jobs_of(snakemake_in(tiny)("-n", target, "--cores", 8, "--configfile", TINY)) == {}
 
 
 def test_forcing_training_runs_it_and_what_follows(tiny: Path) -> None:
