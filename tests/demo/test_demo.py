@@ -79,6 +79,7 @@ def test_most_of_20_test_questions_are_answered_to_the_end() -> None:
 
 
 def test_the_generic_run_is_asked_with_one_bos_as_well() -> None:
-    # How many of its answers end is not asserted: trained with its neighbours in view, it was seen
-    # to finish 8 of 20 alone, where the run that keeps documents apart finished 19.
-    assert 0 <= ask_20_questions("generic") <= 20
+    # Every prompt is judged inside. How many answers end is not: trained with its neighbours in
+    # view, this run was seen to finish 8 and 9 of 20 alone, where the one that keeps documents
+    # apart finished 19.
+    ask_20_questions("generic")
