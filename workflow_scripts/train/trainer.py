@@ -3,8 +3,8 @@ once.
 
 Packing must not change the objective: the loss is the sum over supervised tokens divided by their
 number in the whole optimizer step, over all accumulated micro-batches and processes. Logits are
-made at supervised positions alone, which leaves out a third to a half of the output layer's work
-on chats.
+made at supervised positions alone, which leaves out a
+third of the output layer's work on the demo's chats.
 """
 
 from __future__ import annotations
