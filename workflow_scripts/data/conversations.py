@@ -11,11 +11,63 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.log import StageError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 ROLES = ("system", "user", "assistant")
+
+
+def clean_schema() -> pa.Schema:
+    """A kept conversation; `messages` and `tools` in OpenAI's shape.
+
+    A message of a plain text has the role `text`. `weight` is null, 0 or 1, and an answer's alone.
+    """
+    import pyarrow as pa
+
+    function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
+    message = pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.list_(call)),
+            ("tool_call_id", pa.string()),
+            ("name", pa.string()),
+            ("weight", pa.int8()),
+        ]
+    )
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("messages", pa.list_(message)),
+            ("tools", pa.string()),  # JSON: a tool's parameters are a schema of any shape
+            ("n_copies", pa.int32()),  # times it is seen an epoch, of its source's weight
+            ("corrections", pa.list_(pa.string())),
+            ("source", pa.string()),
+            ("source_file", pa.string()),
+            ("source_line", pa.int64()),
+        ]
+    )
+
+
+def rejected_schema() -> pa.Schema:
+    """What was not kept: a `reason` to count by, a `detail` of this one, and the row as read."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("source", pa.string()),
+            ("source_file", pa.string()),
+            ("source_line", pa.int64()),
+            ("reason", pa.string()),
+            ("detail", pa.string()),
+            ("raw", pa.string()),
+        ]
+    )
 
 
 class Rejected(Exception):

@@ -1,0 +1,83 @@
+"""Work spread over processes: results in the order of the items, a bounded number under way.
+
+`multiprocessing.Pool.imap` reads its whole input ahead, so a large file would end in memory; here
+at most two items a process are read before their results are taken.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# A process of ours uses one core; the libraries inside it must not each take all of them.
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+
+
+def map_in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    n_processes: int,
+    initializer: Callable[..., None] | None = None,
+    initial_arguments: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """`map(function, items)` over processes, the results in the items' order.
+
+    A single item, or a single process, is worked on in this process: starting others takes longer.
+
+    Args:
+        function, initializer: importable by name, as the processes are spawned.
+        initializer: called once in each process, with `initial_arguments`; what it loads it keeps
+            in its module.
+    Raises:
+        Whatever `function` raises, when that item's result is due.
+    """
+    remaining = iter(items)
+    first = list(itertools.islice(remaining, 2))
+    if n_processes == 1 or len(first) < 2:
+        if first and initializer is not None:
+            initializer(*initial_arguments)
+        yield from map(function, itertools.chain(first, remaining))
+        return
+    # spawn, not fork: Arrow and OpenMP have threads by now, and a fork copies their locks.
+    pool = ProcessPoolExecutor(
+        n_processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(initializer, initial_arguments),
+    )
+    pending: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for item in itertools.chain(first, remaining):
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 2 * n_processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(SINGLE_THREAD)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright cannot tell its processes, which would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
