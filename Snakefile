@@ -18,6 +18,7 @@ include: "rules/report.smk"
 localrules:
     all,
     data,
+    preview,
     train,
     export,
     evaluate,
@@ -29,6 +30,7 @@ rule all:
     default_target: True
     input:
         report_files(),
+        preview_files(),
         release_files(),
 
 
@@ -36,6 +38,12 @@ rule data:
     """Chats cleaned, rendered, checked and packed."""
     input:
         data_files(),
+
+
+rule preview:
+    """Pages to look at before any GPU time is spent: what cleaning did, and tokens as trained."""
+    input:
+        preview_files(),
 
 
 rule train:
@@ -60,3 +68,4 @@ rule report:
     """Tables and figures; `snakemake --report report.html` gathers them in one page."""
     input:
         report_files(),
+        preview_files(),

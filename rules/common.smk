@@ -10,8 +10,9 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import environment
+from workflow_scripts.data import sources
 from workflow_scripts.log import StageError
-from workflow_scripts.settings import load_config
+from workflow_scripts.settings import ReadingSettings, load_config
 
 try:
     CONFIG = load_config(config)
@@ -25,6 +26,12 @@ QUANTIZATIONS = list(CONFIG.gguf.quantizations)
 GGUF_TYPES = ["F16", *QUANTIZATIONS]
 GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
 GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
+HUB_SOURCES = {
+    name
+    for dataset in CONFIG.datasets.values()
+    for name, source in dataset.all_sources.items()
+    if source.hub
+}
 
 
 def any_of(names):
@@ -36,6 +43,7 @@ wildcard_constraints:
     model=any_of(CONFIG.models),
     dataset=any_of(CONFIG.datasets),
     packing=any_of(CONFIG.packings),
+    source=any_of(HUB_SOURCES),
     run=any_of(CONFIG.runs),
     quant=any_of(QUANTIZATIONS),
     gguf=any_of(GGUF_TYPES),
@@ -47,6 +55,12 @@ def settings_json(table, name, *keys):
     for key in keys:
         settings = getattr(settings, key)
     return settings.model_dump_json()
+
+
+def base_model_json(wildcards):
+    """Where a base model comes from; how its tokenizer is read must not fetch it again."""
+    model = CONFIG.models[wildcards.model]
+    return model.model_dump_json(include={"source", "revision"})
 
 
 def output_version(stage):
@@ -80,6 +94,11 @@ def threads_for_run(wildcards):
     return threads_of("runs", wildcards.run)
 
 
+def threads_for_dataset(wildcards):
+    """As many processes clean and render a dataset; the demo's is done sooner than they start."""
+    return 1 if CONFIG.datasets[wildcards.dataset].generate else 8
+
+
 def threads_for_model(wildcards):
     return threads_of("models", wildcards.model)
 
@@ -103,12 +122,77 @@ def scoring_json():
     return CONFIG.evaluation.model_dump_json(include={"piece_tokens", "max_conversations"})
 
 
+def source_files(dataset):
+    """What each source of a dataset is read from: the user's files, what was fetched, or made."""
+    settings = CONFIG.datasets[dataset]
+    if settings.generate:
+        return {"demo": [f"results/data/{dataset}/source/conversations.jsonl"]}
+    return {
+        name: (
+            [f"results/data/{dataset}/hub/{name}/rows.parquet"]
+            if source.hub
+            else expand_files(f"datasets.{dataset}", source.files)
+        )
+        for name, source in settings.all_sources.items()
+    }
+
+
+def expand_files(key, patterns):
+    """The files that paths, folders and globs of the config name."""
+    try:
+        return sources.expand(patterns)
+    except StageError as error:
+        raise WorkflowError(f"{key}: {error}") from None
+
+
 def dataset_files(wildcards):
-    """What a dataset is read from: the user's files, or the one that is generated."""
+    return [file for files in source_files(wildcards.dataset).values() for file in files]
+
+
+def evaluation_text_files(wildcards):
+    """Evaluation files of the user's that training must not hold."""
+    decontamination = CONFIG.datasets[wildcards.dataset].cleaning.decontamination
+    if not decontamination or not decontamination.files:
+        return []
+    return expand_files(
+        f"datasets.{wildcards.dataset}.cleaning.decontamination", decontamination.files
+    )
+
+
+def source_arguments(wildcards):
+    """`--source name file …` for every source."""
+    return [
+        argument
+        for name, files in source_files(wildcards.dataset).items()
+        for argument in ("--source", name, *files)
+    ]
+
+
+def cleaning_json(wildcards):
+    """What cleaning a dataset depends on beside its files: the cleaning table, and each source's
+    format, columns and weight."""
     dataset = CONFIG.datasets[wildcards.dataset]
-    if dataset.generate:
-        return [f"results/data/{wildcards.dataset}/source/conversations.jsonl"]
-    return dataset.files
+    return json.dumps(
+        {
+            "cleaning": dataset.cleaning.model_dump(),
+            "sources": {
+                name: source.model_dump(include=set(ReadingSettings.model_fields))
+                for name, source in dataset.all_sources.items()
+                if not dataset.generate
+            },
+        }
+    )
+
+
+def hub_source_json(wildcards):
+    """Which dataset of the Hub a source is; how it is read is cleaning's affair."""
+    source = CONFIG.datasets[wildcards.dataset].all_sources[wildcards.source]
+    return source.model_dump_json(include={"hub", "revision", "subset", "split"})
+
+
+def flagged(flag, files):
+    """A flag with its files, or nothing where there are none."""
+    return [flag, *files] if files else []
 
 
 def data_files():
@@ -119,6 +203,20 @@ def data_files():
             for file in (
                 f"results/data/{run.dataset}/{run.model}/{run.packing}/plan.parquet",
                 f"results/data/{run.dataset}/{run.model}/tokens/check.json",
+            )
+        }
+    )
+
+
+def preview_files():
+    """The pages on the data: what was kept and why, and conversations as tokens."""
+    return sorted(
+        {
+            file
+            for run in RUNS.values()
+            for file in (
+                f"results/data/{run.dataset}/clean/cleaning_report.html",
+                f"results/data/{run.dataset}/{run.model}/{run.packing}/preview.html",
             )
         }
     )

@@ -21,10 +21,33 @@ rule build_demo_dataset:
         " --conversations {output.conversations:q} > {log:q} 2>&1"
 
 
+rule fetch_dataset:
+    """A dataset of the Hugging Face Hub at one commit, as Parquet."""
+    output:
+        rows="results/data/{dataset}/hub/{source}/rows.parquet",
+        manifest="results/data/{dataset}/hub/{source}/manifest.json",
+    log:
+        "logs/data/{dataset}/{source}/fetch_dataset.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{source}/fetch_dataset.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        settings=hub_source_json,
+        output_version=output_version("data/fetch_dataset"),
+    shell:
+        "python -m workflow_scripts.data.fetch_dataset --settings {params.settings:q}"
+        " --rows {output.rows:q} --manifest {output.manifest:q} > {log:q} 2>&1"
+
+
 rule clean_dataset:
     """Keep the usable conversations, reject the rest with reasons, split by a stable hash."""
     input:
         files=dataset_files,
+        evaluation_files=evaluation_text_files,
     output:
         train="results/data/{dataset}/clean/train.parquet",
         validation="results/data/{dataset}/clean/validation.parquet",
@@ -37,16 +60,20 @@ rule clean_dataset:
         "benchmarks/data/{dataset}/clean_dataset.tsv"
     conda:
         "../envs/data.yaml"
+    threads: threads_for_dataset
     resources:
         mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=60,  # minutes
+        runtime=120,  # minutes
     params:
-        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "cleaning"),
+        settings=cleaning_json,
+        sources=source_arguments,
+        evaluation=lambda wildcards, input: flagged("--evaluation-files", input.evaluation_files),
         clean=subpath(output.report, parent=True),
         output_version=output_version("data/clean_dataset"),
     shell:
-        "python -m workflow_scripts.data.clean_dataset --files {input.files:q}"
-        " --settings {params.settings:q} --clean {params.clean:q} > {log:q} 2>&1"
+        "python -m workflow_scripts.data.clean_dataset {params.sources:q} {params.evaluation:q}"
+        " --settings {params.settings:q} --processes {threads} --clean {params.clean:q}"
+        " > {log:q} 2>&1"
 
 
 rule render_chats:
@@ -61,12 +88,14 @@ rule render_chats:
         validation="results/data/{dataset}/{model}/tokens/validation.arrow",
         test="results/data/{dataset}/{model}/tokens/test.arrow",
         rejected="results/data/{dataset}/{model}/tokens/rejected.parquet",
+        report="results/data/{dataset}/{model}/tokens/rendering_report.json",
     log:
         "logs/data/{dataset}/{model}/render_chats.log",
     benchmark:
         "benchmarks/data/{dataset}/{model}/render_chats.tsv"
     conda:
         "../envs/data.yaml"
+    threads: threads_for_dataset
     resources:
         mem_mb=lambda wildcards, attempt: 4_000 * attempt,
         runtime=120,  # minutes
@@ -77,7 +106,7 @@ rule render_chats:
         output_version=output_version("data/render_chats"),
     shell:
         "python -m workflow_scripts.data.render_chats --clean {params.clean:q}"
-        " --tokenizer {input.tokenizer:q} --settings {params.settings:q}"
+        " --tokenizer {input.tokenizer:q} --settings {params.settings:q} --processes {threads}"
         " --tokens {params.tokens:q} > {log:q} 2>&1"
 
 
@@ -101,15 +130,16 @@ rule check_tokens:
         "../envs/data.yaml"
     resources:
         mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=120,  # minutes
+        runtime=60,  # minutes
     params:
+        settings=CONFIG.evaluation.gates.model_dump_json(include={"parity_conversations"}),
         clean=subpath(input.train_chats, parent=True),
         tokens=subpath(input.train, parent=True),
         output_version=output_version("data/check_tokens"),
     shell:
         "python -m workflow_scripts.data.check_tokens --clean {params.clean:q}"
         " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"
-        " --check {output.check:q} > {log:q} 2>&1"
+        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1"
 
 
 rule pack_sequences:
@@ -138,3 +168,40 @@ rule pack_sequences:
         "python -m workflow_scripts.data.pack_sequences --tokens {input.tokens:q}"
         " --facts {input.facts:q} --settings {params.settings:q}"
         " --plan {output.plan:q} --report {output.report:q} > {log:q} 2>&1"
+
+
+rule preview_chats:
+    """A page of conversations as the model will see them: tokens, what is supervised, cuts."""
+    input:
+        chats="results/data/{dataset}/clean/train.parquet",
+        tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        tokenizer="results/models/{model}/tokenizer",
+        plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
+    output:
+        preview=report(
+            "results/data/{dataset}/{model}/{packing}/preview.html",
+            category="Data",
+            labels={
+                "what": "conversations as tokens",
+                "dataset": "{dataset}",
+                "model": "{model}",
+                "packing": "{packing}",
+            },
+            caption="../workflow_scripts/report/captions/preview.rst",
+        ),
+    log:
+        "logs/data/{dataset}/{model}/{packing}/preview_chats.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/{packing}/preview_chats.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "preview"),
+        output_version=output_version("data/preview_chats"),
+    shell:
+        "python -m workflow_scripts.data.preview_chats --clean {input.chats:q}"
+        " --tokens {input.tokens:q} --tokenizer {input.tokenizer:q} --plan {input.plan:q}"
+        " --settings {params.settings:q} --preview {output.preview:q} > {log:q} 2>&1"

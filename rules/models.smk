@@ -38,7 +38,7 @@ rule fetch_base_model:
         mem_mb=lambda wildcards, attempt: 2_000 * attempt,
         runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
-        settings=lambda wildcards: settings_json("models", wildcards.model),
+        settings=base_model_json,
         output_version=output_version("models/fetch_base_model"),
     shell:
         "python -m workflow_scripts.models.fetch_base_model --settings {params.settings:q}"
@@ -83,7 +83,8 @@ rule export_tokenizer:
         mem_mb=lambda wildcards, attempt: 2_000 * attempt,
         runtime=10,  # minutes
     params:
+        version=lambda wildcards: CONFIG.models[wildcards.model].tokenizer_version or "",
         output_version=output_version("models/export_tokenizer"),
     shell:
         "python -m workflow_scripts.models.export_tokenizer --checkpoint {input.checkpoint:q}"
-        " --tokenizer {output.tokenizer:q} > {log:q} 2>&1"
+        " --version {params.version:q} --tokenizer {output.tokenizer:q} > {log:q} 2>&1"

@@ -1,3 +1,31 @@
+rule report_cleaning:
+    """A page on a dataset: the funnel with every reason, and samples of what was rejected."""
+    input:
+        report="results/data/{dataset}/clean/cleaning_report.json",
+        rejected="results/data/{dataset}/clean/rejected.parquet",
+    output:
+        page=report(
+            "results/data/{dataset}/clean/cleaning_report.html",
+            category="Data",
+            labels={"what": "cleaning", "dataset": "{dataset}", "model": "", "packing": ""},
+            caption="../workflow_scripts/report/captions/cleaning.rst",
+        ),
+    log:
+        "logs/data/{dataset}/report_cleaning.log",
+    benchmark:
+        "benchmarks/data/{dataset}/report_cleaning.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        output_version=output_version("report/report_cleaning"),
+    shell:
+        "python -m workflow_scripts.report.report_cleaning --report {input.report:q}"
+        " --rejected {input.rejected:q} --page {output.page:q} > {log:q} 2>&1"
+
+
 rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:

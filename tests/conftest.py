@@ -25,6 +25,7 @@ OFFICIAL_TOKENIZERS = {
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken": "tekken_240911.json",
 }
 
 # Shared machines are slow at times, and that is no failure; a failure prints how to repeat it.
@@ -97,7 +98,8 @@ def exported_tokenizer(official_tokenizer, tmp_path_factory) -> Callable[[str], 
     @cache
     def exported(version: str) -> Path:
         checkpoint = tmp_path_factory.mktemp(f"checkpoint_{version}")
-        shutil.copyfile(official_tokenizer(version), checkpoint / f"tokenizer.model.{version}")
+        name = "tekken.json" if version == "tekken" else f"tokenizer.model.{version}"
+        shutil.copyfile(official_tokenizer(version), checkpoint / name)
         folder = tmp_path_factory.mktemp(f"tokenizer_{version}")
         tokenizer_files.export(checkpoint, folder)
         return folder

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,18 +103,43 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         parquet.write_table(table, temporary, compression="zstd")
 
 
-def read_parquet(path: Path) -> pa.Table:
+@contextmanager
+def parquet_stream(
+    path: Path, schema: pa.Schema, *, rows_per_group: int = 4096
+) -> Iterator[Callable[[pa.Table], None]]:
+    """A Parquet file written table by table, in groups of equal size whatever the tables' sizes."""
+    import pyarrow as pa
     from pyarrow import parquet
 
-    return parquet.read_table(path)
+    waiting = schema.empty_table()
+    with atomic_file(path) as temporary:
+        with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+            def write(table: pa.Table) -> None:
+                nonlocal waiting
+                waiting = pa.concat_tables([waiting, table])
+                while len(waiting) >= rows_per_group:
+                    writer.write_table(waiting.slice(0, rows_per_group))
+                    waiting = waiting.slice(rows_per_group)
+
+            yield write
+            if len(waiting):
+                writer.write_table(waiting)
 
 
-def write_arrow(path: Path, table: pa.Table) -> None:
-    """Arrow IPC, uncompressed, so that readers can map it into memory."""
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    from pyarrow import parquet
+
+    return parquet.read_table(path, columns=columns)
+
+
+def write_arrow(path: Path, table: pa.Table, compression: str | None = None) -> None:
+    """Arrow IPC; uncompressed unless a codec is named, so that readers can map it into memory."""
     import pyarrow as pa
 
+    options = pa.ipc.IpcWriteOptions(compression=compression)
     with atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_file(sink, table.schema) as writer:
+        with pa.ipc.new_file(sink, table.schema, options=options) as writer:
             writer.write_table(table)
 
 

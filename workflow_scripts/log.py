@@ -59,7 +59,7 @@ def stage_logger(stage: str) -> logging.Logger:
         datefmt="%Y-%m-%dT%H:%M:%S",
         stream=sys.stderr,
     )
-    for chatty in ("httpx", "huggingface_hub", "matplotlib", "mistral_common"):
+    for chatty in ("httpx", "httpx2", "huggingface_hub", "matplotlib", "mistral_common"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return logging.getLogger(stage)
 
@@ -89,15 +89,38 @@ def versions(*packages: str) -> str:
 
 
 def progress(
-    items: Iterable[Item], logger: logging.Logger, *, total: int, unit: str
+    items: Iterable[Item],
+    logger: logging.Logger,
+    *,
+    total: int | None,
+    unit: str,
+    size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
-    """A bar on a terminal; in a log file at most a line every 30 s."""
+    """A bar on a terminal; in a log file at most a line every 30 s, with the rate and what is left.
+
+    Args:
+        total: units of all items; None where that shows only at the end.
+        size: units of one item, where it is a batch of them.
+    """
     started = reported = time.monotonic()
-    for n_done, item in enumerate(tqdm(items, total=total, unit=unit, disable=None)):
-        now = time.monotonic()
-        if now - reported > SECONDS_BETWEEN_LINES and not sys.stderr.isatty():
-            logger.info(
-                "passed n=%d of=%d %s elapsed_seconds=%.0f", n_done, total, unit, now - started
-            )
-            reported = now
-        yield item
+    n_done = 0
+    with tqdm(total=total, unit=f" {unit}", disable=None) as bar:
+        for item in items:
+            yield item
+            n_units = size(item)
+            n_done += n_units
+            bar.update(n_units)
+            now = time.monotonic()
+            if now - reported > SECONDS_BETWEEN_LINES and not sys.stderr.isatty():
+                logger.info("passed %s", progress_line(n_done, total, unit, now - started))
+                reported = now
+
+
+def progress_line(n_done: int, total: int | None, unit: str, elapsed_seconds: float) -> str:
+    """How far a loop is, how fast, and how long it will still take at that rate."""
+    rate = n_done / elapsed_seconds
+    share = f"n={n_done} {unit}" if total is None else f"n={n_done} of={total} {unit}"
+    parts = [share, f"per_second={rate:.3g}", f"elapsed_seconds={elapsed_seconds:.0f}"]
+    if total is not None and rate:
+        parts.append(f"left_seconds={max(total - n_done, 0) / rate:.0f}")
+    return " ".join(parts)

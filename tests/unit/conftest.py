@@ -107,6 +107,7 @@ def write_documents() -> Callable[..., Documents]:
                 "supervised_spans": list(itertools.chain(*supervised)),
                 "n_tokens": len(input_ids),
                 "n_supervised_tokens": sum(end - start for start, end in supervised),
+                "n_copies": 1,
             }
             for number, (input_ids, supervised) in enumerate(zip(tokens, spans, strict=True))
         ]
@@ -209,7 +210,7 @@ CHATS = [
 
 @pytest.fixture(scope="session")
 def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chain:
-    from workflow_scripts.data.clean_dataset import clean_schema
+    from workflow_scripts.data.conversations import clean_schema
     from workflow_scripts.data.rendering import Renderer
     from workflow_scripts.export import convert_gguf, merge_adapter
     from workflow_scripts.models import read_model_facts
@@ -243,7 +244,8 @@ def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chai
         rows.append({**at, "input_ids": rendering.input_ids, "supervised_spans": spans})
         rows[-1] |= {
             "n_tokens": n_tokens,
-            "n_supervised_tokens": sum(spans[1::2]) - sum(spans[::2]),
+            "n_supervised_tokens": rendering.n_supervised_tokens,
+            "n_copies": 1,
         }
     assert 300 < max(row["n_tokens"] for row in rows) < 512
     files.write_parquet(paths.clean, pa.Table.from_pylist(chats, schema=clean_schema()))

@@ -96,6 +96,25 @@ def test_a_short_loop_logs_no_progress(caplog):
     assert caplog.records == []
 
 
+def test_a_long_loop_logs_rate_and_time_left(caplog, monkeypatch):
+    clock = iter(range(0, 10_000, 20))  # every look at the clock is 20 s later
+    monkeypatch.setattr(log.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO):
+        batches = log.progress(
+            [[0] * 50] * 4, logging.getLogger("long"), total=200, unit="rows", size=len
+        )
+        assert sum(map(len, batches)) == 200
+    assert [record.getMessage() for record in caplog.records] == [
+        "passed n=100 of=200 rows per_second=2.5 elapsed_seconds=40 left_seconds=40",
+        "passed n=200 of=200 rows per_second=2.5 elapsed_seconds=80 left_seconds=0",
+    ]
+
+
+def test_a_loop_of_unknown_length_logs_no_time_left():
+    line = log.progress_line(100, None, "rows", 40.0)
+    assert line == "n=100 rows per_second=2.5 elapsed_seconds=40"
+
+
 def test_help_keeps_the_usage_example_as_written():
     description = "Pack.\n\npython -m pack --tokens train.arrow\n    --plan plan.parquet\n"
     parser = argparse.ArgumentParser(description=description, formatter_class=log.HelpFormatter)

@@ -1,27 +1,37 @@
 """Gate: the tokens of training are what the tokenizer that ships makes of the same conversations.
 
-Three ways to the same ids: the file under judgement; mistral-common, asked again; and the exported
-`tokenizer.json` with its chat template, through transformers, as a user of the model would call it.
-Conversations whose text spells a control token (`[INST]`) are compared with mistral-common alone
-and
-counted: as text they are harmless there, and no text template can say so.
+Three ways to the same ids: the file under judgement; mistral-common, asked again, validated and
+without a cache; and the exported `tokenizer.json` with its chat template, through transformers, as
+a user of the model would call it. The official template differs from the library in a few things;
+conversations with one of them are compared with mistral-common alone, and counted by what it is.
 
 python -m workflow_scripts.data.check_tokens --clean clean/ --tokens tokens/ --tokenizer tokenizer/
-    --check tokens/check.json
+    --settings '{"parity_conversations": 1000}' --check tokens/check.json
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
+from workflow_scripts.data import token_parity
 from workflow_scripts.data.documents import SPLITS, Documents
+from workflow_scripts.data.token_parity import Chat
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+from workflow_scripts.settings import GateSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+OUTPUT_VERSION = 2
+TO_FIX = "check that the checkpoint's tokenizer files belong together"
 logger = log.stage_logger("check_tokens")
 
 
@@ -30,66 +40,124 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clean", type=Path, required=True, help="folder of clean_dataset")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of render_chats")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
+    limit = settings_from_json(GateSettings, arguments.settings).parity_conversations
 
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from transformers import AutoTokenizer
-
-    official = load_mistral_tokenizer(arguments.tokenizer, for_training=True)
-    shipped = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    eos_id = official.instruct_tokenizer.tokenizer.eos_id
-    control = sorted(
-        token.content for token in shipped.added_tokens_decoder.values() if token.special
-    )
-    n_compared = n_control_text = 0
-    for split in SPLITS:
-        chats = files.read_parquet(arguments.clean / f"{split}.parquet").to_pylist()
-        messages_by_id = {chat["id"]: chat["messages"] for chat in chats}
-        documents = Documents(arguments.tokens / f"{split}.arrow")
-        for document in log.progress(documents, logger, total=len(documents), unit="documents"):
-            messages = messages_by_id[document.id]
-            found = document.input_ids.tolist()
-            request = ChatCompletionRequest.from_openai(messages=messages)
-            where = f"{arguments.tokens / split}.arrow, conversation {document.id}"
-            compare(found, official.encode_chat_completion(request).tokens, where, "mistral-common")
-            if any(token in message["content"] for token in control for message in messages):
-                n_control_text += 1
-            else:
-                rendered = shipped.apply_chat_template(messages, tokenize=True, return_dict=False)
-                compare(found, rendered, where, "tokenizer.json and chat_template.jinja")
-            closes = [
-                bool(document.is_supervised[at])
-                for at, token in enumerate(found)
-                if token == eos_id
-            ]
-            if not closes or not all(closes):
-                raise StageError("an answer's closing EOS is not supervised", where=where)
-            n_compared += 1
-    report = {"n_conversations": n_compared, "n_with_control_token_text": n_control_text}
+    judge = Judge(arguments.tokenizer)
+    documents = {split: Documents(arguments.tokens / f"{split}.arrow") for split in SPLITS}
+    shares = share_out([len(documents[split]) for split in SPLITS], limit)
+    for split, share in zip(SPLITS, shares, strict=True):
+        chats = token_parity.sample(arguments.clean / f"{split}.parquet", documents[split], share)
+        where = f"{arguments.tokens / split}.arrow"
+        for chat in log.progress(chats, logger, total=share, unit="documents"):
+            judge.compare(chat, f"{where}, conversation {chat.document.id}")
+    report = {"n_documents": sum(map(len, documents.values())), **judge.report()}
     files.write_json(arguments.check, report)
     logger.info("passed %s", log.fields(report))
 
 
-def compare(found: list[int], expected: list[int], where: str, reference: str) -> None:
-    """Raise where two renderings differ, naming the first token that does."""
-    if found == expected:
-        return
-    at = next(
-        (
-            position
-            for position, pair in enumerate(zip(found, expected, strict=False))
-            if pair[0] != pair[1]
-        ),
-        min(len(found), len(expected)),
-    )
-    raise StageError(
-        f"tokens differ from those of {reference}",
-        where=f"{where}, token {at}",
-        found=found[at : at + 8],
-        expected=expected[at : at + 8],
-        to_fix="check that the checkpoint's tokenizer files belong together",
-    )
+class Judge:
+    """Compares documents with both references, and counts.
+
+    Args:
+        tokenizer: folder of `export_tokenizer`.
+    """
+
+    def __init__(self, tokenizer: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._official: MistralTokenizer = load_mistral_tokenizer(tokenizer, for_training=True)
+        self._shipped: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+        self._eos_id = self._official.instruct_tokenizer.tokenizer.eos_id
+        control = (token.content for token in self._shipped.added_tokens_decoder.values())
+        self._control = re.compile("|".join(map(re.escape, control)))
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+
+    def compare(self, chat: Chat, where: str) -> None:
+        """Judge one document.
+
+        Raises:
+            StageError: it differs from a reference, or supervises what it must not.
+        """
+        found = chat.document.input_ids.tolist()
+        expected = token_parity.official_tokens(self._official, chat.messages, chat.tools)
+        self._compare(found, expected, "mistral-common", where)
+        self._check_supervision(chat, found, where)
+        self._counts["n_conversations"] += 1
+        self._counts["n_with_tools"] += chat.uses_tools
+        reason = self._why_not_by_template(chat)
+        if reason is not None:
+            self._reasons[reason] += 1
+            return
+        rendered = self._by_template(chat)
+        self._compare(found, rendered, "tokenizer.json and chat_template.jinja", where)
+        self._counts["n_compared_with_template"] += 1
+
+    def report(self) -> dict[str, Any]:
+        counts = ("n_conversations", "n_with_tools", "n_compared_with_template")
+        reasons = sorted(self._reasons.items(), key=lambda item: (-item[1], item[0]))
+        return {
+            **{name: self._counts[name] for name in counts},
+            "n_compared_with_mistral_common_alone": dict(reasons),
+        }
+
+    def _compare(self, found: list[int], expected: list[int], reference: str, where: str) -> None:
+        token_parity.compare(
+            found,
+            expected,
+            what=f"tokens differ from those of {reference}",
+            where=where,
+            decode=self._decode,
+            to_fix=TO_FIX,
+        )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._shipped.decode(token_ids, skip_special_tokens=False)
+
+    def _why_not_by_template(self, chat: Chat) -> str | None:
+        texts = token_parity.texts_of(chat.messages, chat.tools)
+        if any(map(self._control.search, texts)):
+            return "a control token spelled out"
+        return token_parity.why_template_differs(chat.messages, chat.tools, official=self._official)
+
+    def _by_template(self, chat: Chat) -> list[int]:
+        if token_parity.is_text(chat.messages):
+            return [*self._shipped(chat.messages[0]["content"]).input_ids, self._eos_id]
+        messages, tools = token_parity.template_arguments(chat.messages, chat.tools)
+        return self._shipped.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=False
+        )
+
+    def _check_supervision(self, chat: Chat, found: list[int], where: str) -> None:
+        """An answer is learned with its closing EOS, or not at all; all are, or the last turn's."""
+        closes = [
+            bool(chat.document.is_supervised[at])
+            for at, token in enumerate(found)
+            if token == self._eos_id
+        ]
+        version = self._official.version.value
+        answers = token_parity.learnable_answers(chat.messages, version=version)
+        of_all_turns = [may_be_learned for may_be_learned, _ in answers]
+        of_last_turn = [may_be_learned and is_last for may_be_learned, is_last in answers]
+        if closes not in (of_all_turns, of_last_turn) or not any(closes):
+            raise StageError(
+                "an answer's closing EOS is not supervised as its weight says",
+                where=where,
+                found=closes,
+                expected=f"{of_all_turns}, or {of_last_turn} where the last turn is supervised",
+                to_fix="delete the tokens and render again; if it stays, please report it",
+            )
+
+
+def share_out(n_documents: Sequence[int], limit: int | None) -> list[int]:
+    """How many documents of each split are compared: in proportion, and some of each."""
+    total = sum(n_documents)
+    if limit is None or limit >= total:
+        return list(n_documents)
+    return [-(-limit * n // total) for n in n_documents]
 
 
 if __name__ == "__main__":

@@ -1,151 +1,274 @@
 """Read chats, keep the usable ones, reject the rest with a reason, and split by a stable hash.
 
-Writes one table a split, `rejected.parquet` (file, line, reason, raw text) and a report with
-counts.
+Writes one table a split, `rejected.parquet` (source, file, line, reason, detail, the row as read)
+and a report with counts. Duplicates and training rows that overlap with held-out text go too. The
+dataset is never held in memory: it passes by in chunks, and waits in scratch files for what only
+the whole can tell. The files are the same, byte for byte, whatever the number of processes.
 
-python -m workflow_scripts.data.clean_dataset --files data/chats.jsonl --settings '{}' --clean
-clean/
+python -m workflow_scripts.data.clean_dataset --source chats data/chats.jsonl --settings '{}'
+    --clean clean/
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Sequence
+import contextlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from workflow_scripts import files, log
-from workflow_scripts.data import conversations
+from workflow_scripts.data import cleaning, conversations, sources
+from workflow_scripts.data.cleaning import CleanedChunk, Cleaner, Shard, Task
+from workflow_scripts.data.cleaning_report import CleaningReport
 from workflow_scripts.data.documents import SPLITS, check_rejected
-from workflow_scripts.settings import CleaningSettings, settings_from_json
+from workflow_scripts.data.selection import (
+    EXACT_DUPLICATE,
+    KEPT,
+    NEAR_DUPLICATE,
+    REASONS,
+    Selection,
+)
+from workflow_scripts.parallel import map_in_order
+from workflow_scripts.settings import CleanDatasetSettings, ReadingSettings, settings_from_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
+# A dataset of many copies is clean once they are gone, and a weight is the user's own wish.
+NOT_DAMAGE = (REASONS[EXACT_DUPLICATE], REASONS[NEAR_DUPLICATE], cleaning.LEFT_OUT)
 logger = log.stage_logger("clean_dataset")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--files", type=Path, nargs="+", required=True, help="JSON Lines to read")
-    parser.add_argument("--settings", required=True, help="JSON of `datasets.<name>.cleaning`")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "FILE"),
+        help="name of a source and its files; once for each source",
+    )
+    parser.add_argument(
+        "--evaluation-files", nargs="*", default=[], help="what training must not hold"
+    )
+    parser.add_argument("--settings", required=True, help="JSON: `cleaning`, and `sources` by name")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work")
     parser.add_argument("--clean", type=Path, required=True, help="to write into: folder")
     arguments = parser.parse_args(argv)
-    settings = settings_from_json(CleaningSettings, arguments.settings)
+    settings = settings_from_json(CleanDatasetSettings, arguments.settings)
+    logger.info("started %s settings=%s", log.versions("ftfy", "rensa"), arguments.settings)
 
-    import pyarrow as pa
+    scratch = arguments.clean / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        clean(arguments, settings, scratch)
+    finally:
+        shutil.rmtree(scratch)
 
-    kept: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    rejected: list[dict] = []
-    seen: set[str] = set()
-    for path in arguments.files:
-        for record in conversations.read_records(path):
-            try:
-                messages, group = conversations.parse_messages(record)
-                conversation_id = conversations.conversation_id(messages)
-                if conversation_id in seen:
-                    raise conversations.Rejected("duplicate")
-                key = split_key(messages, group, settings.split_by)
-            except conversations.Rejected as reason:
-                rejected.append(
-                    {
-                        "source_file": record.source_file,
-                        "source_line": record.source_line,
-                        "reason": str(reason),
-                        "raw": record.raw,
-                    }
-                )
-                continue
-            seen.add(conversation_id)
-            split = conversations.choose_split(
-                key,
-                validation_fraction=settings.validation_fraction,
-                test_fraction=settings.test_fraction,
-            )
-            kept[split].append(
-                {
-                    "id": conversation_id,
-                    "messages": messages,
-                    "source_file": record.source_file,
-                    "source_line": record.source_line,
-                }
-            )
 
-    reasons = Counter(row["reason"] for row in rejected)
-    n_kept = {f"n_{split}": len(rows) for split, rows in kept.items()}
-    report = {
-        "n_read": sum(n_kept.values()) + len(rejected),
-        **n_kept,
-        "n_rejected": len(rejected),
-        "rejected_by_reason": dict(reasons.most_common()),
-    }
-    for split, rows in kept.items():
-        table = pa.Table.from_pylist(rows, schema=clean_schema())
-        files.write_parquet(arguments.clean / f"{split}.parquet", table)
-    files.write_parquet(
-        arguments.clean / "rejected.parquet",
-        pa.Table.from_pylist(rejected, schema=rejected_schema()),
+def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch: Path) -> None:
+    """The stage, its scratch folder given."""
+    cleaning_settings = settings.cleaning
+    cleaned = map_in_order(
+        _clean_chunk,
+        tasks(arguments.source, scratch),
+        n_processes=arguments.processes,
+        initializer=_start_cleaner,
+        initial_arguments=(settings,),
     )
-    # Duplicates are not damage: a dataset of many copies is clean once they are gone.
-    damaged = [row for row in rejected if row["reason"] != "duplicate"]
-    check_rejected(
-        [f"{row['source_file']}:{row['source_line']}: {row['reason']}" for row in damaged],
+    cleaned = log.progress(
+        cleaned,
         logger,
-        n_read=report["n_read"],
-        limit=settings.max_rejected_fraction,
-        key="datasets.<name>.cleaning.max_rejected_fraction",
+        total=total_bytes([path for _, *paths in arguments.source for path in paths]),
+        unit="bytes",
+        size=lambda chunk: chunk.n_bytes,
     )
-    if not kept["train"]:
+    chunks = list(cleaned)
+    if not chunks:
         raise log.StageError(
-            "no conversation is left for training",
-            where=", ".join(map(str, arguments.files)),
-            found=log.fields(report),
-            to_fix="see the reasons in rejected.parquet",
+            "the dataset holds no record",
+            where=", ".join(path for _, *paths in arguments.source for path in paths),
+            to_fix="put chats into these files; data/README.md tells their shape",
         )
+    selection = Selection(chunks)
+    selection.drop_exact_duplicates()
+    if cleaning_settings.near_duplicates is not None:
+        selection.drop_near_duplicates(cleaning_settings.near_duplicates)
+    if cleaning_settings.decontamination is not None:
+        selection.drop_contaminated(
+            cleaning_settings.decontamination,
+            evaluation_texts=evaluation_texts(arguments.evaluation_files),
+            scratch=scratch,
+            n_processes=arguments.processes,
+        )
+    weights = {
+        name: settings.sources.get(name, ReadingSettings()).weight for name, *_ in arguments.source
+    }
+    report = write_tables(arguments.clean, chunks, selection, weights)
+    check(
+        report, arguments.clean / "rejected.parquet", limit=cleaning_settings.max_rejected_fraction
+    )
     files.write_json(arguments.clean / "cleaning_report.json", report)
     logger.info("cleaned %s", log.fields(report))
 
 
-def split_key(messages: list[dict[str, str]], group: str | None, split_by: str) -> str:
-    """What is hashed to choose a conversation's split.
+def tasks(source_arguments: Sequence[Sequence[str]], scratch: Path) -> Iterator[Task]:
+    """The chunks of all files, numbered in the order they are read."""
+    numbers = itertools.count()
+    for name, *paths in source_arguments:
+        for path in paths:
+            for chunk in sources.read_chunks(path):
+                yield Task(name, chunk, Shard(scratch, next(numbers)))
+
+
+def total_bytes(paths: Sequence[str]) -> int | None:
+    """Bytes to read, for the progress; None where compression hides how many they become."""
+    formats = [sources.file_format(path) for path in paths]
+    if any(compression or suffix == ".parquet" for suffix, compression in formats):
+        return None
+    return sum(Path(path).stat().st_size for path in paths)
+
+
+_cleaner: Cleaner
+
+
+def _start_cleaner(settings: CleanDatasetSettings) -> None:
+    global _cleaner
+    _cleaner = Cleaner(settings)
+
+
+def _clean_chunk(task: Task) -> CleanedChunk:
+    return _cleaner.clean(task)
+
+
+def evaluation_texts(paths: Sequence[str]) -> Iterator[str]:
+    """All the strings of each record of the evaluation files, whatever its shape."""
+    for path in paths:
+        for chunk in sources.read_chunks(path):
+            for record in sources.records(chunk):
+                yield record.raw if record.rejection else "\n".join(_strings(record.content))
+
+
+def _strings(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from itertools.chain.from_iterable(map(_strings, value.values()))
+        case list():
+            yield from itertools.chain.from_iterable(map(_strings, value))
+
+
+def write_tables(
+    folder: Path, chunks: Sequence[CleanedChunk], selection: Selection, weights: dict[str, float]
+) -> dict[str, Any]:
+    """The splits and what was rejected, in the order they were read; returns the report.
+
+    A chunk at a time: memory holds no more of the dataset than one group of rows a file.
+    """
+    import pyarrow as pa
+
+    schema = conversations.clean_schema()
+    is_kept = selection.reasons == KEPT
+    report = CleaningReport(weights, n_kept=int(is_kept.sum()))
+    with contextlib.ExitStack() as open_files:
+
+        def opened(name: str, schema: pa.Schema) -> Callable[[pa.Table], None]:
+            return open_files.enter_context(
+                files.parquet_stream(folder / f"{name}.parquet", schema)
+            )
+
+        write_split = {split: opened(split, schema) for split in SPLITS}
+        write_rejected = opened("rejected", conversations.rejected_schema())
+        for chunk, start in zip(chunks, selection.starts, strict=False):
+            kept = files.read_arrow(chunk.shard.kept)
+            here = slice(start, start + len(kept))
+            for at, split in enumerate(SPLITS):
+                mask = is_kept[here] & (selection.splits[here] == at)
+                rows = kept.filter(pa.array(mask)).select(schema.names)
+                write_split[split](rows)
+                report.count_kept(split, rows)
+            rejected = rejected_of(chunk, kept, selection, start)
+            write_rejected(rejected)
+            report.count_rejected(rejected)
+            report.count_chunk(
+                chunk.source,
+                n_read=chunk.n_read,
+                n_characters=chunk.n_characters[is_kept[here]],
+                personal_data=chunk.personal_data,
+            )
+    return report.as_json()
+
+
+def rejected_of(chunk: CleanedChunk, kept: pa.Table, selection: Selection, start: int) -> pa.Table:
+    """What of a chunk was rejected by itself, or dropped with a view of the whole, in its order.
+
+    Args:
+        start: index in the selection of the chunk's first kept conversation.
+    """
+    import pyarrow as pa
+
+    rejected = files.read_arrow(chunk.shard.rejected)
+    dropped = np.flatnonzero(selection.reasons[start : start + len(kept)])
+    if len(dropped):
+        rows = kept.select(["source", "source_file", "source_line", "position"]).take(dropped)
+        reasons = [REASONS[int(selection.reasons[start + row])] for row in dropped]
+        details = [selection.detail(start + row) for row in dropped]
+        columns = {
+            **{name: rows[name] for name in rows.column_names},
+            "reason": pa.array(reasons, pa.string()),
+            "detail": pa.array(details, pa.string()),
+            "raw": files.read_arrow(chunk.shard.raw)["raw"].take(dropped),
+        }
+        rows = pa.table({name: columns[name] for name in rejected.column_names})
+        rejected = pa.concat_tables([rejected, rows]).sort_by("position")
+    return rejected.drop_columns("position")
+
+
+def check(report: dict[str, Any], rejected: Path, *, limit: float) -> None:
+    """Stop where more was rejected than the config accepts, or nothing is left to train on.
 
     Raises:
-        Rejected: the split is by group and the record has none.
+        StageError: with the first of the rejected, or the counts.
     """
-    if split_by == "group":
-        if group is None:
-            raise conversations.Rejected("no `group` to split by")
-        return group
-    return next(message["content"] for message in messages if message["role"] == "user")
-
-
-def clean_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("messages", pa.list_(message)),
-            ("source_file", pa.string()),
-            ("source_line", pa.int64()),
-        ]
+    reasons = report["rejected_by_reason"]
+    check_rejected(
+        first_rejected(rejected),
+        logger,
+        n_read=report["n_read"],
+        n_rejected=sum(n for reason, n in reasons.items() if reason not in NOT_DAMAGE),
+        limit=limit,
+        key="datasets.<name>.cleaning.max_rejected_fraction",
     )
+    if not report["n_train"]:
+        by_reason = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none"
+        raise log.StageError(
+            "no conversation is left for training",
+            where=rejected,
+            found=f"{report['n_read']} read; rejected: {by_reason}",
+            to_fix="data/README.md tells what is accepted; see also the shares of the splits",
+        )
 
 
-def rejected_schema() -> pa.Schema:
-    import pyarrow as pa
+def first_rejected(path: Path, n_rows: int = 1000) -> list[str]:
+    """`file:line: reason: detail` of the first that are damage."""
+    import pyarrow.compute as pc
 
-    return pa.schema(
-        [
-            ("source_file", pa.string()),
-            ("source_line", pa.int64()),
-            ("reason", pa.string()),
-            ("raw", pa.string()),
-        ]
-    )
+    rows = files.read_parquet(path, columns=["source_file", "source_line", "reason", "detail"])
+    damaged = rows.filter(~pc.field("reason").isin(NOT_DAMAGE)).slice(0, n_rows)
+    return [
+        f"{row['source_file']}:{row['source_line']}: "
+        + ": ".join(part for part in (row["reason"], row["detail"]) if part)
+        for row in damaged.to_pylist()
+    ]
 
 
 if __name__ == "__main__":

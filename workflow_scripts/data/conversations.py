@@ -1,24 +1,45 @@
-"""Conversations: reading them from JSON Lines, judging them, and choosing their split.
+"""Conversations: what a record says, corrected where that is safe, else rejected with a reason.
 
-A conversation is kept whole or rejected with a reason; nothing is lost in silence. Every kept one
-carries the file and line it came from.
+What passes here, mistral-common renders, whatever the tokenizer's version; but for tools before v3,
+and for text beside tool calls in one answer before v7, which `render_chats` rejects. The rules are
+those of its validator and normalizer in fine-tuning mode.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.log import StageError
+from workflow_scripts.data import schemas
+from workflow_scripts.data.rejections import Rejected
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ROLES = ("system", "user", "assistant")
+    from workflow_scripts.settings import ReadingSettings
+
+# mistral-common's, for functions and for the ids of calls.
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+NO_ID = (None, "", "null")  # "null" is what mistral-common puts for none
+ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+# Far below the depth at which Python's recursion ends, for the JSON that rendering reads again.
+MAX_NESTING = 100
+# Roles a role may come after; a tool's result is held to its call, which is stricter.
+FOLLOWS = {
+    "system": ("system", "user"),
+    "user": ("system", "user", "assistant", "tool"),
+    "assistant": ("system", "user", "assistant", "tool"),
+    "tool": ("assistant", "tool"),
+}
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "weight")
+BETWEEN_JOINED = "\n\n"  # as mistral-common joins
 
 
 def clean_schema() -> pa.Schema:
@@ -70,114 +91,445 @@ def rejected_schema() -> pa.Schema:
     )
 
 
-class Rejected(Exception):
-    """Why a conversation cannot be used; the message is its reason on file."""
-
-
 @dataclass(frozen=True)
-class Record:
-    """One line of a source file as it was read."""
+class Conversation:
+    """A chat that mistral-common renders, or a plain text."""
 
-    source_file: str
-    source_line: int
-    """Counted from 1."""
-    raw: str
-    """The line without its end; bytes that are not UTF-8 appear as U+FFFD."""
-    is_utf8: bool
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The non-empty lines of a JSON Lines file.
-
-    Raises:
-        StageError: there is no such file.
-    """
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise StageError(
-            "a dataset file cannot be read",
-            where=f"datasets.<name>.files, {path}",
-            found=error.strerror,
-            to_fix="check the path; it is taken from the folder Snakemake runs in",
-        ) from error
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            raw = line.rstrip(b"\r\n")
-            if not raw.strip():
-                continue
-            text = raw.decode("utf-8", errors="replace")
-            yield Record(str(path), number, text, is_utf8=text.encode() == raw)
+    messages: list[dict[str, Any]]
+    """As in `clean_schema`, null fields left out."""
+    tools: str | None
+    """JSON: OpenAI's list of tools."""
+    fields: Mapping[str, Any]
+    """The record it came from."""
+    corrections: list[str]
+    """What was mended, each phrase once."""
 
 
-def parse_messages(record: Record) -> tuple[list[dict[str, str]], str | None]:
-    """The messages of a record, normalized, and its `group`.
+def parse(content: Any, reading: ReadingSettings, mend: Callable[[str], str]) -> Conversation:
+    """A record as a conversation, corrected where that is safe.
 
-    Text is stripped at both ends (mistral-common drops white space at the end of an answer anyway);
-    anything else stays as it is.
-
+    Args:
+        content: the record, which is left as it is.
+        mend: repairs the text of a message, a tool's result excepted.
     Raises:
         Rejected: with the reason.
     """
-    if not record.is_utf8:
-        raise Rejected("not UTF-8")
-    try:
-        content = json.loads(record.raw)
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
-        raise Rejected("not JSON") from error
-    if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
-        raise Rejected("no list `messages`")
-    messages = [_message(message) for message in content["messages"]]
-    check_order([message["role"] for message in messages])
-    group = content.get("group")
-    if group is not None:
-        group = str(group)
-        _check_encodes(group)
-    return messages, group
+    chat = schemas.raw_chat(content, reading)
+    corrections: dict[str, None] = {}
+    if chat.shape == schemas.TEXT:
+        text = _text(chat.messages[0]["content"], mend, corrections)
+        if not text:
+            raise Rejected("an empty message")
+        messages = [{"role": schemas.TEXT, "content": text}]
+        return Conversation(messages, None, chat.fields, [*corrections])
+    messages = _read(chat.messages, mend, corrections)
+    _check_order(messages)
+    if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+        _match_results(messages, corrections)
+    messages = _join(messages, corrections)
+    if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+        raise Rejected("every weight is 0")
+    tools = _tools(chat.tools)
+    return Conversation(messages, tools, chat.fields, [*corrections])
 
 
-def _message(message: Any) -> dict[str, str]:
+def _read(
+    raw: Sequence[Any], mend: Callable[[str], str], corrections: dict[str, None]
+) -> list[dict[str, Any]]:
+    """Each message by itself, up to the last answer."""
+    messages = []
+    roles = [_role(message, number) for number, message in enumerate(raw, start=1)]
+    if not roles:
+        raise Rejected("no messages")
+    while roles[-1] != "assistant":
+        roles.pop()
+        corrections["messages after the last answer dropped"] = None
+        if not roles:
+            raise Rejected("no answer")
+    for number, (role, message) in enumerate(zip(roles, raw, strict=False), start=1):
+        try:
+            read = READERS[role](message, mend, corrections)
+        except Rejected as rejection:
+            detail = f": {rejection.detail}" if rejection.detail else ""
+            raise Rejected(rejection.reason, f"message {number}{detail}") from rejection
+        if read is not None:
+            messages.append(read)
+    return messages
+
+
+def _role(message: Any, number: int) -> str:
     if not isinstance(message, dict):
-        raise Rejected("a message is no object")
-    role, text = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise Rejected(f"unknown role {str(role)[:40]!r}")
-    if not isinstance(text, str):
-        raise Rejected("a message has no text")
-    text = text.strip()
+        detail = f"message {number}: {schemas.json_type(message)}"
+        raise Rejected("a message is no object", detail)
+    role = message.get("role")
+    known = schemas.ROLES.get(role) if isinstance(role, str) else None
+    if known is None:
+        raise Rejected("unknown role", f"message {number}: {_shown(role)}")
+    return known
+
+
+def _shown(value: Any) -> str:
+    """A value in a detail: short, and of characters that every file takes."""
+    return ascii(value)[:80]
+
+
+def _read_system(
+    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
+) -> dict[str, Any] | None:
+    text = _text(message.get("content"), mend, corrections)
+    if not text:
+        corrections["empty system message dropped"] = None
+        return None
+    return {"role": "system", "content": text}
+
+
+def _read_user(
+    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
+) -> dict[str, Any]:
+    text = _text(message.get("content"), mend, corrections)
     if not text:
         raise Rejected("an empty message")
-    _check_encodes(text)
-    return {"role": role, "content": text}
+    return {"role": "user", "content": text}
 
 
-def _check_encodes(text: str) -> None:
+def _read_assistant(
+    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
+) -> dict[str, Any]:
+    read: dict[str, Any] = {"role": "assistant"}
+    text = _text(message.get("content"), mend, corrections)
+    if text:
+        read["content"] = text
+    if len(message) > 2 or not text:  # a plain answer has nothing else
+        calls = _calls(message, corrections)
+        if calls:
+            read["tool_calls"] = calls
+        weight = message.get("weight")
+        if weight is not None:
+            if weight not in (0, 1):
+                raise Rejected("a weight is neither 0 nor 1", _shown(weight))
+            read["weight"] = int(weight)
+        if any(message.get(field) for field in ("reasoning_content", "reasoning", "thinking")):
+            corrections["reasoning left out"] = None
+    if "content" not in read and "tool_calls" not in read:
+        raise Rejected("an empty message")
+    return read
+
+
+def _read_tool(
+    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
+) -> dict[str, Any]:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else ()
+    if content is None:
+        content = ""
+    elif not isinstance(content, str) and not any(_is_text_part(part) for part in parts):
+        content = json.dumps(content, ensure_ascii=False)
+        corrections["tool result written as JSON"] = None
+    # Not mended: it is what a program said, not what a person wrote.
+    content = _joined_parts(content)
+    content = _encodable(content, corrections)
+    _json_content(content)
+    name = message.get("name") or None
+    if name is not None:
+        _check_function_name(name)
+    if message["role"] == "function":
+        corrections["function_call made tool_calls"] = None
+    read = {"role": "tool", "content": content, "tool_call_id": _given_id(message, "tool_call_id")}
+    return read if name is None else {**read, "name": name}
+
+
+READERS = {
+    "system": _read_system,
+    "user": _read_user,
+    "assistant": _read_assistant,
+    "tool": _read_tool,
+}
+
+
+# Text
+
+
+def _text(content: Any, mend: Callable[[str], str], corrections: dict[str, None]) -> str:
+    """A message's text, mended; empty where there is nothing but white space."""
+    if not isinstance(content, str):
+        content = "" if content is None else _joined_parts(content)
+    text = mend(_encodable(content, corrections))
+    return "" if text.isspace() else text
+
+
+def _joined_parts(content: Any) -> str:
+    """The text of a message that came in parts, joined as mistral-common does."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Rejected("content is not text", schemas.json_type(content))
+    for part in content:
+        if not (isinstance(part, str) or _is_text_part(part)):
+            kind = part.get("type") if isinstance(part, dict) else schemas.json_type(part)
+            raise Rejected("content is not text", f"part {_shown(kind)}")
+    texts = (part if isinstance(part, str) else part["text"] for part in content)
+    return BETWEEN_JOINED.join(text for text in texts if text)
+
+
+def _is_text_part(part: Any) -> bool:
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return is_text and isinstance(part.get("text"), str)
+
+
+def _encodable(text: str, corrections: dict[str, None]) -> str:
+    """The text as UTF-8 can hold it.
+
+    Half of a character that stands alone is damage that nothing undoes: U+FFFD in its place would
+    be taught as an answer.
+    """
+    if text.isascii():
+        return text
     try:
         text.encode()
+    except UnicodeEncodeError:
+        try:
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError as error:
+            raise Rejected("half a character", error.reason) from error
+        corrections["halves of characters joined"] = None
+    return text
+
+
+def _json_content(text: str) -> Any:
+    """The value that rendering will read from a text, if it is JSON; None if it is not."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise Rejected("JSON that cannot be rendered", type(error).__name__) from error
+    _check_json(value)
+    return value
+
+
+def _check_json(value: Any) -> None:
+    """That a JSON value can be written as UTF-8, and read and written by recursion."""
+    level, depth = [[value]], -1
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise Rejected("JSON that cannot be rendered", f"more than {MAX_NESTING} levels")
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [
+            item for item in itertools.chain.from_iterable(inner) if isinstance(item, dict | list)
+        ]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise Rejected("a lone surrogate in the text") from error
+        raise Rejected("half a character", error.reason) from error
 
 
-def check_order(roles: list[str]) -> None:
-    """An optional system message, then user and assistant in turns, ending with the assistant.
+# Order
 
-    Raises:
-        Rejected: otherwise.
+
+def _check_order(messages: Sequence[dict[str, Any]]) -> None:
+    previous = "system"
+    has_user = False
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role == "assistant" and not has_user:
+            raise Rejected("an answer before any question", f"message {number}")
+        if role == "tool" and previous not in FOLLOWS[role]:
+            raise Rejected("a tool result without its call", f"message {number}")
+        if previous not in FOLLOWS[role]:
+            raise Rejected("wrong order of roles", f"message {number}: {role} after {previous}")
+        has_user |= role == "user"
+        previous = role
+
+
+def _join(messages: list[dict[str, Any]], corrections: dict[str, None]) -> list[dict[str, Any]]:
+    """Neighbours of one role as one message, which mistral-common makes of them anyway.
+
+    Here already, so that an answer is one message to whoever reads the result. System messages are
+    left: from v7 on each keeps its own.
     """
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns:
-        raise Rejected("no turn")
-    for number, role in enumerate(turns):
-        expected = ("user", "assistant")[number % 2]
-        if role != expected:
-            raise Rejected(f"wrong role order: {role} where {expected} is expected")
-    if turns[-1] != "assistant":
-        raise Rejected("the last message is not an answer")
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        role = message["role"]
+        if last is None or last["role"] != role or role not in ("user", "assistant"):
+            joined.append(message)
+            continue
+        if (last.get("weight") == 0) != (message.get("weight") == 0):
+            raise Rejected("answers in a row of different weight")
+        texts = [part["content"] for part in (last, message) if "content" in part]
+        both = {**last, **message}
+        if texts:
+            both["content"] = BETWEEN_JOINED.join(texts)
+        # In the order of a message that came whole: an id is made of it.
+        joined[-1] = {field: both[field] for field in MESSAGE_FIELDS if field in both}
+        corrections["messages in a row joined"] = None
+    return joined
 
 
-def conversation_id(messages: list[dict[str, str]]) -> str:
+# Tools
+
+
+def _calls(message: dict[str, Any], corrections: dict[str, None]) -> list[dict[str, Any]]:
+    """An answer's tool calls, their ids as they were."""
+    calls = message.get("tool_calls")
+    if not calls and message.get("function_call"):
+        calls = [schemas.parsed(message["function_call"])]
+        corrections["function_call made tool_calls"] = None
+    calls = schemas.parsed(calls) or []
+    if not isinstance(calls, list):
+        raise Rejected("tool calls are no list", schemas.json_type(calls))
+    return [_call(call, corrections) for call in calls]
+
+
+def _call(call: Any, corrections: dict[str, None]) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise Rejected("a tool call is no object", schemas.json_type(call))
+    function = call.get("function", call)  # some leave the layer between out
+    if call.get("type") not in (None, "function") or not isinstance(function, dict):
+        raise Rejected("a tool call is no function call", _shown(call.get("type")))
+    name, arguments = function.get("name"), function.get("arguments")
+    _check_function_name(name)
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+        corrections["tool arguments written as JSON"] = None
+    elif arguments in (None, ""):
+        arguments = "{}"  # as mistral-common has it
+    if not isinstance(arguments, str) or not isinstance(_json_content(arguments), dict):
+        raise Rejected("tool arguments are no JSON object", _shown(arguments))
+    function = {"name": name, "arguments": _encodable(arguments, corrections)}
+    return {"id": _given_id(call, "id"), "type": "function", "function": function}
+
+
+def _given_id(holder: Mapping[str, Any], field: str) -> str | None:
+    given = holder.get(field)
+    return None if given in NO_ID else str(given)
+
+
+def _check_function_name(name: Any) -> None:
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+        raise Rejected("a function name that is refused", _shown(name))
+
+
+def _match_results(messages: Sequence[dict[str, Any]], corrections: dict[str, None]) -> None:
+    """Give every call and its result one valid id, in place.
+
+    The last answer's calls need no result: what a tool says afterwards is not learned.
+    """
+    taken = {call["id"] for message in messages for call in message.get("tool_calls", ())}
+    for at, message in enumerate(messages):
+        if message["role"] == "tool":
+            continue
+        calls = message.get("tool_calls", [])
+        rest = messages[at + 1 :]
+        results = list(itertools.takewhile(lambda other: other["role"] == "tool", rest))
+        detail = f"message {at + 1}: {len(calls)} calls, {len(results)} results"
+        if len(results) > len(calls):
+            raise Rejected("a tool result without its call", detail)
+        if len(results) < len(calls) and rest:
+            raise Rejected("a tool call without its result", detail)
+        here: set[str] = set()
+        for call, result in _pairs(calls, results):
+            given = call["id"] or (result and result["tool_call_id"])
+            if call["id"] is None or (result and result["tool_call_id"] is None):
+                corrections["tool call ids filled in"] = None
+            if given is not None and CALL_ID.fullmatch(given) and given not in here:
+                call["id"] = given
+            else:
+                if given is not None:
+                    corrections["tool call ids replaced"] = None
+                call["id"] = _new_id(given or "", taken)
+            here.add(call["id"])
+            taken.add(call["id"])
+            if result is not None:
+                result["tool_call_id"] = call["id"]
+
+
+def _pairs(
+    calls: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Each call with its result: by their ids, and where one of them has none by their order."""
+    waiting = list(calls)
+    without_call = []
+    for result in results:
+        given = result["tool_call_id"]
+        of = [at for at, call in enumerate(waiting) if given is not None and call["id"] == given]
+        if of:
+            yield waiting.pop(of[0]), result
+        else:
+            without_call.append(result)
+    for call, result in itertools.zip_longest(waiting, without_call):
+        if result is not None:
+            named = result.get("name", call["function"]["name"])
+            has_ids = None not in (call["id"], result["tool_call_id"])
+            if has_ids or named != call["function"]["name"]:
+                detail = _shown(result["tool_call_id"] or named)
+                raise Rejected("a tool result without its call", detail)
+        yield call, result
+
+
+def _new_id(given: str, taken: set[str]) -> str:
+    """An id as mistral-common demands it: of the one that was given, and of no chance."""
+    for attempt in itertools.count():
+        digest = hashlib.sha256(f"{attempt} {given}".encode(errors="surrogatepass")).digest()
+        made = "".join(ALPHANUMERIC[byte % len(ALPHANUMERIC)] for byte in digest[:9])
+        if made not in taken:
+            return made
+    raise AssertionError("unreachable: the attempts have no end")
+
+
+def _tools(tools: Any) -> str | None:
+    tools = schemas.parsed(tools)
+    if not tools:
+        return None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Rejected("tools are no list of objects", schemas.json_type(tools))
+    wrapped = [_wrapped(tool) if "name" in tool else tool for tool in tools]
+    try:
+        text = json.dumps(wrapped, ensure_ascii=False)
+    except RecursionError as error:
+        raise Rejected("JSON that cannot be rendered", "nested too deeply") from error
+    return _checked_tools(text)
+
+
+def _wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function without the layer around it, as OpenAI's `functions` and ShareGPT have it."""
+    function = {key: value for key, value in tool.items() if key != "type"}
+    return {"type": tool.get("type", "function"), "function": function}
+
+
+@functools.lru_cache(maxsize=1024)  # checking takes 0.3 ms a tool, and chats share their tools
+def _checked_tools(text: str) -> str:
+    """The text, once mistral-common accepts what it says."""
+    from mistral_common.protocol.instruct.tool_calls import Tool
+    from mistral_common.utils.json_utils import validate_json_schema_by_draft7
+    from pydantic import ValidationError
+
+    _check_json(tools := json.loads(text))
+    for number, tool in enumerate(tools, start=1):
+        try:
+            function = Tool.from_openai(tool).function
+            validate_json_schema_by_draft7(function.parameters)
+        except (ValueError, TypeError, RecursionError) as error:
+            found = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            detail = f"tool {number}: {found}"[:200]
+            raise Rejected("a tool that mistral-common refuses", detail) from error
+        _check_function_name(function.name)
+    return text
+
+
+# Identity
+
+
+def conversation_id(messages: Sequence[Mapping[str, Any]], tools: str | None = None) -> str:
     """16 hexadecimal digits of the content's SHA-256: equal content, equal id."""
-    text = json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
+    content = messages if tools is None else [messages, tools]
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

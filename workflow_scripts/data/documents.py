@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflow_scripts import files
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def documents_schema() -> pa.Schema:
             ("supervised_spans", pa.list_(pa.int32())),
             ("n_tokens", pa.int32()),
             ("n_supervised_tokens", pa.int32()),
+            ("n_copies", pa.int32()),  # times it is placed an epoch, of its source's weight
         ]
     )
 
@@ -49,61 +50,84 @@ class Document:
 
 
 class Documents(Sequence[Document]):
-    """The documents of one split, read from the mapped file as they are asked for."""
+    """The documents of one split, read from the mapped file as they are asked for.
+
+    A file has many record batches; they are kept apart, as joining them would copy every token
+    into memory.
+    """
 
     def __init__(self, path: Path) -> None:
         import numpy as np
+        import pyarrow as pa
 
-        table = files.read_arrow(path).combine_chunks()
-        self.ids: list[str] = table["id"].to_pylist()
-        self._tokens, self._token_offsets = _flat(table["input_ids"])
-        self._spans, self._span_offsets = _flat(table["supervised_spans"])
-        self.lengths = np.diff(self._token_offsets)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
+        self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.lengths = self._whole_column("n_tokens")
+        """(n_documents,) int32."""
+        self.n_supervised = self._whole_column("n_supervised_tokens")
+        """(n_documents,) int32."""
+        self.n_copies = self._whole_column("n_copies")
+        """(n_documents,) int32: how often an epoch sees each."""
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [name for batch in self._batches for name in batch.column("id").to_pylist()]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return int(self._first[-1])
 
     def __getitem__(self, index: int) -> Document:
         import numpy as np
 
         index = range(len(self))[index]  # negative counts from the end, beyond is an IndexError
-        input_ids = self._tokens[self._token_offsets[index] : self._token_offsets[index + 1]]
-        spans = self._spans[self._span_offsets[index] : self._span_offsets[index + 1]]
+        at = int(np.searchsorted(self._first, index, side="right")) - 1
+        batch, row = self._batches[at], index - int(self._first[at])
+        input_ids = _row(batch.column("input_ids"), row)
         is_supervised = np.zeros(len(input_ids), dtype=bool)
-        for start, end in spans.reshape(-1, 2):
+        for start, end in _row(batch.column("supervised_spans"), row).reshape(-1, 2):
             is_supervised[start:end] = True
-        return Document(self.ids[index], input_ids, is_supervised)
+        return Document(batch.column("id")[row].as_py(), input_ids, is_supervised)
+
+    def _whole_column(self, name: str) -> np.ndarray:
+        import numpy as np
+
+        columns = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int32)
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as its flat values and the n + 1 offsets into them, without a copy."""
-    import numpy as np
-
-    if column.num_chunks == 0:
-        return np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-    chunk = column.chunk(0)
-    return chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+def _row(column: pa.ListArray | pa.LargeListArray, row: int) -> np.ndarray:
+    """One row of a list column, without a copy."""
+    return column[row].values.to_numpy()
 
 
 def check_rejected(
-    problems: Sequence[str], logger: Logger, *, n_read: int, limit: float, key: str
+    problems: Sequence[str],
+    logger: Logger,
+    *,
+    n_read: int,
+    limit: float,
+    key: str,
+    n_rejected: int | None = None,
 ) -> None:
     """Log what was rejected, and stop where it is more than the config accepts.
 
     Args:
         problems: one line a rejected conversation, where and why; the first 10 are shown.
+        n_rejected: where `problems` are only the first of them.
     Raises:
         StageError: the share is above `limit`.
     """
     for problem in problems[:1000]:
         logger.warning("rejected %s", problem)
-    if not n_read or len(problems) <= limit * n_read:
+    n_rejected = len(problems) if n_rejected is None else n_rejected
+    if not n_read or n_rejected <= limit * n_read:
         return
     shown = "\n            ".join(problems[:10])
     raise StageError(
-        f"{len(problems)} of {n_read} conversations cannot be used",
+        f"{n_rejected} of {n_read} conversations cannot be used",
         where=shown,
-        found=f"{len(problems) / n_read:.1%} rejected",
+        found=f"{n_rejected / n_read:.1%} rejected",
         expected=f"at most {limit:.1%} ({key})",
         to_fix="mend these conversations (the log names the first 1,000), or raise the limit",
     )

@@ -16,7 +16,7 @@ from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import Plan, write_plan
 from workflow_scripts.settings import PackingSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("pack_sequences")
 
 
@@ -47,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix="see rejected.parquet beside it, and datasets.<name>.rendering",
         )
     plan = Plan(
-        rows=packing.STRATEGIES[settings.strategy](
-            documents.lengths, row_tokens=settings.row_tokens, seed=settings.seed
+        rows=packing.plan_rows(
+            documents.lengths,
+            documents.n_copies,
+            strategy=settings.strategy,
+            row_tokens=settings.row_tokens,
+            seed=settings.seed,
         ),
         row_tokens=settings.row_tokens,
         crosses_documents=settings.strategy == "concatenate",
@@ -73,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "row_tokens": settings.row_tokens,
         "sliding_window": window,
         "n_documents": len(documents),
+        "n_documents_placed": int(documents.n_copies.sum()),
         "n_rows": len(plan.rows),
         "n_tokens": n_tokens,
         "n_supervised_tokens": sum(n_supervised),

@@ -98,6 +98,28 @@ def concatenate(lengths: Sequence[int] | np.ndarray, *, row_tokens: int, seed: i
 STRATEGIES = {"best_fit": best_fit, "concatenate": concatenate}
 
 
+def plan_rows(
+    lengths: Sequence[int] | np.ndarray,
+    n_copies: Sequence[int] | np.ndarray,
+    *,
+    strategy: str,
+    row_tokens: int,
+    seed: int,
+) -> list[Row]:
+    """The rows of an epoch, each document placed as often as its source's weight says.
+
+    Copies are pieces of their own, in one row or another; they do not see each other.
+
+    Args:
+        lengths, n_copies: (documents,) tokens of each document, and times it is placed.
+        strategy: a name in `STRATEGIES`.
+    """
+    placed = np.repeat(np.arange(len(lengths)), n_copies)  # the document of each placement
+    rows = STRATEGIES[strategy](np.asarray(lengths)[placed], row_tokens=row_tokens, seed=seed)
+    documents = placed.tolist()
+    return [[piece._replace(document=documents[piece.document]) for piece in row] for row in rows]
+
+
 def attention_pairs(length: int, window: int | None) -> int:
     """Query-key pairs of causal attention over `length` tokens within a window.
 

@@ -17,18 +17,24 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.models import tokenizer_files
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("export_tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
+    parser.add_argument(
+        "--version",
+        default="",
+        choices=["", "v1", "v2", "v3", "v7", "tekken"],
+        help="of tokenizer and chat format; empty reads it from the files",
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
 
     with files.atomic_folder(arguments.tokenizer) as folder:
-        version = tokenizer_files.export(arguments.checkpoint, folder)
+        version = tokenizer_files.export(arguments.checkpoint, folder, arguments.version or None)
         names = sorted(path.name for path in folder.iterdir())
     logger.info("wrote version=%s files=%s", version, ",".join(names))
 

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import files, hub, log
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tokenizer_files
@@ -70,18 +70,16 @@ def download(repository: str, revision: str | None, folder: Path) -> None:
     Raises:
         StageError: gated, unknown, unknown revision, or no connection; each with its remedy.
     """
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    where = f"models.<name>.source, https://huggingface.co/{repository}"
-    try:
+    with hub.refusals_explained(
+        "base model",
+        repository,
+        page=f"https://huggingface.co/{repository}",
+        key="models.<name>.source",
+        revision=revision,
+        otherwise="download it elsewhere and set `source` to the folder",
+    ):
         commit = HfApi().model_info(repository, revision=revision).sha
         if revision != commit:
             logger.warning(
@@ -98,33 +96,6 @@ def download(repository: str, revision: str | None, folder: Path) -> None:
             allow_patterns=WANTED,
             ignore_patterns=UNWANTED,
         )
-    except GatedRepoError as error:
-        raise StageError(
-            "the base model is gated",
-            where=where,
-            found="access refused",
-            to_fix="accept the licence on that page, then set HF_TOKEN (or run `hf auth login`)",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise StageError(
-            "the base model has no such revision",
-            where="models.<name>.revision",
-            found=revision,
-            expected=f"a commit, tag or branch of {repository}",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise StageError(
-            "the base model is not on the Hub, or is private",
-            where=where,
-            to_fix="check the spelling; for a private repository set HF_TOKEN",
-        ) from error
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise StageError(
-            "the Hub cannot be reached",
-            where=where,
-            found=f"{type(error).__name__}: {error}".splitlines()[0],
-            to_fix="check the connection, or download it elsewhere and set `source` to the folder",
-        ) from error
     files.write_json(folder / "source.json", {"source": repository, "commit": commit})
 
 

@@ -8,7 +8,7 @@ agree with it.
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -22,31 +22,48 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
+TEKKEN = "tekken"
+# What tells the versions of SentencePiece files apart; v1 writes `[INST]` as text.
+CONTROL_TOKENS = {
+    "v2": ("[INST]", "[TOOL_CALLS]"),
+    "v3": ("[INST]", "[TOOL_CALLS]"),
+    "v7": ("[INST]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+}
 VERSIONED_MODEL = re.compile(r"tokenizer\.model\.(v\d+)")
 SPACE = "▁"  # SentencePiece writes a space as U+2581
 
 
-def find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path, version: str | None = None) -> Path:
     """The tokenizer file that decides: `tekken.json`, `tokenizer.model.vN`, or `tokenizer.model`.
 
+    Args:
+        version: only a file that can be of this version; None takes the most telling.
     Raises:
         StageError: the folder has none of them.
     """
     tekken = folder / "tekken.json"
-    if tekken.is_file():
+    if tekken.is_file() and version in (None, TEKKEN):
         return tekken
-    versioned = [path for path in folder.glob("*") if VERSIONED_MODEL.fullmatch(path.name)]
-    if versioned:
-        return max(versioned, key=lambda path: int(path.name.rpartition("v")[2]))
-    bare = folder / "tokenizer.model"
-    if bare.is_file():
-        return bare
+    if version != TEKKEN:
+        versioned = [path for path in folder.glob("*") if VERSIONED_MODEL.fullmatch(path.name)]
+        named = folder / f"tokenizer.model.{version}"
+        if named in versioned:
+            return named
+        if versioned:
+            return max(versioned, key=lambda path: int(path.name.rpartition("v")[2]))
+        bare = folder / "tokenizer.model"
+        if bare.is_file():
+            return bare
+    expected = {
+        None: "tekken.json, tokenizer.model.v1 … v7, or tokenizer.model",
+        TEKKEN: "tekken.json",
+    }
     raise StageError(
         "the checkpoint has no tokenizer that mistral-common reads",
         where=folder,
         found=", ".join(sorted(path.name for path in folder.glob("*token*")))
         or "no tokenizer file",
-        expected="tekken.json, tokenizer.model.v1 … v7, or tokenizer.model",
+        expected=expected.get(version, f"tokenizer.model.{version} or tokenizer.model"),
         to_fix="add the original tokenizer file of the base model to the folder",
     )
 
@@ -58,18 +75,42 @@ def tokenizer_version(path: Path) -> str:
     and Mixtral 8x7B ship it so); 32,768 pieces is v3, or v7 where it holds `[SYSTEM_PROMPT]`.
     """
     if path.name == "tekken.json":
-        return "tekken"
+        return TEKKEN
     match = VERSIONED_MODEL.fullmatch(path.name)
     if match:
         return match.group(1)
-    pieces = _sentencepiece(path)
-    if pieces.get_piece_size() < 32_768:
+    if _sentencepiece(path).get_piece_size() < 32_768:
         return "v1"
-    is_v7 = any(
-        pieces.id_to_piece(token_id) == "[SYSTEM_PROMPT]"
-        for token_id in range(pieces.get_piece_size())
-    )
-    return "v7" if is_v7 else "v3"
+    return "v7" if _lacks(path, "v7") is None else "v3"
+
+
+def check_version(path: Path, version: str) -> None:
+    """Whether a SentencePiece file can be used as `version`.
+
+    The library would write the unknown token where a control token is missing, without a word.
+
+    Raises:
+        StageError: it lacks a control token of that version.
+    """
+    missing = _lacks(path, version)
+    if missing is not None:
+        raise StageError(
+            "the tokenizer cannot be of the version asked for",
+            where=path,
+            found=f"no control token {missing}",
+            expected=f"the control tokens of {version} (models.<name>.tokenizer_version)",
+            to_fix="set tokenizer_version: null, or add the tokenizer file of that version",
+        )
+
+
+def _lacks(path: Path, version: str) -> str | None:
+    """The first control token of a version that a SentencePiece file does not have."""
+    pieces = _sentencepiece(path)
+    for token in CONTROL_TOKENS.get(version, ()):
+        token_id = pieces.piece_to_id(token)
+        if not pieces.is_control(token_id):
+            return token
+    return None
 
 
 def load_mistral_tokenizer(folder: Path, *, for_training: bool) -> MistralTokenizer:
@@ -88,42 +129,46 @@ def load_mistral_tokenizer(folder: Path, *, for_training: bool) -> MistralTokeni
     return MistralTokenizer.from_file(find_tokenizer(folder), mode=mode)
 
 
-def export(checkpoint: Path, folder: Path) -> str:
+def export(checkpoint: Path, folder: Path, version: str | None = None) -> str:
     """Write the tokenizer that ships: original file, `tokenizer.json`, its config, the chat
     template.
 
+    Args:
+        version: `models.<name>.tokenizer_version`; None reads it from the files.
     Returns:
         The tokenizer's version.
     Raises:
-        StageError: no readable tokenizer; or a tekken checkpoint without `tokenizer.json`.
+        StageError: no readable tokenizer, or one that cannot be of `version`.
     """
     from mistral_common.integrations.chat_templates.chat_templates import (
         convert_tokenizer_to_chat_template,
     )
 
-    original = find_tokenizer(checkpoint)
-    version = tokenizer_version(original)
+    original = find_tokenizer(checkpoint, version)
+    version = version or tokenizer_version(original)
     folder.mkdir(parents=True, exist_ok=True)
-    if version == "tekken":
+    if version == TEKKEN:
         deciding = folder / "tekken.json"
         shutil.copyfile(original, deciding)
-        _copy_required(checkpoint / "tokenizer.json", folder / "tokenizer.json")
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = tekken_to_tokenizer(original)
     else:
+        check_version(original, version)
         # Two names, one content: mistral-common reads the version from the suffix, llama.cpp's
         # converter looks for the bare name and without it falls back to scores that mis-tokenize.
         deciding = folder / f"tokenizer.model.{version}"
         shutil.copyfile(original, deciding)
         shutil.copyfile(original, folder / "tokenizer.model")
-        sentencepiece_to_tokenizer(original).save(str(folder / "tokenizer.json"))
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = sentencepiece_to_tokenizer(original)
+    tokenizer.save(str(folder / "tokenizer.json"))
     files.write_json(
         folder / "tokenizer_config.json",
         {
             # The class that takes tokenizer.json as it is; LlamaTokenizer would rebuild it its own
             # way.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
             "add_bos_token": True,
             "add_eos_token": False,
             # llama.cpp would add a space after every control token, beside the template's own.
@@ -145,7 +190,7 @@ def sentencepiece_to_tokenizer(path: Path) -> Tokenizer:
     Source: sentencepiece's `ModelProto`; merged by score, as `sentencepiece/src/bpe_model.cc`.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
@@ -193,25 +238,89 @@ def sentencepiece_to_tokenizer(path: Path) -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(text, special=True, normalized=False) for text in control]
     )
+    _put_bos_in_front(tokenizer)
+    return tokenizer
+
+
+def tekken_to_tokenizer(path: Path) -> Tokenizer:
+    """The Hugging Face tokenizer of a tekken file: byte-level BPE behind the file's own split.
+
+    tiktoken merges whichever pair makes the token of the lowest rank, so every pair of tokens that
+    makes a token is a merge of that rank; a stretch that is a token itself is not merged at all
+    (`ignore_merges`). Control tokens come first, so text begins at their number.
+
+    Source: tiktoken's `byte_pair_encode`; llama.cpp recognizes the outcome as Mistral-Nemo's.
+    """
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    tekken = Tekkenizer.from_file(path)
+    control = [tekken.id_to_piece(token_id) for token_id in range(tekken.num_special_tokens)]
+    ranks = {
+        tekken.id_to_byte_piece(token_id): token_id
+        for token_id in range(tekken.num_special_tokens, tekken.n_words)
+    }
+    # In the order of rank. Which of several pairs that make one token stands first has shown no
+    # difference: the outcome is the same with the longest left part first and with the shortest.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    character = byte_characters()
+
+    def written(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    vocabulary = {token: token_id for token_id, token in enumerate(control)}
+    vocabulary |= {written(token): token_id for token, token_id in ranks.items()}
+    tokenizer = Tokenizer(
+        BPE(
+            vocab=vocabulary,
+            merges=[(written(left), written(right)) for left, right in merges],
+            ignore_merges=True,
+        )
+    )
+    split = Regex(tekken._model._pat_str)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
+    _put_bos_in_front(tokenizer)
+    return tokenizer
+
+
+def byte_characters() -> list[str]:
+    """The character that byte-level BPE files write for each byte: itself where it is visible in
+    Latin-1, else the next one from U+0100.
+
+    Source: `bytes_to_unicode` of GPT-2's encoder.py.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = itertools.count(0x100)
+    return [chr(byte if byte in visible else next(substitutes)) for byte in range(256)]
+
+
+def _put_bos_in_front(tokenizer: Tokenizer) -> None:
+    from tokenizers import processors
+
     bos = "<s>"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
     )
-    return tokenizer
 
 
 def _sentencepiece(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_file=str(path))
-
-
-def _copy_required(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise StageError(
-            "a tekken checkpoint comes without its tokenizer.json",
-            where=source,
-            to_fix="download tokenizer.json from the model's repository into the checkpoint folder",
-        )
-    json.loads(source.read_text(encoding="utf-8"))
-    shutil.copyfile(source, target)

@@ -28,23 +28,26 @@ def document_rows(draw):
                 "supervised_spans": spans,
                 "n_tokens": len(input_ids),
                 "n_supervised_tokens": sum(spans[1::2]) - sum(spans[::2]),
+                "n_copies": draw(st.integers(1, 5)),
             }
         )
     return rows
 
 
-@given(rows=document_rows(), n_first=st.integers(0, 6))
-def test_documents_read_back_as_written(rows, n_first, tmp_path_factory):
+@given(rows=document_rows(), cuts=st.lists(st.integers(0, 6), max_size=4).map(sorted))
+def test_documents_read_back_as_written(rows, cuts, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "documents.arrow"
     schema = documents_schema()
-    # Two batches, as a larger file has them.
-    table = pa.concat_tables(
-        pa.Table.from_pylist(part, schema=schema) for part in (rows[:n_first], rows[n_first:])
-    )
+    # Several batches, empty ones among them, as a larger file has them.
+    parts = [rows[start:end] for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    table = pa.concat_tables(pa.Table.from_pylist(part, schema=schema) for part in parts)
     files.write_arrow(path, table)
     documents = Documents(path)
     assert len(documents) == len(rows)
+    assert documents.ids == [row["id"] for row in rows]
     assert documents.lengths.tolist() == [row["n_tokens"] for row in rows]
+    assert documents.n_supervised.tolist() == [row["n_supervised_tokens"] for row in rows]
+    assert documents.n_copies.tolist() == [row["n_copies"] for row in rows]
     for document, row in zip(documents, rows, strict=True):
         assert document.id == row["id"]
         assert document.input_ids.tolist() == row["input_ids"]
@@ -62,6 +65,27 @@ def test_a_document_past_the_end_is_an_index_error(tmp_path):
         Documents(tmp_path / "d.arrow")[0]
 
 
+def test_opening_a_file_reads_no_token(tmp_path):
+    """Tokens stay in the mapped file: only the columns of numbers are copied."""
+    rows = [
+        {
+            "id": str(at),
+            "input_ids": [at] * 100_000,
+            "supervised_spans": [0, 1],
+            "n_tokens": 100_000,
+        }
+        | {"n_supervised_tokens": 1, "n_copies": 1}
+        for at in range(40)
+    ]
+    table = pa.Table.from_pylist(rows, schema=documents_schema())
+    files.write_arrow(tmp_path / "d.arrow", table)
+    del table
+    before = pa.total_allocated_bytes()
+    documents = Documents(tmp_path / "d.arrow")
+    assert documents[39].input_ids[-1] == 39
+    assert pa.total_allocated_bytes() - before < 100_000
+
+
 @given(n_read=st.integers(0, 60), n_bad=st.integers(0, 60), limit=st.floats(0, 1))
 def test_rejections_stop_a_stage_only_above_the_limit(n_read, n_bad, limit):
     problems = [f"chats.jsonl:{number}: no turn" for number in range(1, min(n_bad, n_read) + 1)]
@@ -75,6 +99,11 @@ def test_rejections_stop_a_stage_only_above_the_limit(n_read, n_bad, limit):
         assert "(cleaning.limit)" in str(error)
     else:
         assert len(problems) <= limit * n_read
+
+
+def test_rejections_that_are_not_listed_count_too():
+    with pytest.raises(StageError, match="30 of 100 conversations"):
+        check_rejected(["a: b"], logger, n_rejected=30, n_read=100, limit=0.2, key="limit")
 
 
 def test_every_rejection_is_logged(caplog):

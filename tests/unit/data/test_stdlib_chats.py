@@ -8,6 +8,7 @@ import pytest
 from workflow_scripts.data import conversations
 from workflow_scripts.data.stdlib_chats import SYSTEM_PROMPTS, make_chats
 from workflow_scripts.models.stdlib_docs import entries
+from workflow_scripts.settings import ReadingSettings
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,10 @@ def test_there_are_as_many_chats_as_asked(n_conversations):
 
 
 def test_cleaning_keeps_every_chat_as_it_is(chats):
-    for number, chat in enumerate(chats):
-        line = conversations.Record("chats.jsonl", number, json.dumps(chat), True)
-        assert conversations.parse_messages(line) == (chat["messages"], chat["group"])
+    for chat in chats:
+        conversation = conversations.parse(chat, ReadingSettings(), str.strip)
+        assert (conversation.messages, conversation.corrections) == (chat["messages"], [])
+        assert conversation.fields["group"] == chat["group"]
 
 
 def test_no_chat_stands_twice(chats):

@@ -30,6 +30,29 @@ def test_it_writes_the_five_files_that_ship(run_stage, official_tokenizer, tmp_p
     assert (tmp_path / "made" / "tokenizer.model").read_bytes() == original.read_bytes()
 
 
+def test_a_tekken_file_alone_is_enough(run_stage, official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("tekken"), tmp_path / "tekken.json")
+    done = run_stage(STAGE, "--checkpoint", tmp_path, "--tokenizer", tmp_path / "made")
+    assert done.returncode == 0, done.stderr
+    assert "wrote version=tekken" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert names == [
+        "chat_template.jinja",
+        "tekken.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_the_version_of_the_config_is_used(run_stage, official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model")
+    arguments = ["--checkpoint", tmp_path, "--version", "v2", "--tokenizer", tmp_path / "made"]
+    done = run_stage(STAGE, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "wrote version=v2" in done.stderr
+    assert (tmp_path / "made" / "tokenizer.model.v2").is_file()
+
+
 def test_a_checkpoint_without_tokenizer_leaves_nothing_behind(run_stage, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     done = run_stage(

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
 
 import pytest
+
+from tests import hub_server
+from tests.hub_server import NOBODY_LISTENS, Repository
 
 STAGE = "workflow_scripts.models.fetch_base_model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,80 +36,23 @@ ALSO_THERE = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as a download asks for."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def answer(self, *, with_body):
-        path = urlsplit(self.path).path
-        served = {**FILES, **ALSO_THERE}
-        if path.startswith("/api/models/owner/gated"):
-            return self.reply(403, {"X-Error-Code": "GatedRepo"}, b"{}", with_body)
-        if path.startswith("/api/models/owner/model/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                for name, content in served.items()
-            ]
-            return self.json(tree, with_body)
-        known = (
-            "/api/models/owner/model",
-            *(f"/api/models/owner/model/revision/{name}" for name in (COMMIT, "main", "v0")),
-        )
-        if path in known:
-            siblings = [{"rfilename": name} for name in served]
-            info = {"id": "owner/model", "sha": COMMIT, "siblings": siblings}
-            return self.json(info, with_body)
-        if path.startswith("/api/models/owner/model/revision/"):
-            return self.reply(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", with_body)
-        resolve = f"/owner/model/resolve/{COMMIT}/"
-        if path.startswith(resolve) and path.removeprefix(resolve) in served:
-            content = served[path.removeprefix(resolve)]
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            return self.reply(200, headers, content, with_body)
-        return self.reply(404, {"X-Error-Code": "RepoNotFound"}, b"{}", with_body)
-
-    def json(self, content, with_body):
-        headers = {"Content-Type": "application/json"}
-        self.reply(200, headers, json.dumps(content).encode(), with_body)
-
-    def reply(self, status, headers, body, with_body):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def hub():
     """Address of a Hub on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    commits = {COMMIT: {**FILES, **ALSO_THERE}}
+    repositories = {
+        "models/owner/model": Repository(commits, names={"v0": COMMIT}),
+        "models/owner/gated": Repository(commits, is_gated=True),
+    }
+    with hub_server.serving(repositories) as serving:
+        yield serving.address
 
 
 @pytest.fixture
 def fetch(run_stage, tmp_path):
-    def run(checkpoint=tmp_path / "checkpoint", endpoint=None, offline="0", **settings):
-        environment = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": offline}
-        # An address nobody listens on: no test reaches the real Hub.
-        environment["HF_ENDPOINT"] = endpoint or "http://127.0.0.1:9"
-        environment["NO_PROXY"] = environment["no_proxy"] = "127.0.0.1"
+    def run(checkpoint=tmp_path / "checkpoint", endpoint=NOBODY_LISTENS, offline=False, **settings):
+        environment = hub_server.environment(endpoint, offline=offline)
+        environment["HF_HUB_CACHE"] = str(tmp_path / "cache")
         text = json.dumps(settings)
         return run_stage(STAGE, "--settings", text, "--checkpoint", checkpoint, **environment)
 
@@ -208,7 +150,7 @@ def test_what_the_hub_refuses_comes_with_a_remedy(fetch, hub, tmp_path, settings
     assert not [path for path in tmp_path.iterdir() if "checkpoint" in path.name]
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("offline", [False, True])
 def test_a_hub_out_of_reach_is_said_so(fetch, offline):
     done = fetch(source="owner/model", offline=offline)
     assert done.returncode == 1

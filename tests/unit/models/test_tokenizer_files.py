@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import ast
+import hashlib
+import random
+import re
 import shutil
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from workflow_scripts.data.stdlib_chats import make_chats
+from workflow_scripts.export import llama_cpp_source
 from workflow_scripts.log import StageError
 from workflow_scripts.models import tokenizer_files
 
-VERSIONS = ["v1", "v2", "v3", "v7"]
+SENTENCEPIECE = ["v1", "v2", "v3", "v7"]
+VERSIONS = [*SENTENCEPIECE, "tekken"]
 NASTY_TEXTS = [
     *(f"left{' ' * n_spaces}right" for n_spaces in range(1, 41)),
     " ".join(f"a{' ' * n_spaces}" for n_spaces in range(1, 41)) + "z",
@@ -126,11 +135,12 @@ def test_plain_text_has_the_official_ids_and_decodes_to_itself(exported_tokenize
     shipped = AutoTokenizer.from_pretrained(folder)
     official = tokenizer_files.load_mistral_tokenizer(folder, for_training=True)
     for text in NASTY_TEXTS:
-        text = text.lstrip("▁")  # the one start where tokenizers' Metaspace adds no space
+        if version != "tekken":
+            text = text.lstrip("▁")  # the one start where tokenizers' Metaspace adds no space
         ids = shipped(text, add_special_tokens=False).input_ids
         assert ids == official.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
         # A literal U+2581 is SentencePiece's own space: the one text it cannot give back.
-        assert shipped.decode(ids) == text.replace("▁", " ")
+        assert shipped.decode(ids) == (text if version == "tekken" else text.replace("▁", " "))
 
 
 @pytest.mark.parametrize(("version", "read"), [("v1", "v1"), ("v3", "v3"), ("v7", "v7")])
@@ -140,7 +150,7 @@ def test_a_bare_tokenizer_model_tells_its_version(official_tokenizer, tmp_path, 
     assert tokenizer_files.tokenizer_version(bare) == read
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", SENTENCEPIECE)
 def test_a_suffix_decides_the_version(official_tokenizer, tmp_path, version):
     path = tmp_path / f"tokenizer.model.{version}"
     shutil.copyfile(official_tokenizer(version), path)
@@ -178,9 +188,120 @@ def test_a_checkpoint_without_a_tokenizer_is_a_stage_error(tmp_path):
         assert part in str(caught.value)
 
 
-def test_a_tekken_checkpoint_needs_its_tokenizer_json(official_tokenizer, tmp_path):
-    tekken = official_tokenizer("v3").parent / "tekken_240911.json"
-    shutil.copyfile(tekken, tmp_path / "tekken.json")
-    assert tokenizer_files.tokenizer_version(tmp_path / "tekken.json") == "tekken"
-    with pytest.raises(StageError, match="without its tokenizer.json"):
-        tokenizer_files.export(tmp_path, tmp_path / "tokenizer")
+@pytest.fixture(scope="module", params=["tekken_240718.json", "tekken_240911.json"])
+def tekken(request, official_tokenizer, tmp_path_factory):
+    """The library's tokenizer of a tekken file, and ours made from the same file."""
+    path = tmp_path_factory.mktemp("tekken") / "tekken.json"
+    shutil.copyfile(official_tokenizer("v3").parent / request.param, path)
+    assert tokenizer_files.tokenizer_version(path) == "tekken"
+    return Tekkenizer.from_file(path), tokenizer_files.tekken_to_tokenizer(path)
+
+
+def ours_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_tekken_has_every_token_of_its_file_in_its_place(tekken):
+    official, ours = tekken
+    assert ours.get_vocab_size() == official.n_words
+    assert ours.encode("a").ids == [official.bos_id, *official.encode("a", bos=False, eos=False)]
+    for token_id in range(official.num_special_tokens):
+        assert ours_of(ours, official.id_to_piece(token_id)) == [token_id]
+
+
+@given(text=texts)
+@settings(max_examples=300)
+def test_tekken_splits_and_merges_any_text_as_tiktoken_does(tekken, text):
+    official, ours = tekken
+    assert ours_of(ours, text) == official.encode(text, bos=False, eos=False)
+    assert ours.decode(ours_of(ours, text)) == text
+
+
+@pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "=-", " \t\n", "e\u0301é", "日本", "xX1"])
+def test_tekken_merges_runs_of_the_same_as_tiktoken_does(tekken, alphabet):
+    """Where several pairs make one token, the order of merges decides."""
+    official, ours = tekken
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(1, 60)))
+        assert ours_of(ours, text) == official.encode(text, bos=False, eos=False), text
+
+
+def test_tekken_knows_the_kind_of_every_character(tekken):
+    """The split asks for letters, marks and numbers: two Unicode tables that must be alike."""
+    official, ours = tekken
+    characters = [
+        chr(code)
+        for code in range(0x32000)
+        # Of long runs of one kind (ideographs, syllables, private use), every sixteenth.
+        if code % 16 == 0 or unicodedata.name(chr(code), "").count("-") == 0
+        if not (0xD800 <= code < 0xF900)
+        and not unicodedata.name(chr(code), "").startswith("HANGUL")
+    ]
+    assert len(characters) > 50_000
+    for first in range(0, len(characters), 1000):
+        block = characters[first : first + 1000]
+        text = "".join(f"a{one} {one}1\n" for one in block)
+        assert ours_of(ours, text) == official.encode(text, bos=False, eos=False), first
+
+
+def test_llama_cpp_s_converter_recognizes_tekken(tekken):
+    """It tells pre-tokenizers apart by the hash of the ids of one text."""
+    _, ours = tekken
+    source = (llama_cpp_source.converter().parent / "conversion" / "base.py").read_text("utf-8")
+    text = ast.literal_eval(re.search(r"^ *chktxt = (.*)$", source, re.MULTILINE).group(1))
+    digest = hashlib.sha256(str(ours.encode(text).ids).encode()).hexdigest()
+    recognized = source[source.index(digest) :]
+    assert re.search(r'res = "([^"]*)"', recognized).group(1) == "tekken"
+
+
+def test_byte_characters_are_those_of_byte_level_files():
+    assert sorted(tokenizer_files.byte_characters()) == sorted(ByteLevel.alphabet())
+    assert tokenizer_files.byte_characters()[ord(" ")] == "Ġ"
+    assert tokenizer_files.byte_characters()[ord("a")] == "a"
+
+
+def test_the_version_asked_for_decides(official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model")
+    assert tokenizer_files.export(tmp_path, tmp_path / "read") == "v3"
+    assert tokenizer_files.export(tmp_path, tmp_path / "told", "v2") == "v2"
+    official = tokenizer_files.load_mistral_tokenizer(tmp_path / "told", for_training=True)
+    assert official.version.value == "v2"
+
+
+@pytest.mark.parametrize(
+    ("present", "version", "chosen"),
+    [
+        (["tokenizer.model.v1", "tokenizer.model.v3"], "v1", "tokenizer.model.v1"),
+        (["tekken.json", "tokenizer.model"], "v3", "tokenizer.model"),
+        (["tekken.json", "tokenizer.model"], "tekken", "tekken.json"),
+    ],
+)
+def test_the_version_asked_for_chooses_the_file(tmp_path, present, version, chosen):
+    for name in present:
+        (tmp_path / name).touch()
+    assert tokenizer_files.find_tokenizer(tmp_path, version).name == chosen
+
+
+@pytest.mark.parametrize("version", ["v2", "v3", "v7"])
+def test_a_file_without_the_control_tokens_of_the_version_is_refused(
+    official_tokenizer, tmp_path, version
+):
+    shutil.copyfile(official_tokenizer("v1"), tmp_path / "tokenizer.model")
+    with pytest.raises(StageError, match="cannot be of the version asked for") as caught:
+        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", version)
+    for part in ("found:    no control token [INST]", version, "models.<name>.tokenizer_version"):
+        assert part in str(caught.value)
+
+
+def test_v7_is_refused_where_its_system_prompt_has_no_token(official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("v3"), tmp_path / "tokenizer.model")
+    with pytest.raises(StageError, match=re.escape("no control token [SYSTEM_PROMPT]")):
+        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", "v7")
+
+
+def test_tekken_cannot_be_asked_of_a_sentencepiece_checkpoint(official_tokenizer, tmp_path):
+    shutil.copyfile(official_tokenizer("v3"), tmp_path / "tokenizer.model.v3")
+    with pytest.raises(StageError, match="no tokenizer that mistral-common reads") as caught:
+        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", "tekken")
+    assert "expected: tekken.json" in str(caught.value)

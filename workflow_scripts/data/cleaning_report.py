@@ -1,0 +1,129 @@
+"""What cleaning did, in numbers: counted from the tables as they are written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workflow_scripts.data import languages
+from workflow_scripts.data.documents import SPLITS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Characters of a conversation: below 16, then every doubling to a million, then more.
+CHARACTER_EDGES = (0, *(2**power for power in range(4, 21)))
+# Identifying one takes about a millisecond: enough of them for a share to a few per cent.
+N_LANGUAGE_SAMPLE = 1000
+LANGUAGE_SAMPLE_CHARACTERS = 2000
+
+
+class CleaningReport:
+    """Counts of one dataset.
+
+    Args:
+        weights: of each source.
+        n_kept: conversations that will be counted, to spread the sample of languages over them.
+    """
+
+    def __init__(self, weights: Mapping[str, float], *, n_kept: int) -> None:
+        self._weights = dict(weights)
+        self._n_read: Counter[str] = Counter({name: 0 for name in weights})
+        self._n_kept: Counter[str] = Counter()
+        self._n_by_split: Counter[str] = Counter()
+        self._n_train_weighted = 0
+        self._n_corrected = 0
+        self._reasons: Counter[str] = Counter()
+        self._corrections: Counter[str] = Counter()
+        self._roles: Counter[str] = Counter()
+        self._n_messages: Counter[int] = Counter()
+        self._characters = np.zeros(len(CHARACTER_EDGES), dtype=np.int64)
+        self._languages: Counter[str] = Counter()
+        self._personal_data: Counter[str] = Counter()
+        self._sample_every = max(1, n_kept // N_LANGUAGE_SAMPLE)
+        self._n_counted = 0
+
+    def count_chunk(
+        self,
+        source: str,
+        *,
+        n_read: int,
+        n_characters: np.ndarray,
+        personal_data: Mapping[str, int],
+    ) -> None:
+        """What was read of one chunk.
+
+        Args:
+            n_characters: (conversations kept in the end,) of all messages.
+            personal_data: findings by kind.
+        """
+        self._n_read[source] += n_read
+        bins = np.searchsorted(CHARACTER_EDGES, n_characters, side="right") - 1
+        self._characters += np.bincount(bins, minlength=len(CHARACTER_EDGES))
+        self._personal_data.update(personal_data)
+
+    def count_kept(self, split: str, rows: pa.Table) -> None:
+        """Conversations of one split, as they are written (`clean_schema`)."""
+        import pyarrow.compute as pc
+
+        self._n_by_split[split] += len(rows)
+        self._n_kept.update(_counts(rows["source"]))
+        if split == "train":
+            self._n_train_weighted += pc.sum(rows["n_copies"]).as_py() or 0
+        self._n_corrected += int(np.count_nonzero(pc.list_value_length(rows["corrections"])))
+        self._corrections.update(_counts(pc.list_flatten(rows["corrections"])))
+        self._roles.update(_counts(pc.struct_field(pc.list_flatten(rows["messages"]), "role")))
+        self._n_messages.update(_counts(pc.list_value_length(rows["messages"])))
+        first = -self._n_counted % self._sample_every
+        self._n_counted += len(rows)
+        for row in range(first, len(rows), self._sample_every):
+            messages = rows["messages"][row].as_py()
+            text = "\n".join(message["content"] or "" for message in messages)
+            self._languages[languages.identify(text[:LANGUAGE_SAMPLE_CHARACTERS])[0]] += 1
+
+    def count_rejected(self, rows: pa.Table) -> None:
+        """What was rejected or dropped (`rejected_schema`)."""
+        self._reasons.update(_counts(rows["reason"]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything counted, for `cleaning_report.json`."""
+        n_kept = sum(self._n_by_split.values())
+        n_read = sum(self._n_read.values())
+        n_rejected = sum(self._reasons.values())
+        assert n_read == n_kept + n_rejected, (n_read, n_kept, n_rejected)  # nothing disappears
+        return {
+            "n_read": n_read,
+            "n_corrected": self._n_corrected,
+            **{f"n_{split}": self._n_by_split[split] for split in SPLITS},
+            "n_train_weighted": self._n_train_weighted,
+            "n_rejected": n_rejected,
+            "rejected_by_reason": dict(self._reasons.most_common()),
+            "corrections": dict(self._corrections.most_common()),
+            "by_source": {
+                name: {
+                    "n_read": self._n_read[name],
+                    "n_kept": self._n_kept[name],
+                    "n_rejected": self._n_read[name] - self._n_kept[name],
+                    "weight": weight,
+                }
+                for name, weight in self._weights.items()
+            },
+            "roles": dict(self._roles.most_common()),
+            "n_messages": {str(n): self._n_messages[n] for n in sorted(self._n_messages)},
+            "characters_histogram": {
+                "edges": list(CHARACTER_EDGES),
+                "counts": self._characters.tolist(),
+            },
+            "languages": dict(self._languages.most_common()),
+            "n_language_sample": sum(self._languages.values()),
+            "personal_data": dict(self._personal_data.most_common()),
+        }
+
+
+def _counts(values: pa.Array | pa.ChunkedArray) -> dict[Any, int]:
+    import pyarrow.compute as pc
+
+    return {count["values"]: count["counts"] for count in pc.value_counts(values).to_pylist()}

@@ -1,0 +1,84 @@
+"""A page for people: one HTML file that asks for nothing outside itself and runs no script.
+
+What it shows was written by strangers, so every text goes through `visible`: nothing of it becomes
+markup, and no invisible character (a control, a turn of writing direction) acts on the page.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+STYLE = Path(__file__).with_name("pages.css")
+AS_THEY_ARE: Mapping[str, str] = MappingProxyType({"\n": "\n", "\t": "\t"})
+# The browser itself refuses what a page must not do, should a text ever get past `visible`.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(title: str, body: str) -> str:
+    """A whole document.
+
+    Args:
+        title: text.
+        body: HTML, below the title.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{visible(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n"
+        f"</head>\n<body>\n<h1>{visible(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def visible(text: str, marks: Mapping[str, str] = AS_THEY_ARE) -> str:
+    """Text as HTML, safe inside an element and a quoted attribute's.
+
+    A character that has no shape of its own is named: `<s>U+202E</s>`.
+
+    Args:
+        marks: HTML in place of a character.
+    """
+    if text.isprintable() and marks is AS_THEY_ARE:
+        return html.escape(text)
+    return "".join(
+        marks[character]
+        if character in marks
+        else html.escape(character)
+        if character.isprintable()
+        else named(character)
+        for character in text
+    )
+
+
+def named(character: str) -> str:
+    """HTML of a character's code point."""
+    return f"<s>U+{ord(character):04X}</s>"
+
+
+def facts(pairs: Mapping[str, str]) -> str:
+    """HTML of a list of names and values, both texts."""
+    items = "".join(
+        f"<div><dt>{visible(name)}</dt><dd>{visible(value)}</dd></div>"
+        for name, value in pairs.items()
+    )
+    return f"<dl>{items}</dl>"
+
+
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """`1 token`, `1,234 tokens`."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
+def share(part: int, whole: int) -> str:
+    """`12.3%`; what is there is never shown as nothing, nor what is less than all as all."""
+    if not whole:
+        return "–"
+    if 0 < part < whole / 1000:
+        return "< 0.1%"
+    if whole * 0.999 < part < whole:
+        return "> 99.9%"
+    return f"{part / whole:.1%}"
