@@ -131,18 +131,24 @@ def source_files(dataset):
         name: (
             [f"results/data/{dataset}/hub/{name}/rows.parquet"]
             if source.hub
-            else expand_files(f"datasets.{dataset}", source.files)
+            else sources.expand(source.files)
         )
         for name, source in settings.all_sources.items()
     }
 
 
-def expand_files(key, patterns):
-    """The files that paths, folders and globs of the config name."""
-    try:
-        return sources.expand(patterns)
-    except StageError as error:
-        raise WorkflowError(f"{key}: {error}") from None
+def held_out_files(dataset):
+    """Evaluation files of the user's that training must not hold."""
+    decontamination = CONFIG.datasets[dataset].cleaning.decontamination
+    return sources.expand(decontamination.files) if decontamination else []
+
+
+# Looked for here, so that a file which is not there stops everything with its message alone.
+try:
+    for run in RUNS.values():
+        source_files(run.dataset), held_out_files(run.dataset)
+except StageError as error:
+    raise WorkflowError(f"datasets.{run.dataset}: {error}") from None
 
 
 def dataset_files(wildcards):
@@ -150,13 +156,7 @@ def dataset_files(wildcards):
 
 
 def evaluation_text_files(wildcards):
-    """Evaluation files of the user's that training must not hold."""
-    decontamination = CONFIG.datasets[wildcards.dataset].cleaning.decontamination
-    if not decontamination or not decontamination.files:
-        return []
-    return expand_files(
-        f"datasets.{wildcards.dataset}.cleaning.decontamination", decontamination.files
-    )
+    return held_out_files(wildcards.dataset)
 
 
 def source_arguments(wildcards):

@@ -61,10 +61,11 @@ rule read_model_facts:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=30,  # minutes: every byte is hashed
     params:
+        version=lambda wildcards: CONFIG.models[wildcards.model].tokenizer_version or "",
         output_version=output_version("models/read_model_facts"),
     shell:
         "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"
-        " --facts {output.facts:q} > {log:q} 2>&1"
+        " --version {params.version:q} --facts {output.facts:q} > {log:q} 2>&1"
 
 
 rule export_tokenizer:

@@ -163,8 +163,8 @@ class CleaningSettings(Settings):
     """Languages kept, as ISO 639-1 codes (`[en, fr]`), judged on the text of all turns; null keeps
     every language."""
     personal_data: Literal["off", "report", "redact"] = "off"
-    """E-mail addresses, phone numbers and key-like secrets: `report` counts them, `redact` puts
-    `[EMAIL]`, `[PHONE]`, `[SECRET]` in their place."""
+    """E-mail addresses, phone, card and account numbers, and key-like secrets: `report` counts
+    them, `redact` puts `[EMAIL]`, `[PHONE]`, `[CARD]`, `[IBAN]`, `[SECRET]` in their place."""
     near_duplicates: NearDuplicateSettings | None = NearDuplicateSettings()
     """MinHash-LSH over word shingles; null keeps near duplicates. Exact ones always go."""
     decontamination: DecontaminationSettings | None = DecontaminationSettings()
@@ -214,9 +214,7 @@ class PreviewSettings(Settings):
 class ReadingSettings(Settings):
     """How records become conversations, and how often they are trained on."""
 
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"
-    ] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Shape of a record; `auto` recognizes each of the others by its fields."""
     columns: dict[str, str] = {}
     """The format's field on the left, the record's on the right: `{messages: dialog, content:

@@ -36,7 +36,7 @@ logger = log.stage_logger("data_stages")
 
 RESULT = REPOSITORY / "tests/benchmarks/results/data_stages.json"
 TOKENIZER_FILE = "mistral_instruct_tokenizer_240323.model.v3"
-PACKAGES = "mistral-common datasets ftfy numpy orjson pyarrow rensa tokenizers".split()
+PACKAGES = "mistral-common datasets ftfy numpy py3langid pyarrow rensa tokenizers".split()
 AXOLOTL_PACKAGES = "axolotl datasets tokenizers torch transformers".split()
 # Compiles what Python compiles once, and brings the libraries into the system's cache.
 WARM_UP_CONVERSATIONS = 200

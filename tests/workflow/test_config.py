@@ -47,6 +47,45 @@ def test_own_data_goes_into_the_run_of_a_real_model(workflow, tmp_path: Path) ->
     assert "build_demo_dataset" not in jobs
 
 
+def test_a_dataset_of_several_sources_fetches_what_the_hub_has(workflow, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("a.jsonl.gz", "b.csv"):
+        (tmp_path / "more" / name).touch()
+    mixed = {
+        "sources": {
+            "ours": {"files": ["data/sample-chats.jsonl", str(tmp_path / "more")], "weight": 2},
+            "web": {"hub": "owner/chats", "revision": "0" * 40, "split": "train_sft"},
+        }
+    }
+    overlay = {"datasets": {"mixture": mixed}, "runs": {"my-run": {"dataset": "mixture"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    result = workflow(
+        *("preview", "-n", "-p", "--cores", 8),
+        *("--configfile", "config/own-data.yaml", tmp_path / "mine.yaml"),
+    )
+    jobs = jobs_of(result)
+    assert jobs["fetch_dataset"] == jobs["clean_dataset"] == jobs["report_cleaning"] == 1
+    assert jobs["preview_chats"] == 1
+    assert "train_adapter" not in jobs
+    assert (
+        f"--source ours data/sample-chats.jsonl {tmp_path}/more/a.jsonl.gz {tmp_path}/more/b.csv"
+        " --source web results/data/mixture/hub/web/rows.parquet"
+    ) in result.stdout
+
+
+def test_a_pattern_without_a_file_stops_before_any_job(workflow, tmp_path: Path) -> None:
+    overlay = {"datasets": {"my-chats": {"files": ["data/none-*.jsonl"]}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    result = workflow(
+        *("-n", "--cores", 8, "--configfile", "config/own-data.yaml", tmp_path / "mine.yaml")
+    )
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "datasets.my-chats: a dataset's pattern matches no file" in output
+    assert "data/none-*.jsonl" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("overlay", "parts"),
     [

@@ -73,6 +73,19 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
     }
 
 
+def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"parity_conversations": 7}}})
+    assert jobs["check_tokens"] == 1
+    assert not {"render_chats", "pack_sequences", "train_adapter"} & jobs.keys()
+
+
+def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -> None:
+    overlay = {"datasets": {"stdlib-help": {"preview": {"n_conversations": 3}}}}
+    assert changed(tiny, tmp_path, overlay) == {"preview_chats": 2}
+
+
 def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
     jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"n_conversations": 5}}})
     assert {"check_merged", "check_gguf"} <= jobs.keys()

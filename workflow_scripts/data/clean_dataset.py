@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflow_scripts import files, log
-from workflow_scripts.data import cleaning, conversations, sources
+from workflow_scripts.data import cleaning, conversations, languages, sources
 from workflow_scripts.data.cleaning import CleanedChunk, Cleaner, Shard, Task
 from workflow_scripts.data.cleaning_report import CleaningReport
 from workflow_scripts.data.documents import SPLITS, check_rejected
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_from_json(CleanDatasetSettings, arguments.settings)
     logger.info("started %s settings=%s", log.versions("ftfy", "rensa"), arguments.settings)
 
+    check_languages(settings.cleaning.languages)
     scratch = arguments.clean / ".scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
@@ -99,6 +100,7 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
             to_fix="put chats into these files; data/README.md tells their shape",
         )
     selection = Selection(chunks)
+    logger.info("read n_kept=%d; looking for duplicates", len(selection.reasons))
     selection.drop_exact_duplicates()
     if cleaning_settings.near_duplicates is not None:
         selection.drop_near_duplicates(cleaning_settings.near_duplicates)
@@ -109,6 +111,8 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
             scratch=scratch,
             n_processes=arguments.processes,
         )
+    n_dropped = np.bincount(selection.reasons, minlength=len(REASONS) + 1).tolist()
+    logger.info("dropped %s", {reason: n_dropped[code] for code, reason in REASONS.items()})
     weights = {
         name: settings.sources.get(name, ReadingSettings()).weight for name, *_ in arguments.source
     }
@@ -127,6 +131,22 @@ def tasks(source_arguments: Sequence[Sequence[str]], scratch: Path) -> Iterator[
         for path in paths:
             for chunk in sources.read_chunks(path):
                 yield Task(name, chunk, Shard(scratch, next(numbers)))
+
+
+def check_languages(wanted: Sequence[str] | None) -> None:
+    """A code that no text is ever identified as would reject every conversation.
+
+    Raises:
+        StageError: one of them is such.
+    """
+    unknown = sorted(set(wanted) - languages.known()) if wanted else []
+    if unknown:
+        raise log.StageError(
+            "a language is unknown",
+            where="datasets.<name>.cleaning.languages",
+            found=", ".join(unknown),
+            expected=f"ISO 639-1 codes: {' '.join(sorted(languages.known()))}",
+        )
 
 
 def total_bytes(paths: Sequence[str]) -> int | None:

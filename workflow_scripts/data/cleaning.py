@@ -103,8 +103,6 @@ class Kept:
     """Of `clean_schema`, and `position`."""
     split: str
     digest: bytes
-    word_hashes: np.ndarray
-    """(words,) uint64."""
     n_characters: int
     personal_data: Counter[str]
 
@@ -146,7 +144,9 @@ class Cleaner:
                         "raw": record.raw,
                     }
                 )
+        words, offsets = self._words(kept)
         self._write(task.shard, kept, raw, rejected)
+        write_words(task.shard, words, offsets)
         return CleanedChunk(
             shard=task.shard,
             source=task.source,
@@ -156,7 +156,7 @@ class Cleaner:
             source_lines=np.array([one.row["source_line"] for one in kept], dtype=np.int64),
             splits=np.array([SPLITS.index(one.split) for one in kept], dtype=np.uint8),
             digests=np.frombuffer(b"".join(one.digest for one in kept), np.uint64).reshape(-1, 2),
-            band_keys=self._band_keys(kept),
+            band_keys=self._band_keys(words, offsets),
             n_characters=np.array([one.n_characters for one in kept], dtype=np.int64),
             personal_data=sum((one.personal_data for one in kept), Counter()),
         )
@@ -202,7 +202,6 @@ class Cleaner:
             row=row,
             split=split,
             digest=duplicates.normalized_digest(messages, conversation.tools),
-            word_hashes=self._word_hashes(messages),
             n_characters=len(text),
             personal_data=found,
         )
@@ -240,21 +239,22 @@ class Cleaner:
         if language not in self._settings.languages:
             raise Rejected("another language", f"{language} ({probability:.0%})")
 
-    def _word_hashes(self, messages: list[dict[str, Any]]) -> np.ndarray:
+    def _words(self, kept: list[Kept]) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of the words of all, and where each conversation's begin."""
         import numpy as np
 
         if self._settings.near_duplicates is None and self._settings.decontamination is None:
-            return np.empty(0, np.uint64)  # nobody asks
-        return shingles.word_hashes(shingles.comparable_text(messages))
+            return np.empty(0, np.uint64), np.zeros(len(kept) + 1, np.int64)  # nobody asks
+        return shingles.word_hashes_by_row(
+            [shingles.comparable_text(one.row["messages"]) for one in kept]
+        )
 
-    def _band_keys(self, kept: list[Kept]) -> np.ndarray:
+    def _band_keys(self, words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         import numpy as np
 
         settings = self._settings.near_duplicates
-        if settings is None or not kept:
-            return np.zeros((len(kept), 0), dtype=np.uint64)
-        words = np.concatenate([one.word_hashes for one in kept])
-        offsets = np.cumsum([0, *(len(one.word_hashes) for one in kept)])
+        if settings is None:
+            return np.zeros((len(offsets) - 1, 0), dtype=np.uint64)
         hashes, offsets = shingles.ngram_hashes_by_row(words, offsets, settings.shingle_words)
         return duplicates.band_keys(hashes, offsets, threshold=settings.threshold)
 
@@ -267,15 +267,21 @@ class Cleaner:
         rows = pa.Table.from_pylist(
             [one.row for one in kept], schema=conversations.clean_schema().append(position)
         )
-        words = pa.array([one.word_hashes for one in kept], type=pa.large_list(pa.uint64()))
         files.write_arrow(shard.kept, rows, compression="lz4")
         files.write_arrow(shard.raw, pa.table({"raw": pa.array(raw, pa.string())}), "lz4")
-        files.write_arrow(shard.words, pa.table({"words": words}))
         files.write_arrow(
             shard.rejected,
             pa.Table.from_pylist(rejected, schema=conversations.rejected_schema().append(position)),
             "lz4",
         )
+
+
+def write_words(shard: Shard, words: np.ndarray, offsets: np.ndarray) -> None:
+    """Where they are for `selection`, a row a conversation."""
+    import pyarrow as pa
+
+    rows = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(words))
+    files.write_arrow(shard.words, pa.table({"words": rows}))
 
 
 class Mending:

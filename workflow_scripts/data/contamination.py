@@ -86,8 +86,8 @@ class NgramIndex:
         return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in FIELDS))
 
     def overlaps(self, ngrams: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """For each conversation the larger of two shares: of its n-grams, those that held-out text
-        has; and of one held-out entry's n-grams, those that it has.
+        """For each conversation the larger of two shares: of its n-grams, repeats counted, those
+        that held-out text has; and of one held-out entry's distinct n-grams, those that it has.
 
         The second finds a short question of a benchmark within a long conversation.
 
@@ -99,22 +99,26 @@ class NgramIndex:
         """
         import numpy as np
 
-        shares = np.zeros(len(offsets) - 1)
-        maybe = self._maybe_known(ngrams)
-        bounds = np.searchsorted(maybe, offsets)
-        # Absent n-grams are told apart by the bitmap; few conversations have any left to look up.
-        for at in np.flatnonzero(np.diff(bounds)):
-            asked = np.unique(ngrams[maybe[bounds[at] : bounds[at + 1]]])
-            starts = np.searchsorted(self.hashes, asked)
-            counts = np.searchsorted(self.hashes, asked, side="right") - starts
-            n_found = np.count_nonzero(counts)
-            if not n_found:
-                continue
-            # Every entry of every n-gram found: a run of counts[i] positions from starts[i].
-            runs = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-            entries, n_shared = np.unique(self.entries[runs], return_counts=True)
-            own = np.unique(ngrams[offsets[at] : offsets[at + 1]])
-            shares[at] = max(n_found / len(own), (n_shared / self.n_ngrams[entries]).max())
+        n_conversations = len(offsets) - 1
+        asked = self._maybe_known(ngrams)
+        starts = np.searchsorted(self.hashes, ngrams[asked])
+        counts = np.searchsorted(self.hashes, ngrams[asked], side="right") - starts
+        is_found = counts > 0
+        asked, starts, counts = asked[is_found], starts[is_found], counts[is_found]
+        rows = np.searchsorted(offsets, asked, side="right") - 1
+        n_found = np.bincount(rows, minlength=n_conversations)
+        shares = n_found / np.maximum(np.diff(offsets), 1)
+        # What a conversation has of an entry counts once, however often it says it.
+        _, once = np.unique(rows * len(self.hashes) + starts, return_index=True)
+        rows, starts, counts = rows[once], starts[once], counts[once]
+        # Every entry of every n-gram found: a run of counts[i] positions from starts[i].
+        runs = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        n_entries = len(self.n_ngrams)
+        pairs, n_shared = np.unique(
+            np.repeat(rows, counts) * n_entries + self.entries[runs], return_counts=True
+        )
+        rows, entries = np.divmod(pairs, max(n_entries, 1))
+        np.maximum.at(shares, rows, n_shared / self.n_ngrams[entries])
         return shares
 
     def _maybe_known(self, ngrams: np.ndarray) -> np.ndarray:
@@ -124,8 +128,8 @@ class NgramIndex:
         positions = np.arange(len(ngrams))
         for choice in range(N_PLACES):
             places = _place(ngrams[positions], choice, self.bitmap)
-            is_set = (self.bitmap[places >> 3] >> _bit(places) & 1).astype(bool)
-            positions = positions[is_set]
+            bytes_there = self.bitmap.take((places >> 3).view(np.int64))
+            positions = positions[(bytes_there >> _bit(places) & 1).view(bool)]
         return positions
 
 

@@ -186,7 +186,10 @@ def render_batch(batch: CleanBatch) -> RenderedBatch:
     renderings: list[Rendering] = []
     rejected: list[tuple[int, CannotRender]] = []
     tools = batch.rows.column("tools").to_pylist()
-    for row, messages in enumerate(read_messages(batch.rows.column("messages"))):
+    conversations = list(read_messages(batch.rows.column("messages")))
+    contents = [message["content"] for messages in conversations for message in messages]
+    _loaded.renderer.encode_ahead(filter(None, contents))
+    for row, messages in enumerate(conversations):
         try:
             rendering = _loaded.renderer.render(messages, tools[row])
             check_length(len(rendering.input_ids), _loaded.settings.max_document_tokens)

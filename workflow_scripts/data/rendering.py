@@ -6,16 +6,20 @@ of the same ids (`segment_cache`). So where the system prompt goes, what is stri
 call is spelled is never said twice. Left out is what a plain chat does not need: validation,
 normalization, and decoding the result, three quarters of the library's time.
 
-The spans are read off the same call: a recording tokenizer notes how long each answer was.
+The spans are read off the same call: a recording tokenizer notes how long each answer was. Plain
+chats of one shape (who speaks when) have one skeleton, so the library is asked once for each.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import itertools
 import json
+import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +33,10 @@ Message = Mapping[str, Any]
 """A row of `conversations.clean_schema`'s `messages`; keys may be missing where they are null."""
 
 TURN = ("user", "assistant")
+# Stands for the content of a message while the library writes a chat's shape; private characters,
+# so that no template has them. Only marks are looked for, in texts that hold nothing of the user's.
+MARK = "\ue000{}\ue001"
+MARKED = re.compile("\ue000([0-9]+)\ue001")
 
 
 class CannotRender(Exception):
@@ -68,6 +76,19 @@ class _Answer:
     is_of_last_turn: bool
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A conversation as the library wrote it, its texts left out."""
+
+    skeleton: list[int]
+    """Token ids; −1 − i stands for the i-th text."""
+    texts: list[list[str | int]]
+    """Each in its parts: text of the template's, or the number of a message's content."""
+    answers: list[_Answer]
+    places: list[tuple[int, int] | None]
+    """Of the answers in the skeleton."""
+
+
 class Renderer:
     """Renders conversations with one tokenizer, which stays as it is.
 
@@ -101,9 +122,18 @@ class Renderer:
             normalize.InstructRequestNormalizerV7,
             normalize.InstructRequestNormalizerV13,
         )
-        self._texts: list[bytes] = []
+        self._texts: list[str] = []
         self._answers: list[_Answer] = []
+        self._ahead: dict[str, bytes] = {}
+        self._shapes: dict[tuple[str, ...], _Written] = {}
+        """By the roles of a plain chat."""
+        self._control = functools.cache(lambda token: array("i", [token]).tobytes())
         self._listen()
+
+    def encode_ahead(self, texts: Iterable[str]) -> None:
+        """Encode what is going to be rendered, all at once; forgets what was encoded before."""
+        ahead = list(dict.fromkeys(texts))
+        self._ahead = dict(zip(ahead, self._text_encoder.encode_all(ahead), strict=True))
 
     def render(self, messages: Sequence[Message], tools: str | None = None) -> Rendering:
         """Token ids and supervised spans of one conversation.
@@ -115,34 +145,39 @@ class Renderer:
         """
         if len(messages) == 1 and messages[0]["role"] == "text":
             return self._render_text(messages[0]["content"])
-        self._texts.clear()
-        self._answers.clear()
-        if self._knows_normalizer and is_plain(messages, tools):
-            skeleton = self._plain_skeleton(messages)
-        else:
-            skeleton = self._validated_skeleton(messages, tools)
-        parts = [
-            array("i", [token]).tobytes() if token >= 0 else self._texts[-token - 1]
-            for token in skeleton
+        written = self._written(messages, tools)
+        texts = [
+            self._encode_text(
+                "".join(
+                    messages[part]["content"] if isinstance(part, int) else part for part in parts
+                )
+            )
+            for parts in written.texts
         ]
-        starts = [0, *itertools.accumulate(len(part) // TOKEN_BYTES for part in parts)]
-        places = locate([a.skeleton for a in self._answers], skeleton, eos_id=self.eos_id)
+        pieces = [
+            self._control(token) if token >= 0 else texts[-token - 1] for token in written.skeleton
+        ]
+        starts = [0, *itertools.accumulate(len(piece) // TOKEN_BYTES for piece in pieces)]
+        is_learned = self._choose(messages, written.answers)
         spans = [
             (starts[place[0]], starts[place[1]])
-            for place, is_learned in zip(places, self._choose(messages), strict=True)
-            if place is not None and is_learned
+            for place, learned in zip(written.places, is_learned, strict=True)
+            if place is not None and learned
         ]
         if not spans:
-            raise CannotRender("no supervised token", f"{len(places)} answers, each of weight 0")
-        return Rendering(_token_ids(parts), spans)
+            raise CannotRender("no supervised token", f"{len(is_learned)} answers, none learned")
+        return Rendering(_token_ids(pieces), spans)
+
+    def _encode_text(self, text: str) -> bytes:
+        encoded = self._ahead.get(text)
+        return self._text_encoder.encode(text) if encoded is None else encoded
 
     def _render_text(self, text: str) -> Rendering:
         """A plain text: every token is learned but the BOS before it."""
-        encoded = self._text_encoder.encode(text)
+        encoded = self._encode_text(text)
         if not encoded:
             raise CannotRender("no supervised token", "an empty text")
-        ends = [array("i", [token]).tobytes() for token in (self.bos_id, self.eos_id)]
-        token_ids = _token_ids([ends[0], encoded, ends[1]])
+        token_ids = _token_ids([self._control(self.bos_id), encoded, self._control(self.eos_id)])
         return Rendering(token_ids, [(1, len(token_ids))])
 
     def _listen(self) -> None:
@@ -151,7 +186,7 @@ class Renderer:
 
         def encode_text(s: str, bos: bool, eos: bool) -> list[int]:
             assert not bos and not eos
-            self._texts.append(self._text_encoder.encode(s))
+            self._texts.append(s)
             return [-len(self._texts)]
 
         def encode_and_record(message: Any, is_before_last_user_message: bool) -> list[int]:
@@ -163,6 +198,32 @@ class Renderer:
         self._instruct.encode_assistant_message = encode_and_record
         # The library decodes what it made, for a property that nothing here reads.
         self._instruct.decode = lambda *_, **__: ""
+
+    def _written(self, messages: Sequence[Message], tools: str | None) -> _Written:
+        """A conversation as the library writes it: asked of it, or known by its shape."""
+        if not (self._knows_normalizer and is_plain(messages, tools)):
+            return self._ask(self._validated_skeleton, messages, tools)
+        # What some versions do without a system prompt of no words, and with a space at the end of
+        # an answer, depends on the text, and a shape cannot tell.
+        if any(not one["content"] or one["content"].endswith(" ") for one in messages):
+            return self._ask(self._plain_skeleton, messages)
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._shapes:
+            marked = [
+                {"role": role, "content": MARK.format(number)} for number, role in enumerate(roles)
+            ]
+            written = self._ask(self._plain_skeleton, marked)
+            parts = [_parts(text) for (text,) in written.texts]
+            self._shapes[roles] = dataclasses.replace(written, texts=parts)
+        return self._shapes[roles]
+
+    def _ask(self, write: Callable[..., list[int]], *conversation: Any) -> _Written:
+        self._texts.clear()
+        self._answers.clear()
+        skeleton = write(*conversation)
+        answers = list(self._answers)
+        places = locate([answer.skeleton for answer in answers], skeleton, eos_id=self.eos_id)
+        return _Written(skeleton, [[text] for text in self._texts], answers, places)
 
     def _plain_skeleton(self, messages: Sequence[Message]) -> list[int]:
         """What `encode_chat_completion` does with a plain chat, its checks and copies left out."""
@@ -200,7 +261,7 @@ class Renderer:
                 next(iter(str(error).splitlines()), ""),
             ) from error
 
-    def _choose(self, messages: Sequence[Message]) -> list[bool]:
+    def _choose(self, messages: Sequence[Message], answers: Sequence[_Answer]) -> list[bool]:
         """Which of the recorded answers training learns.
 
         The library joins answers that follow each other, so weights are those of the joined ones.
@@ -212,7 +273,7 @@ class Renderer:
             if role == "assistant"
         ]
         chosen = []
-        for answer, joined in zip(self._answers, weights, strict=True):
+        for answer, joined in zip(answers, weights, strict=True):
             is_masked = 0 in joined
             if is_masked and len(joined) > 1:
                 raise CannotRender(
@@ -293,6 +354,12 @@ def locate(
         places.append((start, end))
     assert next(ends, None) is None, "an EOS that closes no answer"
     return places
+
+
+def _parts(text: str) -> list[str | int]:
+    """A text the library was going to encode, its marks as the numbers of messages."""
+    parts = MARKED.split(text)  # between two marks, or none, there is always a text
+    return [int(part) if at % 2 else part for at, part in enumerate(parts) if part]
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

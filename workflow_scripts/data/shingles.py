@@ -12,8 +12,6 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -31,8 +29,6 @@ UNSPACED_SCRIPTS = (
     "KHMER ",
     "MYANMAR ",
 )
-# A vocabulary of a million chats; a word costs ~150 bytes, so this is 40 MB a process at most.
-MOST_REMEMBERED = 1 << 18
 # Of the polynomials below: odd, so that it has an inverse modulo 2⁶⁴; Knuth's, of MMIX.
 MULTIPLIER = 6364136223846793005
 
@@ -42,7 +38,12 @@ def words(text: str) -> list[str]:
 
     Characters of the UNSPACED_SCRIPTS are words of their own.
     """
-    return text.casefold().translate(_SEPARATED).split()
+    return _spaced(text).split()
+
+
+def _spaced(text: str) -> str:
+    """A text with its words apart by spaces, and nothing else between them."""
+    return text.casefold().translate(_SEPARATED)
 
 
 def comparable_text(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -62,11 +63,40 @@ def comparable_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def word_hashes(text: str) -> np.ndarray:
     """(words,) uint64: a hash a word, in the text's order."""
+    return word_hashes_by_row([text])[0]
+
+
+def word_hashes_by_row(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`word_hashes` of many texts, computed on all their bytes at once.
+
+    A word's hash is its UTF-8 bytes as a polynomial modulo 2⁶⁴, mixed: a fifth of the time that
+    looking each word up in a dict takes, and no vocabulary to hold. Takes some 40 times the memory
+    of the texts meanwhile.
+
+    Returns:
+        hashes: uint64, of all texts, one after the other.
+        offsets: (texts + 1,) int64, where each text's words begin.
+    """
     import numpy as np
 
-    # Joined bytes: np.fromiter over Python integers takes twice as long.
-    joined = b"".join(map(_HASHES.__getitem__, words(text)))
-    return np.frombuffer(joined, "<u8").astype(np.uint64, copy=False)
+    # surrogatepass: a lone surrogate is not this module's to reject.
+    spaced = [_spaced(text).encode("utf-8", "surrogatepass") for text in texts]
+    text_starts = np.cumsum([0, *(len(text) + 1 for text in spaced)])
+    characters = np.frombuffer(b" ".join([*spaced, b""]), np.uint8)  # a space ends each text
+    is_in_word = characters != ord(" ")
+    bounds = np.flatnonzero(np.diff(is_in_word, prepend=False))
+    starts, ends = bounds[::2], bounds[1::2]
+    offsets = np.searchsorted(starts, text_starts)
+    if not len(starts):
+        return np.empty(0, np.uint64), offsets
+    lengths = ends - starts
+    powers = np.cumprod(np.full(lengths.max(), MULTIPLIER, np.uint64))
+    firsts = np.cumsum(lengths) - lengths  # of each word, among the characters of words
+    places = np.arange(firsts[-1] + lengths[-1]) - np.repeat(firsts, lengths)
+    terms = powers[places]
+    # No byte is 0, so that "a" and "a\0" differ; the spaces are left out.
+    terms *= characters[is_in_word].astype(np.uint64) + 1
+    return mixed(np.add.reduceat(terms, firsts)), offsets
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -165,18 +195,4 @@ class _SeparatedCharacters(dict[int, str]):
         return separated
 
 
-class _WordHashes(dict[str, bytes]):
-    """Word to hash, remembered: a chat says most of its words more than once."""
-
-    def __missing__(self, word: str) -> bytes:
-        if len(self) >= MOST_REMEMBERED:
-            self.clear()
-        # surrogatepass: a lone surrogate is not this module's to reject.
-        digest = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
-        value = digest.to_bytes(8, "little")
-        self[word] = value
-        return value
-
-
 _SEPARATED = _SeparatedCharacters()
-_HASHES = _WordHashes()

@@ -54,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def stage_model(merged: Path, folder: Path, *, context_tokens: int) -> None:
-    """Links to the merged model's files, with the context that the GGUF may advertise."""
+    """Links to the merged model's files, with the context that the GGUF may advertise.
+
+    But for tekken.json: beside it, transformers loads a tokenizer that llama.cpp's converter does
+    not know, and tokenizer.json holds the same.
+    """
     for path in merged.iterdir():
-        if path.name != "config.json":
+        if path.name not in ("config.json", "tekken.json"):
             (folder / path.name).symlink_to(path.resolve())
     config = files.read_json(merged / "config.json")
     files.write_json(folder / "config.json", config | {"max_position_embeddings": context_tokens})

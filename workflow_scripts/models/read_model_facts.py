@@ -23,12 +23,13 @@ logger = log.stage_logger("read_model_facts")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--version", default="", help="of the tokenizer; empty reads it")
     parser.add_argument("--facts", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
 
     facts = checkpoints.read_facts(arguments.checkpoint)
-    tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint)
-    facts["tokenizer_version"] = tokenizer_files.tokenizer_version(tokenizer)
+    tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint, arguments.version or None)
+    facts["tokenizer_version"] = arguments.version or tokenizer_files.tokenizer_version(tokenizer)
     counted = [
         arguments.checkpoint / "config.json",
         tokenizer,

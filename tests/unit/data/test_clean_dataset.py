@@ -344,6 +344,13 @@ def test_only_the_languages_asked_for_are_kept(tmp_path):
     assert detail.startswith("de (")
 
 
+def test_a_language_code_that_is_none_stops_the_stage(tmp_path):
+    with pytest.raises(StageError, match="a language is unknown") as error:
+        clean([chat("One?")], tmp_path, languages=["en", "eng"])
+    assert "found:    eng" in str(error.value)
+    assert " de dz el en " in str(error.value)
+
+
 PERSONAL = {
     "messages": [
         {"role": "user", "content": "Write to ada@example.org for me."},

@@ -24,7 +24,7 @@ def brute_force_overlap(conversations, ngrams):
     counts = Counter(ngram for entry in entries for ngram in entry)
     known = {ngram for ngram, n in counts.items() if n <= contamination.MOST_CONVERSATIONS}
     own = set(ngrams.tolist())
-    shares = [len(own & known) / len(own)] if own else []
+    shares = [sum(ngram in known for ngram in ngrams.tolist()) / len(ngrams)] if own else []
     shares += [len(own & known & entry) / len(entry) for entry in entries if entry]
     return max(shares, default=0)
 

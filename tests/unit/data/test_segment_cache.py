@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import shutil
@@ -150,29 +151,54 @@ def load(folder):
     return load_mistral_tokenizer(folder, for_training=True).instruct_tokenizer.tokenizer
 
 
-@given(segments=st.lists(st.text(alphabet="ab", max_size=3)), max_segments=st.integers(1, 5))
-def test_a_cache_never_holds_more_than_it_may_and_never_changes_an_answer(segments, max_segments):
+segments_of_two_letters = st.lists(st.text(alphabet="ab", max_size=3))
+
+
+@given(texts=st.lists(segments_of_two_letters, max_size=5), max_segments=st.integers(2, 6))
+def test_a_cache_never_holds_more_than_it_may_and_never_changes_an_answer(texts, max_segments):
     asked = []
 
-    def encode(segment):
-        asked.append(segment)
-        return segment.encode()
+    def encode(segments):
+        asked.extend(segments)
+        return [segment.encode() for segment in segments]
 
     cache = SegmentCache(encode, max_segments=max_segments)
-    for segment in segments:
-        assert cache[segment] == segment.encode()
+    for at in range(len(texts)):
+        expected = [[segment.encode() for segment in text] for text in texts[at : at + 2]]
+        assert cache.look_up(texts[at : at + 2]) == expected
         assert len(cache) <= max_segments
-    if len(set(segments)) <= max_segments:
-        assert sorted(asked) == sorted(set(segments))
+    if len(set(itertools.chain(*texts))) <= max_segments // 2:
+        assert len(asked) == len(set(asked)), "each once"
+
+
+def test_what_is_asked_for_again_outlives_what_is_not():
+    asked = []
+
+    def encode(segments):
+        asked.extend(segments)
+        return [b""] * len(segments)
+
+    cache = SegmentCache(encode, max_segments=8)
+    for number in range(100):
+        cache.look_up([["common", f"rare {number}"]])
+    assert asked.count("common") == 1
+
+
+@given(st.lists(texts, max_size=6))
+@settings(max_examples=200)
+def test_texts_at_once_have_the_ids_of_each(encoder, tokenizer, texts):
+    assert [ids(encoded) for encoded in encoder.encode_all(texts)] == [
+        tokenizer.encode(text, bos=False, eos=False) for text in texts
+    ]
 
 
 def test_a_long_segment_is_not_kept(tokenizer):
     encoder = TextEncoder(tokenizer)
     encoder.encode("a" * 10_000 + " word")
-    assert max(map(len, encoder._cache)) <= segment_cache.MAX_SEGMENT_CHARACTERS
+    assert max(map(len, encoder._cache._newer)) <= segment_cache.MAX_SEGMENT_CHARACTERS
 
 
-@pytest.mark.parametrize("max_segments", [1, 7])
+@pytest.mark.parametrize("max_segments", [2, 7])
 def test_a_small_cache_gives_the_same_ids(tokenizer, max_segments):
     encoder = TextEncoder(tokenizer, max_segments=max_segments)
     rng = random.Random(1)

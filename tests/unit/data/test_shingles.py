@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,11 +47,31 @@ def test_case_punctuation_and_spacing_change_no_word(text):
     assert words("— " + text.replace(" ", "  ,\n")) == words(text)
 
 
+def reference_word_hash(word):
+    terms = [
+        (byte + 1) * pow(shingles.MULTIPLIER, place + 1, 2**64)
+        for place, byte in enumerate(word.encode("utf-8", "surrogatepass"))
+    ]
+    return int(shingles.mixed(np.array([sum(terms) % 2**64], np.uint64))[0])
+
+
 @given(text=st.text())
-def test_a_word_hash_is_xxh3_of_the_word(text):
-    expected = [xxhash.xxh3_64_intdigest(w.encode("utf-8", "surrogatepass")) for w in words(text)]
+def test_a_word_hash_is_a_polynomial_of_its_bytes(text):
     assert word_hashes(text).dtype == np.uint64
-    assert word_hashes(text).tolist() == expected
+    assert word_hashes(text).tolist() == list(map(reference_word_hash, words(text)))
+
+
+@given(texts=st.lists(st.text(max_size=12), max_size=6))
+def test_the_words_of_many_texts_are_those_of_each(texts):
+    hashes, offsets = shingles.word_hashes_by_row(texts)
+    alone = [word_hashes(text).tolist() for text in texts]
+    assert hashes.tolist() == list(itertools.chain.from_iterable(alone))
+    assert offsets.tolist() == list(itertools.accumulate(map(len, alone), initial=0))
+
+
+def test_a_million_words_have_as_many_hashes():
+    text = " ".join(f"{number}x{number % 97} y{number}" for number in range(500_000))
+    assert len(np.unique(word_hashes(text))) == 1_000_000
 
 
 def test_hashes_are_the_same_in_another_process():
@@ -68,15 +88,6 @@ def test_hashes_are_the_same_in_another_process():
         env={"PYTHONHASHSEED": "7", "PYTHONUTF8": "1"},
     )
     assert run.stdout.strip() == str(ngram_hashes(word_hashes(text), 5).tolist())
-
-
-def test_the_memory_of_words_is_bounded_and_forgetting_changes_no_hash(monkeypatch):
-    monkeypatch.setattr(shingles, "MOST_REMEMBERED", 4)
-    monkeypatch.setattr(shingles, "_HASHES", shingles._WordHashes())
-    text = "a b c d e f g a b c"
-    assert len(set(word_hashes(text).tolist())) == 7
-    assert len(shingles._HASHES) <= 4
-    assert word_hashes(text).tolist() == word_hashes(text).tolist()
 
 
 @given(hashes=hash_lists, n=st.integers(1, 20))
