@@ -63,6 +63,12 @@ def base_model_json(wildcards):
     return model.model_dump_json(include={"source", "revision"})
 
 
+def tokenizer_version(wildcards):
+    """`--version` where the config says what the checkpoint's own files would else be asked for."""
+    version = CONFIG.models[wildcards.model].tokenizer_version
+    return ["--version", version] if version else []
+
+
 def output_version(stage):
     """A stage's OUTPUT_VERSION, read without running it: a changed algorithm makes its files anew."""
     source = Path(workflow.basedir, "workflow_scripts", f"{stage}.py")

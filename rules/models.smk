@@ -61,11 +61,11 @@ rule read_model_facts:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=30,  # minutes: every byte is hashed
     params:
-        version=lambda wildcards: CONFIG.models[wildcards.model].tokenizer_version or "",
+        version=tokenizer_version,
         output_version=output_version("models/read_model_facts"),
     shell:
         "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"
-        " --version {params.version:q} --facts {output.facts:q} > {log:q} 2>&1"
+        " {params.version:q} --facts {output.facts:q} > {log:q} 2>&1"
 
 
 rule export_tokenizer:
@@ -84,8 +84,8 @@ rule export_tokenizer:
         mem_mb=lambda wildcards, attempt: 2_000 * attempt,
         runtime=10,  # minutes
     params:
-        version=lambda wildcards: CONFIG.models[wildcards.model].tokenizer_version or "",
+        version=tokenizer_version,
         output_version=output_version("models/export_tokenizer"),
     shell:
         "python -m workflow_scripts.models.export_tokenizer --checkpoint {input.checkpoint:q}"
-        " --version {params.version:q} --tokenizer {output.tokenizer:q} > {log:q} 2>&1"
+        " {params.version:q} --tokenizer {output.tokenizer:q} > {log:q} 2>&1"
