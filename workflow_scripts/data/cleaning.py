@@ -348,7 +348,7 @@ def split_key(conversation: Conversation, split_by: str) -> str:
         value = conversation.fields.get(split_by)
         if value is None:
             raise Rejected("no field to split by", split_by)
-        return json.dumps(value, sort_keys=True)
+        return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     messages = conversation.messages
     first = next((one for one in messages if one["role"] == "user"), messages[0])
     return " ".join(first["content"].casefold().split())

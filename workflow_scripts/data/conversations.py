@@ -538,7 +538,10 @@ def choose_split(key: str, *, validation_fraction: float, test_fraction: float) 
 
     So a conversation stays in its split however the dataset grows, and equal keys stay together.
     """
-    position = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    position = (
+        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        / 2**64
+    )
     if position < test_fraction:
         return "test"
     if position < test_fraction + validation_fraction:

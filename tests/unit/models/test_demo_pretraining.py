@@ -82,6 +82,6 @@ def test_a_muon_step_is_that_of_torch(shape):
             weight.grad = gradient.clone()
             pretraining.muon_step([weight], [momenta[dtype]], learning_rate=0.02, dtype=dtype)
     moved = (reference - start).norm()
-    # Three steps of bfloat16 rounding: 1.5 % of the way measured, where the way itself is 1.
+    # bfloat16: no difference. float32: 1.0 to 1.3 % of the way measured, torch's own rounding.
     assert (ours[torch.bfloat16] - reference).norm() < 1e-6 * moved
     assert (ours[torch.float32] - reference).norm() < 0.05 * moved
