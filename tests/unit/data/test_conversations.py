@@ -631,3 +631,7 @@ def test_the_readme_s_examples_are_of_the_format_they_stand_for():
     for shape, record in examples:
         assert schemas.raw_chat(json.loads(record), AUTO).shape == shape
         assert parse(json.loads(record), AUTO, strip).corrections == []
+
+
+def test_half_a_character_is_a_key_to_split_by_all_the_same():
+    assert choose_split("\ud800", validation_fraction=0, test_fraction=1) == "test"
