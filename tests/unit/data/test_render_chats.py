@@ -11,6 +11,7 @@ from tests.unit.data.generated_chats import ChatGenerator
 from workflow_scripts import files
 from workflow_scripts.data import render_chats, token_parity
 from workflow_scripts.data.documents import SPLITS, Documents
+from workflow_scripts.data.stdlib_chats import make_chats
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 
 STAGE = "workflow_scripts.data.render_chats"
@@ -223,3 +224,61 @@ def test_offsets_of_more_than_2_31_tokens_do_not_wrap():
     lengths = np.array([2**31 - 1, 5], dtype=np.int32)
     assert render_chats.offsets(lengths, np.int64).tolist() == [0, 2**31 - 1, 2**31 + 4]
     assert pa.array(render_chats.offsets(lengths, np.int64)).type == pa.int64()
+
+
+def as_sharegpt(chat):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return {
+        "conversations": [
+            {"from": names[message["role"]], "value": message["content"]}
+            for message in chat["messages"]
+        ]
+    }
+
+
+def as_prompt_and_completion(chat):
+    return {"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]}
+
+
+def write_csv(path, records):
+    """Lists as JSON in the cells."""
+    import csv
+    import gzip
+
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(records[0])
+        writer.writerows([json.dumps(cell) for cell in record.values()] for record in records)
+
+
+def write_parquet(path, records):
+    files.write_parquet(path, pa.Table.from_pylist(records))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "write"),
+    [
+        ("chats.parquet", as_sharegpt, write_parquet),
+        ("chats.csv.gz", as_prompt_and_completion, write_csv),
+        ("chats.json", as_sharegpt, lambda path, records: path.write_text(json.dumps(records))),
+    ],
+)
+def test_the_same_chats_in_another_format_have_identical_tokens(
+    tokenizer_v3, tmp_path, name, shape, write
+):
+    from workflow_scripts.data import clean_dataset
+
+    chats = make_chats(n_conversations=60, seed=1)
+    files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": c["messages"]} for c in chats])
+    write(tmp_path / name, [shape(chat) for chat in chats])
+    tokens = []
+    for source in ("chats.jsonl", name):
+        folder = tmp_path / f"of {source}"
+        clean_dataset.main(
+            ["--source", "all", str(tmp_path / source), "--settings", "{}"]
+            + ["--clean", str(folder / "clean")]
+        )
+        render_chats.main(arguments(folder / "clean", tokenizer_v3, folder / "tokens"))
+        tokens.append([(folder / "tokens" / output).read_bytes() for output in OUTPUTS[:3]])
+    assert tokens[0] == tokens[1]
+    assert len(Documents(folder / "tokens" / "train.arrow")) > 40
