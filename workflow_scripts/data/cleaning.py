@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """The scratch files of one chunk. Arrow: they are gone when the stage ends."""
+    """The scratch files of one chunk, gone when the stage ends."""
 
     scratch: Path
     number: int
@@ -53,8 +53,8 @@ class Shard:
 
     @property
     def words(self) -> Path:
-        """The words of the kept conversations, as hashes; mapped into memory, row by row."""
-        return self.scratch / f"{self.number:07d}.words.arrow"
+        """The words of the kept conversations as hashes, plain uint64 one after the other."""
+        return self.scratch / f"{self.number:07d}.words"
 
     @property
     def rejected(self) -> Path:
@@ -89,6 +89,8 @@ class CleanedChunk:
     """(kept, 2) uint64: equal where conversations say the same."""
     band_keys: np.ndarray
     """(kept, bands) uint64; no columns where near duplicates are kept."""
+    word_offsets: np.ndarray
+    """(kept + 1,) int64, where each one's words begin in the shard's."""
     n_characters: np.ndarray
     """int64, of all messages."""
     personal_data: Counter[str]
@@ -146,7 +148,7 @@ class Cleaner:
                 )
         words, offsets = self._words(kept)
         self._write(task.shard, kept, raw, rejected)
-        write_words(task.shard, words, offsets)
+        words.tofile(task.shard.words)
         return CleanedChunk(
             shard=task.shard,
             source=task.source,
@@ -157,6 +159,7 @@ class Cleaner:
             splits=np.array([SPLITS.index(one.split) for one in kept], dtype=np.uint8),
             digests=np.frombuffer(b"".join(one.digest for one in kept), np.uint64).reshape(-1, 2),
             band_keys=self._band_keys(words, offsets),
+            word_offsets=offsets,
             n_characters=np.array([one.n_characters for one in kept], dtype=np.int64),
             personal_data=sum((one.personal_data for one in kept), Counter()),
         )
@@ -274,14 +277,6 @@ class Cleaner:
             pa.Table.from_pylist(rejected, schema=conversations.rejected_schema().append(position)),
             "lz4",
         )
-
-
-def write_words(shard: Shard, words: np.ndarray, offsets: np.ndarray) -> None:
-    """Where they are for `selection`, a row a conversation."""
-    import pyarrow as pa
-
-    rows = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(words))
-    files.write_arrow(shard.words, pa.table({"words": rows}))
 
 
 class Mending:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from workflow_scripts import files
 from workflow_scripts.data import contamination, duplicates, shingles
 from workflow_scripts.data.cleaning import CleanedChunk, Shard
 from workflow_scripts.data.documents import SPLITS
@@ -40,9 +39,8 @@ class Selection:
     """
 
     def __init__(self, chunks: Sequence[CleanedChunk]) -> None:
-        self.shards = [chunk.shard for chunk in chunks]
         self.starts = np.cumsum([0, *(len(chunk.splits) for chunk in chunks)])
-        """(shards + 1,) index of each shard's first conversation; last, how many there are."""
+        """(chunks + 1,) index of each chunk's first conversation; last, how many there are."""
         n = int(self.starts[-1])
         self.splits = np.concatenate([chunk.splits for chunk in chunks])
         self.reasons = np.full(n, KEPT, dtype=np.uint8)
@@ -52,7 +50,6 @@ class Selection:
         self.shares = np.zeros(n, dtype=np.float32)
         """(conversations,) similarity to the twin, or share of n-grams in held-out text."""
         self._chunks = chunks
-        self._maps: dict[int, _Words] = {}
         precedence = np.array([PRECEDENCE.index(split) for split in SPLITS])[self.splits]
         order = np.argsort(precedence, kind="stable")
         self._rank = np.empty(n, dtype=np.int64)
@@ -114,18 +111,16 @@ class Selection:
 
         Args:
             evaluation_texts: of the user's evaluation files, beside the held-out splits.
-            scratch: folder for the index, which the processes map into memory.
+            scratch: folder for the index, which the processes share as a map.
         """
         n = settings.ngram_words
-        held_out = np.flatnonzero((self.reasons == KEPT) & (self.splits != TRAIN))
-        words = itertools.chain(
-            map(shingles.word_hashes, evaluation_texts), map(self._words, held_out)
-        )
+        words = itertools.chain(map(shingles.word_hashes, evaluation_texts), self._held_out_words())
         index = contamination.NgramIndex.build(shingles.ngram_hashes(one, n) for one in words)
         index.save(scratch)
+        del index  # the processes map it
         shares = map_in_order(
             _overlaps,
-            [(shard, n) for shard in self.shards],
+            [(chunk.shard, chunk.word_offsets, n) for chunk in self._chunks],
             n_processes=n_processes,
             initializer=_load_index,
             initial_arguments=(scratch,),
@@ -140,23 +135,24 @@ class Selection:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _words(self, index: int) -> np.ndarray:
+        """Word hashes of one conversation.
+
+        Read, not mapped: mapped pages stay with the process, and a million chats have 4 GB.
+        """
         number = self._shard_of(index)
-        if number not in self._maps:
-            self._maps[number] = _Words(self.shards[number])
-        return self._maps[number][index - self.starts[number]]
+        chunk = self._chunks[number]
+        start, end = chunk.word_offsets[index - self.starts[number] :][:2]
+        return np.fromfile(chunk.shard.words, np.uint64, int(end - start), offset=8 * int(start))
 
-
-class _Words:
-    """A shard's words, mapped into memory: only what is asked for is read."""
-
-    def __init__(self, shard: Shard) -> None:
-        column = files.read_arrow(shard.words)["words"]
-        chunk = column.chunk(0) if column.num_chunks else None
-        self.hashes = chunk.values.to_numpy() if chunk else np.empty(0, np.uint64)
-        self.offsets = chunk.offsets.to_numpy() if chunk else np.zeros(1, np.int64)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.hashes[self.offsets[row] : self.offsets[row + 1]]
+    def _held_out_words(self) -> Iterator[np.ndarray]:
+        """Word hashes of each kept conversation that is not for training."""
+        is_held_out = (self.reasons == KEPT) & (self.splits != TRAIN)
+        for chunk, start in zip(self._chunks, self.starts, strict=False):
+            rows = np.flatnonzero(is_held_out[start : start + len(chunk.splits)])
+            if len(rows):
+                words = np.fromfile(chunk.shard.words, np.uint64)
+                for row in rows:
+                    yield words[slice(*chunk.word_offsets[row : row + 2])]
 
 
 _index: contamination.NgramIndex
@@ -167,8 +163,8 @@ def _load_index(scratch: Path) -> None:
     _index = contamination.NgramIndex.load(scratch)
 
 
-def _overlaps(question: tuple[Shard, int]) -> np.ndarray:
+def _overlaps(question: tuple[Shard, np.ndarray, int]) -> np.ndarray:
     """Overlap of each conversation of a shard with held-out text, (conversations,) float64."""
-    shard, n = question
-    words = _Words(shard)
-    return _index.overlaps(*shingles.ngram_hashes_by_row(words.hashes, words.offsets, n))
+    shard, offsets, n = question
+    words = np.fromfile(shard.words, np.uint64)
+    return _index.overlaps(*shingles.ngram_hashes_by_row(words, offsets, n))

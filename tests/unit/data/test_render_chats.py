@@ -237,6 +237,7 @@ def as_sharegpt(chat):
 
 
 def as_prompt_and_completion(chat):
+    """Of a single answer: answers within a prompt are not learned."""
     return {"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]}
 
 
@@ -268,7 +269,9 @@ def test_the_same_chats_in_another_format_have_identical_tokens(
 ):
     from workflow_scripts.data import clean_dataset
 
-    chats = make_chats(n_conversations=60, seed=1)
+    chats = make_chats(n_conversations=90, seed=1)
+    if shape is as_prompt_and_completion:
+        chats = [chat for chat in chats if len(chat["messages"]) <= 3]
     files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": c["messages"]} for c in chats])
     write(tmp_path / name, [shape(chat) for chat in chats])
     tokens = []
