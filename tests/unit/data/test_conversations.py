@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -404,6 +404,10 @@ records = st.builds(
 )
 
 
+# Of the records that are generated a good part is rejected, as it should be.
+ACCEPTED_ALONE = settings(suppress_health_check=[HealthCheck.filter_too_much])
+
+
 def accepted(record):
     try:
         return parse(record, AUTO, strip)
@@ -428,7 +432,7 @@ def has_text_beside_calls(conversation):
 
 
 @given(record=records)
-@settings(max_examples=300)
+@settings(ACCEPTED_ALONE, max_examples=300)
 def test_what_is_accepted_passes_mistral_commons_validation_of_every_version(record):
     conversation = accepted(record)
     for version in TokenizerVersion:
@@ -449,7 +453,7 @@ def official(request, exported_tokenizer):
 
 
 @given(record=records)
-@settings(max_examples=150)
+@settings(ACCEPTED_ALONE, max_examples=150)
 def test_what_is_accepted_is_rendered(official, record):
     conversation = accepted(record)
     is_v3 = official.instruct_tokenizer.tokenizer.version == TokenizerVersion.v3
@@ -508,6 +512,7 @@ def test_any_value_is_kept_or_rejected_and_nothing_else(content):
 
 
 @given(record=records)
+@ACCEPTED_ALONE
 def test_what_was_mended_needs_no_mending_again(record):
     once = accepted(record)
     again = parse(chat(*once.messages, tools=once.tools and json.loads(once.tools)), AUTO, strip)
@@ -518,6 +523,7 @@ def test_what_was_mended_needs_no_mending_again(record):
 
 
 @given(one=records, other=records)
+@ACCEPTED_ALONE
 def test_equal_content_has_equal_ids_and_only_that(one, other):
     one, other = accepted(one), accepted(other)
     identities = [conversations.conversation_id(each.messages, each.tools) for each in (one, other)]
