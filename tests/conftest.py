@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mistral_common
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from workflow_scripts.models import tokenizer_files
 
@@ -29,7 +29,13 @@ OFFICIAL_TOKENIZERS = {
 }
 
 # Shared machines are slow at times, and that is no failure; a failure prints how to repeat it.
-settings.register_profile("tramontane", deadline=None, database=None, print_blob=True)
+settings.register_profile(
+    "tramontane",
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no fault of a test
+)
 settings.load_profile("tramontane")
 
 
