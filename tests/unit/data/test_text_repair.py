@@ -109,8 +109,14 @@ def test_plain_ascii_is_returned_as_the_same_object():
 
 def test_ftfy_is_not_called_for_the_plain_lines_of_a_text(monkeypatch):
     seen = []
-    monkeypatch.setattr(ftfy, "fix_text", lambda line, config: seen.append(line) or line)
-    repair_unicode("plain\nschÃ¶n\ncafé\nplain")
+    fix_text = ftfy.fix_text
+
+    def watched(line, config):
+        seen.append(line)
+        return fix_text(line, config)
+
+    monkeypatch.setattr(ftfy, "fix_text", watched)
+    assert repair_unicode("plain\nschÃ¶n\ncafé\nplain") == "plain\nschön\ncafé\nplain"
     assert seen == ["schÃ¶n\n"]
 
 
