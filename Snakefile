@@ -23,6 +23,7 @@ localrules:
     export,
     evaluate,
     report,
+    experiment,
 
 
 rule all:
@@ -69,3 +70,9 @@ rule report:
     input:
         report_files(),
         preview_files(),
+
+
+rule experiment:
+    """Runs of an overlay in config/experiments/, trained and compared; nothing is exported."""
+    input:
+        experiment_files(),

@@ -215,7 +215,7 @@ def data_files():
 
 
 def preview_files():
-    """The pages on the data: what was kept and why, and conversations as tokens."""
+    """The pages on the data: what was kept and why, conversations as tokens, how they are packed."""
     return sorted(
         {
             file
@@ -223,6 +223,7 @@ def preview_files():
             for file in (
                 f"results/data/{run.dataset}/clean/cleaning_report.html",
                 f"results/data/{run.dataset}/{run.model}/{run.packing}/preview.html",
+                f"results/data/{run.dataset}/{run.model}/{run.packing}/packing.html",
             )
         }
     )
@@ -279,6 +280,11 @@ def report_files():
     ]
 
 
+def experiment_files():
+    """Of an overlay in `config/experiments/`: its runs trained and compared, nothing exported."""
+    return expand("results/report/experiment.{form}", form=["tsv", "md", "html", "svg"])
+
+
 def release_files():
     return expand("results/runs/{run}/release", run=RUNS)
 
@@ -293,3 +299,18 @@ def runs_json():
     """What the report needs to know: the runs built, what each combines, and the quantizations."""
     runs = {name: run.model_dump() for name, run in RUNS.items()}
     return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES})
+
+
+def experiment_json():
+    """Every run built with the settings it was trained with; arms and seeds are found in these."""
+    tables = ("packing", "recipe")
+    return json.dumps(
+        {
+            name: {"model": run.model, "dataset": run.dataset}
+            | {
+                table: json.loads(settings_json(f"{table}s", getattr(run, table)))
+                for table in tables
+            }
+            for name, run in RUNS.items()
+        }
+    )

@@ -146,6 +146,7 @@ rule pack_sequences:
     """Plan the rows of training: which document, from which token, how many. Copies no token."""
     input:
         tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        tokenizer="results/models/{model}/tokenizer",
         facts="results/models/{model}/facts.json",
         # A gate, read by none; passed again on another sample it re-trains nothing.
         tokens_check=ancient("results/data/{dataset}/{model}/tokens/check.json"),
@@ -167,7 +168,7 @@ rule pack_sequences:
         output_version=output_version("data/pack_sequences"),
     shell:
         "python -m workflow_scripts.data.pack_sequences --tokens {input.tokens:q}"
-        " --facts {input.facts:q} --settings {params.settings:q}"
+        " --tokenizer {input.tokenizer:q} --facts {input.facts:q} --settings {params.settings:q}"
         " --plan {output.plan:q} --report {output.report:q} > {log:q} 2>&1"
 
 

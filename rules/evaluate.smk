@@ -167,3 +167,65 @@ use rule benchmark_inference_merged as benchmark_inference_adapter with:
         link=lambda wildcards, input: live_adapter(input),
         settings=CONFIG.evaluation.inference.model_dump_json(),
         output_version=output_version("evaluate/benchmark_inference"),
+
+
+rule evaluate_positions:
+    """Loss of a run's live adapter by position, on whole validation conversations."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/positions.json",
+    log:
+        "logs/runs/{run}/evaluate_positions.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_positions.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: live_adapter(input),
+        settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),
+        output_version=output_version("evaluate/evaluate_positions"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_positions {params.link:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --scores {output.scores:q} > {log:q} 2>&1"
+
+
+rule evaluate_recall:
+    """Facts that a run's live adapter finds again in held-out text, by length and depth."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        chats=of_run("results/data/{dataset}/clean/validation.parquet"),
+    output:
+        scores="results/runs/{run}/evaluation/recall.json",
+    log:
+        "logs/runs/{run}/evaluate_recall.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_recall.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: live_adapter(input),
+        settings=CONFIG.evaluation.recall.model_dump_json(),
+        output_version=output_version("evaluate/evaluate_recall"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --chats {input.chats:q}"
+        " --settings {params.settings:q} --scores {output.scores:q} > {log:q} 2>&1"

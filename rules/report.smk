@@ -26,6 +26,42 @@ rule report_cleaning:
         " --rejected {input.rejected:q} --page {output.page:q} > {log:q} 2>&1"
 
 
+rule report_packing:
+    """A page on a plan: its rows, what packing saves, and what attention sees in a few of them."""
+    input:
+        plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
+        report="results/data/{dataset}/{model}/{packing}/packing_report.json",
+        tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        facts="results/models/{model}/facts.json",
+    output:
+        page=report(
+            "results/data/{dataset}/{model}/{packing}/packing.html",
+            category="Data",
+            labels={
+                "what": "packing",
+                "dataset": "{dataset}",
+                "model": "{model}",
+                "packing": "{packing}",
+            },
+            caption="../workflow_scripts/report/captions/packing.rst",
+        ),
+    log:
+        "logs/data/{dataset}/{model}/{packing}/report_packing.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/{packing}/report_packing.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        output_version=output_version("report/report_packing"),
+    shell:
+        "python -m workflow_scripts.report.report_packing --plan {input.plan:q}"
+        " --report {input.report:q} --tokens {input.tokens:q} --facts {input.facts:q}"
+        " --page {output.page:q} > {log:q} 2>&1"
+
+
 rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
@@ -121,3 +157,40 @@ rule report_loss:
     shell:
         "python -m workflow_scripts.report.report_loss --runs {params.runs:q}"
         " --results results --figure {output.figure:q} > {log:q} 2>&1"
+
+
+rule report_experiment:
+    """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
+    input:
+        positions=expand("results/runs/{run}/evaluation/positions.json", run=RUNS),
+        recall=expand("results/runs/{run}/evaluation/recall.json", run=RUNS),
+    output:
+        tsv="results/report/experiment.tsv",
+        markdown="results/report/experiment.md",
+        html=report(
+            "results/report/experiment.html",
+            caption="../workflow_scripts/report/captions/experiment.rst",
+            category="Experiment",
+        ),
+        figure=report(
+            "results/report/experiment.svg",
+            caption="../workflow_scripts/report/captions/experiment.rst",
+            category="Experiment",
+        ),
+    log:
+        "logs/report/report_experiment.log",
+    benchmark:
+        "benchmarks/report/report_experiment.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=experiment_json(),
+        n_prompts=CONFIG.evaluation.recall.n_prompts,
+        output_version=output_version("report/report_experiment"),
+    shell:
+        "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"
+        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"

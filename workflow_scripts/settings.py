@@ -121,6 +121,9 @@ class DemoDatasetSettings(Settings):
 
     n_conversations: Count = 3000
     """How many chats."""
+    length: Literal["mixed", "long"] = "mixed"
+    """`mixed`: most of 20 to 200 tokens, a few of up to 3,000; `long`: help texts pasted over
+    several turns with facts to recall, 300 to 4,000 tokens, grouped by the texts they hold."""
     seed: NonNegative = 0
     """Which questions are asked, in which order."""
 
@@ -298,13 +301,35 @@ class CleanDatasetSettings(Settings):
 class PackingSettings(Settings):
     """`packings.<name>`: how documents share a row of training."""
 
-    strategy: Literal["best_fit", "concatenate"] = "best_fit"
+    strategy: Literal["best_fit", "concatenate", "none"] = "best_fit"
     """`best_fit` keeps documents whole and apart; `concatenate` cuts wherever a row ends, and
-    attention crosses documents."""
+    attention crosses documents; `none` has one document a row, and pads those of a micro-batch,
+    grouped by length, to the longest."""
     row_tokens: Annotated[Count, Field(ge=16, le=131_072)] = 4096
     """Length of a row of training, tokens."""
+    long_documents: Literal["split", "truncate", "drop", "error"] = "split"
+    """What becomes of a document longer than a row (`concatenate` cuts every document alike):
+    `split` cuts it between turns, else sentences, else tokens; `truncate` keeps its beginning;
+    `error` stops."""
+    overlap_tokens: Count | None = None
+    """Context that a later piece of a split document carries over, seen and not learned again;
+    null is a sixteenth of a row."""
     seed: NonNegative = 0
-    """Order of the rows after packing."""
+    """Which equally long documents share a row, and the order of the rows."""
+
+    @property
+    def context_tokens(self) -> int:
+        """`overlap_tokens`, its default filled in."""
+        return self.overlap_tokens or self.row_tokens // 16
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> PackingSettings:
+        if self.context_tokens > self.row_tokens // 2:
+            raise ValueError(
+                f"overlap_tokens: found {self.overlap_tokens}, expected at most half of"
+                f" row_tokens ({self.row_tokens // 2})"
+            )
+        return self
 
 
 class RecipeSettings(Settings):
@@ -398,6 +423,21 @@ class InferenceSettings(Settings):
     """Measured passes after one to warm up; mean and standard deviation are kept."""
 
 
+class RecallSettings(Settings):
+    """`evaluation.recall`: facts to be found in prompts of held-out text (`snakemake
+    experiment`)."""
+
+    lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Lengths of the prompts with their answers, tokens; null is a quarter, a half, one, two and
+    four windows (a sixteenth to the whole of the context of a model without one)."""
+    depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Where in the text the fact stands: 0 is its beginning, 1 just before the question."""
+    n_prompts: Count = 20
+    """Prompts of each length and depth."""
+    seed: NonNegative = 0
+    """Which texts and facts."""
+
+
 class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
@@ -405,11 +445,14 @@ class EvaluationSettings(Settings):
     """Longest piece scored along the chain, tokens; null is the sliding window, else the
     context."""
     max_conversations: Count | None = None
-    """Test conversations scored, the first of the split's order; null is all."""
+    """Conversations scored, the first of the split's order (`test` along the chain, `validation`
+    by position); null is all."""
     gates: GateSettings = GateSettings()
     """Thresholds of the gates."""
     inference: InferenceSettings = InferenceSettings()
     """Speed and memory."""
+    recall: RecallSettings = RecallSettings()
+    """Facts found again."""
 
 
 class Config(Settings):
@@ -601,7 +644,7 @@ def option_tables() -> str:
         Config, ModelSettings, DemoModelSettings, DatasetSettings, SourceSettings,
         DemoDatasetSettings, CleaningSettings, NearDuplicateSettings, DecontaminationSettings,
         RenderingSettings, PreviewSettings, PackingSettings, RecipeSettings, RunSettings,
-        GgufSettings, EvaluationSettings, GateSettings, InferenceSettings,
+        GgufSettings, EvaluationSettings, GateSettings, InferenceSettings, RecallSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

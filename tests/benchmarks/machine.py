@@ -8,8 +8,11 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from workflow_scripts import log
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,7 +27,9 @@ def circumstances() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout; `-dirty` where files differ from it."""
+    """Of the checkout; `-dirty` where files differ from it, `unknown` of a copy without Git."""
+    if not (REPOSITORY / ".git").exists():
+        return "unknown"
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     return subprocess.run(
         command, cwd=REPOSITORY, check=True, capture_output=True, text=True
@@ -56,3 +61,18 @@ def versions(python: str | Path, packages: Sequence[str]) -> dict[str, str]:
     )
     command = [str(python), "-c", code, *packages]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def version_in(folder: Path, package: str) -> str:
+    """Of a package that was installed into a folder (`pip install --target`).
+
+    Raises:
+        StageError: it is not there.
+    """
+    for found in metadata.distributions(name=package, path=[str(folder)]):
+        return found.version
+    raise log.StageError(
+        f"{package} is not installed there",
+        where=folder,
+        to_fix=f"pip install --no-deps --target {folder} {package}",
+    )

@@ -16,6 +16,8 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
+from workflow_scripts.data.packing import Row, Rows
+from workflow_scripts.data.plan import Plan
 from workflow_scripts.models.checkpoint import read_facts
 
 WINDOW = 8
@@ -131,10 +133,24 @@ def random_documents(write_documents) -> Callable[..., Documents]:
             for length in lengths
         ]
         spans = [
-            [(1, 2), (max(2, length // 2), length)] if length > 2 else [(0, length)]
+            [(1, 2), (max(2, length // 2), length)] if length > 2 else [(1, length)]
             for length in lengths
         ]
         return write_documents(path, tokens, spans)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plan_of() -> Callable[..., Plan]:
+    """`plan_of(rows, row_tokens=…, strategy="best_fit")`: a plan whose rows cost their tokens."""
+
+    def make(
+        rows: Rows | Sequence[Row], *, row_tokens: int = 131_072, strategy: str = "best_fit"
+    ) -> Plan:
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        nothing = np.zeros(len(rows), dtype=np.int64)
+        return Plan(rows, row_tokens, strategy, nothing, nothing, rows.n_tokens.astype(float))
 
     return make
 

@@ -117,6 +117,7 @@ def contrast(one: str, other: str) -> float:
         *[("text", "raised", 4.5), ("learned-text", "learned", 4.5)],
         *[("control-text", "control", 4.5), ("control-text", "learned", 4.5)],
         *[(ink, "paper", 3) for ink in ("kept", "lost", "plain", "learned-line")],
+        *[("document", "paper", 3), ("neighbour", "paper", 3), ("document", "neighbour", 2)],
     ],
 )
 def test_colors_stand_out_from_what_they_lie_on(mode, ink, ground, least):

@@ -66,6 +66,7 @@ def test_a_dataset_of_several_sources_fetches_what_the_hub_has(workflow, tmp_pat
     jobs = jobs_of(result)
     assert jobs["fetch_dataset"] == jobs["clean_dataset"] == jobs["report_cleaning"] == 1
     assert jobs["preview_chats"] == 1
+    assert jobs["report_packing"] == 1
     assert "train_adapter" not in jobs
     assert (
         f"--source ours data/sample-chats.jsonl {tmp_path}/more/a.jsonl.gz {tmp_path}/more/b.csv"

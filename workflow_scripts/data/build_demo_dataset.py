@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.data import stdlib_chats
+from workflow_scripts.data import stdlib_chats, stdlib_long_chats
 from workflow_scripts.settings import DemoDatasetSettings, settings_from_json
 
 OUTPUT_VERSION = 2
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     settings = settings_from_json(DemoDatasetSettings, arguments.settings)
-    chats = stdlib_chats.make_chats(n_conversations=settings.n_conversations, seed=settings.seed)
+    make = {"mixed": stdlib_chats.make_chats, "long": stdlib_long_chats.make_long_chats}
+    chats = make[settings.length](n_conversations=settings.n_conversations, seed=settings.seed)
     files.write_jsonl(arguments.conversations, chats)
     logger.info("wrote n_conversations=%d path=%s", len(chats), arguments.conversations)
 

@@ -1,29 +1,41 @@
 """Plan the rows of training: which document, from which token, how many. Copies no token.
 
-python -m workflow_scripts.data.pack_sequences --tokens train.arrow --facts facts.json
-    --settings '{"strategy": "best_fit"}' --plan plan.parquet --report packing_report.json
+python -m workflow_scripts.data.pack_sequences --tokens train.arrow --tokenizer tokenizer/
+    --facts facts.json --settings '{"strategy": "best_fit"}' --plan plan.parquet
+    --report packing_report.json
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from workflow_scripts import files, log
-from workflow_scripts.data import packing
+from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.documents import Documents
+from workflow_scripts.data.long_documents import COUNTS, Fitted, fit, supervised_tokens
+from workflow_scripts.data.packing import STRATEGIES, Pieces
+from workflow_scripts.data.packing_report import measure
 from workflow_scripts.data.plan import Plan, write_plan
+from workflow_scripts.data.splitting import TokenEnds
+from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import PackingSettings, settings_from_json
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("pack_sequences")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="documents of render_chats")
-    parser.add_argument("--facts", type=Path, required=True, help="model facts: window and context")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder of export_tokenizer: where turns end"
+    )
+    parser.add_argument("--facts", type=Path, required=True, help="model facts: shape and windows")
     parser.add_argument("--settings", required=True, help="JSON of `packings.<name>`")
     parser.add_argument("--plan", type=Path, required=True, help="to write: the packing plan")
     parser.add_argument("--report", type=Path, required=True, help="to write: fill and cost")
@@ -37,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             found=settings.row_tokens,
             expected=f"at most {facts['context_tokens']} ({arguments.facts})",
         )
-
     documents = Documents(arguments.tokens)
     if not len(documents):
         raise log.StageError(
@@ -46,52 +57,51 @@ def main(argv: Sequence[str] | None = None) -> None:
             found="no document",
             to_fix="see rejected.parquet beside it, and datasets.<name>.rendering",
         )
-    plan = Plan(
-        rows=packing.plan_rows(
-            documents.lengths,
-            documents.n_copies,
-            strategy=settings.strategy,
-            row_tokens=settings.row_tokens,
-            seed=settings.seed,
-        ),
-        row_tokens=settings.row_tokens,
-        crosses_documents=settings.strategy == "concatenate",
-    )
-    n_supervised = [
-        sum(
-            int(
-                documents[piece.document]
-                .is_supervised[piece.start : piece.start + piece.length]
-                .sum()
-            )
-            for piece in row
+
+    plan, counts = make_plan(documents, facts, settings, arguments.tokenizer)
+    if not len(plan.rows):
+        raise log.StageError(
+            "nothing is left to pack",
+            where="packings.<name>.long_documents",
+            found=f"{settings.long_documents}, and every document is longer than a row",
+            to_fix="raise packings.<name>.row_tokens",
         )
-        for row in plan.rows
-    ]
-    write_plan(arguments.plan, plan, window=facts["sliding_window"], n_supervised=n_supervised)
-    pieces = [piece for row in plan.rows for piece in row]
-    n_tokens = sum(piece.length for piece in pieces)
-    window = facts["sliding_window"]
-    report = {
-        "strategy": settings.strategy,
-        "row_tokens": settings.row_tokens,
-        "sliding_window": window,
-        "n_documents": len(documents),
-        "n_documents_placed": int(documents.n_copies.sum()),
-        "n_rows": len(plan.rows),
-        "n_tokens": n_tokens,
-        "n_supervised_tokens": sum(n_supervised),
-        "fill_fraction": n_tokens / (len(plan.rows) * settings.row_tokens),
-        "n_documents_cut": len({piece.document for piece in pieces if piece.start > 0}),
-        "n_documents_beyond_window": int((documents.lengths > window).sum()) if window else 0,
-        "attention_pairs": sum(
-            packing.attention_pairs(length, window)
-            for row in plan.rows
-            for length in packing.attention_segments(row, crosses_documents=plan.crosses_documents)
-        ),
-    }
+    write_plan(arguments.plan, plan)
+    report = measure(plan, documents, facts) | counts
     files.write_json(arguments.report, report)
     logger.info("packed %s", log.fields(report))
+
+
+def make_plan(
+    documents: Documents, facts: Mapping[str, Any], settings: PackingSettings, tokenizer: Path
+) -> tuple[Plan, dict[str, int]]:
+    """The plan, and what was cut or left out."""
+    crosses_documents = settings.strategy == "concatenate"
+    if crosses_documents:
+        fitted = Fitted(Pieces.whole(documents.lengths))
+    else:
+        fitted = fit(documents, settings, lambda: read_token_ends(tokenizer))
+    n_copies = documents.n_copies[fitted.pieces.document]
+    pieces = fitted.pieces.take(np.repeat(np.arange(fitted.pieces.n_pieces), n_copies))
+    rows = STRATEGIES[settings.strategy](pieces, row_tokens=settings.row_tokens, seed=settings.seed)
+    cost = CostModel.of(facts)
+    n_supervised = supervised_tokens(documents, rows, crosses_documents=crosses_documents)
+    pairs = cost.pairs(rows, crosses_documents=crosses_documents)
+    plan = Plan(
+        rows=rows,
+        row_tokens=settings.row_tokens,
+        strategy=settings.strategy,
+        n_supervised=n_supervised,
+        attention_pairs=pairs,
+        training_flops=cost.training_flops(rows.n_tokens, n_supervised, pairs),
+    )
+    return plan, {name: fitted.counts[name] for name in COUNTS}
+
+
+def read_token_ends(tokenizer: Path) -> TokenEnds:
+    """Where turns and sentences end, from the tokenizer that ships."""
+    official = load_mistral_tokenizer(tokenizer, for_training=True)
+    return TokenEnds.of(official.instruct_tokenizer.tokenizer)
 
 
 if __name__ == "__main__":

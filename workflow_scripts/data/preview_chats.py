@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from workflow_scripts import files, log, pages
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.data.plan import Plan, read_plan
@@ -29,7 +31,7 @@ from workflow_scripts.settings import PreviewSettings, settings_from_json
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenizer
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 # White space as a sign, and where the text itself has that sign, its code point.
 WHITE_SPACE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 MARKS = {**WHITE_SPACE, **{sign: pages.named(sign) for sign in WHITE_SPACE.values()}}
@@ -112,19 +114,25 @@ class Placed(NamedTuple):
 
     row: int
     """From 0."""
-    start: int
+    begins: int
+    """Its first token that no piece before it holds."""
+    n_context: int
+    """Tokens before that, carried over."""
 
 
 def placed(plan: Plan, *, n_documents: int) -> list[list[Placed]]:
-    """Of each of the first documents, its pieces by start."""
-    pieces: list[list[Placed]] = [[] for _ in range(n_documents)]
-    for number, row in enumerate(plan.rows):
-        for piece in row:
-            if piece.document < n_documents:
-                pieces[piece.document].append(Placed(number, piece.start))
-    for of_document in pieces:
-        of_document.sort(key=lambda piece: (piece.start, piece.row))
-    return pieces
+    """Of each of the first documents, its pieces by where they begin."""
+    of_document: list[list[Placed]] = [[] for _ in range(n_documents)]
+    pieces = plan.rows.pieces
+    for at in np.flatnonzero(pieces.document < n_documents).tolist():
+        n_context = int(pieces.n_context[at])
+        piece = Placed(
+            int(plan.rows.row_of_piece[at]), int(pieces.start[at]) + n_context, n_context
+        )
+        of_document[pieces.document[at]].append(piece)
+    for of_one in of_document:
+        of_one.sort(key=lambda piece: (piece.begins, piece.row))
+    return of_document
 
 
 @dataclass(frozen=True)
@@ -138,24 +146,27 @@ class Shown:
 
     def cuts(self) -> dict[int, str]:
         """What to say where a row ends within the document, by the token that comes after."""
-        n_placed = sum(piece.start == 0 for piece in self.pieces)
+        n_placed = sum(piece.begins == 0 for piece in self.pieces)
         if n_placed > 1:  # copies, which may be cut in different places
-            starts = Counter(piece.start for piece in self.pieces if piece.start)
+            cuts = Counter((piece.begins, piece.n_context) for piece in self.pieces if piece.begins)
             return {
                 at: f"A row ends here in {n} of {n_placed} copies; what follows"
-                f" {self._blindness(at)}"
-                for at, n in starts.items()
+                f" {self._sight(at, n_context)}"
+                for (at, n_context), n in cuts.items()
             }
         pairs = zip(self.pieces, self.pieces[1:], strict=False)
         return {
-            piece.start: f"Row {before.row + 1:,} ends here; piece {number} of"
+            piece.begins: f"Row {before.row + 1:,} ends here; piece {number} of"
             f" {len(self.pieces)} begins in row {piece.row + 1:,} and"
-            f" {self._blindness(piece.start)}"
+            f" {self._sight(piece.begins, piece.n_context)}"
             for number, (before, piece) in enumerate(pairs, start=2)
         }
 
-    def _blindness(self, position: int) -> str:
-        """A piece begins as if nothing stood before it, so its first token cannot be predicted."""
+    def _sight(self, position: int, n_context: int) -> str:
+        """What a later piece sees of the above; without context, its first token cannot be
+        predicted."""
+        if n_context:
+            return f"sees the last {pages.counted(n_context, 'token')} of the above"
         lost = self.document.is_supervised[position]
         return "sees nothing of the above" + (", so its first token is not learned" if lost else "")
 

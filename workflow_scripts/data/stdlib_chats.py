@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -35,8 +35,15 @@ def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
         n_conversations: how many; fewer where the interpreter documents too little.
         seed: order and choice of questions.
     """
+    return chats_about(documented_entries(), n_conversations=n_conversations, seed=seed)
+
+
+def chats_about(
+    documented: Sequence[Entry], *, n_conversations: int, seed: int
+) -> list[dict[str, Any]]:
+    """The records of `make_chats`, about these objects."""
     generator = random.Random(seed)
-    documented = [entry for entry in entries() if len(entry.summary) >= 12]
+    documented = list(documented)
     overviews = list(_overviews(documented))
     generator.shuffle(overviews)
     overviews = overviews[: max(1, round(n_conversations * OVERVIEW_FRACTION))]
@@ -52,22 +59,28 @@ def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
         short.extend(fresh)
     chats = short[: n_conversations - len(overviews)] + overviews
     generator.shuffle(chats)
-    return [{"messages": _messages(turns, generator), "group": group} for group, turns in chats]
+    return [{"messages": messages(turns, generator), "group": group} for group, turns in chats]
 
 
-def _messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]]:
-    messages = []
+def documented_entries() -> list[Entry]:
+    """The objects that are documented well enough to be asked about."""
+    return [entry for entry in entries() if len(entry.summary) >= 12]
+
+
+def messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]]:
+    """Turns as messages, after a system prompt in a fifth of all chats."""
+    said = []
     if generator.random() < SYSTEM_PROMPT_FRACTION:
-        messages.append({"role": "system", "content": generator.choice(SYSTEM_PROMPTS)})
+        said.append({"role": "system", "content": generator.choice(SYSTEM_PROMPTS)})
     for question, answer in turns:
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    return messages
+        said.append({"role": "user", "content": question})
+        said.append({"role": "assistant", "content": answer})
+    return said
 
 
-def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
-    purpose = (f"What does `{entry.name}` do?", entry.summary.rstrip(" .:") + ".")
-    turns = [purpose]
+def questions(entry: Entry) -> list[Turn]:
+    """What can be asked about an object and answered in a sentence, its purpose first."""
+    turns = [(f"What does `{entry.name}` do?", entry.summary.rstrip(" .:") + ".")]
     parameters = _parameters(entry)
     if entry.call is not None:
         turns.append(
@@ -75,6 +88,11 @@ def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
         )
     if parameters:
         turns.append((f"Which parameters does `{entry.name}` take?", parameters))
+    return turns
+
+
+def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
+    turns = questions(entry)
     whole = (f"Show the documentation of `{entry.name}`.", entry.docstring)
     shape = generator.random()
     if shape < 0.15 and len(turns) > 1:

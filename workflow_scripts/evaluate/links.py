@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="folder of a base or merged model")
     model.add_argument("--gguf", type=Path, help="GGUF file")
+    _add_adapter_and_precision(parser)
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads of llama.cpp")
+
+
+def add_transformers_arguments(parser: argparse.ArgumentParser) -> None:
+    """The links that honour the window: `--checkpoint`, with `--adapter` and `--precision`."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a model")
+    _add_adapter_and_precision(parser)
+
+
+def _add_adapter_and_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="folder of an adapter, applied live")
     parser.add_argument(
         "--precision",
@@ -19,7 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="native",
         help="native: float32 on a CPU, the 16-bit type on a GPU; nf4: the 4-bit base of training",
     )
-    parser.add_argument("--threads", type=int, required=True, help="CPU threads of llama.cpp")
+
+
+def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> TransformersModel:
+    """The model that `--checkpoint`, `--adapter` and `--precision` name.
+
+    Args:
+        facts: of the base.
+    """
+    from workflow_scripts.scoring.transformers_model import TransformersModel
+
+    return TransformersModel(
+        arguments.checkpoint,
+        window=facts["sliding_window"],
+        precision=measured_precision(arguments.precision),
+        adapter=arguments.adapter,
+    )
 
 
 def measured_precision(name: str) -> str:

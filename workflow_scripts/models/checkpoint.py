@@ -7,6 +7,8 @@ explicitly.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Precision = Literal["float32", "bfloat16", "float16", "nf4"]
-MODEL_TYPES = ("mistral", "mixtral")
+MODEL_TYPES = ("mistral", "mixtral", "ministral")
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
@@ -50,9 +52,11 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
             "vocabulary_size": config["vocab_size"],
             "context_tokens": config["max_position_embeddings"],
             "sliding_window": config.get("sliding_window"),
+            "layer_windows": layer_windows(config),
             "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
             "rope_parameters": rope,
             "n_experts": config.get("num_local_experts"),
+            "n_experts_per_token": config.get("num_experts_per_tok"),
             "ties_embeddings": config.get("tie_word_embeddings", False),
             "dtype": config.get("dtype") or config.get("torch_dtype"),
         }
@@ -63,6 +67,19 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
             where=f"{checkpoint / 'config.json'}, {key}",
             to_fix="take config.json from the model's repository",
         ) from error
+
+
+def layer_windows(config: Mapping[str, Any]) -> list[int | None]:
+    """The window of each layer; None is full causal attention.
+
+    Ministral's layers differ: `layer_types` says which of them have the window.
+
+    Args:
+        config: content of a config.json.
+    """
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def served_context(facts: dict[str, Any]) -> int:
@@ -98,10 +115,12 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 
 def default_device() -> device:
-    """The first CUDA device, else the CPU."""
+    """This process's CUDA device (torchrun counts processes in `LOCAL_RANK`), else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def load_model(
@@ -112,7 +131,7 @@ def load_model(
     attention: str = "sdpa",
     device: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, on the first GPU where there is one.
+    """A causal language model, on this process's GPU where there is one.
 
     Args:
         checkpoint: folder with config.json and safetensors.
@@ -123,7 +142,7 @@ def load_model(
             double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one
             that has not, float32 on a CPU.
         attention: transformers' name of the attention implementation.
-        device: name of a torch device; None is the first GPU, else the CPU.
+        device: name of a torch device; None is `default_device`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig

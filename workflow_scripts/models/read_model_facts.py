@@ -16,7 +16,7 @@ from workflow_scripts import files, log
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tokenizer_files
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("read_model_facts")
 
 
@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning(
             "found no sliding_window in config.json: taken as full attention (transformers alone"
             " would take 4096)"
+        )
+    if facts["model_type"] == "ministral":
+        logger.warning(
+            "found a Ministral: it trains and merges, but llama.cpp has no converter for it, so"
+            " `export` will stop; build the target `train`"
         )
     files.write_json(arguments.facts, facts)
     logger.info("read %s", log.fields(facts))

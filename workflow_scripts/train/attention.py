@@ -1,33 +1,46 @@
 """Attention over a packed row: same segment ∩ causal ∩ window, without ever making the row's mask.
 
-A micro-batch is one flat row of tokens; `cu_seq_lens` say where its segments begin and end. On CUDA
-PyTorch's varlen kernel takes them as they are; elsewhere each segment goes through SDPA by itself,
-which is exactly equal and, on a CPU, cheaper than a dense mask.
+A micro-batch is one flat row of tokens; `cu_seq_lens` say where its segments begin and end.
+PyTorch's varlen kernel takes them as they are; where it does not run (a CPU, float32, a GPU older
+than Ampere) each segment goes through SDPA by itself, which is exactly equal. Either way memory
+grows with the tokens and time with tokens × window.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "tramontane_packed"
+# Queries that share one band of keys. Forward and backward of one document of 4,096 tokens, window
+# 512, a CPU thread: 230 ms with 64, 197 with 128, 246 with 256, 390 with 512; window 8: 45, 60, 96.
+BAND_QUERIES = 128
 
 
 def register() -> str:
     """Make the packed attention known to transformers.
 
-    No mask function is registered beside it: transformers then makes no mask at all.
+    The mask function beside it hands on a mask that hides tokens, for `packed_attention` to refuse,
+    and makes none else. Without one transformers would drop such a mask and say nothing.
 
     Returns:
         The name for `attn_implementation`.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
     return NAME
 
 
@@ -48,13 +61,14 @@ def packed_attention(
     """One layer's attention, as transformers calls it.
 
     Args:
+        module: the layer, for its model's dtype.
         query: (1, heads, tokens, head_dim).
         key: (1, kv_heads, tokens, head_dim), as is `value`.
         attention_mask: None; the segments say all.
         scaling: factor on the scores.
         cu_seq_lens_q: (segments + 1,) int32, first token of each segment and the end of the last.
         max_length_q: tokens of the longest segment.
-        sliding_window: keys a query sees, itself included; None is full causal.
+        sliding_window: keys a query of this layer sees, itself included; None is full causal.
     Returns:
         (1, tokens, heads, head_dim), and None for the weights, which are never made.
     Raises:
@@ -65,64 +79,96 @@ def packed_attention(
             "packed attention takes one flat row, no mask and no dropout; found"
             f" batch {query.shape[0]}, mask {attention_mask is not None}, dropout {dropout}"
         )
-    if query.is_cuda:
-        output = _varlen(
-            query, key, value, cu_seq_lens_q, max_length_q, window=sliding_window, scale=scaling
-        )
-    else:
-        bounds = cu_seq_lens_q.tolist()
-        output = by_segment(query, key, value, bounds, window=sliding_window, scale=scaling)
-    return output, None
+    options = {"window": sliding_window, "scale": scaling}
+    dtype = _kernel_dtype(module, query)
+    if dtype is None:
+        return by_segment(query, key, value, cu_seq_lens_q, **options), None
+    parts = (part.to(dtype) for part in (query, key, value))
+    return _varlen(*parts, cu_seq_lens_q, max_length_q, **options).to(query.dtype), None
 
 
+# Compiled, every new packing would be a new graph.
+@torch.compiler.disable
 def by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: list[int],
+    cu_seq_lens: Tensor,
     *,
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Each segment through SDPA alone; shapes as `packed_attention`.
+    """Each segment through SDPA alone; shapes as `packed_attention`."""
+    # Split, not sliced: a slice's gradient is as long as the row. Grouped key heads, not repeated
+    # ones: a fifth faster with windows. One call for all segments of a length would save a tenth
+    # at 32 segments of 128 tokens; the lengths of chats differ.
+    lengths = cu_seq_lens.diff().tolist()
+    segments = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    options = {"scale": scale, "enable_gqa": True}
+    outputs = [
+        scaled_dot_product_attention(*segment, is_causal=True, **options)
+        if window is None or segment[0].shape[2] <= window
+        else _banded(*segment, window, options)
+        for segment in segments
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    A segment longer than the window goes a window of queries at a time, each with the keys it can
-    reach: the work grows with length × window, not with length².
+
+def _banded(
+    query: Tensor, key: Tensor, value: Tensor, window: int, options: Mapping[str, Any]
+) -> Tensor:
+    """One segment longer than the window; shapes as SDPA.
+
+    A window of queries sees causally. The others go `BAND_QUERIES` at a time, as a batch, each with
+    its own stretch of keys, so that one small mask serves them all.
     """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
+    first = scaled_dot_product_attention(
+        *(part[:, :, :window] for part in (query, key, value)), is_causal=True, **options
+    )
+    n_keys = BAND_QUERIES + window - 1
+    positions = torch.arange(n_keys, device=query.device)
+    tokens_back = positions[:BAND_QUERIES, None] + window - 1 - positions  # (query, key)
+    band = (tokens_back >= 0) & (tokens_back < window)
+    outputs = [first]
+    n_bands, n_rest = divmod(query.shape[2] - window, BAND_QUERIES)
+    end = query.shape[2] - n_rest
+    if n_bands:
+        queries = query[0, :, window:end].unflatten(1, (n_bands, BAND_QUERIES)).transpose(0, 1)
+        stretches = (
+            part[0, :, 1:end].unfold(1, n_keys, BAND_QUERIES).permute(1, 0, 3, 2)
+            for part in (key, value)
+        )
+        output = scaled_dot_product_attention(queries, *stretches, attn_mask=band, **options)
+        outputs.append(output.transpose(0, 1).flatten(1, 2)[None])
+    if n_rest:
+        stretches = (part[:, :, end - window + 1 :] for part in (key, value))
+        mask = band[:n_rest, : n_rest + window - 1]
+        outputs.append(
+            scaled_dot_product_attention(query[:, :, end:], *stretches, attn_mask=mask, **options)
+        )
+    return torch.cat(outputs, dim=2)
 
-    parts = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        stretch = end - start if window is None else window
-        for first in range(start, end, stretch):
-            last = min(end, first + stretch)
-            first_key = start if window is None else max(start, first - window + 1)
-            mask = None
-            if first_key < first:
-                queries = torch.arange(first, last, device=query.device)
-                keys = torch.arange(first_key, last, device=query.device)
-                tokens_back = queries[:, None] - keys[None, :]
-                mask = (tokens_back >= 0) & (tokens_back < window)
-            parts.append(
-                scaled_dot_product_attention(
-                    query[:, :, first:last],
-                    key[:, :, first_key:last],
-                    value[:, :, first_key:last],
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scale,
-                    enable_gqa=True,
-                )
-            )
-    return torch.cat(parts, dim=2).transpose(1, 2)
+
+def _kernel_dtype(module: nn.Module, query: Tensor) -> torch.dtype | None:
+    """What the varlen kernel shall compute in; None where it does not run.
+
+    It takes 16-bit alone. QLoRA's norms and adapters are float32, so its queries come as float32,
+    though the model computes in 16-bit.
+    """
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    dtype = query.dtype
+    if dtype == torch.float32:
+        is_autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_autocast else module.config.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Tensor,
+    cu_seq_lens: Tensor,
     longest: int,
     *,
     window: int | None,
@@ -131,32 +177,46 @@ def _varlen(
     """PyTorch's FlashAttention varlen kernel; shapes as `packed_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    flat_query, flat_key, flat_value = (part[0].transpose(0, 1) for part in (query, key, value))
+    options = varlen_options(_varlen_parameters(), window=window, scale=scale)
+    if "enable_gqa" not in options:
+        n_groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(n_groups, dim=1) for part in (key, value))
+    flat = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    return varlen_attn(*flat, cu_seq_lens, cu_seq_lens, longest, longest, **options)[None]
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_options(
+    parameters: frozenset[str], *, window: int | None, scale: float
+) -> dict[str, Any]:
+    """Keyword arguments of `varlen_attn`.
+
+    Args:
+        parameters: names in its signature, which grew: torch 2.11 `scale` and `window_size`,
+            2.12 `enable_gqa`.
+        window: keys a query sees, itself included; None is full causal.
+    Raises:
+        StageError: this torch's kernel knows no window.
+    """
+    if "window_size" not in parameters:
+        raise StageError(
+            "this version of PyTorch has no packed attention with a window",
+            where="torch.nn.attention.varlen.varlen_attn",
+            found=f"torch {torch.__version__}, without window_size",
+            expected="torch 2.11 or newer",
+            to_fix="install the versions of requirements.lock",
+        )
+    # Keys to the left and to the right of the query's own; −1 is all of them.
     options: dict[str, Any] = {
         "scale": scale,
         "window_size": (-1 if window is None else window - 1, 0),
     }
-    if _varlen_takes_gqa():
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
-    else:  # torch 2.11
-        groups = query.shape[1] // key.shape[1]
-        flat_key = flat_key.repeat_interleave(groups, dim=1)
-        flat_value = flat_value.repeat_interleave(groups, dim=1)
-    output = varlen_attn(
-        flat_query,
-        flat_key.contiguous(),
-        flat_value.contiguous(),
-        bounds,
-        bounds,
-        longest,
-        longest,
-        **options,
-    )
-    return output[None]
-
-
-@cache
-def _varlen_takes_gqa() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return options

@@ -1,8 +1,7 @@
 """Micro-batches: rows of a plan laid out flat, their tokens read from the mapped documents.
 
-A micro-batch is one sequence of all its rows' tokens. Positions restart at 0 and attention stops
-at every
-segment: a document for `best_fit`, a whole row for `concatenate`.
+A micro-batch is one sequence of all its rows' tokens. Positions restart at 0 and attention stops at
+every segment: a document for `best_fit` and `none`, a whole row for `concatenate`.
 """
 
 from __future__ import annotations
@@ -10,27 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from workflow_scripts.data.balance import NO_ROW
 from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import Row, attention_segments
+from workflow_scripts.data.packing import Piece, Row, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100
+PADDING = 0  # any token would do: none sees it
 
 
 class PlannedRows(Sequence[Row]):
     """The rows of a plan as a dataset: an item is the row's pieces, its tokens are the
-    collator's."""
+    collator's. `NO_ROW` is a row without pieces."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self._rows[index]
+        return [] if index == NO_ROW else self._rows[index]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
@@ -42,48 +45,70 @@ class Collator:
     Args:
         documents: what the rows' pieces point to.
         crosses_documents: attention runs on over the documents of a row.
+        pads_rows: each row is padded to the longest of the micro-batch.
     """
 
-    def __init__(self, documents: Documents, *, crosses_documents: bool) -> None:
+    def __init__(
+        self, documents: Documents, *, crosses_documents: bool, pads_rows: bool = False
+    ) -> None:
         self._documents = documents
         self._crosses_documents = crosses_documents
+        self._pads_rows = pads_rows
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The batch as the model takes it.
+
+        Padding is a segment of its own: no token sees it, and it has no label. A micro-batch of no
+        piece at all is one such token, so that a process without a row takes part in the step.
 
         Returns:
             `input_ids`, `position_ids`, `labels`: (1, tokens); `cu_seq_lens_q`, `cu_seq_lens_k`:
             (segments + 1,) int32; `max_length_q`, `max_length_k`: int. A label is the token to
             predict *at* its position (transformers shifts by one); the first token of a segment
-            has none, as nothing before it belongs to it.
+            has none, as nothing before it belongs to it, nor has carried-over context.
         """
-        import numpy as np
         import torch
 
-        tokens, labels, positions, bounds = [], [], [], [0]
+        n_longest = max((sum(piece.length for piece in row) for row in rows), default=0)
+        tokens, labels, segments = [], [], []
         for row in rows:
             for piece in row:
-                document = self._documents[piece.document]
-                stretch = slice(piece.start, piece.start + piece.length)
-                tokens.append(document.input_ids[stretch])
-                supervised = document.is_supervised[stretch]
-                labels.append(np.where(supervised, document.input_ids[stretch], IGNORED))
-            for length in attention_segments(row, crosses_documents=self._crosses_documents):
-                positions.append(np.arange(length))
-                bounds.append(bounds[-1] + length)
-        flat_labels = np.concatenate(labels).astype(np.int64)
+                piece_tokens, piece_labels = self._piece(piece)
+                tokens.append(piece_tokens)
+                labels.append(piece_labels)
+            lengths = [piece.length for piece in row]
+            n_tokens = sum(lengths)
+            segments += [n_tokens] if self._crosses_documents and row else lengths
+            if self._pads_rows and n_tokens < n_longest:
+                tokens.append(np.full(n_longest - n_tokens, PADDING))
+                labels.append(np.full(n_longest - n_tokens, IGNORED))
+                segments.append(n_longest - n_tokens)
+        if not segments:
+            tokens, labels, segments = [np.array([PADDING])], [np.array([IGNORED])], [1]
+        bounds = np.cumsum([0, *segments])
+        flat_labels = np.concatenate(labels)
         flat_labels[bounds[:-1]] = IGNORED
-        longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-        cu_seq_lens = torch.tensor(bounds, dtype=torch.int32)
+        cu_seq_lens = torch.from_numpy(bounds.astype("int32"))
         return {
             "input_ids": _row(np.concatenate(tokens)),
-            "position_ids": _row(np.concatenate(positions)),
+            "position_ids": _row(np.concatenate([np.arange(length) for length in segments])),
             "labels": _row(flat_labels),
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": max(segments),
+            "max_length_k": max(segments),
         }
+
+    def _piece(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of a piece, int64."""
+        document = self._documents[piece.document]
+        stretch = slice(piece.start, piece.start + piece.length)
+        tokens = document.input_ids[stretch].astype(np.int64)
+        labels = np.where(document.is_supervised[stretch], tokens, IGNORED)
+        labels[: piece.n_context] = IGNORED
+        if piece.n_context and piece.start:
+            tokens[0] = document.input_ids[0]  # BOS, which every text begins with
+        return tokens, labels
 
 
 def _row(values: Any) -> Tensor:

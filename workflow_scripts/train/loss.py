@@ -9,9 +9,15 @@ arXiv:2410.10989 §3.2, whose output layer may train; ours is frozen, as it is i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from workflow_scripts.train.batches import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Logits of a chunk: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next chunk
 # instead of returning it to the system, whose fresh pages cost more than the products (measured on
@@ -41,6 +47,39 @@ def summed_cross_entropy(
             "summed_cross_entropy: the output layer trains; its gradient is not made here"
         )
     return _SummedCrossEntropy.apply(hidden, weight, targets)
+
+
+def sum_loss(causal_model: PreTrainedModel) -> None:
+    """Make a causal model's forward pass return the summed loss wherever it is given labels.
+
+    It is the forward pass that does it, as what shards or replicates a model (DDP, FSDP) listens
+    there. Logits are made at supervised positions alone, which leaves out a third of the output
+    layer's work on the demo's chats.
+
+    Args:
+        causal_model: with `model` and a frozen `lm_head`. Its `forward` is replaced; the new one
+            takes a batch of `Collator` and returns `loss`, in nats, and no logits.
+    """
+    plain_forward = causal_model.forward
+
+    def forward(
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        options |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        if labels is None:
+            return plain_forward(**options)
+        # With a cache transformers would look for boundaries and a mask of its own.
+        hidden = causal_model.model(**options | {"use_cache": False}).last_hidden_state[0]
+        predicting = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+        loss = summed_cross_entropy(
+            hidden[predicting], causal_model.lm_head.weight, labels[0, predicting + 1]
+        )
+        return CausalLMOutput(loss=loss)
+
+    causal_model.forward = forward
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import resource
 import shutil
 import time
@@ -21,11 +22,12 @@ from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import best_fit
+from workflow_scripts.data.long_documents import fit
+from workflow_scripts.data.packing import Rows, best_fit
 from workflow_scripts.data.plan import Plan, read_plan
-from workflow_scripts.settings import RecipeSettings, settings_from_json
+from workflow_scripts.settings import PackingSettings, RecipeSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("train_adapter")
 
 
@@ -69,34 +71,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
 
     model = adapted_model(arguments.checkpoint, facts, recipe)
-    check_attention(model, train, plan)
+    probed = check_attention(model, train, plan, facts["layer_windows"])
+    logger.info("probed attention %s", log.fields(probed))
     throughput = Throughput()
     trainer = make_trainer(model, recipe, plan, train, validation, checkpoints, throughput)
-    last = last_whole_checkpoint(checkpoints)
+    with trainer.args.main_process_first():
+        last = last_whole_checkpoint(checkpoints)
     if last:
         logger.info("resumed checkpoint=%s", last)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
     duration = time.perf_counter() - started
+    if not trainer.is_world_process_zero():
+        return
 
     history = read_history(trainer.state.log_history)
     save_adapter(model, arguments.checkpoint, arguments.adapter)
     files.write_json(arguments.adapter / "history.json", history)
-    n_tokens_per_row = sum(piece.length for row in plan.rows for piece in row) / len(plan.rows)
     rows_per_step = (
         recipe.rows_per_micro_batch
         * recipe.micro_batches_per_step
         * trainer.accelerator.num_processes
     )
+    tokens_per_step = float(plan.rows.n_tokens.mean()) * rows_per_step
     # The first step pays for warming up; a run of one step has no other.
     seconds = list(throughput.seconds.values())
     measured = seconds[1:] or seconds
     manifest = {
         "n_steps": trainer.state.global_step,
         "n_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "tokens_per_step": n_tokens_per_row * rows_per_step,
+        "tokens_per_step": tokens_per_step,
         "tokens_per_second": (
-            len(measured) * n_tokens_per_row * rows_per_step / sum(measured) if measured else None
+            len(measured) * tokens_per_step / sum(measured) if measured else None
         ),
         "duration_seconds": duration,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -129,12 +135,10 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def adapted_model(checkpoint: Path, facts: dict[str, Any], recipe: RecipeSettings) -> Any:
     """The NF4 base with a fresh adapter in float32, ready to train."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
     from workflow_scripts.models.checkpoint import load_model
     from workflow_scripts.train import attention
-    from workflow_scripts.train.lora import lora_config
 
     set_seed(recipe.seed)
     base = load_model(
@@ -143,12 +147,24 @@ def adapted_model(checkpoint: Path, facts: dict[str, Any], recipe: RecipeSetting
         precision="nf4",
         attention=attention.register(),
     )
+    return adapt(base, facts, recipe)
+
+
+def adapt(base: Any, facts: dict[str, Any], recipe: RecipeSettings) -> Any:
+    """A fresh adapter in float32 on a loaded base, whose forward pass then sums the loss."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    from workflow_scripts.train.lora import lora_config
+    from workflow_scripts.train.loss import sum_loss
+
     base = prepare_model_for_kbit_training(
         base,
         use_gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-    return get_peft_model(base, lora_config(recipe, facts))
+    model = get_peft_model(base, lora_config(recipe, facts))
+    sum_loss(model.get_base_model())
+    return model
 
 
 def make_trainer(
@@ -167,25 +183,23 @@ def make_trainer(
 
     from workflow_scripts.models.checkpoint import compute_dtype, default_device
     from workflow_scripts.train.batches import Collator, PlannedRows
+    from workflow_scripts.train.sampler import StepSampler
     from workflow_scripts.train.trainer import PackedTrainer
 
-    rows_per_step = recipe.rows_per_micro_batch * recipe.micro_batches_per_step
-    n_steps = math.ceil(math.ceil(len(plan.rows) / rows_per_step) * recipe.epochs)
+    sampler = StepSampler(
+        plan,
+        n_ranks=int(os.environ.get("WORLD_SIZE", 1)),  # torchrun's
+        micro_batches_per_step=recipe.micro_batches_per_step,
+        rows_per_micro_batch=recipe.rows_per_micro_batch,
+        seed=recipe.seed,
+    )
+    n_steps = math.ceil(sampler.n_steps * recipe.epochs)
     if recipe.max_steps is not None:
         n_steps = min(n_steps, recipe.max_steps)
     validates = recipe.evaluations > 0 and len(validation) > 0
-    dtype = compute_dtype(default_device())
-    validation_rows = best_fit(validation.lengths, row_tokens=plan.row_tokens, seed=0)
-    train_collator = Collator(train, crosses_documents=plan.crosses_documents)
-    validation_collator = Collator(validation, crosses_documents=False)
-
-    class Trainer(PackedTrainer):
-        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-            return torch.utils.data.DataLoader(
-                self.eval_dataset, batch_size=1, collate_fn=validation_collator
-            )
-
-    return Trainer(
+    device = default_device()
+    dtype = compute_dtype(device)
+    return PackedTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(checkpoints),
@@ -198,6 +212,7 @@ def make_trainer(
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_gradient_norm,
             optim="adamw_torch_fused",
+            use_cpu=device.type == "cpu",
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
             logging_steps=1,
@@ -206,16 +221,32 @@ def make_trainer(
             save_steps=recipe.checkpoint_steps,
             save_total_limit=2,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # every matrix of the adapter is used
             report_to=[],
             seed=recipe.seed,
             disable_tqdm=None,
             dataloader_num_workers=0,
         ),
         train_dataset=PlannedRows(plan.rows),
-        eval_dataset=PlannedRows(validation_rows) if validates else None,
-        data_collator=train_collator,
+        eval_dataset=PlannedRows(validation_rows(validation, plan.row_tokens))
+        if validates
+        else None,
+        sampler=sampler,
+        data_collator=Collator(
+            train, crosses_documents=plan.crosses_documents, pads_rows=plan.pads_rows
+        ),
+        eval_collator=Collator(validation, crosses_documents=False),
         callbacks=[throughput],
     )
+
+
+def validation_rows(validation: Documents, row_tokens: int) -> Rows:
+    """Validation documents apart, whatever the plan does to those of training.
+
+    One longer than a row is cut, each piece with half a row of context: every token counts once.
+    """
+    settings = PackingSettings(row_tokens=row_tokens, overlap_tokens=row_tokens // 2)
+    return best_fit(fit(validation, settings).pieces, row_tokens=row_tokens, seed=0)
 
 
 def read_history(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:

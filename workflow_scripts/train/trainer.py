@@ -2,9 +2,7 @@
 once.
 
 Packing must not change the objective: the loss is the sum over supervised tokens divided by their
-number in the whole optimizer step, over all accumulated micro-batches and processes. Logits are
-made at supervised positions alone, which leaves out a
-third of the output layer's work on the demo's chats.
+number in the whole optimizer step, over all accumulated micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -14,32 +12,28 @@ import time
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from workflow_scripts.train.batches import IGNORED
-from workflow_scripts.train.loss import summed_cross_entropy
-
-
-def summed_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Negative log-likelihood of the supervised tokens of a flat micro-batch, summed, nats.
-
-    Args:
-        batch: of `Collator`.
-    """
-    inputs = dict(batch)
-    labels = inputs.pop("labels")[0]
-    predicting = (labels[1:] != IGNORED).nonzero()[:, 0]
-    causal_model = model.get_base_model()
-    # An explicit use_cache: with a cache transformers would look for boundaries and a mask of its
-    # own.
-    hidden = causal_model.model(**inputs, use_cache=False).last_hidden_state[0]
-    return summed_cross_entropy(
-        hidden[predicting], causal_model.lm_head.weight, labels[predicting + 1]
-    )
+from workflow_scripts.train.sampler import StepSampler
 
 
 class PackedTrainer(Trainer):
-    """Trainer for flat micro-batches of packed rows."""
+    """Trainer for flat micro-batches of packed rows, of a model that `sums_loss`.
+
+    Args:
+        sampler: of the training rows.
+        eval_collator: where the validation rows keep to other rules than the training rows.
+    """
+
+    def __init__(self, *, sampler: StepSampler, eval_collator: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self._sampler = sampler
+        self._eval_collator = eval_collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        return self._sampler
 
     def compute_loss(
         self,
@@ -50,19 +44,22 @@ class PackedTrainer(Trainer):
     ) -> torch.Tensor:
         """Sum over this micro-batch ÷ supervised tokens of the whole step."""
         assert num_items_in_batch is not None and not return_outputs
-        loss = summed_loss(model, inputs) / num_items_in_batch
+        loss = model(**inputs).loss / num_items_in_batch
         # Gradients are averaged over processes afterwards; the count is already of all of them.
         return loss * self.accelerator.num_processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss over all supervised tokens of the validation rows, nats."""
         self.model.eval()
-        total, n_tokens = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+        mine = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        rows = DataLoader(self.eval_dataset, sampler=mine, collate_fn=self._eval_collator)
         with torch.no_grad():
-            for batch in self.get_eval_dataloader():
+            for batch in rows:
                 batch = self._prepare_inputs(batch)
-                total += summed_loss(self.model, batch).item()
-                n_tokens += int((batch["labels"] != IGNORED).sum())
+                n_tokens = (batch["labels"] != IGNORED).sum()
+                sums += torch.tensor([self.model(**batch).loss.item(), n_tokens.item()])
+        total, n_tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
         metrics = {"eval_loss": total / n_tokens}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(

@@ -31,6 +31,19 @@ def test_the_same_settings_give_the_same_bytes_wherever_it_runs(run_stage, tmp_p
     assert set(json.loads(written[0].splitlines()[0])) == {"messages", "group"}
 
 
+def test_the_length_chooses_the_chats_and_mixed_is_the_default(run_stage, tmp_path):
+    written = {}
+    for length in (None, "mixed", "long"):
+        settings = {"n_conversations": 50, "seed": 1} | ({"length": length} if length else {})
+        path = tmp_path / "chats.jsonl"
+        done = run_stage(STAGE, "--settings", json.dumps(settings), "--conversations", path)
+        assert done.returncode == 0, done.stderr
+        written[length] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert written["mixed"] == written[None]
+    assert {chat["group"].split()[0] for chat in written["long"]} == {"shelf"}
+    assert not [chat for chat in written["mixed"] if chat["group"].startswith("shelf")]
+
+
 def test_no_conversation_at_all_is_refused(run_stage, tmp_path):
     path = tmp_path / "chats.jsonl"
     done = run_stage(STAGE, "--settings", '{"n_conversations": 0}', "--conversations", path)

@@ -3,32 +3,52 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from workflow_scripts import files
 from workflow_scripts.data import pack_sequences
 from workflow_scripts.data.documents import Documents
+from workflow_scripts.data.pack_sequences import make_plan
 from workflow_scripts.data.plan import read_plan
+from workflow_scripts.settings import PackingSettings
 
 STAGE = "workflow_scripts.data.pack_sequences"
 
 
 @pytest.fixture
-def pack(prepared, tmp_path):
-    def run(*, window=64, context_tokens=4096, **settings):
-        facts = {"sliding_window": window, "context_tokens": context_tokens}
-        files.write_json(tmp_path / "facts.json", facts)
-        pack_sequences.main(arguments(prepared, tmp_path, settings))
+def pack(prepared, tokenizer_v3, tmp_path):
+    def run(*, window=64, **settings):
+        write_facts(tmp_path, window=window)
+        pack_sequences.main(arguments(prepared, tokenizer_v3, tmp_path, settings))
         return read_plan(tmp_path / "plan.parquet"), files.read_json(tmp_path / "report.json")
 
     return run
 
 
-def arguments(prepared, folder, settings):
+def write_facts(folder, *, window=64, context_tokens=4096):
+    facts = {
+        "n_layers": 2,
+        "hidden_size": 256,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 1024,
+        "vocabulary_size": 32_768,
+        "n_experts_per_token": None,
+        "sliding_window": window,
+        "layer_windows": [window, window],
+        "context_tokens": context_tokens,
+    }
+    files.write_json(folder / "facts.json", facts)
+    return facts
+
+
+def arguments(prepared, tokenizer, folder, settings):
     return [
         *("--tokens", str(prepared.tokens / "train.arrow"), "--facts", str(folder / "facts.json")),
-        *("--settings", json.dumps(settings), "--plan", str(folder / "plan.parquet")),
-        *("--report", str(folder / "report.json")),
+        *("--tokenizer", str(tokenizer), "--settings", json.dumps(settings)),
+        *("--plan", str(folder / "plan.parquet"), "--report", str(folder / "report.json")),
     ]
 
 
@@ -40,52 +60,73 @@ def test_help_explains_without_torch(ask_for_help):
     assert imported.isdisjoint({"torch", "transformers"})
 
 
-@pytest.mark.parametrize("strategy", ["best_fit", "concatenate"])
+@pytest.mark.parametrize("strategy", ["best_fit", "concatenate", "none"])
 @pytest.mark.parametrize("window", [None, 64])
 def test_the_report_counts_what_the_plan_holds(pack, prepared, strategy, window):
     plan, report = pack(strategy=strategy, row_tokens=128, seed=4, window=window)
     documents = Documents(prepared.tokens / "train.arrow")
-    lengths = [len(document.input_ids) for document in documents]
-    assert plan.row_tokens == 128
-    assert plan.crosses_documents == (strategy == "concatenate")
-    assert report["n_documents"] == len(lengths)
+    lengths = documents.lengths.tolist()
+    pieces = [piece for row in plan.rows for piece in row]
+    assert (plan.row_tokens, plan.strategy) == (128, strategy)
+    assert report["n_documents"] == report["n_documents_placed"] == len(lengths)
     assert report["n_rows"] == len(plan.rows)
-    assert report["n_tokens"] == sum(lengths)
-    assert report["fill_fraction"] == sum(lengths) / (128 * len(plan.rows))
+    assert report["n_pieces"] == len(pieces)
+    n_context = sum(piece.n_context for piece in pieces)
+    assert report["n_context_tokens"] == n_context
+    n_tokens = sum(piece.length for piece in pieces)
+    assert report["n_tokens"] == n_tokens
+    assert n_tokens - n_context + report["n_tokens_left_out"] == sum(lengths)
+    assert report["fill_fraction"] == n_tokens / (128 * len(plan.rows))
     assert 0 < report["fill_fraction"] <= 1
-    assert report["n_supervised_tokens"] == sum(
-        document.is_supervised.sum() for document in documents
-    )
+    assert report["n_supervised_tokens"] == plan.n_supervised.sum()
     beyond = [length for length in lengths if window and length > window]
     assert report["n_documents_beyond_window"] == len(beyond)
-    whole = {piece for row in plan.rows for piece in row if piece.start == 0}
-    n_cut = sum(piece.length < lengths[piece.document] for piece in whole)
-    assert report["n_documents_cut"] == n_cut > 0
+    n_long = sum(length > 128 for length in lengths)
+    if strategy == "concatenate":
+        assert report["n_documents_cut"] >= n_long
+        assert report["n_documents_split"] == n_context == 0
+    else:
+        assert report["n_documents_split"] == n_long > 0
+        assert 0 < report["n_documents_cut"] <= n_long
+        assert n_context > 0
+    assert report["attention_pairs"] == plan.attention_pairs.sum()
+    assert 0 < report["attention_flops_fraction"] < 1
 
 
-def test_supervised_tokens_of_a_row_are_those_of_its_pieces(pack, prepared, tmp_path):
-    plan, _ = pack(strategy="concatenate", row_tokens=128)
-    documents = Documents(prepared.tokens / "train.arrow")
-    masks = [document.is_supervised for document in documents]
-    expected = [
-        int(np.concatenate([masks[p.document][p.start :][: p.length] for p in row]).sum())
-        for row in plan.rows
-    ]
-    counted = files.read_parquet(tmp_path / "plan.parquet")["n_supervised_tokens"].to_pylist()
-    assert counted == expected
-    assert any(expected)
+def test_padding_and_balance_are_those_of_micro_batches_and_ranks(pack):
+    plan, report = pack(row_tokens=128)
+    assert 0 < report["none_padding_fraction"] < report["none_random_order_padding_fraction"] < 1
+    balanced = report["step_imbalance_8_ranks"]
+    assert 1 <= balanced <= report["step_imbalance_8_ranks_random_order"]
+    _, of_few = pack(row_tokens=4096)
+    assert of_few["n_rows"] < 8
+    assert of_few["step_imbalance_8_ranks"] is None
+
+
+def test_a_weighted_document_is_placed_as_often(prepared, tokenizer_v3, tmp_path):
+    table = files.read_arrow(prepared.tokens / "train.arrow")
+    n_copies = [at % 3 for at in range(len(table))]
+    at = table.schema.get_field_index("n_copies")
+    table = table.set_column(at, "n_copies", pa.array(n_copies, pa.int32()))
+    files.write_arrow(tmp_path / "train.arrow", table)
+    documents = Documents(tmp_path / "train.arrow")
+    settings = PackingSettings(row_tokens=2048)
+    plan, _ = make_plan(documents, write_facts(tmp_path), settings, tokenizer_v3)
+    placed = np.bincount(plan.rows.pieces.document, minlength=len(documents))
+    assert placed.tolist() == n_copies
 
 
 def test_a_window_makes_rows_cheaper(pack):
-    _, windowed = pack(row_tokens=1024, window=64)
-    _, full = pack(row_tokens=1024, window=None)
-    assert windowed["attention_pairs"] < full["attention_pairs"]
-    assert windowed["n_rows"] == full["n_rows"]
+    windowed, _ = pack(row_tokens=1024, window=64)
+    full, _ = pack(row_tokens=1024, window=None)
+    assert windowed.rows == full.rows
+    assert windowed.attention_pairs.sum() < full.attention_pairs.sum()
+    assert windowed.training_flops.sum() < full.training_flops.sum()
 
 
-def test_the_stage_runs_as_a_rule_starts_it(run_stage, prepared, tmp_path):
-    files.write_json(tmp_path / "facts.json", {"sliding_window": 64, "context_tokens": 4096})
-    done = run_stage(STAGE, *arguments(prepared, tmp_path, {"row_tokens": 256}))
+def test_the_stage_runs_as_a_rule_starts_it(run_stage, prepared, tokenizer_v3, tmp_path):
+    write_facts(tmp_path)
+    done = run_stage(STAGE, *arguments(prepared, tokenizer_v3, tmp_path, {"row_tokens": 256}))
     assert done.returncode == 0, done.stderr
     assert "INFO pack_sequences: packed strategy=best_fit row_tokens=256" in done.stderr
     assert read_plan(tmp_path / "plan.parquet").row_tokens == 256
@@ -99,12 +140,22 @@ def test_the_stage_runs_as_a_rule_starts_it(run_stage, prepared, tmp_path):
             ["longer than the model's context", "row_tokens", "found:    256", "at most 128"],
         ),
         ({"strategy": "bestfit"}, ["strategy: found 'bestfit'", "did you mean 'best_fit'?"]),
+        (
+            {"row_tokens": 64, "overlap_tokens": 33},
+            ["overlap_tokens: found 33", "at most half of row_tokens (32)"],
+        ),
+        (
+            {"row_tokens": 16, "long_documents": "drop"},
+            ["nothing is left to pack", "long_documents", "drop", "raise packings.<name>"],
+        ),
         ({"row_token": 64}, ["row_token: unknown key", "did you mean 'row_tokens'?"]),
     ],
 )
-def test_settings_that_do_not_fit_stop_the_stage(run_stage, prepared, tmp_path, settings, parts):
-    files.write_json(tmp_path / "facts.json", {"sliding_window": None, "context_tokens": 128})
-    done = run_stage(STAGE, *arguments(prepared, tmp_path, settings))
+def test_settings_that_do_not_fit_stop_the_stage(
+    run_stage, prepared, tokenizer_v3, tmp_path, settings, parts
+):
+    write_facts(tmp_path, context_tokens=128)
+    done = run_stage(STAGE, *arguments(prepared, tokenizer_v3, tmp_path, settings))
     assert done.returncode == 1
     for part in ("pack_sequences: ", *parts):
         assert part in done.stderr

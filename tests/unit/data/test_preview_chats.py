@@ -15,11 +15,13 @@ from workflow_scripts import files
 from workflow_scripts.data import preview_chats
 from workflow_scripts.data.conversations import clean_schema
 from workflow_scripts.data.documents import Documents, documents_schema
-from workflow_scripts.data.packing import Piece, plan_rows
+from workflow_scripts.data.long_documents import fit
+from workflow_scripts.data.packing import STRATEGIES, Piece, Pieces
 from workflow_scripts.data.plan import Plan, write_plan
 from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.data.token_texts import TokenText
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+from workflow_scripts.settings import PackingSettings
 
 STAGE = "workflow_scripts.data.preview_chats"
 HOSTILE = "</div><script>alert('1')</script> \"x\" \u202egpj.exe\u202c \x07 שלום"
@@ -103,7 +105,7 @@ def tokenizer_folder(official_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def preview(tokenizer_folder, tmp_path):
+def preview(tokenizer_folder, plan_of, tmp_path):
     """`preview(version, plan=…, **settings)`: the page, and the documents it is of."""
 
     def make(
@@ -133,8 +135,8 @@ def preview(tokenizer_folder, tmp_path):
         files.write_parquet(tmp_path / "c.parquet", pa.Table.from_pylist(chats, clean_schema()))
         files.write_arrow(tmp_path / "t.arrow", pa.Table.from_pylist(rows, documents_schema()))
         documents = Documents(tmp_path / "t.arrow")
-        plan = plan or Plan([[Piece(0, 0, 8)]], 8, False)
-        write_plan(tmp_path / "plan.parquet", plan, window=None, n_supervised=[1] * len(plan.rows))
+        plan = plan or plan_of([[Piece(0, 0, 8)]])
+        write_plan(tmp_path / "plan.parquet", plan)
         preview_chats.main(
             ["--tokens", str(tmp_path / "t.arrow"), "--clean", str(tmp_path / "c.parquet")]
             + ["--tokenizer", str(tokenizer), "--plan", str(tmp_path / "plan.parquet")]
@@ -197,55 +199,57 @@ def test_facts_of_the_page_and_of_each_conversation(preview):
 
 
 @pytest.mark.parametrize("strategy", ["best_fit", "concatenate"])
-def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, strategy):
+def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, plan_of, strategy):
     _, documents = preview()
-    rows = plan_rows(
-        documents.lengths, documents.n_copies, strategy=strategy, row_tokens=64, seed=1
-    )
-    page, _ = preview(plan=Plan(rows, 64, strategy == "concatenate"))
+    pieces = fit(documents, PackingSettings(row_tokens=64, overlap_tokens=4)).pieces
+    if strategy == "concatenate":
+        pieces = Pieces.whole(documents.lengths)
+    rows = STRATEGIES[strategy](pieces, row_tokens=64, seed=1)
+    page, _ = preview(plan=plan_of(rows, row_tokens=64, strategy=strategy))
     for document, notes in enumerate(page.notes):
         pieces = sorted(
-            (piece.start, number)
+            (piece.start + piece.n_context, number, piece.n_context)
             for number, row in enumerate(rows)
             for piece in row
             if piece.document == document
         )
-        assert [at for at, _ in notes] == [start for start, _ in pieces[1:]]
+        assert [at for at, _ in notes] == [begins for begins, _, _ in pieces[1:]]
         for piece, (_, text) in enumerate(notes, start=2):
             before, after = pieces[piece - 2][1] + 1, pieces[piece - 1][1] + 1
             assert f"Row {before} ends here; piece {piece} of {len(pieces)}" in text
             assert f"begins in row {after} " in text
+            n_context = pieces[piece - 1][2]
+            sight = f"the last {n_context} tokens" if n_context else "nothing"
+            assert f"sees {sight} of the above" in text
     assert sum(map(len, page.notes)) >= 2
 
 
-def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview):
+def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview, plan_of):
     _, documents = preview()
     supervised = documents[2].is_supervised.tolist()
     first = supervised.index(True)
     n_tokens = len(supervised)
-    plan = Plan(
+    plan = plan_of(
         [
             [Piece(2, 0, first - 1)],
             [Piece(2, first - 1, 2), Piece(0, 0, 5)],
             [Piece(2, first + 1, n_tokens - first - 1)],
         ],
-        100,
-        True,
+        strategy="concatenate",
     )
     page, _ = preview(plan=plan)
     assert ["not learned" in text for _, text in page.notes[2]] == [False, True]
 
 
-def test_copies_say_how_many_of_them_are_cut_at_a_place(preview):
-    plan = Plan(
+def test_copies_say_how_many_of_them_are_cut_at_a_place(preview, plan_of):
+    plan = plan_of(
         [
             [Piece(0, 0, 10)],
             [Piece(0, 10, 5), Piece(0, 0, 6)],
             [Piece(0, 6, 9), Piece(0, 0, 10)],
             [Piece(0, 10, 5)],
         ],
-        15,
-        True,
+        strategy="concatenate",
     )
     page, _ = preview(plan=plan, n_copies=3)
     assert [(at, text.partition(";")[0]) for at, text in page.notes[0]] == [
@@ -255,7 +259,7 @@ def test_copies_say_how_many_of_them_are_cut_at_a_place(preview):
 
 
 def test_a_conversation_in_no_row_and_tokens_not_shown_are_said_so(preview):
-    page, documents = preview(plan=Plan([[Piece(0, 0, 8)]], 8, False), max_tokens=7)
+    page, documents = preview(max_tokens=7)
     assert [len(boxes) for boxes in page.tokens] == [7, 7, 7]
     for number, notes in enumerate(page.notes):
         expected = [(7, f"{documents.lengths[number] - 7:,} more tokens not shown")]

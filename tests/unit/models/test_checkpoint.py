@@ -42,6 +42,17 @@ MIXTRAL_8X7B = {
     "num_experts_per_tok": 2,
 }
 
+# As Ministral 8B: one layer in four sees everything.
+MINISTRAL_8B = {
+    **MISTRAL_7B_V02,
+    "architectures": ["MinistralForCausalLM"],
+    "model_type": "ministral",
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "sliding_window": 32768,
+    "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 9,
+}
+
 
 def facts_of(config, folder):
     (folder / "config.json").write_text(json.dumps(config))
@@ -55,11 +66,25 @@ def facts_of(config, folder):
         (MISTRAL_7B_V02, {"sliding_window": None, "rope_theta": 1e6, "n_experts": None}),
         (WITHOUT_WINDOW_KEY, {"sliding_window": None, "context_tokens": 32768}),
         (NEMO, {"head_dim": 128, "hidden_size": 5120, "n_heads": 32, "vocabulary_size": 131072}),
-        (MIXTRAL_8X7B, {"n_experts": 8, "model_type": "mixtral", "sliding_window": None}),
+        (MIXTRAL_8X7B, {"n_experts": 8, "n_experts_per_token": 2, "sliding_window": None}),
+        (MISTRAL_7B_V01, {"layer_windows": [4096] * 32, "n_experts_per_token": None}),
+        (WITHOUT_WINDOW_KEY, {"layer_windows": [None] * 32}),
+        (MINISTRAL_8B, {"layer_windows": [None, 32768, 32768, 32768] * 9}),
         ({**MISTRAL_7B_V01, "head_dim": None}, {"head_dim": 128}),
         ({**MISTRAL_7B_V01, "dtype": "float16"}, {"dtype": "float16"}),
     ],
-    ids=["7B v0.1", "7B v0.2", "no window key", "Nemo", "Mixtral", "head_dim null", "new dtype"],
+    ids=[
+        "7B v0.1",
+        "7B v0.2",
+        "no window key",
+        "Nemo",
+        "Mixtral",
+        "a window a layer",
+        "a null window a layer",
+        "interleaved windows",
+        "head_dim null",
+        "new dtype",
+    ],
 )
 def test_facts_are_those_of_the_config(tmp_path, config, expected):
     facts = facts_of(config, tmp_path)
@@ -69,7 +94,7 @@ def test_facts_are_those_of_the_config(tmp_path, config, expected):
     assert facts["architecture"] == config["architectures"][0]
 
 
-@pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B])
+@pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B, MINISTRAL_8B])
 def test_facts_agree_with_transformers_where_the_config_is_whole(tmp_path, config):
     from transformers import AutoConfig
 

@@ -5,10 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflow_scripts.data.packing import Piece, best_fit, concatenate
+from workflow_scripts.data.balance import NO_ROW
+from workflow_scripts.data.packing import STRATEGIES, Piece, Pieces, Rows
 from workflow_scripts.train.batches import IGNORED, Collator, PlannedRows
 
 LENGTHS = [12, 5, 1, 30, 7, 2, 16]
+
+
+def planned(strategy, row_tokens, seed):
+    return STRATEGIES[strategy](Pieces.whole(LENGTHS), row_tokens=row_tokens, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,7 @@ def documents(random_documents, tmp_path_factory):
 def test_whole_documents_make_the_batch_of_transformers_own_flattening_collator(documents, seed):
     from transformers import DataCollatorWithFlattening
 
-    rows = best_fit(LENGTHS, row_tokens=32, seed=seed)[:2]
+    rows = list(planned("best_fit", 32, seed))[:2]
     examples = []
     for piece in (piece for row in rows for piece in row):
         document = documents[piece.document]
@@ -39,12 +44,11 @@ def test_whole_documents_make_the_batch_of_transformers_own_flattening_collator(
         assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), key
 
 
-@given(row_tokens=st.integers(4, 40), seed=st.integers(0, 1000), crosses=st.booleans())
+@given(row_tokens=st.integers(30, 60), seed=st.integers(0, 1000), crosses=st.booleans())
 def test_every_token_is_laid_out_once_with_the_label_of_its_span(
     documents, row_tokens, seed, crosses
 ):
-    strategy = concatenate if crosses else best_fit
-    rows = strategy(LENGTHS, row_tokens=row_tokens, seed=seed)
+    rows = planned("concatenate" if crosses else "best_fit", row_tokens, seed)
     batch = Collator(documents, crosses_documents=crosses)(rows)
     starts = set(batch["cu_seq_lens_q"].tolist()[:-1])
     at = 0
@@ -85,8 +89,43 @@ def test_a_documents_label_crosses_into_the_next_only_where_attention_does(
     assert joined == [[IGNORED, 6, 7, 8, 9, 10, 11, 12]]
 
 
+def test_carried_over_context_is_seen_and_not_learned_and_begins_with_bos(
+    write_documents, tmp_path
+):
+    documents = write_documents(tmp_path / "t.arrow", [[1, *range(10, 20)]], [[(1, 11)]])
+    row = [Piece(0, 4, 6, n_context=2)]
+    batch = Collator(documents, crosses_documents=False)([row])
+    assert batch["input_ids"].tolist() == [[1, 14, 15, 16, 17, 18]]  # BOS in place of 13
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 15, 16, 17, 18]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_padding_is_a_segment_without_labels_behind_each_shorter_row(documents):
+    rows = [[Piece(1, 0, 5)], [Piece(0, 0, 12)], [Piece(4, 0, 7), Piece(5, 0, 2)]]
+    padded = Collator(documents, crosses_documents=False, pads_rows=True)(rows)
+    flat = Collator(documents, crosses_documents=False)(rows)
+    assert padded["cu_seq_lens_q"].tolist() == [0, 5, 12, 24, 31, 33, 36]
+    assert padded["input_ids"].shape == padded["labels"].shape == (1, 36)
+    is_padding = torch.zeros(36, dtype=torch.bool)
+    is_padding[5:12] = is_padding[33:36] = True
+    assert (padded["labels"][0, is_padding] == IGNORED).all()
+    for key in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(padded[key][0, ~is_padding], flat[key][0])
+
+
+def test_a_micro_batch_without_a_row_is_one_token_without_a_label(documents):
+    for rows in ([[]], [[], []]):
+        batch = Collator(documents, crosses_documents=True, pads_rows=True)(rows)
+        assert batch["input_ids"].shape == (1, 1)
+        assert batch["labels"].tolist() == [[IGNORED]]
+        assert batch["cu_seq_lens_q"].tolist() == [0, 1]
+    full = Collator(documents, crosses_documents=False)([[Piece(0, 0, 12)], []])
+    assert full["cu_seq_lens_q"].tolist() == [0, 12]
+
+
 def test_planned_rows_are_the_rows_of_the_plan_in_order():
     rows = [[Piece(2, 0, 5)], [Piece(0, 3, 1), Piece(1, 0, 2)]]
-    planned = PlannedRows(rows)
-    assert len(planned) == 2
-    assert list(planned) == [planned[0], planned[1]] == rows
+    planned_rows = PlannedRows(Rows.of(rows))
+    assert len(planned_rows) == 2
+    assert list(planned_rows) == [planned_rows[0], planned_rows[1]] == rows
+    assert planned_rows[NO_ROW] == []

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from workflow_scripts.train.loss import CHUNK_ELEMENTS, summed_cross_entropy
+from workflow_scripts.train.batches import IGNORED
+from workflow_scripts.train.loss import CHUNK_ELEMENTS, sum_loss, summed_cross_entropy
 
 VOCABULARY = 32_768
 CHUNK_TOKENS = CHUNK_ELEMENTS // VOCABULARY
@@ -106,3 +107,43 @@ def test_logits_of_the_whole_micro_batch_are_never_held(run_python):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 256  # MiB
+
+
+@pytest.fixture
+def model_and_batch(checkpoint):
+    from workflow_scripts.models.checkpoint import load_model
+
+    model = load_model(checkpoint, window=8, precision="float32").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 300, (1, 30), generator=generator)
+    labels = tokens.where(torch.rand(1, 30, generator=generator) < 0.5, IGNORED)
+    assert 5 < (labels[0, 1:] != IGNORED).sum() < 25
+    return model, {"input_ids": tokens, "labels": labels}
+
+
+def test_the_models_forward_pass_sums_the_loss_of_its_labels(model_and_batch):
+    model, batch = model_and_batch
+    logits = model(batch["input_ids"], use_cache=False).logits
+    wanted = batch["labels"][0, 1:]
+    expected = cross_entropy(logits[0, :-1], wanted, ignore_index=IGNORED, reduction="sum")
+    sum_loss(model)
+    found = model(**batch)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-6, atol=0)
+    assert found.logits is None
+
+
+def test_without_labels_the_model_gives_logits_as_before(model_and_batch):
+    model, batch = model_and_batch
+    expected = model(batch["input_ids"], use_cache=False).logits
+    sum_loss(model)
+    assert torch.equal(model(batch["input_ids"], use_cache=False).logits, expected)
+
+
+def test_a_batch_without_a_label_has_no_loss_and_gradients_of_zero(model_and_batch):
+    model, batch = model_and_batch
+    embedded = model.get_input_embeddings().weight.requires_grad_()
+    sum_loss(model)
+    loss = model(batch["input_ids"], labels=torch.full_like(batch["labels"], IGNORED)).loss
+    assert loss == 0
+    loss.backward()
+    assert torch.equal(embedded.grad, torch.zeros_like(embedded))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from workflow_scripts import files
-from workflow_scripts.data.packing import best_fit
-from workflow_scripts.data.plan import Plan, write_plan
+from workflow_scripts.data.packing import Piece, Pieces, best_fit
+from workflow_scripts.data.plan import write_plan
 from workflow_scripts.log import StageError
 from workflow_scripts.train import train_adapter
 from workflow_scripts.train.train_adapter import last_whole_checkpoint
@@ -58,13 +58,12 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def prepared(checkpoint, facts_path, random_documents, tmp_path_factory):
+def prepared(checkpoint, facts_path, random_documents, plan_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     random_documents(folder / "train.arrow", LENGTHS)
     random_documents(folder / "validation.arrow", [30, 50], seed=9)
-    rows = best_fit(LENGTHS, row_tokens=256, seed=0)
-    plan = Plan(rows, row_tokens=256, crosses_documents=False)
-    write_plan(folder / "plan.parquet", plan, window=8, n_supervised=[0] * len(rows))
+    rows = best_fit(Pieces.whole(LENGTHS), row_tokens=256, seed=0)
+    write_plan(folder / "plan.parquet", plan_of(rows, row_tokens=256))
     return Prepared(checkpoint, facts_path, folder, folder / "plan.parquet")
 
 
@@ -170,7 +169,7 @@ def test_the_manifest_says_what_was_done(whole_run, prepared):
         "model.safetensors": files.sha256(prepared.checkpoint / "model.safetensors")
     }
     assert identity["recipe"]["max_steps"] == N_STEPS
-    n_rows = len(best_fit(LENGTHS, row_tokens=256, seed=0))
+    n_rows = len(best_fit(Pieces.whole(LENGTHS), row_tokens=256, seed=0))
     assert manifest["tokens_per_step"] == pytest.approx(sum(LENGTHS) / n_rows)
 
 
@@ -244,15 +243,14 @@ def test_a_run_whose_every_gradient_is_zero_is_a_stage_error():
     [(1.0, 1, None, 5), (1.0, 2, None, 3), (2.5, 2, None, 8), (2.5, 2, 6, 6), (0.3, 1, None, 2)],
 )
 def test_the_number_of_steps_follows_from_rows_and_epochs(
-    checkpoint, random_documents, tmp_path, epochs, per_step, max_steps, expected
+    checkpoint, random_documents, plan_of, tmp_path, epochs, per_step, max_steps, expected
 ):
-    from workflow_scripts.data.packing import Piece
     from workflow_scripts.models.checkpoint import load_model
     from workflow_scripts.settings import RecipeSettings
     from workflow_scripts.train.trainer import Throughput
 
     documents = random_documents(tmp_path / "train.arrow", [6] * 5)
-    plan = Plan([[Piece(n, 0, 6)] for n in range(5)], row_tokens=16, crosses_documents=False)
+    plan = plan_of([[Piece(n, 0, 6)] for n in range(5)], row_tokens=16)
     recipe = RecipeSettings(epochs=epochs, micro_batches_per_step=per_step, max_steps=max_steps)
     model = load_model(checkpoint, window=8, precision="float32")
     trainer = train_adapter.make_trainer(

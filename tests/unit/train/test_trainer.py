@@ -7,13 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from workflow_scripts.data.packing import Piece
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.lora import lora_config
 from workflow_scripts.train.train_adapter import adapted_model, make_trainer
-from workflow_scripts.train.trainer import Throughput, summed_loss
+from workflow_scripts.train.trainer import Throughput
 
 LENGTHS = [5, 30, 8, 19, 9, 2]
 # Two rows of documents; their supervised tokens differ in number (about 19 and 12).
@@ -100,7 +99,7 @@ def assert_same_gradients(found, expected):
 
 
 def packed_loss(model, documents):
-    return summed_loss(model, Collator(documents, crosses_documents=False)(ROWS))
+    return model(**Collator(documents, crosses_documents=False)(ROWS)).loss
 
 
 def test_packed_gradients_equal_one_document_at_a_time(trained, reference, documents):
@@ -129,17 +128,27 @@ def test_an_evaluation_in_between_leaves_the_gradients_whole(trained, reference,
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
 
 
-def trainer_of(model, recipe, rows, train, validation, folder, *, crosses_documents=False):
-    throughput = Throughput()
-    plan = Plan(rows, row_tokens=40, crosses_documents=crosses_documents)
-    return make_trainer(model, recipe, plan, train, validation, folder, throughput), throughput
+@pytest.fixture
+def trainer_of(plan_of):
+    def make(model, recipe, rows, train, validation, folder, *, strategy="best_fit"):
+        throughput = Throughput()
+        plan = plan_of(rows, row_tokens=40, strategy=strategy)
+        return make_trainer(model, recipe, plan, train, validation, folder, throughput), throughput
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("rows_per_micro_batch", "micro_batches_per_step"), [(1, 2), (2, 1)], ids=["1 × 2", "2 × 1"]
 )
 def test_a_step_takes_the_mean_over_all_supervised_tokens_of_its_micro_batches(
-    trained, reference, documents, tmp_path, rows_per_micro_batch, micro_batches_per_step
+    trainer_of,
+    trained,
+    reference,
+    documents,
+    tmp_path,
+    rows_per_micro_batch,
+    micro_batches_per_step,
 ):
     recipe = RECIPE.model_copy(
         update={
@@ -163,7 +172,7 @@ def test_a_step_takes_the_mean_over_all_supervised_tokens_of_its_micro_batches(
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_a_step_moves_the_adapter_and_nothing_else(trained, documents, tmp_path):
+def test_a_step_moves_the_adapter_and_nothing_else(trainer_of, trained, documents, tmp_path):
     before = {name: p.detach().clone() for name, p in trained.named_parameters()}
     trainer, _ = trainer_of(trained, RECIPE, ROWS, documents, documents, tmp_path)
     trainer.train()
@@ -173,13 +182,13 @@ def test_a_step_moves_the_adapter_and_nothing_else(trained, documents, tmp_path)
 
 
 def test_validation_loss_is_the_mean_over_tokens_of_whole_documents(
-    trained, reference, documents, random_documents, tmp_path
+    trainer_of, trained, reference, documents, random_documents, tmp_path
 ):
     validation = random_documents(tmp_path / "validation.arrow", [25, 4, 11, 7], seed=5)
     recipe = RECIPE.model_copy(update={"evaluations": 1})
     # The train plan runs over documents; validation keeps them apart whatever it does.
     trainer, _ = trainer_of(
-        trained, recipe, ROWS, documents, validation, tmp_path / "run", crosses_documents=True
+        trained, recipe, ROWS, documents, validation, tmp_path / "run", strategy="concatenate"
     )
     rows = [[Piece(number, 0, length)] for number, length in enumerate(validation.lengths)]
     with torch.no_grad():
@@ -189,7 +198,7 @@ def test_validation_loss_is_the_mean_over_tokens_of_whole_documents(
     assert trained.training
 
 
-def test_every_step_is_timed_once_without_the_evaluation(trained, documents, tmp_path):
+def test_every_step_is_timed_once_without_the_evaluation(trainer_of, trained, documents, tmp_path):
     recipe = RECIPE.model_copy(update={"epochs": 2.0, "evaluations": 4})
     trainer, throughput = trainer_of(trained, recipe, ROWS, documents, documents, tmp_path)
     trainer.train()

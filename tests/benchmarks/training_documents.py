@@ -1,0 +1,68 @@
+"""Documents to measure training on: chat-like lengths, turns whose answers are supervised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.document_lengths import chat_lengths, summary
+from workflow_scripts import files
+from workflow_scripts.data.documents import documents_schema
+
+BOS = 1
+FIRST_WORD = 3  # token ids below it are control tokens
+SHORTEST = 4
+TURN_TOKENS = 600
+ANSWER_FRACTION = 0.55  # of a turn
+
+
+def write_documents(
+    path: Path,
+    *,
+    n_documents: int,
+    length_fraction: float,
+    longest: int,
+    vocabulary_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Write random documents as `render_chats` would, and say what they are.
+
+    Args:
+        length_fraction: of the lengths of chats, for models smaller than any chat.
+        longest: tokens; longer ones are cut, so that no contestant has to.
+    """
+    import pyarrow as pa
+
+    lengths = np.rint(length_fraction * chat_lengths(n_documents, seed=seed)).astype(np.int64)
+    lengths = lengths.clip(SHORTEST, longest)
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number, length in enumerate(lengths.tolist()):
+        tokens = generator.integers(FIRST_WORD, vocabulary_size, size=length)
+        tokens[0] = BOS
+        spans = supervised_spans(length)
+        rows.append(
+            {
+                "id": f"chat/{number}",
+                "input_ids": tokens,
+                "supervised_spans": [bound for span in spans for bound in span],
+                "n_tokens": length,
+                "n_supervised_tokens": sum(end - start for start, end in spans),
+                "n_copies": 1,
+            }
+        )
+    files.write_arrow(path, pa.Table.from_pylist(rows, schema=documents_schema()))
+    n_supervised = sum(row["n_supervised_tokens"] for row in rows)
+    return {**summary(lengths), "supervised_fraction": n_supervised / int(lengths.sum())}
+
+
+def supervised_spans(length: int) -> list[tuple[int, int]]:
+    """[start, end) of the answers of a document: the end of each of its turns."""
+    n_turns = -(-length // TURN_TOKENS)
+    ends = [length * turn // n_turns for turn in range(n_turns + 1)]
+    return [
+        (end - max(1, round(ANSWER_FRACTION * (end - start))), end)
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]

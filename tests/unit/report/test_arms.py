@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from snakemake.utils import update_config
+
+from tests.conftest import REPOSITORY
+from workflow_scripts.log import StageError
+from workflow_scripts.report.arms import STUDENT_T, Difference, difference, find_arms
+from workflow_scripts.settings import load_config
+
+EXPERIMENTS = sorted((REPOSITORY / "config" / "experiments").glob("*.yaml"))
+
+
+def run(strategy="best_fit", *, packing_seed=0, recipe_seed=0, rank=32, model="demo"):
+    return {
+        "model": model,
+        "dataset": "chats",
+        "packing": {"strategy": strategy, "row_tokens": 4096, "seed": packing_seed},
+        "recipe": {"rank": rank, "seed": recipe_seed},
+    }
+
+
+def both(n_seeds=3):
+    return {
+        f"{strategy}-{seed}": run(strategy, packing_seed=seed, recipe_seed=10 + seed)
+        for seed in range(n_seeds)
+        for strategy in ("concatenate", "best_fit")
+    }
+
+
+def test_runs_are_grouped_by_what_differs_beside_their_seeds():
+    factors, arms = find_arms(both())
+    assert factors == ["packing.strategy"]
+    assert [arm.name for arm in arms] == ["concatenate", "best_fit"]
+    for arm in arms:
+        assert list(arm.runs.values()) == [f"{arm.name}-{seed}" for seed in range(3)]
+    assert list(arms[0].runs) == list(arms[1].runs)
+    assert list(arms[0].runs)[1] == (("packing.seed", 1), ("recipe.seed", 11))
+
+
+def test_several_things_that_differ_are_all_named():
+    runs = {"a": run(rank=8), "b": run("concatenate", rank=16), "c": run("concatenate", rank=8)}
+    factors, arms = find_arms(runs)
+    assert factors == ["packing.strategy", "recipe.rank"]
+    assert [arm.name for arm in arms] == ["best_fit, 8", "concatenate, 16", "concatenate, 8"]
+
+
+def test_a_setting_that_one_run_lacks_is_a_difference():
+    longer = run()
+    longer["packing"]["overlap_tokens"] = 64
+    factors, arms = find_arms({"a": run(), "b": longer, "c": run(model="other")})
+    assert factors == ["model", "packing.overlap_tokens"]
+    assert len(arms) == 3
+
+
+@pytest.mark.parametrize(
+    ("runs", "parts"),
+    [
+        ({"a": run(), "b": run()}, ["are the same", "a, b"]),
+        ({"a": run(), "b": run(packing_seed=1)}, ["differ in their seeds alone", "2 runs"]),
+        ({"a": run()}, ["compares runs", "config/experiments"]),
+        (
+            {**both(2), "best_fit-2": run(packing_seed=2, recipe_seed=12)},
+            ["cannot be paired", "packing.strategy", "best_fit-2"],
+        ),
+        (
+            {"a": run(), "b": run("concatenate", recipe_seed=1)},
+            ["cannot be paired", "found:    a / b"],
+        ),
+    ],
+    ids=["twice", "seeds alone", "one run", "a seed too many", "other seeds"],
+)
+def test_what_cannot_be_compared_is_a_stage_error(runs, parts):
+    with pytest.raises(StageError) as caught:
+        find_arms(runs)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def t_distribution(t, freedom):
+    """P(T ≤ t) of Student's t, by Simpson's rule over its density."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    scale /= math.sqrt(freedom * math.pi)
+    n = 20_000
+    values = [(1 + (t * at / n) ** 2 / freedom) ** (-(freedom + 1) / 2) for at in range(n + 1)]
+    area = values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
+    return 0.5 + scale * area * t / n / 3
+
+
+@pytest.mark.parametrize("freedom", range(1, len(STUDENT_T) + 1))
+def test_the_table_of_students_t_leaves_a_fortieth_above(freedom):
+    # Half a unit of the third decimal, where the density is 0.06 at most: 3e-5 of probability.
+    assert t_distribution(STUDENT_T[freedom - 1], freedom) == pytest.approx(0.975, abs=3e-5)
+
+
+def by_seed(values):
+    return {(("seed", seed),): value for seed, value in enumerate(values)}
+
+
+def test_a_difference_of_three_seeds_by_hand():
+    # Pairs 1, 2, 3: mean 2, deviation 1; t of two degrees 4.303.
+    found = difference(by_seed([11, 22, 33]), by_seed([10, 20, 30]))
+    assert found.mean == 2
+    assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
+    assert not found.is_shown
+
+
+def test_what_a_seed_does_to_both_arms_drops_out():
+    found = difference(by_seed([101.5, 2.5, 53.4]), by_seed([102.0, 3.1, 53.9]))
+    assert found.mean == pytest.approx(-1.6 / 3)
+    assert found.half_width < 0.2 and found.is_shown
+
+
+@given(
+    first=st.lists(st.floats(-100, 100), min_size=2, max_size=40),
+    shift=st.floats(-10, 10),
+)
+def test_swapping_the_arms_turns_the_sign(first, shift):
+    second = [value + shift * at for at, value in enumerate(first)]
+    one = difference(by_seed(second), by_seed(first))
+    other = difference(by_seed(first), by_seed(second))
+    assert one.mean == pytest.approx(-other.mean)
+    assert one.half_width == pytest.approx(other.half_width)
+    pairs = [b - a for a, b in zip(first, second, strict=True)]
+    assert one.mean == pytest.approx(statistics.mean(pairs))
+
+
+def test_one_seed_has_no_error_and_shows_nothing():
+    assert difference(by_seed([5]), by_seed([1])) == Difference(4, None)
+    assert not Difference(4, None).is_shown
+
+
+def test_a_difference_as_large_as_its_error_is_none():
+    assert not Difference(-1.0, 1.0).is_shown
+    assert Difference(-1.01, 1.0).is_shown
+
+
+@pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_changes_one_thing_and_repeats_it_with_three_seeds(overlay):
+    merged = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text(encoding="utf-8"))
+    update_config(merged, yaml.safe_load(overlay.read_text(encoding="utf-8")))
+    config = load_config(merged)
+    runs = {
+        name: {
+            "model": config.runs[name].model,
+            "dataset": config.runs[name].dataset,
+            "packing": config.entry("packings", config.runs[name].packing).model_dump(),
+            "recipe": config.entry("recipes", config.runs[name].recipe).model_dump(),
+        }
+        for name in config.build
+    }
+    factors, arms = find_arms(runs)
+    assert len(factors) == 1 and len(arms) >= 2
+    for arm in arms:
+        for place in ("packing.seed", "recipe.seed"):
+            assert len({dict(seeds)[place] for seeds in arm.runs}) >= 3
+
+
+def test_there_is_an_experiment_on_packing():
+    assert "packing" in {path.stem for path in EXPERIMENTS}

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.report import report_experiment
+
+# Perplexities by strategy and seed: what a seed does is more than what packing does.
+PERPLEXITIES = {"concatenate": (8.0, 9.0, 10.0), "best_fit": (7.0, 8.1, 8.9)}
+BUCKETS = ((0, 255), (256, 511), (512, 1023))
+N_EXACT = {128: 10, 1024: 1}
+RUNS = {
+    f"{strategy}-{seed}": {
+        "model": "demo",
+        "dataset": "chats",
+        "packing": {"strategy": strategy, "row_tokens": 4096, "seed": seed},
+        "recipe": {"rank": 32, "seed": seed},
+    }
+    for seed in range(3)
+    for strategy in PERPLEXITIES
+}
+
+
+def positions(perplexity):
+    return {
+        "sliding_window": 512,
+        "n_conversations": 12,
+        "n_scored_tokens": 34_567,
+        "perplexity": perplexity,
+        "buckets": [
+            {
+                "first_position": first,
+                "last_position": last,
+                "n_scored_tokens": 100 + last,
+                "perplexity": perplexity + at,
+            }
+            for at, (first, last) in enumerate(BUCKETS)
+        ],
+    }
+
+
+def recall(perplexity):
+    return {
+        "chance_nats_per_answer": math.log(9000),
+        "cells": [
+            {
+                "length_tokens": length,
+                "depth_fraction": depth,
+                "n_prompts": 20,
+                "n_exact": n_exact - (depth == 0.0),
+                "nats_per_answer": perplexity + depth,
+            }
+            for length, n_exact in N_EXACT.items()
+            for depth in (0.0, 1.0)
+        ],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for run, settings in RUNS.items():
+        perplexity = PERPLEXITIES[settings["packing"]["strategy"]][settings["recipe"]["seed"]]
+        evaluation = tmp_path / "results" / "runs" / run / "evaluation"
+        files.write_json(evaluation / "positions.json", positions(perplexity))
+        files.write_json(evaluation / "recall.json", recall(perplexity))
+    return tmp_path
+
+
+@pytest.fixture
+def arguments(folder):
+    def make(runs=RUNS):
+        paths = {key: folder / f"experiment.{key}" for key in ("tsv", "md", "html", "svg")}
+        return paths, [
+            *("--runs", json.dumps(runs), "--results", str(folder / "results")),
+            *("--tsv", str(paths["tsv"]), "--markdown", str(paths["md"])),
+            *("--html", str(paths["html"]), "--figure", str(paths["svg"])),
+        ]
+
+    return make
+
+
+@pytest.fixture
+def write(arguments):
+    def run(runs=RUNS):
+        paths, argv = arguments(runs)
+        report_experiment.main(argv)
+        return paths
+
+    return run
+
+
+def change(folder, name, edit, runs=RUNS):
+    for run in runs:
+        path = folder / "results" / "runs" / run / "evaluation" / f"{name}.json"
+        content = files.read_json(path)
+        edit(content)
+        files.write_json(path, content)
+
+
+def test_arms_stand_side_by_side_with_their_difference_by_seed(write, read_tsv):
+    header, *rows = read_tsv(write()["tsv"])
+    assert header == [
+        "",
+        "concatenate",
+        "best_fit",
+        "best_fit − concatenate",
+        "larger than its error",
+    ]
+    by_name = {row[0]: row[1:] for row in rows}
+    assert list(by_name) == [
+        "Perplexity",
+        "Perplexity, positions 0–255",
+        "Perplexity, positions 256–511",
+        "Perplexity, positions 512–1,023",
+        "Facts recalled, 128 tokens, %",
+        "Facts recalled, 1,024 tokens, %",
+        "Cost of the right answer, 128 tokens, nats",
+        "Cost of the right answer, 1,024 tokens, nats",
+    ]
+    # Pairs −1, −0.9, −1.1: mean −1, deviation 0.1, t 4.303, three of them. The deviation of each
+    # arm alone is ten times that.
+    half_width = 4.303 * 0.1 / math.sqrt(3)
+    expected = ["9.000 ± 1.000", "8.000 ± 0.954", f"−1.000 ± {half_width:.3f}", "yes"]
+    assert by_name["Perplexity"] == expected
+    assert by_name["Perplexity, positions 512–1,023"][0] == "11.000 ± 1.000"
+    # (9 + 10) of 40 and (0 + 1) of 40, whatever the seed.
+    assert by_name["Facts recalled, 128 tokens, %"][:2] == ["47.5 ± 0.0"] * 2
+    assert by_name["Facts recalled, 1,024 tokens, %"] == [
+        *["2.5 ± 0.0"] * 2,
+        "+0.0 ± 0.0",
+        "no",
+    ]
+    assert by_name["Cost of the right answer, 128 tokens, nats"][0] == "9.50 ± 1.00"
+
+
+def test_the_answer_is_a_sentence(write, folder):
+    text = write()["md"].read_text()
+    assert "The perplexity of best_fit is 11.1% lower than that of concatenate" in text
+    assert "that is larger than its error." in text
+    for part in ("12 validation", "34,567", "window of 512", "3 seeds", "40 prompts", "9.1 nats"):
+        assert part in text
+    higher = {"best_fit-1": 12.0}
+    for run, value in higher.items():
+        change(folder, "positions", lambda scores, v=value: scores.update(perplexity=v), [run])
+    text = write()["md"].read_text()
+    assert "3.3% higher than that of concatenate" in text
+    assert "no larger than its error, so no difference is shown." in text
+
+
+def test_one_seed_says_that_no_error_is_known(write):
+    paths = write({run: RUNS[run] for run in ("concatenate-0", "best_fit-0")})
+    assert "with one seed no error is known" in paths["md"].read_text()
+    assert "| Perplexity | 8.000 | 7.000 | −1.000 | no |" in paths["md"].read_text()
+
+
+def test_three_arms_are_each_compared_with_the_first(write, folder, read_tsv):
+    runs = dict(RUNS)
+    for seed in range(3):
+        other = json.loads(json.dumps(RUNS[f"best_fit-{seed}"]))
+        other["packing"]["strategy"] = "none"
+        runs[f"none-{seed}"] = other
+        evaluation = folder / "results" / "runs" / f"none-{seed}" / "evaluation"
+        files.write_json(evaluation / "positions.json", positions(9.0 + seed))
+        files.write_json(evaluation / "recall.json", recall(9.0))
+    paths = write(runs)
+    header, row, *_ = read_tsv(paths["tsv"])
+    assert header[4:] == [
+        "best_fit − concatenate",
+        "none − concatenate",
+        "best_fit: larger than its error",
+        "none: larger than its error",
+    ]
+    assert row[5] == "+1.000 ± 0.000" and row[6:] == ["yes", "yes"]
+    text = paths["md"].read_text()
+    assert "The perplexity of none is 11.1% higher than that of concatenate" in text
+
+
+def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, folder, read_tsv):
+    def forget(scores):
+        for cell in scores["cells"]:
+            cell["n_exact"] = 0 if cell["length_tokens"] == 128 else 1
+
+    change(folder, "recall", forget)
+    paths = write()
+    assert "No run finds a fact even in the shortest prompts" in paths["md"].read_text()
+    rows = {row[0]: row[1:] for row in read_tsv(paths["tsv"])}
+    for length in ("128", "1,024"):
+        assert rows[f"Facts recalled, {length} tokens, %"] == ["not measurable"] * 2 + [""] * 2
+    assert rows["Cost of the right answer, 128 tokens, nats"][0] == "9.50 ± 1.00"
+
+    def recall_one(scores):
+        scores["cells"][0]["n_exact"] = 1
+
+    change(folder, "recall", recall_one, ["best_fit-2"])  # one run that finds one is enough
+    paths = write()
+    assert "No run finds" not in paths["md"].read_text()
+    rows = {row[0]: row[1:] for row in read_tsv(paths["tsv"])}
+    assert rows["Facts recalled, 128 tokens, %"][:2] == ["0.0 ± 0.0", "0.8 ± 1.4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("positions", lambda scores: scores["buckets"].pop()),
+        ("positions", lambda scores: scores["buckets"][0].update(n_scored_tokens=1)),
+        ("recall", lambda scores: scores["cells"][0].update(n_prompts=19)),
+        ("recall", lambda scores: scores["cells"].reverse()),
+    ],
+    ids=["a bucket less", "other tokens", "fewer prompts", "another order"],
+)
+def test_runs_measured_on_different_things_are_not_compared(
+    arguments, folder, ends_with_message, name, edit
+):
+    change(folder, name, edit, ["best_fit-1"])
+    message = ends_with_message(report_experiment.main, arguments()[1])
+    for part in ("measured on different things", "best_fit-1", "concatenate-0", "one dataset"):
+        assert part in message
+
+
+def test_the_figure_is_svg_that_names_arms_window_and_guessing(write):
+    path = write()["svg"]
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    # Text is drawn as shapes; matplotlib leaves it in comments.
+    text = path.read_text()
+    for part in ("best_fit", "concatenate", "window", "guessed", "Perplexity"):
+        assert f"<!-- {part}" in text
+    assert "<!-- not measurable" not in text
+
+
+def test_the_figure_says_where_recall_is_not_measurable(write, folder):
+    def forget(scores):
+        for cell in scores["cells"]:
+            cell["n_exact"] = 0
+
+    change(folder, "recall", forget)
+    assert "<!-- not measurable" in write()["svg"].read_text()
+
+
+def test_a_model_without_a_window_has_no_line_for_it(write, folder):
+    change(folder, "positions", lambda scores: scores.update(sliding_window=None))
+    paths = write()
+    assert "<!-- window" not in paths["svg"].read_text()
+    assert "full attention" in paths["md"].read_text()
+
+
+def test_the_same_results_give_the_same_bytes_and_others_another_figure(write, folder):
+    first = {key: path.read_bytes() for key, path in write().items()}
+    assert {key: path.read_bytes() for key, path in write().items()} == first
+
+    def worsen(scores):
+        scores["buckets"][1]["perplexity"] += 1
+
+    change(folder, "positions", worsen, ["best_fit-2"])
+    assert write()["svg"].read_bytes() != first["svg"]
+
+
+def test_runs_without_a_difference_are_a_stage_error(arguments, ends_with_message):
+    runs = {run: RUNS[run] for run in ("best_fit-0", "best_fit-1")}
+    message = ends_with_message(report_experiment.main, arguments(runs)[1])
+    assert "differ in their seeds alone" in message
+
+
+def test_help_starts_without_torch_or_matplotlib(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_experiment")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib", "numpy"}

@@ -1,0 +1,127 @@
+"""Balance: which rows share an optimizer step, and which of its ranks takes each.
+
+In a step all ranks wait for the slowest. Rows of one length in tokens cost differently, so a random
+share leaves ranks idle; ranks that take rows of like cost finish together. Only as much is sorted
+as that needs: a step's rows come from a stretch of the random order, and the shorter the stretch,
+the more random the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_IMBALANCE = 1.01  # mean over the steps of the slowest rank's cost ÷ the ranks' mean
+# A padded micro-batch takes its rows from at least so many micro-batches' worth, sorted: what
+# transformers' length-grouped sampler takes.
+PADDED_MICRO_BATCHES = 50
+NO_ROW = -1
+
+
+def order_rows(
+    costs: np.ndarray,
+    *,
+    n_ranks: int,
+    micro_batches_per_step: int,
+    rows_per_micro_batch: int,
+    seed: int | Sequence[int],
+    pads_rows: bool = False,
+    max_imbalance: float = MAX_IMBALANCE,
+) -> np.ndarray:
+    """The rows of an epoch in the order in which they are trained on.
+
+    Args:
+        costs: (rows,) of any unit.
+        n_ranks: processes that share a step.
+        pads_rows: rows of a micro-batch are padded to the longest of them, so they should be
+            alike; `costs` then grow with their lengths.
+        max_imbalance: how far to go, see `MAX_IMBALANCE`.
+    Returns:
+        (steps, micro-batches, ranks, rows of a micro-batch) int64 indices. Every row stands there
+        once; `NO_ROW` fills the last step up.
+    """
+    generator = np.random.default_rng(seed)
+    shape = (micro_batches_per_step, n_ranks, rows_per_micro_batch)
+    step_rows = int(np.prod(shape))
+    order = generator.permutation(len(costs))
+    n_whole = len(order) // step_rows
+    whole, rest = order[: n_whole * step_rows], order[n_whole * step_rows :]
+    # What a rank computes at once: alike where padded, else any rows.
+    unit_rows = rows_per_micro_batch if pads_rows else 1
+
+    if n_whole and n_ranks * unit_rows > 1:
+        stretch = -(-PADDED_MICRO_BATCHES // micro_batches_per_step) if unit_rows > 1 else 1
+        units = _deal(whole, costs, n_ranks, unit_rows, step_rows, stretch, generator)
+        while stretch < n_whole and step_imbalance(costs, units).mean() > max_imbalance:
+            stretch *= 2
+            units = _deal(whole, costs, n_ranks, unit_rows, step_rows, stretch, generator)
+        # (steps, units of a rank, ranks, rows of a unit) to the shape of micro-batches
+        whole = units.reshape(n_whole, micro_batches_per_step, -1, n_ranks, unit_rows)
+        whole = whole.swapaxes(2, 3)
+
+    if len(rest):
+        last = np.full(step_rows, NO_ROW)
+        last[: len(rest)] = rest
+        # A row for every rank before any rank has two.
+        last = last.reshape(micro_batches_per_step, rows_per_micro_batch, n_ranks).swapaxes(1, 2)
+        return np.concatenate([whole.reshape(-1, *shape), last[None]])
+    return whole.reshape(-1, *shape)
+
+
+def step_imbalance(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(steps,) the slowest rank's cost ÷ the ranks' mean, 1 at best.
+
+    Args:
+        order: (steps, …, ranks, rows), as of `order_rows`, without `NO_ROW`.
+    """
+    summed = tuple(axis for axis in range(1, order.ndim) if axis != order.ndim - 2)
+    by_rank = np.asarray(costs, dtype=np.float64)[order].sum(axis=summed)
+    return by_rank.max(axis=1) / by_rank.mean(axis=1)
+
+
+def _deal(
+    rows: np.ndarray,
+    costs: np.ndarray,
+    n_ranks: int,
+    unit_rows: int,
+    step_rows: int,
+    stretch: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Deal the rows of each `stretch` of steps to its steps and ranks.
+
+    A stretch is sorted by cost and cut into layers, a unit for every rank each; its steps draw
+    their layers at random. Within a step, layer by layer, the rank with the least so far takes the
+    costliest unit.
+
+    Returns:
+        (steps, layers of a step, ranks, unit_rows) indices.
+    """
+    n_steps = len(rows) // step_rows
+    n_even = n_steps // stretch * stretch
+    parts = [
+        part.reshape(-1, n * step_rows)
+        for part, n in (
+            (rows[: n_even * step_rows], stretch),
+            (rows[n_even * step_rows :], n_steps - n_even),
+        )
+        if len(part)
+    ]
+    dealt = []
+    for part in parts:
+        part = np.take_along_axis(part, np.argsort(costs[part], axis=1, kind="stable"), axis=1)
+        layers = part.reshape(len(part), -1, n_ranks, unit_rows)
+        drawn = np.argsort(generator.random(layers.shape[:2]), axis=1)
+        layers = np.take_along_axis(layers, drawn[:, :, None, None], axis=1)
+        dealt.append(layers.reshape(-1, step_rows // (n_ranks * unit_rows), n_ranks, unit_rows))
+    steps = np.concatenate(dealt)
+    totals = np.zeros((len(steps), n_ranks))
+    for layer in range(steps.shape[1]):
+        units = steps[:, layer]  # by rising cost, as the stretch was sorted
+        busiest_first = np.argsort(-totals, axis=1, kind="stable")
+        steps[:, layer] = np.take_along_axis(
+            units, np.argsort(busiest_first, axis=1)[:, :, None], axis=1
+        )
+        totals += costs[steps[:, layer]].sum(axis=-1)
+    return steps

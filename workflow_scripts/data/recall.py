@@ -1,0 +1,51 @@
+"""Facts to recall: a code of a city, stated somewhere in a text and asked for later.
+
+A code is four digits that follow from nothing else, so what a model knows of it, it has read.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from dataclasses import dataclass
+
+from workflow_scripts.models.demo_pretraining import CITIES
+
+FIRST_CODE, N_CODES = 1000, 9000
+ABOUT_A_CODE = re.compile(rf"\bcode of ({'|'.join(CITIES)})\b")
+CHANCE_NATS = math.log(N_CODES)
+"""What a code costs that is guessed, all being as likely."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The code of one city."""
+
+    city: str
+    code: str
+
+    @property
+    def statement(self) -> str:
+        return f"The code of {self.city} is {self.code}."
+
+    @property
+    def question(self) -> str:
+        return f"What is the code of {self.city}?"
+
+
+def draw_facts(generator: random.Random, n_facts: int) -> list[Fact]:
+    """Facts about different cities, in random order.
+
+    Args:
+        n_facts: at most as many as there are cities.
+    """
+    return [
+        Fact(city, str(FIRST_CODE + generator.randrange(N_CODES)))
+        for city in generator.sample(CITIES, n_facts)
+    ]
+
+
+def is_about_a_code(text: str) -> bool:
+    """Whether a text states or asks for the code of a city."""
+    return ABOUT_A_CODE.search(text) is not None

@@ -1,0 +1,97 @@
+"""Long conversations about the standard library: help texts that the user pastes, turn by turn,
+facts stated among them, and questions about all that was said before.
+
+From about 300 to 3,500 tokens. Every answer stands in the conversation itself, a few tokens or
+several windows back, and is short, so that what is measured is how a model reads, not what it
+knows.
+
+The texts lie on shelves: a conversation pastes from one shelf, which is its `group`, so that a
+split by group keeps every text on one side.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from workflow_scripts.data import recall
+from workflow_scripts.data.stdlib_chats import Turn, documented_entries, messages, questions
+from workflow_scripts.models.demo_pretraining import CITIES
+from workflow_scripts.models.stdlib_docs import Entry
+
+N_SHELVES = 40  # of about 70 texts, 4,500 tokens
+MAX_TEXT_CHARACTERS = 1_500  # a longer help text would be most of a short conversation
+MAX_SUMMARY_CHARACTERS = 200  # answers are short
+# About 3.2 characters a token with questions and answers (measured): 300 to 3,500 tokens.
+MIN_CHARACTERS, MAX_CHARACTERS = 900, 11_000
+MAX_TEXTS_A_TURN = 3
+FACT_FRACTION = 0.5  # of the turns that paste
+RECALL_FRACTION = 0.3  # of the questions, where a fact is left to ask for
+SECOND_QUESTION_FRACTION = 0.5  # of the turns that paste, followed by one that only asks
+
+
+def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
+    """OpenAI-style records: `messages`, and `group`, the shelf its texts are from.
+
+    Args:
+        n_conversations: how many.
+        seed: decides everything.
+    """
+    generator = random.Random(seed)
+    entries = [
+        entry
+        for entry in documented_entries()
+        if len(entry.summary) <= MAX_SUMMARY_CHARACTERS
+        and len(pasted(entry)) <= MAX_TEXT_CHARACTERS
+    ]
+    generator.shuffle(entries)
+    shelves = [entries[first::N_SHELVES] for first in range(N_SHELVES)]
+    chats = []
+    for number in range(n_conversations):
+        shelf = number % N_SHELVES
+        turns = list(_turns(shelves[shelf], generator))
+        chats.append({"messages": messages(turns, generator), "group": f"shelf {shelf}"})
+    generator.shuffle(chats)
+    return chats
+
+
+def pasted(entry: Entry) -> str:
+    """A help text as the user pastes it."""
+    return f"{entry.call or entry.name}\n\n{entry.docstring}"
+
+
+def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
+    """One conversation, as long as drawn evenly on a logarithmic scale: as many of 300 to 600
+    tokens as of 1,500 to 3,000."""
+    shortest, longest = math.log(MIN_CHARACTERS), math.log(MAX_CHARACTERS)
+    n_wanted = math.exp(generator.uniform(shortest, longest))
+    unread = generator.sample(shelf, len(shelf))
+    unstated = recall.draw_facts(generator, len(CITIES))
+    read: list[Entry] = []
+    unasked: list[recall.Fact] = []
+    n_characters = 0
+    while n_characters < n_wanted and unread:
+        paragraphs = []
+        for _ in range(min(len(unread), generator.randint(1, MAX_TEXTS_A_TURN))):
+            read.append(unread.pop())
+            paragraphs.append(pasted(read[-1]))
+        if unstated and generator.random() < FACT_FRACTION:
+            unasked.append(unstated.pop())
+            paragraphs.insert(generator.randint(0, len(paragraphs)), unasked[-1].statement)
+        question, answer = _question(read, unasked, generator)
+        turns = [("\n\n".join([*paragraphs, question]), answer)]
+        if generator.random() < SECOND_QUESTION_FRACTION:
+            turns.append(_question(read, unasked, generator))
+        n_characters += sum(len(question) + len(answer) for question, answer in turns)
+        yield from turns
+
+
+def _question(read: Sequence[Entry], unasked: list[recall.Fact], generator: random.Random) -> Turn:
+    """A question about anything read so far, or about a fact that is then asked for no more: a
+    second answer would stand nearer than the statement."""
+    if unasked and generator.random() < RECALL_FRACTION:
+        fact = unasked.pop(generator.randrange(len(unasked)))
+        return fact.question, fact.code
+    return generator.choice(questions(generator.choice(read)))

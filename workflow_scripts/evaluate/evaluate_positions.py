@@ -1,0 +1,115 @@
+"""Loss by position in the conversation: does a model still read well far from the beginning?
+
+Validation conversations, whole, each alone, with the model's own window; supervised tokens only,
+in buckets of position that double. Nothing is cut but what lies beyond the model's context.
+
+python -m workflow_scripts.evaluate.evaluate_positions --checkpoint checkpoint/ --adapter adapter/
+    --precision nf4 --facts facts.json --tokens tokens/validation.arrow --settings '{}'
+    --scores positions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts import files, log
+from workflow_scripts.data.documents import Document, Documents
+from workflow_scripts.evaluate import links
+from workflow_scripts.scoring.pieces import Piece
+from workflow_scripts.settings import EvaluationSettings, settings_from_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OUTPUT_VERSION = 1
+FIRST_BUCKET_TOKENS = 256  # then 256–511, 512–1023, 1024–2047 …
+logger = log.stage_logger("evaluate_positions")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    links.add_transformers_arguments(parser)
+    parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
+    parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation`, its scoring keys")
+    parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
+    arguments = parser.parse_args(argv)
+    settings = settings_from_json(EvaluationSettings, arguments.settings)
+
+    from workflow_scripts.scoring.likelihood import score_documents, summarize
+
+    facts = files.read_json(arguments.facts)
+    documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
+    pieces = list(whole_pieces(documents, context_tokens=facts["context_tokens"]))
+    if not pieces:
+        raise log.StageError(
+            "there is nothing to score",
+            where=arguments.tokens,
+            found="no supervised token within the model's context",
+            to_fix="raise datasets.<name>.cleaning.validation_fraction",
+        )
+    started = time.perf_counter()
+    model = links.load_transformers(arguments, facts)
+    shown = log.progress(pieces, logger, total=len(pieces), unit="conversations")
+    scores = score_documents(model, shown)
+    positions = {piece.document: piece.scored for piece in pieces}
+    report = {
+        "precision": links.measured_precision(arguments.precision),
+        "sliding_window": facts["sliding_window"],
+        "n_tokens_beyond_context": sum(
+            max(0, len(document.input_ids) - facts["context_tokens"]) for document in documents
+        ),
+        **summarize(scores),
+        "buckets": [
+            {"first_position": first, "last_position": last, **summarize(part)}
+            for first, last, part in by_bucket(scores, positions)
+        ],
+        "duration_seconds": time.perf_counter() - started,
+    }
+    files.write_json(arguments.scores, report)
+    logger.info("scored %s", log.fields(report))
+
+
+def whole_pieces(documents: Sequence[Document], *, context_tokens: int) -> Iterator[Piece]:
+    """A piece a document: all of it, up to the context; none where nothing is supervised."""
+    import numpy as np
+
+    for number, document in enumerate(documents):
+        is_scored = document.is_supervised[:context_tokens].copy()
+        is_scored[:1] = False  # nothing comes before the first token
+        if is_scored.any():
+            input_ids = document.input_ids[:context_tokens]
+            yield Piece(number, input_ids, np.flatnonzero(is_scored))
+
+
+def by_bucket(
+    scores: Mapping[int, np.ndarray], positions: Mapping[int, np.ndarray]
+) -> Iterator[tuple[int, int, dict[int, np.ndarray]]]:
+    """First and last position of each bucket that has a token, and its scores by document.
+
+    Args:
+        scores: nats of each scored token, by document.
+        positions: of the same tokens in their document, ascending.
+    """
+    import numpy as np
+
+    furthest = max(int(places[-1]) for places in positions.values())
+    first, end = 0, FIRST_BUCKET_TOKENS
+    while first <= furthest:
+        part: dict[int, Any] = {}
+        for document, places in positions.items():
+            start, stop = np.searchsorted(places, [first, end])
+            if start < stop:
+                part[document] = scores[document][start:stop]
+        if part:
+            yield first, end - 1, part
+        first, end = end, 2 * end
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

@@ -1,0 +1,150 @@
+"""Needles: a fact put into held-out text at a chosen depth, and asked for at the end.
+
+A prompt is one question of a user, in the chat template: text, the statement in a paragraph of its
+own, text, the question. Prompts of one number share text, city and code over all lengths and
+depths, so that what differs between two cells is how much text there is and where the statement
+stands.
+
+Source: the task is G. Kamradt's "needle in a haystack" (2023), with a code that cannot be guessed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts.data import recall
+from workflow_scripts.data.rendering import Renderer
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PARAGRAPH_END = re.compile(r"\n\s*\n")
+MAX_CHARACTERS_A_TOKEN = 8  # of running text; 3 to 5 were measured
+WORD_END = re.compile(r"(?<=\S)(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A prompt with the right answer to it."""
+
+    fact: recall.Fact
+    input_ids: np.ndarray
+    """(n_tokens,) int32: prompt, answer, EOS."""
+    answer: tuple[int, int]
+    """Half-open range of the answer with its EOS, at the end."""
+
+
+def haystack(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Paragraphs of what users wrote or pasted, in order, each once.
+
+    A paragraph that speaks of a city's code would be a second needle, and one that ends in a
+    question mark a second question: both are left out.
+    """
+    paragraphs = (
+        paragraph.strip()
+        for message in messages
+        if message["role"] in ("user", "text") and message["content"]
+        for paragraph in PARAGRAPH_END.split(message["content"])
+    )
+    return [
+        paragraph
+        for paragraph in dict.fromkeys(paragraphs)
+        if paragraph and not paragraph.endswith("?") and not recall.is_about_a_code(paragraph)
+    ]
+
+
+class NeedlePrompts:
+    """Makes the prompts of a model.
+
+    Args:
+        paragraphs: of `haystack`.
+        renderer: of the model's tokenizer.
+        seed: decides texts and facts.
+    """
+
+    def __init__(self, paragraphs: Sequence[str], renderer: Renderer, *, seed: int) -> None:
+        self._paragraphs = paragraphs
+        self._renderer = renderer
+        self._seed = seed
+        self._n_characters = sum(map(len, paragraphs))
+
+    def make(self, number: int, *, length_tokens: int, depth_fraction: float) -> Needle:
+        """A prompt that is, with its answer, as long as it can be and no longer than asked.
+
+        Args:
+            number: which text and fact.
+            length_tokens: of prompt and answer, by the model's tokenizer.
+            depth_fraction: lines of text before the statement ÷ all lines of text.
+        Raises:
+            StageError: there is too little text for the length, or question and answer alone are
+                longer.
+        """
+        generator = random.Random(f"{self._seed} {number}")
+        (fact,) = recall.draw_facts(generator, 1)
+        text = self._text(generator, MAX_CHARACTERS_A_TOKEN * length_tokens)
+        ends = [0, *(match.start() for match in WORD_END.finditer(text))]
+
+        def rendered(n_words: int) -> Needle:
+            return self._render(text[: ends[n_words]], fact, depth_fraction)
+
+        def length(n_words: int) -> int:
+            return len(rendered(n_words).input_ids)
+
+        # A word more is a token more, or none where two words join; so the length hardly ever
+        # falls, and a bisection finds the edge.
+        n_words = bisect.bisect_right(range(len(ends)), length_tokens, key=length) - 1
+        if n_words < 0:
+            raise StageError(
+                "a recall prompt has no room for its question",
+                where="evaluation.recall.lengths_tokens",
+                found=length_tokens,
+                expected=f"at least {length(0)}",
+            )
+        if n_words == len(ends) - 1:
+            raise StageError(
+                "the held-out text is too short for a recall prompt",
+                where="user messages of the validation split",
+                found=f"{self._n_characters} characters",
+                expected=f"enough for {length_tokens} tokens",
+                to_fix="raise datasets.<name>.cleaning.validation_fraction, or lower"
+                " evaluation.recall.lengths_tokens",
+            )
+        return rendered(n_words)
+
+    def _text(self, generator: random.Random, n_characters: int) -> str:
+        """Paragraphs in their order from a random one on, the first following the last."""
+        first = generator.randrange(len(self._paragraphs)) if self._paragraphs else 0
+        chosen: list[str] = []
+        for paragraph in [*self._paragraphs[first:], *self._paragraphs[:first]]:
+            if n_characters <= 0:
+                break
+            chosen.append(paragraph)
+            n_characters -= len(paragraph)
+        return "\n\n".join(chosen)
+
+    def _render(self, text: str, fact: recall.Fact, depth_fraction: float) -> Needle:
+        lines = text.split("\n")
+        lines.insert(round(depth_fraction * len(lines)), f"\n{fact.statement}\n")
+        messages = [
+            {"role": "user", "content": "\n".join([*lines, "", fact.question]).strip()},
+            {"role": "assistant", "content": fact.code},
+        ]
+        rendering = self._renderer.render(messages)
+        (answer,) = rendering.supervised_spans
+        return Needle(fact, rendering.input_ids, answer)
+
+
+def default_lengths(window: int | None, context_tokens: int) -> list[int]:
+    """A quarter, a half, one, two and four windows; without a window as many parts of the context.
+
+    Lengths beyond the context are left out.
+    """
+    longest = context_tokens if window is None else 4 * window
+    lengths = [longest * part // 16 for part in (1, 2, 4, 8, 16)]
+    return [length for length in lengths if length <= context_tokens]

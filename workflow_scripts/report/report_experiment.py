@@ -1,0 +1,345 @@
+"""What one change does to a model, over several seeds: loss by position and recall of facts.
+
+The runs are grouped into arms by what they differ in beside their seeds, and compared seed by
+seed; a difference that is no larger than its error is called that.
+
+python -m workflow_scripts.report.report_experiment --runs '{"best-fit-0": {"packing": …}, …}'
+    --results results --tsv experiment.tsv --markdown experiment.md --html experiment.html
+    --figure experiment.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from workflow_scripts import files, log
+from workflow_scripts.report.arms import Arm, Difference, Seeds, difference, find_arms
+from workflow_scripts.report.tables import Table, with_error
+
+OUTPUT_VERSION = 1
+NOT_MEASURABLE = "not measurable"
+logger = log.stage_logger("report_experiment")
+
+Scores = Mapping[str, Any]
+Values = dict[Seeds, float]
+
+
+class Figure(NamedTuple):
+    """One thing that is measured of every run."""
+
+    title: str
+    of: Callable[[str], float]
+    """By the run's name."""
+    digits: int
+    """Shown behind the point."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything measured in an experiment."""
+
+    factors: Sequence[str]
+    arms: Sequence[Arm]
+    positions: Mapping[str, Scores]
+    """Of evaluate_positions, by run."""
+    recall: Mapping[str, Scores]
+    """Of evaluate_recall, by run."""
+
+    @property
+    def first(self) -> Scores:
+        """Positions of some run: what all runs share is read from it."""
+        return next(iter(self.positions.values()))
+
+    @property
+    def n_seeds(self) -> int:
+        return len(self.arms[0].runs)
+
+    def lengths(self) -> list[int]:
+        """Of the recall prompts, tokens, ascending."""
+        cells = next(iter(self.recall.values()))["cells"]
+        return sorted({cell["length_tokens"] for cell in cells})
+
+    def recalls(self) -> bool:
+        """Whether any run found any fact in the shortest prompts: else 0 % says nothing of how far
+        the models see."""
+        shortest = self.lengths()[0]
+        return any(
+            cell["n_exact"]
+            for scores in self.recall.values()
+            for cell in scores["cells"]
+            if cell["length_tokens"] == shortest
+        )
+
+    @property
+    def chance_nats(self) -> float:
+        """What guessing costs in a recall prompt."""
+        return next(iter(self.recall.values()))["chance_nats_per_answer"]
+
+    def values(self, arm: Arm, figure: Figure) -> Values:
+        """A figure of each run of an arm."""
+        return {seeds: figure.of(run) for seeds, run in arm.runs.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs' settings, by name")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--tsv", type=Path, required=True, help="to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="to write")
+    parser.add_argument("--html", type=Path, required=True, help="to write")
+    parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
+    arguments = parser.parse_args(argv)
+
+    runs = json.loads(arguments.runs)
+    factors, arms = find_arms(runs)
+    positions, recall = (
+        {
+            run: files.read_json(arguments.results / "runs" / run / "evaluation" / f"{name}.json")
+            for run in runs
+        }
+        for name in ("positions", "recall")
+    )
+    check_same_questions(positions, recall)
+    results = Results(factors, arms, positions, recall)
+    table(results).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    draw(results, arguments.figure)
+    logger.info("wrote n_arms=%d n_seeds=%d path=%s", len(arms), results.n_seeds, arguments.html)
+
+
+def check_same_questions(positions: Mapping[str, Scores], recall: Mapping[str, Scores]) -> None:
+    """
+    Raises:
+        StageError: two runs were measured on different tokens or prompts.
+    """
+    measured_on = {
+        run: [
+            *((part["first_position"], part["n_scored_tokens"]) for part in scores["buckets"]),
+            *(
+                (cell["length_tokens"], cell["depth_fraction"], cell["n_prompts"])
+                for cell in recall[run]["cells"]
+            ),
+        ]
+        for run, scores in positions.items()
+    }
+    first, *others = measured_on
+    for run in others:
+        if measured_on[run] != measured_on[first]:
+            raise log.StageError(
+                "two runs of an experiment were measured on different things",
+                where=f"results/runs/{run}/evaluation, against those of {first}",
+                found=measured_on[run],
+                expected=measured_on[first],
+                to_fix="give all runs one model and one dataset",
+            )
+
+
+def table(results: Results) -> Table:
+    """A row a figure; a column an arm, then what each further arm differs by from the first."""
+    first, *others = results.arms
+    whose = {arm.name: f"{arm.name}: " if len(others) > 1 else "" for arm in others}
+    recalled = recall_figures(results)
+    rows = [row(results, figure) for figure in (perplexity(results), *position_figures(results))]
+    if results.recalls():
+        rows += [row(results, figure) for figure in recalled]
+    else:
+        cells = [NOT_MEASURABLE] * len(results.arms) + [""] * 2 * len(others)
+        rows += [[figure.title, *cells] for figure in recalled]
+    rows += [row(results, figure) for figure in cost_figures(results)]
+    return Table(
+        title=f"Experiment: {', '.join(results.factors)}",
+        note=" ".join([*verdicts(results), note(results)]),
+        header=[
+            "",
+            *(arm.name for arm in results.arms),
+            *(f"{arm.name} − {first.name}" for arm in others),
+            *(f"{whose[arm.name]}larger than its error" for arm in others),
+        ],
+        rows=rows,
+    )
+
+
+def row(results: Results, figure: Figure) -> list[str]:
+    """Mean and standard deviation over the seeds of each arm, and the differences."""
+    by_arm = [results.values(arm, figure) for arm in results.arms]
+    differences = [difference(values, by_arm[0]) for values in by_arm[1:]]
+    return [
+        figure.title,
+        *(with_error(*mean_and_deviation(values), figure.digits) for values in by_arm),
+        *(signed(one, figure.digits) for one in differences),
+        *("yes" if one.is_shown else "no" for one in differences),
+    ]
+
+
+def perplexity(results: Results) -> Figure:
+    return Figure("Perplexity", lambda run: results.positions[run]["perplexity"], 3)
+
+
+def position_figures(results: Results) -> list[Figure]:
+    """Perplexity of each bucket of positions."""
+
+    def figure(at: int, first: int, last: int) -> Figure:
+        return Figure(
+            f"Perplexity, positions {first:,}–{last:,}",
+            lambda run: results.positions[run]["buckets"][at]["perplexity"],
+            3,
+        )
+
+    return [
+        figure(at, bucket["first_position"], bucket["last_position"])
+        for at, bucket in enumerate(results.first["buckets"])
+    ]
+
+
+def recall_figures(results: Results) -> list[Figure]:
+    """Per cent of right answers by length, over all depths."""
+
+    def figure(length: int) -> Figure:
+        return Figure(
+            f"Facts recalled, {length:,} tokens, %",
+            lambda run: 100 * exact_of(results.recall[run], length),
+            1,
+        )
+
+    return [figure(length) for length in results.lengths()]
+
+
+def cost_figures(results: Results) -> list[Figure]:
+    """Nats of the right answer by length, over all depths."""
+
+    def figure(length: int) -> Figure:
+        return Figure(
+            f"Cost of the right answer, {length:,} tokens, nats",
+            lambda run: nats_of(results.recall[run], length),
+            2,
+        )
+
+    return [figure(length) for length in results.lengths()]
+
+
+def exact_of(scores: Scores, length: int) -> float:
+    """Share of right answers over all depths."""
+    cells = [cell for cell in scores["cells"] if cell["length_tokens"] == length]
+    return sum(cell["n_exact"] for cell in cells) / sum(cell["n_prompts"] for cell in cells)
+
+
+def nats_of(scores: Scores, length: int) -> float:
+    """Mean over all depths."""
+    cells = [cell for cell in scores["cells"] if cell["length_tokens"] == length]
+    return statistics.mean(cell["nats_per_answer"] for cell in cells)
+
+
+def mean_and_deviation(values: Values) -> tuple[float, float | None]:
+    """Over seeds; no deviation of a single one."""
+    return statistics.mean(values.values()), (
+        statistics.stdev(values.values()) if len(values) > 1 else None
+    )
+
+
+def signed(one: Difference, digits: int) -> str:
+    """`−0.123 ± 0.045`."""
+    sign = "−" if one.mean < 0 else "+"
+    return sign + with_error(abs(one.mean), one.half_width, digits)
+
+
+def verdicts(results: Results) -> list[str]:
+    """The answers in sentences: an arm each, and where there is none."""
+    first, *others = results.arms
+    start = results.values(first, perplexity(results))
+    said = []
+    for arm in others:
+        one = difference(results.values(arm, perplexity(results)), start)
+        share = one.mean / statistics.mean(start.values())
+        change = f"{abs(share):.1%} {'lower' if one.mean < 0 else 'higher'}"
+        if one.half_width is None:
+            judged = "with one seed no error is known"
+        elif one.is_shown:
+            judged = "that is larger than its error"
+        else:
+            judged = "that is no larger than its error, so no difference is shown"
+        said.append(
+            f"The perplexity of {arm.name} is {change} than that of {first.name}; {judged}."
+        )
+    if not results.recalls():
+        said.append("No run finds a fact even in the shortest prompts: recall is not measurable.")
+    return said
+
+
+def note(results: Results) -> str:
+    recall = next(iter(results.recall.values()))
+    n_prompts = sum(
+        cell["n_prompts"]
+        for cell in recall["cells"]
+        if cell["length_tokens"] == results.lengths()[0]
+    )
+    window = results.first["sliding_window"]
+    return (
+        f"Lower perplexity is better: {results.first['n_scored_tokens']:,} supervised tokens of"
+        f" {results.first['n_conversations']} validation conversations, each whole and alone, with"
+        f" {f'a window of {window:,} tokens' if window else 'full attention'}. Recall:"
+        f" {n_prompts} prompts a length, spread over depths; guessing costs"
+        f" {results.chance_nats:.1f} nats. {results.n_seeds} seeds an arm: ± is the"
+        " standard deviation over seeds; a difference is paired by seed, its ± a 95 % interval"
+        " (Student) over seeds, for these conversations and prompts."
+    )
+
+
+def draw(results: Results, path: Path) -> None:
+    """Perplexity by position, facts recalled and cost of the answer by length of the prompt; a line
+    an arm, bars of one standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "tramontane"
+    buckets = results.first["buckets"]
+    middles = [(bucket["first_position"] + bucket["last_position"] + 1) / 2 for bucket in buckets]
+    lengths = results.lengths()
+    by_position, by_length = "position in the conversation, tokens", "length of the prompt, tokens"
+    panels = [
+        ("Perplexity (lower is better)", by_position, middles, position_figures(results)),
+        ("Facts recalled, %", by_length, lengths, recall_figures(results)),
+        ("Cost of the right answer, nats (lower is better)", by_length, lengths)
+        + (cost_figures(results),),
+    ]
+    window = results.first["sliding_window"]
+    drawing, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for panel, (title, label, places, figures) in zip(axes, panels, strict=True):
+        for number, arm in enumerate(results.arms):
+            summaries = [mean_and_deviation(results.values(arm, figure)) for figure in figures]
+            panel.errorbar(
+                # Beside each other, so that bars do not hide bars.
+                [place * 1.03**number for place in places],
+                [mean for mean, _ in summaries],
+                yerr=[deviation or 0 for _, deviation in summaries],
+                marker="o",
+                capsize=3,
+                label=arm.name,
+            )
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(label)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        panel.grid(alpha=0.3)
+        if window:
+            panel.axvline(window, color="0.5", linestyle=":", linewidth=1, label="window")
+    _, recalled, cost = axes
+    recalled.set_ylim(-3, 103)
+    if not results.recalls():
+        recalled.text(0.5, 0.5, NOT_MEASURABLE, ha="center", transform=recalled.transAxes)
+    cost.axhline(results.chance_nats, color="0.5", linestyle="--", linewidth=1, label="guessed")
+    for panel in axes:
+        panel.legend(frameon=False, fontsize=8)
+    with files.atomic_file(path) as temporary:
+        drawing.savefig(temporary, metadata={"Date": None})
+    pyplot.close(drawing)
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
