@@ -123,7 +123,7 @@ class DemoDatasetSettings(Settings):
     """How many chats."""
     length: Literal["mixed", "long"] = "mixed"
     """`mixed`: most of 20 to 200 tokens, a few of up to 3,000; `long`: help texts pasted over
-    several turns with facts to recall, 300 to 4,000 tokens, grouped by the texts they hold."""
+    several turns with facts to recall, 250 to 3,800 tokens, grouped by the texts they hold."""
     seed: NonNegative = 0
     """Which questions are asked, in which order."""
 

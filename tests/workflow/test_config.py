@@ -11,6 +11,7 @@ from tests.workflow.conftest import REPOSITORY, jobs_of
 from workflow_scripts import settings_documents
 
 MODELS = sorted((REPOSITORY / "config" / "models").glob("*.yaml"))
+EXPERIMENTS = sorted((REPOSITORY / "config" / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("overlay", MODELS, ids=lambda path: path.stem)
@@ -27,6 +28,14 @@ def test_there_is_an_overlay_for_every_model_that_is_promised() -> None:
         for version in ("v0.1", "v0.2", "v0.3")
     } | {"mistral-nemo-base-2407", "mixtral-8x7b-v0.1"}
     assert wanted <= {path.stem for path in MODELS}
+
+
+@pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_trains_its_runs_and_exports_nothing(workflow, overlay: Path) -> None:
+    jobs = jobs_of(workflow("experiment", "-n", "--cores", 8, "--configfile", overlay))
+    assert jobs["train_adapter"] == jobs["evaluate_positions"] == jobs["evaluate_recall"] >= 6
+    assert jobs["report_experiment"] == 1
+    assert not {"merge_adapter", "convert_gguf", "package_release"} & jobs.keys()
 
 
 def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:

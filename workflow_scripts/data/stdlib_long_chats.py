@@ -1,7 +1,7 @@
 """Long conversations about the standard library: help texts that the user pastes, turn by turn,
 facts stated among them, and questions about all that was said before.
 
-From about 300 to 3,500 tokens. Every answer stands in the conversation itself, a few tokens or
+From about 250 to 3,800 tokens. Every answer stands in the conversation itself, a few tokens or
 several windows back, and is short, so that what is measured is how a model reads, not what it
 knows.
 
@@ -24,7 +24,7 @@ from workflow_scripts.models.stdlib_docs import Entry
 N_SHELVES = 40  # of about 70 texts, 4,500 tokens
 MAX_TEXT_CHARACTERS = 1_500  # a longer help text would be most of a short conversation
 MAX_SUMMARY_CHARACTERS = 200  # answers are short
-# About 3.2 characters a token with questions and answers (measured): 300 to 3,500 tokens.
+# About 3.2 characters a token with questions and answers (measured).
 MIN_CHARACTERS, MAX_CHARACTERS = 900, 11_000
 MAX_TEXTS_A_TURN = 3
 FACT_FRACTION = 0.5  # of the turns that paste
@@ -63,8 +63,8 @@ def pasted(entry: Entry) -> str:
 
 
 def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
-    """One conversation, as long as drawn evenly on a logarithmic scale: as many of 300 to 600
-    tokens as of 1,500 to 3,000."""
+    """One conversation, of a length drawn evenly on a logarithmic scale; its last turn goes
+    beyond."""
     shortest, longest = math.log(MIN_CHARACTERS), math.log(MAX_CHARACTERS)
     n_wanted = math.exp(generator.uniform(shortest, longest))
     unread = generator.sample(shelf, len(shelf))

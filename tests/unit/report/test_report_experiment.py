@@ -232,13 +232,22 @@ def test_the_figure_is_svg_that_names_arms_window_and_guessing(write):
     assert "<!-- not measurable" not in text
 
 
-def test_the_figure_says_where_recall_is_not_measurable(write, folder):
+def test_recall_that_is_not_measurable_is_not_drawn_as_0_per_cent(write, folder):
+    def n_lines(path):
+        root = ElementTree.parse(path).getroot()
+        groups = root.iter("{http://www.w3.org/2000/svg}g")
+        return sum(group.get("id", "").startswith("LineCollection") for group in groups)
+
+    drawn = n_lines(write()["svg"])
+
     def forget(scores):
         for cell in scores["cells"]:
             cell["n_exact"] = 0
 
     change(folder, "recall", forget)
-    assert "<!-- not measurable" in write()["svg"].read_text()
+    path = write()["svg"]
+    assert "<!-- not measurable" in path.read_text()
+    assert n_lines(path) == drawn * 2 // 3 > 0  # of three panels two have lines with bars
 
 
 def test_a_model_without_a_window_has_no_line_for_it(write, folder):
