@@ -124,8 +124,6 @@ class Rows(Sequence[Row]):
             return NotImplemented
         return list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # equal by content
-
 
 def best_fit(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
     """Every piece whole in one row, the rows as full as best-fit decreasing makes them.

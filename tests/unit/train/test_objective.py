@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.train import one_step
+from tests.unit.train import one_step, sharded_step
+from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.packing import STRATEGIES, Pieces
 from workflow_scripts.data.plan import read_plan, write_plan
+from workflow_scripts.train.batches import Collator
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTHS = [40, 9, 23, 3, 31, 12, 6, 17, 28, 14]
@@ -66,7 +68,8 @@ def one_document_a_micro_batch(prepared, tmp_path_factory):
 
 def largest_difference(found, expected):
     """Of losses and gradients, relative to the largest entry of each."""
-    assert found.keys() == expected.keys() and len(found) == 2 + 28
+    assert found.keys() == expected.keys()
+    assert sum("lora" in name for name in found) == 28
     assert all(part.abs().max() > 0 for part in expected.values())
     return max(
         float((found[name] - part).abs().max() / part.abs().max())
@@ -110,6 +113,26 @@ def test_a_step_is_the_same_on_two_processes(
     for rank in (0, 1):
         found = load_file(tmp_path / f"rank-{rank}.safetensors")
         assert largest_difference(found, one_document_a_micro_batch) <= TOLERANCE
+
+
+def test_a_sharded_model_has_the_loss_and_gradients_of_the_whole(prepared, tmp_path):
+    """FSDP2 over two processes, each with its rows, against the model whole with all of them."""
+    paths = prepared.paths("best_fit", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tests.unit.train.sharded_step"]
+    for name in ("checkpoint", "documents", "plan", "folder"):
+        command += [f"--{name}", str(paths[name])]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "sharded.safetensors")
+
+    model = sharded_step.adapted(prepared.checkpoint)
+    rows = list(read_plan(paths["plan"]).rows)
+    collate = Collator(Documents(prepared.documents), crosses_documents=False)
+    loss = model(**collate(rows)).loss
+    loss.backward()
+    expected = {"loss": loss.detach()[None], **sharded_step.gradients(model)}
+    assert largest_difference(found, expected) <= TOLERANCE
 
 
 def test_attention_across_documents_is_another_objective(
