@@ -60,15 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
             report |= summarize(score_documents(model, shown))
     else:
-        from workflow_scripts.scoring.transformers_model import TransformersModel
-
         precision = links.measured_precision(arguments.precision)
-        model = TransformersModel(
-            arguments.checkpoint,
-            window=facts["sliding_window"],
-            precision=precision,
-            adapter=arguments.adapter,
-        )
+        model = links.load_transformers(arguments, facts)
         shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
         scores = score_documents(model, shown)
         report |= {"precision": precision} | summarize(scores)
