@@ -24,6 +24,7 @@ localrules:
     evaluate,
     report,
     experiment,
+    sweep,
 
 
 rule all:
@@ -76,3 +77,9 @@ rule experiment:
     """Runs of an overlay in config/experiments/, trained and compared; nothing is exported."""
     input:
         experiment_files(),
+
+
+rule sweep:
+    """Runs of the recipes with lists of values, trained, scored on validation, ranked; not exported."""
+    input:
+        lambda wildcards: sweep_files(),

@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow_scripts import environment
+from workflow_scripts import environment, sweeps
 from workflow_scripts.data import sources
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import ReadingSettings, load_config
@@ -22,6 +22,9 @@ except StageError as error:
 environment.prepare(Path(workflow.basedir))
 
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
+# Runs with lists in their recipe, each with the names of the runs that it stands for.
+SWEEPS = sweeps.expand(config).runs
+SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
 QUANTIZATIONS = list(CONFIG.gguf.quantizations)
 GGUF_TYPES = ["F16", *QUANTIZATIONS]
 GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
@@ -67,6 +70,13 @@ def tokenizer_version(wildcards):
     """`--version` where the config says what the checkpoint's own files would else be asked for."""
     version = CONFIG.models[wildcards.model].tokenizer_version
     return ["--version", version] if version else []
+
+
+def facts_arguments(wildcards):
+    """What the config says of a model beside the checkpoint's own files, where it says anything."""
+    scaling = CONFIG.models[wildcards.model].rope_scaling
+    rope = ["--rope-scaling", scaling.model_dump_json()] if scaling else []
+    return tokenizer_version(wildcards) + rope
 
 
 def output_version(stage):
@@ -119,6 +129,19 @@ def gpus_for_run(wildcards):
     return 0 if CONFIG.models[CONFIG.runs[wildcards.run].model].generate else 1
 
 
+def gpus_for_training(wildcards):
+    """GPU slots of a training job, on all its nodes; none for the demo's model."""
+    training = CONFIG.training
+    return gpus_for_run(wildcards) * training.gpus * training.nodes
+
+
+def training_json(resources):
+    """The table `training`, with as many GPUs a node as the job was given: a profile may have
+    fewer. Without a GPU slot there are as many processes as the table says."""
+    gpus = resources.gpu // CONFIG.training.nodes or CONFIG.training.gpus
+    return CONFIG.training.model_copy(update={"gpus": gpus}).model_dump_json()
+
+
 def gpus_for_model(wildcards):
     return 0 if CONFIG.models[wildcards.model].generate else 1
 
@@ -151,7 +174,7 @@ def held_out_files(dataset):
 
 # Looked for here, so that a file which is not there stops everything with its message alone.
 try:
-    for run in RUNS.values():
+    for run in [*RUNS.values(), *(CONFIG.runs[name] for name in SWEEP_RUNS)]:
         source_files(run.dataset), held_out_files(run.dataset)
 except StageError as error:
     raise WorkflowError(f"datasets.{run.dataset}: {error}") from None
@@ -285,14 +308,33 @@ def experiment_files():
     return expand("results/report/experiment.{form}", form=["tsv", "md", "html", "svg"])
 
 
+def sweep_files():
+    """Of the sweeps in `runs`: every combination trained, scored on validation and ranked."""
+    if not SWEEPS:
+        raise WorkflowError(
+            "no run of this config is a sweep\n"
+            "  where:    runs.<name>.recipe\n"
+            "  to fix:   --configfile config/experiments/learning_rate.yaml shows one: a recipe with"
+            " `sweep: true` and a list of values"
+        )
+    return expand("results/report/sweep.{form}", form=["tsv", "md", "html", "svg"])
+
+
 def release_files():
     return expand("results/runs/{run}/release", run=RUNS)
 
 
-def live_adapter(input):
-    """Arguments of the link `adapter`: applied live to the 4-bit base it was trained on."""
+def trained_precision(wildcards):
+    """How the base of a run was loaded for training; its scores as trained are taken on the same."""
+    method = CONFIG.recipes[CONFIG.runs[wildcards.run].recipe].method
+    return {"qlora": "nf4", "lora_int8": "int8"}.get(method, "native")
+
+
+def live_adapter(wildcards, input):
+    """Arguments of the link `adapter`: what was trained, live on the base it was trained on."""
     adapter = str(Path(input.adapter).parent)
-    return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", "nf4"]
+    precision = trained_precision(wildcards)
+    return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", precision]
 
 
 def runs_json():
@@ -314,3 +356,24 @@ def experiment_json():
             for name, run in RUNS.items()
         }
     )
+
+
+def sweep_json():
+    """Every sweep with what its runs share, and the swept values of each."""
+    combinations = sweeps.expand(config).recipes
+    return json.dumps(
+        {
+            sweep: {
+                "recipe": combinations[CONFIG.runs[runs[0]].recipe].recipe,
+                "runs": {name: swept_values(name, combinations) for name in runs},
+            }
+            for sweep, runs in SWEEPS.items()
+        }
+    )
+
+
+def swept_values(name, combinations):
+    """The swept keys of a run with the values as validated: `2e-4` is a number."""
+    recipe = CONFIG.runs[name].recipe
+    settings = CONFIG.recipes[recipe].model_dump(mode="json")
+    return {key: settings[key] for key in combinations[recipe].values}

@@ -68,7 +68,7 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
     benchmark:
         "benchmarks/runs/{run}/evaluate_perplexity/adapter.tsv"
     params:
-        link=lambda wildcards, input: live_adapter(input),
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
 
@@ -164,7 +164,7 @@ use rule benchmark_inference_merged as benchmark_inference_adapter with:
     benchmark:
         "benchmarks/runs/{run}/benchmark_inference/adapter.tsv"
     params:
-        link=lambda wildcards, input: live_adapter(input),
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.inference.model_dump_json(),
         output_version=output_version("evaluate/benchmark_inference"),
 
@@ -191,7 +191,7 @@ rule evaluate_positions:
         mem_mb=lambda wildcards, attempt: 32_000 * attempt,
         runtime=240,  # minutes
     params:
-        link=lambda wildcards, input: live_adapter(input),
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),
         output_version=output_version("evaluate/evaluate_positions"),
     shell:
@@ -222,10 +222,26 @@ rule evaluate_recall:
         mem_mb=lambda wildcards, attempt: 32_000 * attempt,
         runtime=240,  # minutes
     params:
-        link=lambda wildcards, input: live_adapter(input),
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.recall.model_dump_json(),
         output_version=output_version("evaluate/evaluate_recall"),
     shell:
         "python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --chats {input.chats:q}"
         " --settings {params.settings:q} --scores {output.scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_perplexity_adapter as evaluate_validation with:
+    # Sweeps choose by it: the test split stays unseen.
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/validation.json",
+    log:
+        "logs/runs/{run}/evaluate_validation.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_validation.tsv"

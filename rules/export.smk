@@ -2,6 +2,7 @@ rule merge_adapter:
     """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -22,12 +23,12 @@ rule merge_adapter:
         output_version=output_version("export/merge_adapter"),
     shell:
         "python -m workflow_scripts.export.merge_adapter --checkpoint {input.checkpoint:q}"
-        " --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
         " --merged {output.merged:q} > {log:q} 2>&1"
 
 
 rule check_merged:
-    """Gate: merged = base + adapter, and no worse than the adapter on its 4-bit base."""
+    """Gate: merged = base + adapter, and no worse than the adapter on the base it was trained on."""
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),
         facts=of_run("results/models/{model}/facts.json"),
@@ -50,11 +51,12 @@ rule check_merged:
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         adapter=subpath(input.adapter, parent=True),
+        precision=trained_precision,
         output_version=output_version("export/check_merged"),
     shell:
         "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
-        " --facts {input.facts:q} --adapter {params.adapter:q} --merged {input.merged:q}"
-        " --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --facts {input.facts:q} --adapter {params.adapter:q} --precision {params.precision}"
+        " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"
 
 

@@ -61,7 +61,7 @@ rule read_model_facts:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=30,  # minutes: every byte is hashed
     params:
-        version=tokenizer_version,
+        version=facts_arguments,  # another name here would hash every model again
         output_version=output_version("models/read_model_facts"),
     shell:
         "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"

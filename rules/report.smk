@@ -194,3 +194,39 @@ rule report_experiment:
         "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"
         " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
+
+
+rule report_sweep:
+    """Which values of a recipe are best, by validation scores: a ranking of every sweep in `runs`."""
+    input:
+        scores=expand("results/runs/{run}/evaluation/validation.json", run=SWEEP_RUNS),
+        manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=SWEEP_RUNS),
+    output:
+        tsv="results/report/sweep.tsv",
+        markdown="results/report/sweep.md",
+        html=report(
+            "results/report/sweep.html",
+            caption="../workflow_scripts/report/captions/sweep.rst",
+            category="Sweep",
+        ),
+        figure=report(
+            "results/report/sweep.svg",
+            caption="../workflow_scripts/report/captions/sweep.rst",
+            category="Sweep",
+        ),
+    log:
+        "logs/report/report_sweep.log",
+    benchmark:
+        "benchmarks/report/report_sweep.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        sweeps=sweep_json(),
+        output_version=output_version("report/report_sweep"),
+    shell:
+        "python -m workflow_scripts.report.report_sweep --sweeps {params.sweeps:q}"
+        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"

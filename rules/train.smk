@@ -1,11 +1,40 @@
+rule plan_memory:
+    """Gate: the run fits into the GPU's memory, or the nearest settings that do are named."""
+    input:
+        facts=of_run("results/models/{model}/facts.json"),
+        plan=of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
+    output:
+        memory_plan="results/runs/{run}/memory_plan.json",
+    log:
+        "logs/runs/{run}/plan_memory.log",
+    benchmark:
+        "benchmarks/runs/{run}/plan_memory.tsv"
+    conda:
+        "../envs/train.yaml"
+    resources:
+        gpu=gpus_for_training,
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        recipe=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
+        training=CONFIG.training.model_dump_json(),
+        output_version=output_version("train/plan_memory"),
+    shell:
+        "python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
+        " --plan {input.plan:q} --recipe {params.recipe:q} --training {params.training:q}"
+        " --memory-plan {output.memory_plan:q} > {log:q} 2>&1"
+
+
 rule train_adapter:
-    """QLoRA over the rows of the plan; resumes from its own checkpoints, which are no output."""
+    """An adapter, over the rows of the plan; resumes from its own checkpoints, which are no output."""
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),
         facts=of_run("results/models/{model}/facts.json"),
         train=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
         validation=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
         plan=of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
+        # Gate, read by none; another GPU makes another plan, and the same adapter.
+        memory_plan=ancient("results/runs/{run}/memory_plan.json"),
     output:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -19,16 +48,21 @@ rule train_adapter:
         "../envs/train.yaml"
     threads: 8
     resources:
-        gpu=gpus_for_run,
+        gpu=gpus_for_training,
+        nodes=CONFIG.training.nodes,
         mem_mb=lambda wildcards, attempt: 16_000 * attempt,
         runtime=1440,  # minutes
     params:
         settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
+        # Made of the resources, so that Snakemake does not train again when it changes.
+        training=lambda wildcards, resources: training_json(resources),
         tokens=subpath(input.train, parent=True),
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),
     shell:
         "python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokens {params.tokens:q} --plan {input.plan:q}"
-        " --settings {params.settings:q} --resume-from checkpoints/{wildcards.run:q}"
+        " --settings {params.settings:q} --training {params.training:q}"
+        " --resume-from checkpoints/{wildcards.run:q}"
+        " --curves logs/runs/{wildcards.run:q}/tensorboard"
         " --adapter {params.adapter:q} > {log:q} 2>&1"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from workflow_scripts import sweeps
 from workflow_scripts.log import StageError
 
 Table = TypeVar("Table", bound="Settings")
@@ -41,15 +43,35 @@ Count = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_not_a_boolean), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_not_a_boolean), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0, le=1)]
+NonNegativeNumber = Annotated[
+    float, BeforeValidator(_not_a_boolean), Field(ge=0, allow_inf_nan=False)
+]
 
 
-def _kv_rank(value: object) -> object:
-    if value not in ("uniform", "matched") and not re.fullmatch("[1-9][0-9]*", str(value)):
-        raise ValueError(f"found {value!r}, expected 'uniform', 'matched' or a whole number from 1")
-    return value
+def _named_or_count(*names: str) -> BeforeValidator:
+    """One message for the whole choice, where pydantic would have one for each of its types."""
+
+    def check(value: object) -> object:
+        if value not in names and not re.fullmatch("[1-9][0-9]*", str(value)):
+            choice = ", ".join(map(repr, names))
+            raise ValueError(f"found {value!r}, expected {choice} or a whole number from 1")
+        return value
+
+    return BeforeValidator(check)
 
 
-KvRank = Annotated[Literal["uniform", "matched"] | Count, BeforeValidator(_kv_rank)]
+def _on_off(value: object) -> object:
+    # YAML reads a bare `off` as false.
+    return {False: "off", True: "full"}[value] if isinstance(value, bool) else value
+
+
+KvRank = Annotated[Literal["uniform", "matched"] | Count, _named_or_count("uniform", "matched")]
+MicroBatchRows = Annotated[Literal["auto"] | Count, _named_or_count("auto")]
+Checkpointing = Annotated[
+    Literal["auto", "off", "full"] | Count,
+    _named_or_count("auto", "off", "full"),
+    BeforeValidator(_on_off),
+]
 
 # Names become folder names and wildcards.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -85,6 +107,18 @@ class DemoModelSettings(Settings):
     """Initial weights and order of the text."""
 
 
+class RopeScalingSettings(Settings):
+    """`models.<name>.rope_scaling`: positions stretched, for a longer context than the base's."""
+
+    type: Literal["linear", "yarn", "dynamic"] = "yarn"
+    """`linear` (arXiv:2306.15595), `yarn` (arXiv:2309.00071), or `dynamic` NTK, which GGUF has no
+    form of: a run with it ends before `export`."""
+    factor: Annotated[Positive, Field(gt=1)]
+    """New context ÷ the context the base was trained on."""
+    original_context_tokens: Count | None = None
+    """Context the base was trained on; null is what its config.json says."""
+
+
 class ModelSettings(Settings):
     """`models.<name>`: where a base model comes from; exactly one of `source` and `generate`."""
 
@@ -98,6 +132,8 @@ class ModelSettings(Settings):
     tokenizer_version: Literal["v1", "v2", "v3", "v7", "tekken"] | None = None
     """Version of the tokenizer and of the chat format; null reads it from the checkpoint's own
     files."""
+    rope_scaling: RopeScalingSettings | None = None
+    """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
@@ -333,41 +369,137 @@ class PackingSettings(Settings):
 
 
 class RecipeSettings(Settings):
-    """`recipes.<name>`: LoRA, quantization of the base in training, optimizer."""
+    """`recipes.<name>`: what is trained and how it learns; all that decides the result."""
 
+    method: Literal["qlora", "lora_int8", "lora", "full"] = "qlora"
+    """`qlora`: LoRA on the base in 4 bits (NF4, double quantization); `lora_int8`: in 8 bits;
+    `lora`: in 16 bits; `full`: no adapter, every weight trains (small models)."""
     rank: Count = 32
     """LoRA rank."""
     alpha: Positive = 64
-    """LoRA alpha; the adapter's scale is alpha ÷ rank, the same for every module."""
+    """LoRA alpha; the adapter's scale is alpha ÷ rank (rsLoRA: ÷ √rank), the same for every
+    module."""
     kv_rank: KvRank = "uniform"
     """Rank of k and v: `uniform` as the rest, `matched` rank × kv heads ÷ heads (the same
     budget a head), or a number."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Modules that get an adapter: every linear layer, or a list (`[q_proj, v_proj]`)."""
+    adapts_experts: bool = False
+    """A mixture's experts get adapters as well; without, its attention alone is adapted."""
+    trains_router: bool = False
+    """A mixture's router trains too, as a whole; frozen otherwise."""
+    router_loss_coefficient: NonNegativeNumber = 0.0
+    """Weight of the mixture's load-balancing loss, beside the loss of the tokens; 0 leaves it
+    out."""
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = []
+    """Layers that train whole beside the adapter, for embeddings of new tokens; kept in
+    float32."""
+    dora: bool = False
+    """DoRA (arXiv:2402.09353): direction by LoRA, magnitude by a vector of its own; slower."""
+    rslora: bool = False
+    """rsLoRA (arXiv:2312.03732): scale alpha ÷ √rank, for high ranks."""
+    loraplus_ratio: Annotated[Positive, Field(ge=1)] | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of B ÷ that of A; null is the same for both."""
+    dropout: Annotated[Fraction, Field(lt=1)] = 0.0
+    """LoRA dropout; above 0 costs two thirds more activation memory."""
+    neftune_alpha: Positive | None = None
+    """NEFTune (arXiv:2310.05914): noise on the embeddings of training, 5 in the paper; null is
+    none."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_paged_8bit", "adafactor"] = "adamw"
+    """AdamW (fused), with 8-bit state, with 8-bit state paged to the CPU (bitsandbytes), or
+    Adafactor."""
+    adam_beta2: Annotated[Fraction, Field(gt=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment."""
     learning_rate: Positive = 1.4e-4
     """Peak of the schedule."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after warm-up; `wsd` is warm-up, stable, decay (arXiv:2404.06395)."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: Annotated[float, BeforeValidator(_not_a_boolean), Field(ge=0)] = 0.0
-    """AdamW's, on the adapter's weights."""
+    decay_fraction: Fraction = 0.1
+    """`wsd`: share of the steps, at the end, in which the learning rate falls to 0."""
+    weight_decay: NonNegativeNumber = 0.0
+    """Decoupled weight decay, on what trains."""
     max_gradient_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     epochs: Positive = 1.0
     """Passes over the packed rows."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps, whatever `epochs` says; null is no limit."""
-    rows_per_micro_batch: Count = 1
-    """Rows of one forward and backward pass."""
-    micro_batches_per_step: Count = 1
-    """Passes accumulated into one optimizer step."""
+    rows_per_step: Count = 8
+    """Rows of one optimizer step, over all micro-batches and GPUs. How many micro-batches share
+    them changes nothing but rounding; several GPUs take rows of like cost, so that which rows share
+    a step may differ."""
     evaluations: NonNegative = 2
     """How often the validation loss is taken during training, evenly spaced; 0 is never."""
-    checkpoint_steps: Count = 100
-    """Steps between resumable checkpoints."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    validation_conversations: Count | None = 1000
+    """Conversations it is taken on, the first of the split's order; null is all."""
+    keeps_best: bool = True
+    """The weights of the lowest validation loss are the result; false takes the last ones."""
+    early_stopping: Count | None = None
+    """Stop after so many evaluations in a row without a lower validation loss; null is never."""
     seed: NonNegative = 0
-    """Adapter's initial weights."""
+    """Adapter's initial weights, order of the rows, noise."""
+    sweep: bool = False
+    """Every value given as a list stands for a run each: `learning_rate: [1e-4, 2e-4]`
+    (`snakemake sweep`)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RecipeSettings:
+        adapter_only = ("dora", "rslora", "loraplus_ratio", "modules_to_save", "adapts_experts")
+        if self.method == "full":
+            for key in adapter_only:
+                if getattr(self, key):
+                    raise ValueError(f"{key}: `method: full` has no adapter")
+        if self.adapts_experts and (self.dora or self.dropout):
+            raise ValueError("adapts_experts: experts take neither `dora` nor `dropout`")
+        if self.early_stopping is not None and self.evaluations <= self.early_stopping:
+            raise ValueError(
+                f"early_stopping: found {self.early_stopping}, which {self.evaluations} evaluations"
+                " never reach; raise `evaluations`"
+            )
+        if self.warmup_fraction + self.decay_fraction > 1 and self.schedule == "wsd":
+            raise ValueError("warmup_fraction + decay_fraction: at most 1 is expected")
+        return self
+
+
+class TrainingSettings(Settings):
+    """`training`: how training runs on your machine. It changes speed and memory, nothing that is
+    learned but rounding, so a change here re-runs no step."""
+
+    rows_per_micro_batch: MicroBatchRows = "auto"
+    """Rows of one forward and backward pass on each GPU; `auto` takes what fits and is fastest
+    (`plan_memory`)."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Recompute activations in the backward pass, for less memory and up to half more time: of no
+    layer, of every layer, or of so many, evenly spread; `auto` as few as memory allows."""
+    offload_activations: Literal["auto"] | bool = "auto"
+    """Keep what checkpointing saves in the CPU's memory: for very long rows; `auto` where nothing
+    else fits."""
+    kernels: Literal["auto", "liger", "torch"] = "auto"
+    """Kernels of RoPE, RMSNorm and SwiGLU: Liger's (Triton) or PyTorch's; `auto` is Liger's on a
+    CUDA GPU where `liger-kernel` is installed."""
+    compile: bool = False
+    """torch.compile of each layer: minutes at the start, then faster steps."""
+    memory_gb: Positive | None = None
+    """GPU memory the planner may count on, GB (10⁹ bytes); null is what is free when training
+    starts."""
+    gpus: Count = 1
+    """GPUs of a training job on each node; needs `rows_per_step` to be a multiple of all of
+    them."""
+    nodes: Count = 1
+    """Nodes of a training job, under Slurm."""
+    parallelism: Literal["ddp", "fsdp2"] = "ddp"
+    """Several GPUs: `ddp`, the model on each of them; `fsdp2`, its weights shared out."""
+    checkpoint_steps: Count = 100
+    """Optimizer steps between resumable checkpoints."""
+    checkpoints_kept: Count = 2
+    """Newest resumable checkpoints kept."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where curves go while training: TensorBoard (`logs/runs/<run>/tensorboard`), Weights &
+    Biases, MLflow."""
+    tracker_project: str = "tramontane"
+    """Project or experiment that the tracker files the runs under."""
 
 
 class RunSettings(Settings):
@@ -468,6 +600,8 @@ class Config(Settings):
     """Training recipes by name."""
     runs: dict[Name, RunSettings]
     """A run trains one model on one dataset with one packing and one recipe."""
+    training: TrainingSettings = TrainingSettings()
+    """How training runs on this machine."""
     build: Annotated[list[str], Field(min_length=1)]
     """Names of the runs to build; in an overlay this list replaces the one before."""
     gguf: GgufSettings = GgufSettings()
@@ -537,12 +671,16 @@ RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "
 
 
 def load_config(config: Mapping[str, Any]) -> Config:
-    """Validate a whole config.
+    """Validate a whole config, its sweeps expanded into the recipes and runs they stand for.
 
     Raises:
         SettingsError: one message that lists every problem by its key's path.
     """
-    return _validated(Config, config, "the config cannot be built")
+    what = "the config cannot be built"
+    expanded = sweeps.expand(config)
+    if expanded.problems:
+        raise SettingsError("\n  ".join([what, *expanded.problems]))
+    return _validated(Config, expanded.config, what, expanded.recipes)
 
 
 def settings_from_json(table: type[Table], text: str) -> Table:
@@ -558,22 +696,62 @@ def settings_from_json(table: type[Table], text: str) -> Table:
     return _validated(table, content, "--settings cannot be used")
 
 
-def _validated(table: type[Table], content: object, what: str) -> Table:
+def _validated(
+    table: type[Table],
+    content: object,
+    what: str,
+    swept: Mapping[str, sweeps.Combination] = MappingProxyType({}),
+) -> Table:
     try:
         return table.model_validate(content)
     except ValidationError as error:
-        problems = "\n".join(
-            f"  {line}" for problem in error.errors() for line in _describe(table, problem)
-        )
-        raise SettingsError(f"{what}\n{problems}") from error
+        lines = [line for problem in error.errors() for line in _describe(table, problem, swept)]
+        # A value of a sweep is in many recipes, and wrong once.
+        raise SettingsError("\n  ".join([what, *dict.fromkeys(lines)])) from error
 
 
-def _describe(table: type[Settings], problem: Mapping[str, Any]) -> Iterator[str]:
+# What pydantic puts into a path that is no key of ours: types of a choice, `[key]` of a table.
+_NO_KEY = re.compile(r"constrained-str|\[key\]|(literal|list|dict)\[.*\]")
+
+
+def _written_path(
+    location: Sequence[int | str], swept: Mapping[str, sweeps.Combination]
+) -> tuple[int | str, ...]:
+    """Where a value stands in the config as written: `recipes.lora.rank[1]`."""
+    match tuple(location):
+        case ("recipes", str(name), str(key), *rest) if name in swept:
+            combination = swept[name]
+            is_one = key in combination.places and key in RecipeSettings.model_fields
+            place = f"[{combination.places[key]}]" if is_one else ""
+            return "recipes", combination.recipe, f"{key}{place}", *rest
+        case path:
+            return path
+
+
+def _describe(
+    table: type[Settings],
+    problem: Mapping[str, Any],
+    swept: Mapping[str, sweeps.Combination],
+) -> Iterator[str]:
     """One line or more a problem: the key's path, what was found, what would be right."""
     path = ".".join(
-        str(part) for part in problem["loc"] if part not in ("constrained-str", "[key]")
+        str(part)
+        for part in _written_path(problem["loc"], swept)
+        if not _NO_KEY.fullmatch(str(part))
     )
     path = path or "top level"
+    found = problem["input"]
+    lines = _explain(table, problem, path)
+    if isinstance(found, list) and found and problem["loc"][:1] == ("recipes",):
+        name = problem["loc"][1]
+        if len(problem["loc"]) > 2 and name not in swept:
+            lines = (
+                f"{line}; for a run of each value set recipes.{name}.sweep: true" for line in lines
+            )
+    yield from lines
+
+
+def _explain(table: type[Settings], problem: Mapping[str, Any], path: str) -> Iterator[str]:
     found = problem["input"]
     match problem["type"]:
         case "extra_forbidden":
@@ -634,17 +812,29 @@ def config_schema() -> dict[str, Any]:
     schema["title"] = "Tramontane config"
     # An overlay holds only what it changes.
     schema.pop("required", None)
+    # A sweep has lists of values; which of them are right is found out by expanding it.
+    recipe = schema["$defs"]["RecipeSettings"]["properties"]
+    for key in recipe.keys() - {"sweep"}:
+        recipe[key] = _value_or_list(recipe[key])
     return schema
+
+
+def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an option, or of a list of its values."""
+    about = {key: value[key] for key in ("title", "description", "default") if key in value}
+    one = {key: part for key, part in value.items() if key not in about}
+    return about | {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
 
 
 def option_tables() -> str:
     """Markdown: every option with its meaning, unit and default, a table a settings class."""
     sections = []
     for table in (
-        Config, ModelSettings, DemoModelSettings, DatasetSettings, SourceSettings,
-        DemoDatasetSettings, CleaningSettings, NearDuplicateSettings, DecontaminationSettings,
-        RenderingSettings, PreviewSettings, PackingSettings, RecipeSettings, RunSettings,
-        GgufSettings, EvaluationSettings, GateSettings, InferenceSettings, RecallSettings,
+        Config, ModelSettings, RopeScalingSettings, DemoModelSettings, DatasetSettings,
+        SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
+        DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
+        RecipeSettings, TrainingSettings, RunSettings, GgufSettings, EvaluationSettings,
+        GateSettings, InferenceSettings, RecallSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

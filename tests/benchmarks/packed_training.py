@@ -29,12 +29,13 @@ from tests.benchmarks import measured_command
 from tests.benchmarks.machine import REPOSITORY, circumstances, version_in, versions
 from tests.benchmarks.model_shapes import CONFIGS
 from tests.benchmarks.packed_training_table import table
-from tests.benchmarks.training_contestants import CONTESTANTS, SEED
+from tests.benchmarks.training_contestants import SEED
 from tests.benchmarks.training_documents import write_documents
 from workflow_scripts import files, log
 
 logger = log.stage_logger("packed_training")
 
+CONTESTANTS = ("none", "concatenate", "best_fit", "best_fit_transformers", "trl")
 PACKAGES = "torch transformers peft accelerate bitsandbytes".split()
 
 

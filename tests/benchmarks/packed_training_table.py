@@ -43,9 +43,10 @@ def _rows(rows: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    whole = [run for run in runs if "out_of_memory" not in run]
+    whole = [run for run in runs if "failed" not in run]
     if len(whole) < len(runs):
-        return f"| {name} | out of memory |" + " |" * 7
+        reasons = [run["failed"].partition(":")[0] for run in runs if "failed" in run]
+        return f"| {name} | {reasons[0]} |" + " |" * 7
 
     def median(key: str) -> float:
         return statistics.median(run[key] for run in whole)

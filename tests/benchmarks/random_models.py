@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.models.checkpoint import compute_dtype
+from workflow_scripts.models.checkpoint import compute_dtype, default_device
 
 if TYPE_CHECKING:
     from torch import device
@@ -68,4 +68,13 @@ def random_nf4_model(
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     model.eval()  # as loaded
+    return model
+
+
+def random_base(config: dict[str, Any], *, attention: str, seed: int) -> PreTrainedModel:
+    """The 4-bit base on this machine's device, the same for every contestant."""
+    from transformers import set_seed
+
+    model = random_nf4_model(config, attention=attention, place=default_device(), seed=seed)
+    set_seed(seed)  # of the adapter that follows
     return model

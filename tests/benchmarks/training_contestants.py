@@ -1,8 +1,12 @@
-"""One way to train on packed documents, once, in a process of its own: speed, memory, loss.
+"""One way to train on documents, once, in a process of its own: speed, memory, arithmetic, loss.
 
-`none`, `concatenate` and `best_fit` are the product's own plan, sampler, collator, model and
-trainer. `best_fit_transformers` differs from `best_fit` in attention alone: transformers' own,
-whose mask is made from the positions. `trl` is TRL's trainer with its own packing.
+Of the product's own plan, sampler, collator, model and trainer: `none`, `concatenate` and
+`best_fit`; `best_fit_transformers`, which differs from `best_fit` in attention alone; `tramontane`,
+`best_fit` with as few layers checkpointed as memory asks for, `tramontane_checkpointed`, all of
+them, `tramontane_offloaded`, all of them and their inputs in the CPU's memory. Of others:
+`trl` with its own packing, `trl_our_attention`, `transformers_peft` with padded batches, `unsloth`.
+
+A contestant that cannot run writes why: `failed`.
 
 python -m tests.benchmarks.training_contestants --contestant best_fit --shape demo
     --documents documents.arrow --row-tokens 4096 --rows 2 --scratch scratch/ --measured run.json
@@ -11,27 +15,63 @@ python -m tests.benchmarks.training_contestants --contestant best_fit --shape de
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from tests.benchmarks import peer_trainers
 from tests.benchmarks.model_shapes import CONFIGS, facts_of
-from tests.benchmarks.resident_memory import reset_peak, resident_bytes
+from tests.benchmarks.peer_trainers import Work
+from tests.benchmarks.training_meter import Meter
 from workflow_scripts import files, log
+from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.documents import Documents
-from workflow_scripts.settings import PackingSettings, RecipeSettings
+from workflow_scripts.settings import PackingSettings, RecipeSettings, TrainingSettings
 
-# Strategy of the plan; the attention is ours where there is none named.
+
+class Ours(NamedTuple):
+    """How the product is set up."""
+
+    strategy: str = "best_fit"
+    attention: str | None = None
+    """transformers' name; None is ours."""
+    checkpoints: str | None = None
+    """`training.gradient_checkpointing`; None is as for the others."""
+    offloads: bool = False
+
+
+class Peer(NamedTuple):
+    """Somebody else's trainer."""
+
+    make: Callable[[Work], Any]
+    lengths: Callable[[Any], list[int]]
+    """Of the documents in what its collator is given."""
+    attention: str | None = None
+    """None is the fastest of transformers' own."""
+    pads: bool = False
+
+
 OURS = {
-    "none": ("none", None),
-    "concatenate": ("concatenate", None),
-    "best_fit": ("best_fit", None),
-    "best_fit_transformers": ("best_fit", "sdpa"),
+    "none": Ours("none"),
+    "concatenate": Ours("concatenate"),
+    "best_fit": Ours(),
+    "best_fit_transformers": Ours(attention="sdpa"),
+    "tramontane": Ours(checkpoints="auto"),
+    "tramontane_checkpointed": Ours(checkpoints="full"),
+    "tramontane_offloaded": Ours(checkpoints="full", offloads=True),
 }
-CONTESTANTS = (*OURS, "trl")
+PEERS = {
+    "trl": Peer(peer_trainers.trl_trainer, peer_trainers.packed_lengths),
+    "trl_our_attention": Peer(
+        peer_trainers.trl_trainer, peer_trainers.packed_lengths, attention="tramontane_packed"
+    ),
+    "transformers_peft": Peer(
+        peer_trainers.transformers_peft_trainer, peer_trainers.document_lengths, pads=True
+    ),
+    "unsloth": Peer(peer_trainers.unsloth_trainer, peer_trainers.packed_lengths),
+}
+CONTESTANTS = (*OURS, *PEERS)
+OUT_OF_MEMORY = "out of memory"
 SEED = 0
 
 
@@ -42,55 +82,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=Path, required=True, help="as render_chats writes them")
     parser.add_argument("--row-tokens", type=int, required=True)
     parser.add_argument("--rows", type=int, required=True, help="of a micro-batch, one a step")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--documents-per-batch", type=int, default=1, help="of a padded batch")
+    parser.add_argument("--batches-per-step", type=int, default=1, help="padded ones")
+    parser.add_argument("--peer-attention", help="default: the fastest that is installed")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of every layer")
     parser.add_argument("--most-steps", type=int, help="default: an epoch")
+    parser.add_argument("--most-seconds", type=float, help="of measured steps; default: no limit")
     parser.add_argument("--warm-up-steps", type=int, default=2, help="not measured")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the trainer")
     parser.add_argument("--measured", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
 
+    missing = peer_trainers.missing_package(arguments.contestant)
+    if arguments.contestant == "unsloth" and not missing:
+        import unsloth  # noqa: F401  # it patches what is imported after it
+
     import torch
 
-    recipe = RecipeSettings(
-        rank=32,
-        alpha=64,
-        schedule="constant",
-        warmup_fraction=0.0,
-        rows_per_micro_batch=arguments.rows,
-        micro_batches_per_step=1,
-        max_steps=arguments.most_steps,
-        evaluations=0,
-        checkpoint_steps=1_000_000,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        seed=SEED,
-    )
-    documents = Documents(arguments.documents)
-    meter = Meter()
+    measured: dict[str, Any]
     try:
-        if arguments.contestant in OURS:
-            strategy, attention = OURS[arguments.contestant]
-            trainer = our_trainer(
-                CONFIGS[arguments.shape],
-                recipe,
-                documents,
-                PackingSettings(strategy=strategy, row_tokens=arguments.row_tokens, seed=SEED),
-                attention=attention,
-                scratch=arguments.scratch,
-                meter=meter,
-            )
-        else:
-            trainer = trl_trainer(
-                CONFIGS[arguments.shape],
-                recipe,
-                documents,
-                row_tokens=arguments.row_tokens,
-                scratch=arguments.scratch,
-                meter=meter,
-            )
-        trainer.train()
-        measured = meter.measured(trainer, n_warm_up=arguments.warm_up_steps)
+        measured = {"failed": missing} if missing else train(arguments)
     except torch.OutOfMemoryError as error:
-        measured = {"out_of_memory": str(error).partition("\n")[0]}
+        measured = {"failed": f"{OUT_OF_MEMORY}: {str(error).partition('. ')[0]}"}
     cuda = torch.cuda.is_available()
     files.write_json(
         arguments.measured,
@@ -98,228 +111,153 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def our_trainer(
-    config: dict[str, Any],
-    recipe: RecipeSettings,
-    documents: Documents,
-    packing: PackingSettings,
-    *,
-    attention: str | None,
-    scratch: Path,
-    meter: Meter,
-) -> Any:
-    """The product's trainer over the product's plan.
-
-    Args:
-        attention: transformers' name; None is ours.
-    """
-    from workflow_scripts.data.pack_sequences import make_plan
-    from workflow_scripts.train import attention as our_attention
-    from workflow_scripts.train.train_adapter import adapt, make_trainer
-
-    facts = facts_of(config)
-    # No document is longer than a row, so none is split and no tokenizer read.
-    plan, _ = make_plan(documents, facts, packing, Path())
-    name = our_attention.register() if attention is None else attention
-    model = adapt(random_base(config, attention=name, seed=recipe.seed), facts, recipe)
-    trainer = make_trainer(model, recipe, plan, documents, documents, scratch, meter.callback())
-    trainer.data_collator = meter.counting(
-        trainer.data_collator, lambda rows: sum(piece.length for row in rows for piece in row)
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The contestant's trainer, from its first step to its last."""
+    name, config = arguments.contestant, CONFIGS[arguments.shape]
+    documents = Documents(arguments.documents)
+    recipe = RecipeSettings(
+        rank=32,
+        alpha=64,
+        schedule="constant",
+        warmup_fraction=0.0,
+        rows_per_step=arguments.rows,
+        max_steps=arguments.most_steps,
+        evaluations=0,
+        keeps_best=False,
+        seed=SEED,
     )
-    return trainer
+    meter = Meter(
+        cost=CostModel.of(facts_of(config)),
+        n_warm_up=arguments.warm_up_steps,
+        most_seconds=arguments.most_seconds,
+    )
+    if name in OURS:
+        trainer, n_checkpointed = our_trainer(
+            OURS[name],
+            config,
+            recipe,
+            documents,
+            row_tokens=arguments.row_tokens,
+            checkpoints="full" if arguments.gradient_checkpointing else "off",
+            scratch=arguments.scratch,
+        )
+        meter.watch(trainer, lengths=lambda rows: [piece.length for row in rows for piece in row])
+    else:
+        peer = PEERS[name]
+        trainer = peer.make(
+            Work(
+                config=config,
+                recipe=recipe,
+                documents=documents,
+                row_tokens=arguments.row_tokens,
+                rows_per_micro_batch=arguments.rows,
+                documents_per_batch=arguments.documents_per_batch,
+                batches_per_step=arguments.batches_per_step,
+                gradient_checkpointing=arguments.gradient_checkpointing,
+                attention=peer_attention(peer, arguments.peer_attention),
+                scratch=arguments.scratch,
+            )
+        )
+        if peer.pads:
+            meter.micro_batches_per_step = arguments.batches_per_step
+        n_checkpointed = config["num_hidden_layers"] * arguments.gradient_checkpointing
+        meter.watch(trainer, lengths=peer.lengths)
+    trainer.train()
+    return meter.measured(trainer, n_checkpointed_layers=n_checkpointed)
 
 
-def trl_trainer(
+def our_trainer(
+    ours: Ours,
     config: dict[str, Any],
     recipe: RecipeSettings,
     documents: Documents,
     *,
     row_tokens: int,
+    checkpoints: str,
     scratch: Path,
-    meter: Meter,
-) -> Any:
-    """SFTTrainer with its default packing, which flattens a micro-batch as ours does; the same
-    documents, labels, base, adapter and optimizer.
+) -> tuple[Any, int]:
+    """The product's trainer over the product's plan, all rows of a step in one micro-batch.
 
-    Attention is FlashAttention where its package is installed, else transformers' own. TRL keeps
-    the adapter of a 4-bit base in bfloat16, and has no option for it.
+    Args:
+        checkpoints: `training.gradient_checkpointing`, where `ours` has none of its own.
+    Returns:
+        It, and how many layers it checkpoints.
     """
-    import numpy as np
-    import torch
-    from datasets import Dataset
-    from transformers.utils import is_flash_attn_2_available
-    from trl import SFTConfig, SFTTrainer
+    from tests.benchmarks.random_models import random_base
+    from workflow_scripts.data.pack_sequences import make_plan
+    from workflow_scripts.train import attention
+    from workflow_scripts.train.activations import save_less
+    from workflow_scripts.train.checkpoints import Checkpoints
+    from workflow_scripts.train.job import Job
+    from workflow_scripts.train.kernels import liger_runs, use_liger
+    from workflow_scripts.train.model import adapt
+    from workflow_scripts.train.trainer import make_trainer
 
-    from workflow_scripts.models.checkpoint import compute_dtype, default_device
-    from workflow_scripts.train.batches import IGNORED
-    from workflow_scripts.train.lora import lora_config
-
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for document in documents:
-        columns["input_ids"].append(document.input_ids)
-        columns["labels"].append(
-            np.where(document.is_supervised, document.input_ids, IGNORED).astype(np.int32)
-        )
-    device = default_device()
-    dtype = compute_dtype(device)
-    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    trainer = SFTTrainer(
-        model=random_base(config, attention=attention, seed=recipe.seed),
-        args=SFTConfig(
-            output_dir=str(scratch),
-            packing=True,
-            packing_strategy="bfd",
-            max_length=row_tokens,
-            max_steps=recipe.max_steps or -1,
-            num_train_epochs=1,
-            per_device_train_batch_size=recipe.rows_per_micro_batch,
-            gradient_accumulation_steps=1,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.schedule,
-            weight_decay=recipe.weight_decay,
-            max_grad_norm=recipe.max_gradient_norm,
-            optim="adamw_torch_fused",
-            use_cpu=device.type == "cpu",
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            seed=recipe.seed,
-            disable_tqdm=True,
+    facts = facts_of(config)
+    packing = PackingSettings(strategy=ours.strategy, row_tokens=row_tokens, seed=SEED)
+    # No document is longer than a row, so none is split and no tokenizer read.
+    plan, _ = make_plan(documents, facts, packing, Path())
+    job = Job(
+        recipe=recipe,
+        training=TrainingSettings(
+            rows_per_micro_batch=recipe.rows_per_step,
+            gradient_checkpointing=ours.checkpoints or checkpoints,
+            offload_activations=ours.offloads,
+            checkpoint_steps=1_000_000,
+            trackers=[],
         ),
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=word_tokenizer(),
-        peft_config=lora_config(recipe, facts_of(config)),
-        callbacks=[meter.callback()],
+        facts=facts,
+        plan=plan,
+        train=documents,
+        validation=documents,  # asked for by none
+        identity={"benchmark": "training_contestants"},
     )
-    trainer.data_collator = meter.counting(
-        trainer.data_collator, lambda rows: sum(len(row["input_ids"]) for row in rows)
+    base = random_base(config, attention=ours.attention or attention.register(), seed=recipe.seed)
+    if liger_runs(job.training.kernels):
+        use_liger(base)
+    model = adapt(base, facts, recipe)
+    n_checkpointed = checkpointed_layers(job)
+    save_less(model, n_checkpointed_layers=n_checkpointed, offloads=ours.offloads)
+    trainer = make_trainer(
+        model,
+        job,
+        Checkpoints(scratch, job.identity),
+        rows_per_micro_batch=recipe.rows_per_step,
     )
-    return trainer
+    return trainer, n_checkpointed
 
 
-def random_base(config: dict[str, Any], *, attention: str, seed: int) -> Any:
-    """The 4-bit base, the same for every contestant."""
-    from transformers import set_seed
-
-    from tests.benchmarks.random_models import random_nf4_model
+def checkpointed_layers(job: Any) -> int:
+    """As the product would have it with its base already on the GPU; on a CPU `auto` is none."""
     from workflow_scripts.models.checkpoint import default_device
 
-    set_seed(seed)  # of the adapter that follows
-    return random_nf4_model(config, attention=attention, place=default_device(), seed=seed)
+    wanted = job.training.gradient_checkpointing
+    if wanted != "auto" or default_device().type == "cpu":
+        return job.facts["n_layers"] if wanted == "full" else 0
+    import torch
 
+    from workflow_scripts.train import memory
 
-def word_tokenizer() -> Any:
-    """SFTTrainer asks for a tokenizer; of this one it takes the padding token and no more."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    setup, _ = memory.choose(
+        job.facts,
+        job.recipe,
+        job.training,
+        row_tokens=int(job.plan.rows.n_tokens.max()),
+        n_gpus=1,
+        available_bytes=memory.available_bytes() + torch.cuda.memory_reserved(),
+        device_type="cuda",
+        n_steps_down=0,
     )
+    return setup.n_checkpointed_layers
 
 
-@dataclass
-class Meter:
-    """What training costs, step by step."""
+def peer_attention(peer: Peer, wanted: str | None) -> str:
+    if peer.attention is None:
+        return wanted or peer_trainers.best_attention()
+    from workflow_scripts.train import attention
 
-    ends: list[float] = field(default_factory=list)
-    """Clock at the end of each step."""
-    n_tokens: list[int] = field(default_factory=list)
-    """Of the documents, by micro-batch."""
-    n_supervised: list[int] = field(default_factory=list)
-    n_computed: list[int] = field(default_factory=list)
-    """Padding included."""
-    memory_before_bytes: int = 0
-    peak_memory_bytes: int = 0
-
-    def counting(
-        self, collate: Callable[[Any], dict[str, Any]], count: Callable[[Any], int]
-    ) -> Callable[[Any], dict[str, Any]]:
-        """The collator, counting what it is given and what it makes."""
-        from workflow_scripts.train.batches import IGNORED
-
-        def counted(examples: Any) -> dict[str, Any]:
-            batch = collate(examples)
-            self.n_tokens.append(count(examples))
-            self.n_supervised.append(int((batch["labels"] != IGNORED).sum()))
-            self.n_computed.append(batch["input_ids"].numel())
-            return batch
-
-        return counted
-
-    def callback(self) -> Any:
-        """For a Trainer."""
-        import torch
-        from transformers import TrainerCallback
-
-        meter = self
-        cuda = torch.cuda.is_available()
-
-        class Callback(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                    meter.memory_before_bytes = torch.cuda.memory_allocated()
-                else:
-                    reset_peak()
-                    meter.memory_before_bytes = resident_bytes("VmRSS")
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                if cuda:
-                    torch.cuda.synchronize()
-                    meter.peak_memory_bytes = torch.cuda.max_memory_allocated()
-                else:
-                    meter.peak_memory_bytes = resident_bytes("VmHWM")
-                meter.ends.append(time.perf_counter())
-
-        return Callback()
-
-    def measured(self, trainer: Any, *, n_warm_up: int) -> dict[str, Any]:
-        """The figures of a run; a step's time is that between its end and the last one's.
-
-        Raises:
-            StageError: there are no more steps than those to warm up, a loss or gradient norm is
-                not finite, or every gradient was zero.
-        """
-        from workflow_scripts.train.train_adapter import read_history
-
-        n_steps = len(self.ends)
-        if n_steps <= max(1, n_warm_up):
-            raise log.StageError(
-                "too few steps to measure", found=n_steps, expected=f"more than {max(1, n_warm_up)}"
-            )
-        history = read_history(trainer.state.log_history)["train"]
-        steps = slice(max(1, n_warm_up), n_steps)
-        seconds = [self.ends[at] - self.ends[at - 1] for at in range(steps.start, n_steps)]
-        n_tokens, n_computed = sum(self.n_tokens[steps]), sum(self.n_computed[steps])
-        trained = [p for p in trainer.model.parameters() if p.requires_grad]
-        return {
-            "attention": trainer.model.config._attn_implementation,
-            "adapter_dtype": str(trained[0].dtype).removeprefix("torch."),
-            "n_trainable_parameters": sum(p.numel() for p in trained),
-            "n_steps": n_steps,
-            "n_steps_measured": len(seconds),
-            "n_tokens_measured": n_tokens,
-            "duration_seconds": sum(seconds),
-            "tokens_per_second": n_tokens / sum(seconds),
-            "supervised_tokens_per_second": sum(self.n_supervised[steps]) / sum(seconds),
-            "step_median_seconds": statistics.median(seconds),
-            "step_mean_tokens": n_tokens / len(seconds),
-            "padding_fraction": 1 - n_tokens / n_computed,
-            "memory_before_bytes": self.memory_before_bytes,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "training_memory_bytes": self.peak_memory_bytes - self.memory_before_bytes,
-            "first_loss_nats_per_token": history[0]["loss_nats_per_token"],
-            "final_loss_nats_per_token": history[-1]["loss_nats_per_token"],
-            "smallest_gradient_norm": min(entry["gradient_norm"] for entry in history),
-            "median_gradient_norm": statistics.median(e["gradient_norm"] for e in history),
-        }
+    attention.register()
+    return peer.attention
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""Documents to measure training on: chat-like lengths, turns whose answers are supervised."""
+"""Documents to measure training on: random tokens of chat-like lengths, or the demo's own."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.benchmarks.document_lengths import chat_lengths, summary
+from tests.benchmarks.machine import REPOSITORY
 from workflow_scripts import files
-from workflow_scripts.data.documents import documents_schema
+from workflow_scripts.data.documents import Documents, documents_schema
 
 BOS = 1
 FIRST_WORD = 3  # token ids below it are control tokens
@@ -66,3 +71,42 @@ def supervised_spans(length: int) -> list[tuple[int, int]]:
         (end - max(1, round(ANSWER_FRACTION * (end - start))), end)
         for start, end in zip(ends, ends[1:], strict=False)
     ]
+
+
+def write_demo_documents(path: Path, scratch: Path) -> dict[str, Any]:
+    """The training split of the demo's dataset, as the workflow makes it; and what it is.
+
+    Args:
+        scratch: folder for what comes before.
+    """
+    import mistral_common
+
+    from workflow_scripts.data import clean_dataset, render_chats
+    from workflow_scripts.models import export_tokenizer
+
+    checkpoint = scratch / "checkpoint"
+    checkpoint.mkdir()
+    official = next((Path(mistral_common.__file__).parent / "data").glob("*.model.v3"))
+    shutil.copyfile(official, checkpoint / "tokenizer.model.v3")
+    chats, clean, tokens = scratch / "chats.jsonl", scratch / "clean", scratch / "tokens"
+    cleaning = {"cleaning": {"split_by": "group"}, "sources": {"all": {}}}
+    export_tokenizer.main(
+        ["--checkpoint", str(checkpoint), "--tokenizer", str(scratch / "tokenizer")]
+    )
+    # By itself: which docstrings there are depends on what has been imported.
+    command = [sys.executable, "-m", "workflow_scripts.data.build_demo_dataset"]
+    command += ["--settings", "{}", "--conversations", str(chats)]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    clean_dataset.main(
+        ["--source", "all", str(chats), "--settings", json.dumps(cleaning), "--clean", str(clean)]
+    )
+    render_chats.main(
+        ["--clean", str(clean), "--tokenizer", str(scratch / "tokenizer"), "--settings", "{}"]
+        + ["--tokens", str(tokens)]
+    )
+    (tokens / "train.arrow").replace(path)
+    documents = Documents(path)
+    n_supervised = int(documents.n_supervised.sum())
+    described = summary(documents.lengths)
+    del described["mix"]
+    return {**described, "supervised_fraction": n_supervised / described["n_tokens"]}

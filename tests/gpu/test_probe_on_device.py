@@ -17,7 +17,7 @@ from workflow_scripts.models.checkpoint import default_device, read_facts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
 from workflow_scripts.train.probe import check_attention
-from workflow_scripts.train.train_adapter import adapted_model
+from workflow_scripts.train.model import trainable_model
 
 LENGTHS = [140, 50, 90, 200, 70, 30]
 WINDOW = 64
@@ -58,7 +58,7 @@ def model(tmp_path_factory):
         initializer_range=0.06,
     )
     MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return adapted_model(folder, read_facts(folder), RecipeSettings(rank=8)).train()
+    return trainable_model(folder, read_facts(folder), RecipeSettings(rank=8)).train()
 
 
 def plan(strategy):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from workflow_scripts.settings import (
     PackingSettings,
     RecipeSettings,
     SettingsError,
+    config_schema,
     load_config,
     settings_from_json,
 )
@@ -110,6 +114,7 @@ def test_a_kv_rank_that_is_no_rank_is_an_error(value):
     assert problems == [
         f"  recipes.qlora.kv_rank: found {value!r}, expected 'uniform', 'matched' or a whole"
         " number from 1"
+        + ("; for a run of each value set recipes.qlora.sweep: true" if value == [4] else "")
     ]
 
 
@@ -119,6 +124,72 @@ def test_a_kv_rank_that_is_no_rank_is_an_error(value):
 def test_a_kv_rank_is_a_word_or_a_number(value, kept):
     config = load_config(with_value("recipes.qlora.kv_rank", value))
     assert config.recipes["qlora"].kv_rank == kept
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("gradient_checkpointing", False, "off"),  # what YAML makes of a bare `off`
+        ("gradient_checkpointing", True, "full"),
+        ("gradient_checkpointing", "off", "off"),
+        ("gradient_checkpointing", "12", 12),
+        ("rows_per_micro_batch", "auto", "auto"),
+        ("rows_per_micro_batch", "4", 4),
+        ("offload_activations", True, True),
+        ("memory_gb", "7.5", 7.5),
+        ("trackers", [], []),
+    ],
+)
+def test_how_training_runs_is_a_word_or_a_number(key, value, kept):
+    config = load_config(with_value(f"training.{key}", value))
+    assert getattr(config.training, key) == kept
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("training.gradient_checkpointing", "some", ["'auto', 'off', 'full' or a whole number"]),
+        ("training.gradient_checkpointing", 0, ["found 0", "'off'"]),
+        ("training.rows_per_micro_batch", True, ["found True", "'auto' or a whole number"]),
+        ("training.rows_per_step", 8, ["unknown key"]),
+        ("recipes.qlora.micro_batches_per_step", 8, ["unknown key"]),
+        ("recipes.qlora.gradient_checkpointing", True, ["unknown key"]),
+    ],
+)
+def test_what_is_learned_and_how_it_runs_are_kept_apart(path, value, parts):
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value(path, value))
+    _, *problems = str(caught.value).splitlines()
+    assert len(problems) == 1
+    for part in (f"  {path}: ", *parts):
+        assert part in problems[0]
+
+
+CONFIGS = Path(__file__).parents[2] / "config"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_an_editor_finds_no_fault_with_a_config_that_ships(path):
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), config_schema())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_right"),
+    [
+        ({"sweep": True, "rank": [4, 8], "kv_rank": ["matched", 2]}, True),
+        ({"sweep": True, "target_modules": ["all-linear", ["q_proj"]]}, True),
+        ({"rank": 8, "target_modules": ["q_proj"], "modules_to_save": []}, True),
+        ({"rank": ["many"]}, False),
+        ({"rank": []}, False),
+        ({"rank": [[4]]}, False),
+        ({"sweep": [True]}, False),
+    ],
+)
+def test_an_editor_takes_a_list_for_each_value_of_a_recipe(recipe, is_right):
+    validator = jsonschema.Draft202012Validator(config_schema())
+    assert validator.is_valid({"recipes": {"some": recipe}}) == is_right
 
 
 def test_a_whole_config_reports_every_problem_at_once():

@@ -65,15 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     else:
         from workflow_scripts.models.checkpoint import weight_files
-        from workflow_scripts.scoring.transformers_model import TransformersModel
 
         size_bytes = sum(path.stat().st_size for path in weight_files(arguments.checkpoint))
-        scorer = TransformersModel(
-            arguments.checkpoint,
-            window=facts["sliding_window"],
-            precision=links.measured_precision(arguments.precision),
-            adapter=arguments.adapter,
-        )
+        scorer = links.load_transformers(arguments, facts)
         engine, device = "transformers", str(scorer.model.device)
         seconds = measure(
             lambda: run_transformers(scorer.model, tokens[:n_prompt], tokens_at_once=n_prompt),

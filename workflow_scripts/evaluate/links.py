@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.scoring.transformers_model import measured_precision
+
 if TYPE_CHECKING:
     from workflow_scripts.scoring.transformers_model import TransformersModel
 
@@ -27,12 +29,13 @@ def add_transformers_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_adapter_and_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter, applied live")
+    parser.add_argument("--adapter", type=Path, help="folder of train_adapter, applied live")
     parser.add_argument(
         "--precision",
-        choices=["native", "nf4"],
+        choices=["native", "int8", "nf4"],
         default="native",
-        help="native: float32 on a CPU, the 16-bit type on a GPU; nf4: the 4-bit base of training",
+        help="native: float32 on a CPU, the 16-bit type on a GPU; int8, nf4: the 8-bit and the"
+        " 4-bit base of training",
     )
 
 
@@ -48,18 +51,6 @@ def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> T
         arguments.checkpoint,
         window=facts["sliding_window"],
         precision=measured_precision(arguments.precision),
+        rope=facts["rope_parameters"],
         adapter=arguments.adapter,
     )
-
-
-def measured_precision(name: str) -> str:
-    """The precision that a link is measured in on this machine.
-
-    Args:
-        name: `native` or `nf4`.
-    """
-    from workflow_scripts.models.checkpoint import compute_dtype, default_device
-
-    if name == "nf4":
-        return name
-    return str(compute_dtype(default_device())).removeprefix("torch.")

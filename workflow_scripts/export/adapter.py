@@ -1,84 +1,249 @@
-"""A LoRA adapter on disk, as PEFT saves it: the delta of each weight it changes.
+"""What training left on disk: for each weight it changes, how the new one is made of the base's.
 
-Delta = alpha ÷ rank · B·A (arXiv:2106.09685), in float32; rank and alpha of a module are those of
-the first pattern that matches the end of its name, as in PEFT.
+- LoRA, as PEFT saves it: W + s·B·A, s = alpha ÷ rank (arXiv:2106.09685) or alpha ÷ √rank
+  (rsLoRA, arXiv:2312.03732); rank and alpha of a module are those of the first pattern that matches
+  the end of its name, as in PEFT.
+- DoRA (arXiv:2402.09353): the same sum, each of its rows scaled to the length that was trained.
+- A mixture's experts: one A and one B for all experts of a layer, ranks of A stacked expert by
+  expert, those of B interleaved (PEFT 0.21, `ParamWrapper`).
+- Whole tensors: layers that trained beside the adapter (`modules_to_save`), and all of them where
+  `method: full` trained the model itself.
+
+All arithmetic is float32.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from workflow_scripts import files
+from workflow_scripts.export.tensor_names import Part
 from workflow_scripts.log import StageError
 
 PREFIX = "base_model.model."
 # What changes the arithmetic and is not built here: refuse it rather than merge it wrongly.
-UNSUPPORTED = ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "target_parameters")
+UNSUPPORTED = (
+    "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config",
+)  # fmt: skip
+# Initializations that also change the base: B·A alone is not the difference to it.
+PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva")
+
+
+class Factors(NamedTuple):
+    """Where A and B of one parameter are, and by which name PEFT finds their rank and alpha."""
+
+    stem: str
+    pattern_name: str
 
 
 class Adapter:
-    """Deltas by the base model's tensor names.
+    """Merged weights, by the names of the model's parameters.
 
+    Attributes:
+        targets: parameters it changes.
+        keeps_ties: embeddings that are the output layer too trained as one.
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
     Raises:
-        StageError: it is no LoRA adapter, or one of a kind that is not merged here.
+        StageError: it is neither LoRA nor a full fine-tune, or has parts that are not merged here.
     """
 
     def __init__(self, folder: Path) -> None:
         self._config = files.read_json(folder / "adapter_config.json")
-        if self._config.get("peft_type") != "LORA":
-            raise StageError(
-                "the adapter is no LoRA",
-                where=folder / "adapter_config.json",
-                found=self._config.get("peft_type"),
-                expected="LORA",
-            )
-        used = [key for key in UNSUPPORTED if self._config.get(key)]
-        if used or self._config.get("bias", "none") != "none":
-            raise StageError(
-                "the adapter has parts that are not merged here",
-                where=folder / "adapter_config.json",
-                found=", ".join(used) or f"bias: {self._config['bias']}",
-                expected="plain LoRA",
-            )
-        self._tensors = safe_open(folder / "adapter_model.safetensors", framework="pt")
+        self._path = folder / "adapter_model.safetensors"
+        is_full = self._config.get("method") == "full"
+        if not is_full:
+            _check_config(self._config, folder / "adapter_config.json")
+        self._tensors = safe_open(self._path, framework="pt")
         stored = set(self._tensors.keys())
-        self.targets: set[str] = {
-            name.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight"
-            for name in stored
-            if name.endswith(".lora_A.weight")
+        self._factors = {} if is_full else self._find_factors(stored)
+        factored = {
+            f"{factors.stem}.{name}"
+            for factors in self._factors.values()
+            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
         }
-        unknown = {name for name in stored if not re.search(r"\.lora_[AB]\.weight$", name)}
+        self._whole: dict[str, str] = {
+            name if is_full else name.removeprefix(PREFIX): name
+            for name in stored - factored
+            if is_full or self._is_saved_module(name)
+        }
+        unknown = stored - factored - set(self._whole.values())
         if unknown:
             raise StageError(
                 "the adapter holds tensors that are not merged here",
-                where=folder / "adapter_model.safetensors",
+                where=self._path,
                 found=", ".join(sorted(unknown)[:10]),
-                expected="lora_A and lora_B alone",
+                expected="lora_A, lora_B, lora_magnitude_vector, or a module of modules_to_save",
             )
+        self.targets: set[str] = self._factors.keys() | self._whole.keys()
+        self.keeps_ties: bool = is_full or bool(self._config.get("ensure_weight_tying"))
 
-    def scale(self, module: str) -> float:
-        """alpha ÷ rank of a module, by its full name."""
-        rank = _matching(self._config.get("rank_pattern"), module, self._config["r"])
-        alpha = _matching(self._config.get("alpha_pattern"), module, self._config["lora_alpha"])
-        return alpha / rank
+    def scale(self, name: str) -> float:
+        """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
+        name."""
+        alpha = _matching(self._config.get("alpha_pattern"), name, self._config["lora_alpha"])
+        rank = self._rank(name)
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
-    def delta(self, target: str) -> torch.Tensor:
-        """(out, in) float32, to be added to the base tensor `target`."""
-        module = target.removesuffix(".weight")
-        down = self._tensors.get_tensor(f"{PREFIX}{module}.lora_A.weight").float()
-        up = self._tensors.get_tensor(f"{PREFIX}{module}.lora_B.weight").float()
-        return (up @ down).mul_(self.scale(module))
+    def delta(self, part: Part) -> torch.Tensor:
+        """(out, in) float32: s·B·A of a parameter, or of the part of it."""
+        stem, name = self._factors[part.parameter]
+        down = self._tensors.get_tensor(f"{stem}.lora_A.weight").float()
+        up = self._tensors.get_tensor(f"{stem}.lora_B.weight").float()
+        if part.expert is not None:
+            rank = self._rank(name)
+            first = part.expert * rank
+            if first >= len(down):
+                raise self._misfit(part, f"{len(down) // rank} experts", f"expert {part.expert}")
+            down = down[first : first + rank]
+            up = up.reshape(len(up), rank, -1)[:, :, part.expert]
+        if part.half is not None:
+            up = up.chunk(2)[part.half]
+        return (up @ down).mul_(self.scale(name))
+
+    def merged(self, part: Part, base: torch.Tensor) -> torch.Tensor:
+        """The new weight, float32, in the shape of the base's.
+
+        Args:
+            part: one of `targets`, or a part of it.
+            base: its weight in the base model; may be overwritten.
+        Raises:
+            StageError: the shapes differ.
+        """
+        is_whole = part.parameter in self._whole
+        change = self._stored(part).float() if is_whole else self.delta(part)
+        if change.shape != base.shape:
+            raise self._misfit(part, tuple(change.shape), tuple(base.shape))
+        if is_whole:
+            return change
+        weight = base.float().add_(change)
+        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
+        if magnitude not in self._tensors.keys():
+            return weight
+        length = torch.linalg.norm(weight, dim=1)
+        return (self._tensors.get_tensor(magnitude).float() / length)[:, None] * weight
+
+    def _rank(self, name: str) -> int:
+        return _matching(self._config.get("rank_pattern"), name, self._config["r"])
+
+    def _stored(self, part: Part) -> torch.Tensor:
+        """A whole tensor, or the part of it, read alone: the experts of a layer are gigabytes."""
+        tensor = self._tensors.get_slice(self._whole[part.parameter])
+        if part.expert is None:
+            return tensor[:]
+        n_experts, n_rows, _ = tensor.get_shape()
+        if part.expert >= n_experts:
+            raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
+        if part.half is None:
+            return tensor[part.expert]
+        first = part.half * (n_rows // 2)
+        return tensor[part.expert, first : first + n_rows // 2]
+
+    def _is_saved_module(self, name: str) -> bool:
+        module = name.removeprefix(PREFIX).removesuffix(".weight")
+        saved = self._config.get("modules_to_save") or []
+        if saved and self._config.get("ensure_weight_tying"):
+            saved = [*saved, "embed_tokens", "lm_head"]  # PEFT names one of the two, stores both
+        return any(module == name or module.endswith(f".{name}") for name in saved)
+
+    def _find_factors(self, stored: set[str]) -> dict[str, Factors]:
+        """A and B by the parameter they change."""
+        found: dict[str, Factors] = {}
+        experts: dict[str, list[str]] = {}
+        for name in sorted(stored):
+            if not name.endswith(".lora_A.weight"):
+                continue
+            stem = name.removesuffix(".lora_A.weight")
+            module = stem.removeprefix(PREFIX).replace(".base_layer", "")
+            if module.endswith(".mlp.experts"):
+                experts.setdefault(module, []).append(stem)
+            elif module.endswith(".mlp.gate"):  # the router: no module of PEFT's, a parameter
+                found[f"{module}.weight"] = Factors(stem, f"{module}.weight")
+            else:
+                found[f"{module}.weight"] = Factors(stem, module)
+        for module, stems in experts.items():
+            for fused, stem in zip(self._fused(stems), stems, strict=True):
+                found[f"{module}.{fused}"] = Factors(stem, f"{module}.{fused}")
+        return found
+
+    def _fused(self, stems: list[str]) -> list[str]:
+        """Which of a layer's two expert parameters each A and B belongs to.
+
+        PEFT wraps one parameter around the other and keeps no name of them; but the way down takes
+        what half of gate_up_proj's rows give.
+        """
+        named = {
+            target.rpartition(".")[2] for target in self._config.get("target_parameters") or []
+        } & {"gate_up_proj", "down_proj"}
+        if len(stems) == len(named) == 1:
+            return list(named)
+        shapes = [
+            (
+                self._tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0],
+                self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()[1],
+            )
+            for stem in stems
+        ]
+        for order in (["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]):
+            shape = dict(zip(order, shapes, strict=False))
+            if len(stems) == 2 and shape["gate_up_proj"] == (
+                2 * shape["down_proj"][1],
+                shape["down_proj"][0],
+            ):
+                return order
+        raise StageError(
+            "the adapter's experts have shapes that fit no mixture",
+            where=f"{self._path}, {stems[0]}",
+            found=shapes,
+            expected="(2 · ffn, hidden) and (hidden, ffn)",
+        )
+
+    def _misfit(self, part: Part, found: object, expected: object) -> StageError:
+        return StageError(
+            "the adapter does not fit the base model",
+            where=f"{self._path}, {part.parameter}",
+            found=found,
+            expected=f"{expected}, as in the base",
+            to_fix="take the model that the adapter was trained on; embeddings resized for new"
+            " tokens need a base with as many rows",
+        )
 
 
-def _matching(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise StageError(
+            "the adapter is no LoRA",
+            where=path,
+            found=config.get("peft_type"),
+            expected="LORA, or method: full",
+        )
+    used = [key for key in UNSUPPORTED if config.get(key)]
+    used += [
+        f"{key}: {value}"
+        for key, value, known in (
+            ("bias", config.get("bias", "none"), ("none",)),
+            ("init_lora_weights", config.get("init_lora_weights", True), PLAIN_INITIALIZATIONS),
+        )
+        if value not in known
+    ]
+    if used:
+        raise StageError(
+            "the adapter has parts that are not merged here",
+            where=path,
+            found=", ".join(used),
+            expected="LoRA, rsLoRA or DoRA, with experts and modules_to_save",
+        )
+
+
+def _matching(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default

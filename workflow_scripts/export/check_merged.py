@@ -1,14 +1,14 @@
 """Gate: the merged model is the base with the adapter added, and no worse than the adapter it came
 from.
 
-Arithmetic: merged against PEFT applying the same adapter live to the same base, both in float32;
-what remains is the one rounding of each weight to 16 bits. Quality: perplexity on validation text
-against the live adapter on its 4-bit base, the model that training saw. The files judged are read,
-never changed.
+Arithmetic: merged against PEFT applying the same adapter live to the same base (a full fine-tune's
+weights in the base's place), both in float32; what remains is the one rounding of each weight to 16
+bits. Quality: perplexity on validation text against the model that training saw, its base in the
+precision of training. The files judged are read, never changed.
 
 python -m workflow_scripts.export.check_merged --checkpoint checkpoint/ --facts facts.json
-    --adapter adapter/ --merged merged/ --tokens tokens/validation.arrow --settings '{}'
-    --check merged_check.json
+    --adapter adapter/ --precision nf4 --merged merged/ --tokens tokens/validation.arrow
+    --settings '{}' --check merged_check.json
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import GateSettings, settings_from_json
 
 OUTPUT_VERSION = 1
+TRAINED_AS = {
+    "native": "the model as it was trained",
+    "int8": "the adapter on its 8-bit base",
+    "nf4": "the adapter on its 4-bit base",
+}
 logger = log.stage_logger("check_merged")
 
 
@@ -32,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--facts", type=Path, required=True, help="model facts")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter")
+    parser.add_argument(
+        "--precision", choices=TRAINED_AS, required=True, help="of the base in training"
+    )
     parser.add_argument("--merged", type=Path, required=True, help="folder of merge_adapter")
     parser.add_argument(
         "--tokens", type=Path, required=True, help="documents of the validation split"
@@ -50,24 +58,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         score_documents,
         summarize,
     )
-    from workflow_scripts.scoring.transformers_model import TransformersModel
+    from workflow_scripts.scoring.transformers_model import TransformersModel, measured_precision
 
     facts = files.read_json(arguments.facts)
-    window = facts["sliding_window"]
+    model_facts = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     AutoTokenizer.from_pretrained(arguments.merged)
     device = roomy_device(facts)
     live = TransformersModel(
         arguments.checkpoint,
-        window=window,
+        **model_facts,
         precision="float32",
         adapter=arguments.adapter,
         device=device,
     )
     reference = [all_logits(live, piece) for piece in pieces]
     del live
-    merged = TransformersModel(arguments.merged, window=window, precision="float32", device=device)
+    # By its own config.json but for the window: the positions there are what its users get.
+    merged = TransformersModel(
+        arguments.merged, window=facts["sliding_window"], precision="float32", device=device
+    )
     compared = [
         divergence(expected, all_logits(merged, piece))
         for expected, piece in zip(reference, pieces, strict=True)
@@ -76,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     agreements = torch.cat([agrees for _, agrees in compared])
     merged_scores = summarize(score_documents(merged, pieces))
     del merged, reference
+    precision = measured_precision(arguments.precision)
     trained = TransformersModel(
-        arguments.checkpoint, window=window, precision="nf4", adapter=arguments.adapter
+        arguments.checkpoint,
+        **model_facts,
+        precision=precision,
+        adapter=arguments.adapter,
     )
     adapter_scores = summarize(score_documents(trained, pieces))
     report = {
@@ -87,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_kl_divergence_nats": float(divergences.max()),
         "top1_agreement_fraction": float(agreements.double().mean()),
         "merged_perplexity": merged_scores["perplexity"],
+        "adapter_precision": precision,
         "adapter_perplexity": adapter_scores["perplexity"],
         "perplexity_increase_fraction": merged_scores["perplexity"] / adapter_scores["perplexity"]
         - 1,
@@ -107,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "the merged model is worse than the adapter it was made of",
             where=f"{arguments.merged}, {len(documents)} validation conversations",
             found=f"perplexity {report['merged_perplexity']:.4f} against"
-            f" {report['adapter_perplexity']:.4f} of the adapter on its 4-bit base",
+            f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}",
             expected=f"at most {settings.merge_perplexity_increase_fraction:.1%} more"
             " (evaluation.gates.merge_perplexity_increase_fraction)",
             to_fix="train longer, or raise the gate if you accept the loss",

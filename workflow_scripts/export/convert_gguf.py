@@ -2,6 +2,7 @@
 
 The context that the file advertises is capped at the sliding window where the model has one:
 llama.cpp ignores a Mistral's window, and beyond it computes another model than was trained.
+Stretched positions (linear, YaRN) go into the metadata; dynamic NTK has no key there.
 
 python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.json --name my-run
     --gguf my-run-F16.gguf
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     facts = files.read_json(arguments.facts)
     check_vocabulary(arguments.merged, facts)
+    check_positions(arguments.merged, facts)
 
     with tempfile.TemporaryDirectory() as name, files.atomic_file(arguments.gguf) as gguf:
         staged = Path(name)
@@ -78,6 +80,30 @@ def check_vocabulary(merged: Path, facts: dict) -> None:
             where=merged,
             found=f"{n_tokens} tokens",
             expected=f"{facts['vocabulary_size']} rows of embeddings",
+        )
+
+
+def check_positions(merged: Path, facts: dict) -> None:
+    """llama.cpp must compute the positions the model was trained with: of dynamic NTK the converter
+    would write nothing, and exit with 0."""
+    config = files.read_json(merged / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) == "dynamic":
+        raise StageError(
+            "GGUF has no form of dynamic NTK",
+            where=f"{merged / 'config.json'}, rope_parameters",
+            found="dynamic",
+            expected="linear, yarn or none (models.<name>.rope_scaling.type)",
+            to_fix="train with yarn, or stop at the target `train`",
+        )
+    # A merge made before the config asked for the scaling would be converted without it.
+    if facts.get("rope_scaling") and rope != facts["rope_parameters"]:
+        raise StageError(
+            "the merged model's positions are not those it was trained with",
+            where=f"{merged / 'config.json'}, rope_parameters",
+            found=rope,
+            expected=facts["rope_parameters"],
+            to_fix="merge again, with --facts",
         )
 
 

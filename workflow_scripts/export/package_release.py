@@ -59,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in sorted(arguments.tokenizer.iterdir()):
             if path.name in ("chat_template.jinja", "tokenizer_config.json"):
                 files.copy_or_link(path, folder / path.name)
-        card = model_card(arguments.name, run, source, facts, scores, arguments.ggufs)
+        manifest = files.read_json(arguments.manifest)
+        card = model_card(arguments.name, run, source, facts, manifest, scores, arguments.ggufs)
         files.write_text(folder / "README.md", card)
         provenance = {
             "run": arguments.name,
             **run.model_dump(),
             "base": source,
             "base_files": facts["files"],
-            "training": files.read_json(arguments.manifest),
+            "training": manifest,
             "gates": {path.stem: files.read_json(path) for path in arguments.checks},
             "packages": dict(entry.split("=") for entry in log.versions(*PACKAGES).split()),
             "python": platform.python_version(),
@@ -83,6 +84,7 @@ def model_card(
     run: RunSettings,
     source: dict[str, Any],
     facts: dict[str, Any],
+    manifest: dict[str, Any],
     scores: dict[str, dict[str, Any]],
     ggufs: Sequence[Path],
 ) -> str:
@@ -102,6 +104,14 @@ def model_card(
         if window and window < facts["context_tokens"]
         else f"Context: {context} tokens."
     )
+    scaling = facts.get("rope_scaling")
+    if scaling:
+        why_context += (
+            f" Positions are stretched by {scaling['factor']:g} ({scaling['type']} RoPE scaling)"
+            f" over the base's {scaling['original_context_tokens']} tokens, in training and in"
+            " these files."
+        )
+    method = manifest.get("identity", {}).get("recipe", {}).get("method")
     header = {
         "base_model": source["source"],
         "library_name": "gguf",
@@ -120,8 +130,9 @@ def model_card(
 ---
 # {name}
 
-{source["source"]}, fine-tuned with LoRA on `{run.dataset}` (packing `{run.packing}`,
-recipe `{run.recipe}`), merged, and converted to GGUF by Tramontane.
+{source["source"]}, fine-tuned{" as a whole" if method == "full" else " with LoRA"} on
+`{run.dataset}` (packing `{run.packing}`, recipe `{run.recipe}`), merged, and converted to GGUF by
+Tramontane.
 
 ## Measured
 

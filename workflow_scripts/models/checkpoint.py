@@ -19,15 +19,21 @@ if TYPE_CHECKING:
     from torch import device, dtype
     from transformers import PreTrainedModel
 
-Precision = Literal["float32", "bfloat16", "float16", "nf4"]
+    from workflow_scripts.settings import RopeScalingSettings
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 MODEL_TYPES = ("mistral", "mixtral", "ministral")
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
+def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> dict[str, Any]:
     """The shape of a model, from its config.json; no weight is read.
 
+    Args:
+        scaling: stretches the model's positions; `rope_parameters` and `context_tokens` are then
+            the stretched ones, and `rope_scaling` says from what.
     Raises:
-        StageError: not a Mistral or Mixtral, or a key that decides the shape is missing.
+        StageError: not a Mistral or Mixtral, or a key that decides the shape is missing; or its
+            positions cannot be stretched so.
     """
     config = files.read_json(checkpoint / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
@@ -39,8 +45,8 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
         )
     try:
         n_heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        return {
+        rope = own_rope(config)
+        facts = {
             "architecture": config["architectures"][0],
             "model_type": config["model_type"],
             "n_layers": config["num_hidden_layers"],
@@ -67,6 +73,73 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
             where=f"{checkpoint / 'config.json'}, {key}",
             to_fix="take config.json from the model's repository",
         ) from error
+    return facts if scaling is None else facts | stretched(facts, scaling, checkpoint)
+
+
+def own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's own `rope_parameters`, in the form of transformers 5.
+
+    Older files have `rope_scaling` with a `type`, and `rope_theta` beside it; with neither, the
+    positions are plain and nothing need be said.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if rope and "rope_type" not in rope:
+        rope["rope_type"] = rope.pop("type", "default")
+    if rope and "rope_theta" in config:
+        rope.setdefault("rope_theta", config["rope_theta"])
+    return rope
+
+
+def stretched(
+    facts: Mapping[str, Any], scaling: RopeScalingSettings, checkpoint: Path
+) -> dict[str, Any]:
+    """The facts that RoPE scaling changes.
+
+    Args:
+        facts: of the checkpoint as it is.
+    Source: arXiv:2306.15595 (linear), arXiv:2309.00071 (YaRN); keys as transformers 5.23 reads
+        them (modeling_rope_utils.py).
+    Raises:
+        StageError: the checkpoint's positions are stretched already, or its θ is not known.
+    """
+    where = f"{checkpoint / 'config.json'}, rope_parameters"
+    own_type = facts["rope_parameters"].get("rope_type", "default")
+    if own_type != "default":
+        raise StageError(
+            "the checkpoint has a RoPE scaling of its own",
+            where=where,
+            found=own_type,
+            expected="none beside models.<name>.rope_scaling",
+            to_fix="leave models.<name>.rope_scaling out: the checkpoint's own is used",
+        )
+    if facts["rope_theta"] is None:
+        raise StageError(
+            "the checkpoint does not say its RoPE base", where=where, expected="rope_theta"
+        )
+    original = scaling.original_context_tokens or facts["context_tokens"]
+    rope = {
+        "rope_type": scaling.type,
+        "rope_theta": facts["rope_theta"],
+        "factor": scaling.factor,
+    }
+    if scaling.type == "yarn":
+        rope["original_max_position_embeddings"] = original
+    if scaling.type == "dynamic" and original != facts["context_tokens"]:
+        raise StageError(
+            "dynamic NTK stretches from the context that the checkpoint names, and no other",
+            where="models.<name>.rope_scaling.original_context_tokens",
+            found=original,
+            expected=f"null, or {facts['context_tokens']} ({checkpoint / 'config.json'})",
+        )
+    return {
+        "context_tokens": int(original * scaling.factor),
+        "rope_parameters": rope,
+        "rope_scaling": {
+            "type": scaling.type,
+            "factor": scaling.factor,
+            "original_context_tokens": original,
+        },
+    }
 
 
 def layer_windows(config: Mapping[str, Any]) -> list[int | None]:
@@ -128,19 +201,23 @@ def load_model(
     *,
     window: int | None,
     precision: Precision,
+    rope: Mapping[str, Any] | None = None,
     attention: str = "sdpa",
     device: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model, on this process's GPU where there is one.
 
+    A mixture's experts are quantized too; on its way to NF4 the whole model is in the CPU's memory
+    in 16 bits (Mixtral 8x7B: 93 GB).
+
     Args:
         checkpoint: folder with config.json and safetensors.
         window: the model's sliding window (facts.json), set explicitly; None is full causal
-        attention.
-        precision: of weights and arithmetic; `nf4` quantizes the linear layers on loading
-        (bitsandbytes,
-            double quantization), its arithmetic in bfloat16 on a GPU that has it, float16 on one
-            that has not, float32 on a CPU.
+            attention.
+        precision: of weights and arithmetic; `nf4` and `int8` quantize the linear layers on loading
+            (bitsandbytes; NF4 with double quantization), the arithmetic in bfloat16 on a GPU that
+            has it, float16 on one that has not, float32 on a CPU.
+        rope: `rope_parameters` of facts.json, where they are not the checkpoint's own.
         attention: transformers' name of the attention implementation.
         device: name of a torch device; None is `default_device`.
     """
@@ -150,28 +227,38 @@ def load_model(
     place = torch.device(device) if device else default_device()
     config = AutoConfig.from_pretrained(checkpoint)
     config.sliding_window = window
-    if precision != "nf4":
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=getattr(torch, precision),
-            attn_implementation=attention,
-            device_map={"": place},
-        )
+    if rope:
+        config.rope_parameters = dict(rope)
+        # transformers' YaRN and dynamic NTK stop at the null that Mixtral has here.
+        if getattr(config, "head_dim", None) is None:
+            config.head_dim = config.hidden_size // config.num_attention_heads
     compute = compute_dtype(place)
+    quantization = {
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+        },
+        "int8": {"load_in_8bit": True},
+    }.get(precision)
+    # A mixture's experts do not fit a GPU in 16 bits: they get there layer by layer, quantized.
+    has_experts = precision == "nf4" and getattr(config, "num_local_experts", None) is not None
+    loads_to = torch.device("cpu") if has_experts else place
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         config=config,
-        dtype=compute,
+        dtype=compute if quantization else getattr(torch, precision),
         attn_implementation=attention,
-        device_map={"": place},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        ),
+        device_map={"": loads_to},
+        quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
     )
+    if has_experts:
+        from workflow_scripts.models.experts import quantize_experts
+
+        quantize_experts(model, place)
+        model.to(place)
+        model.hf_device_map = {"": place}  # which accelerate holds to
     for layer in model.modules():
         # On CPUs with AVX512-BF16 one forward pass in eval mode makes bitsandbytes 0.50 repack a
         # layer for inference, for good: bfloat16 arithmetic, and no gradient through the layer

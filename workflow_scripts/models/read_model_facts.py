@@ -1,6 +1,8 @@
 """Read what a model is from its own files: window, heads, context, vocabulary, file hashes.
 
 Every stage that needs a fact about the model takes it from this file, never from the model's name.
+Where the config stretches the model's positions (RoPE scaling), the facts are those of the
+stretched model.
 
 python -m workflow_scripts.models.read_model_facts --checkpoint results/models/m/checkpoint
     --facts results/models/m/facts.json
@@ -15,6 +17,7 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tokenizer_files
+from workflow_scripts.settings import RopeScalingSettings, settings_from_json
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("read_model_facts")
@@ -24,10 +27,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--version", default="", help="of the tokenizer; empty reads it")
+    parser.add_argument("--rope-scaling", help="JSON of `models.<name>.rope_scaling`")
     parser.add_argument("--facts", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
+    scaling = (
+        settings_from_json(RopeScalingSettings, arguments.rope_scaling)
+        if arguments.rope_scaling
+        else None
+    )
 
-    facts = checkpoints.read_facts(arguments.checkpoint)
+    facts = checkpoints.read_facts(arguments.checkpoint, scaling)
     tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint, arguments.version or None)
     facts["tokenizer_version"] = arguments.version or tokenizer_files.tokenizer_version(tokenizer)
     counted = [
@@ -50,6 +59,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning(
             "found a Ministral: it trains and merges, but llama.cpp has no converter for it, so"
             " `export` will stop; build the target `train`"
+        )
+    if scaling and scaling.type == "dynamic":
+        logger.warning(
+            "found rope_scaling.type: dynamic: it trains and merges, but GGUF has no form of it, so"
+            " `export` will stop; build the target `train`. In packed rows it follows the longest"
+            " document of the micro-batch"
+        )
+    window = facts["sliding_window"]
+    if scaling and window and window < facts["context_tokens"]:
+        logger.warning(
+            "found a sliding window of %d tokens: attention sees no further, however positions are"
+            " stretched",
+            window,
         )
     files.write_json(arguments.facts, facts)
     logger.info("read %s", log.fields(facts))

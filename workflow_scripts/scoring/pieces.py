@@ -43,22 +43,32 @@ def cut(documents: Sequence[Document], *, piece_tokens: int | None) -> Iterator[
     import numpy as np
 
     for number, document in enumerate(documents):
-        n_tokens = len(document.input_ids)
-        longest = n_tokens if piece_tokens is None else min(piece_tokens, n_tokens)
         is_scored = document.is_supervised.copy()
         is_scored[:1] = False
-        end = longest
-        if is_scored[:end].any():
-            yield Piece(number, document.input_ids[:end], np.flatnonzero(is_scored[:end]))
-        while end < n_tokens:
-            scored_from = end
-            end = min(n_tokens, end + longest - longest // 2)
-            # One token of the piece is the BOS in front.
-            first = end - (longest - 1)
-            scored = np.flatnonzero(is_scored[scored_from:end]) + scored_from - first + 1
+        for start, end, n_context in stretches(len(document.input_ids), piece_tokens):
+            scored = np.flatnonzero(is_scored[start + n_context : end]) + n_context
             if len(scored):
-                tokens = np.concatenate([document.input_ids[:1], document.input_ids[first:end]])
+                tokens = document.input_ids[start:end]
+                if start:
+                    tokens = np.concatenate([document.input_ids[:1], tokens[1:]])
                 yield Piece(number, tokens, scored)
+
+
+def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, int, int]]:
+    """Where a document is cut: start and end of each piece, and how many of its tokens are context
+    that an earlier piece has scored. Of these the first stands for the BOS in front.
+
+    Args:
+        n_tokens: of the document.
+        piece_tokens: as in `cut`.
+    """
+    longest = n_tokens if piece_tokens is None else min(piece_tokens, n_tokens)
+    end = longest
+    yield 0, end, 0
+    while end < n_tokens:
+        scored_from = end
+        end = min(n_tokens, end + longest - longest // 2)
+        yield end - longest, end, scored_from - (end - longest)
 
 
 def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:

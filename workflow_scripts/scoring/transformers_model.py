@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.models.checkpoint import Precision, load_model
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint import (
+    Precision,
+    compute_dtype,
+    default_device,
+    load_model,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +30,9 @@ class TransformersModel:
         checkpoint: folder of the model.
         window: its sliding window (facts.json).
         precision: of weights and arithmetic.
-        adapter: folder of a PEFT adapter to apply live.
+        rope: `rope_parameters` of facts.json.
+        adapter: folder of train_adapter: PEFT's adapter, applied live, or the tensors of a full
+            fine-tune.
         device: name of a torch device; None is the first GPU, else the CPU.
     """
 
@@ -33,14 +42,13 @@ class TransformersModel:
         *,
         window: int | None,
         precision: Precision,
+        rope: Mapping[str, Any] | None = None,
         adapter: Path | None = None,
         device: str | None = None,
     ) -> None:
-        model = load_model(checkpoint, window=window, precision=precision, device=device)
+        model = load_model(checkpoint, window=window, precision=precision, rope=rope, device=device)
         if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+            model = as_trained(model, adapter)
         self.model: Any = model.eval()
 
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
@@ -54,3 +62,51 @@ class TransformersModel:
             head = self.model.lm_head
             for block in wanted.split(max(1, BLOCK_ELEMENTS // head.weight.shape[0])):
                 yield head(block.to(head.weight.dtype)).float().cpu()
+
+
+def as_trained(model: Any, adapter: Path) -> Any:
+    """A loaded base with what was trained.
+
+    Args:
+        adapter: folder of train_adapter.
+    Raises:
+        StageError: the tensors of a full fine-tune are not those of the model, or the model is
+            quantized.
+    """
+    if files.read_json(adapter / "adapter_config.json").get("method") != "full":
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+
+    import torch
+    from safetensors import safe_open
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    path = adapter / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as trained, torch.no_grad():
+        for name in trained.keys():
+            tensor, parameter = trained.get_tensor(name), parameters.get(name)
+            is_fit = parameter is not None and parameter.shape == tensor.shape
+            if not (is_fit and parameter.is_floating_point()):
+                raise StageError(
+                    "the trained weights do not fit the model",
+                    where=f"{path}, {name}",
+                    found=tuple(tensor.shape),
+                    expected="no such weight"
+                    if parameter is None
+                    else f"{tuple(parameter.shape)}, {parameter.dtype}",
+                    to_fix="take the model that was trained, in 16 or 32 bits",
+                )
+            parameter.copy_(tensor)
+    return model
+
+
+def measured_precision(name: str) -> Precision:
+    """The precision that a link is measured in on this machine.
+
+    Args:
+        name: `native`, `int8` or `nf4`.
+    """
+    if name != "native":
+        return name
+    return str(compute_dtype(default_device())).removeprefix("torch.")

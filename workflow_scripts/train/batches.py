@@ -62,8 +62,9 @@ class Collator:
         piece at all is one such token, so that a process without a row takes part in the step.
 
         Returns:
-            `input_ids`, `position_ids`, `labels`: (1, tokens); `cu_seq_lens_q`, `cu_seq_lens_k`:
-            (segments + 1,) int32; `max_length_q`, `max_length_k`: int. A label is the token to
+            `input_ids`, `position_ids`, `labels`: (1, tokens); `predicting`: (supervised,), the
+            positions in front of a label; `cu_seq_lens_q`, `cu_seq_lens_k`: (segments + 1,) int32;
+            `max_length_q`, `max_length_k`: int. A label is the token to
             predict *at* its position (transformers shifts by one); the first token of a segment
             has none, as nothing before it belongs to it, nor has carried-over context.
         """
@@ -93,6 +94,8 @@ class Collator:
             "input_ids": _row(np.concatenate(tokens)),
             "position_ids": _row(np.concatenate([np.arange(length) for length in segments])),
             "labels": _row(flat_labels),
+            # Found here, as looking for them on the GPU would make the CPU wait.
+            "predicting": _row(np.flatnonzero(flat_labels[1:] != IGNORED))[0],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": max(segments),

@@ -1,10 +1,9 @@
-"""Cross-entropy through a frozen output layer, without ever holding the logits of a whole
-micro-batch.
+"""Cross-entropy through the output layer, without ever holding the logits of a whole micro-batch.
 
 Logits of 32k tokens × 131k words would be 16 GiB in float32. Here they are made a chunk of tokens
-at a time, turned into the loss and the gradient of the hidden states at once, and dropped, so that
-a chunk's logits are all that exists. After the fused linear cross-entropy of Liger kernels,
-arXiv:2410.10989 §3.2, whose output layer may train; ours is frozen, as it is in LoRA.
+at a time, turned into the loss and the gradients of the hidden states (and of the output layer's
+weight, where it trains) at once, and dropped, so that a chunk's logits are all that exists. After
+the fused linear cross-entropy of Liger kernels, arXiv:2410.10989 §3.2.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from workflow_scripts.train.batches import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of a chunk: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next chunk
-# instead of returning it to the system, whose fresh pages cost more than the products (measured on
-# 2 CPU cores).
+# Logits of a chunk on a CPU: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next
+# chunk instead of returning it to the system, whose fresh pages cost more than the products
+# (measured on 2 CPU cores).
 CHUNK_ELEMENTS = 4 * 1024 * 1024
+# On a GPU 256 MiB: 2048 tokens of 32k words, which keeps the matrix units busy.
+CUDA_CHUNK_ELEMENTS = 64 * 1024 * 1024
 
 
 def summed_cross_entropy(
@@ -31,25 +32,21 @@ def summed_cross_entropy(
     """Negative log-likelihood of `targets`, summed, nats; equal to cross-entropy of `hidden @
     weight.T`.
 
-    The price: gradients are made in the forward pass, so a second derivative does not exist.
+    The products are in autocast's type where it is on, else in the weight's; all sums are float32.
+    The price: gradients are made in the forward pass, so a second derivative does not exist, and a
+    weight that trains has its gradient twice for a moment.
 
     Args:
         hidden: (tokens, hidden_size), what the output layer reads.
-        weight: (vocabulary, hidden_size), the output layer's, frozen.
+        weight: (vocabulary, hidden_size), the output layer's, frozen or not.
         targets: (tokens,) int64, each the token to predict.
     Returns:
-        A float32 scalar; its gradient reaches `hidden`.
-    Raises:
-        ValueError: `weight` wants a gradient.
+        A float32 scalar; its gradient reaches `hidden`, and `weight` where that wants one.
     """
-    if weight.requires_grad:
-        raise ValueError(
-            "summed_cross_entropy: the output layer trains; its gradient is not made here"
-        )
     return _SummedCrossEntropy.apply(hidden, weight, targets)
 
 
-def sum_loss(causal_model: PreTrainedModel) -> None:
+def sum_loss(causal_model: PreTrainedModel, *, router_loss_coefficient: float = 0.0) -> None:
     """Make a causal model's forward pass return the summed loss wherever it is given labels.
 
     It is the forward pass that does it, as what shards or replicates a model (DDP, FSDP) listens
@@ -57,8 +54,14 @@ def sum_loss(causal_model: PreTrainedModel) -> None:
     layer's work on the demo's chats.
 
     Args:
-        causal_model: with `model` and a frozen `lm_head`. Its `forward` is replaced; the new one
-            takes a batch of `Collator` and returns `loss`, in nats, and no logits.
+        causal_model: with `model` and `lm_head`, which PEFT may have replaced by a copy that
+            trains. Its `forward` is replaced; the new one takes a batch of `Collator` and returns
+            `loss`, in nats, and no logits. `predicting`, (supervised tokens,) int64, the positions
+            in front of each supervised token, is looked up where it is not given; on a GPU that
+            waits for all that was queued before.
+        router_loss_coefficient: above 0, training adds so many times the mixture's load-balancing
+            loss for each supervised token, so that a step's loss, divided by its supervised tokens,
+            has the mean over them.
     """
     plain_forward = causal_model.forward
 
@@ -66,20 +69,43 @@ def sum_loss(causal_model: PreTrainedModel) -> None:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        predicting: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         options |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if labels is None:
             return plain_forward(**options)
+        # A validation loss is of the tokens alone.
+        is_balanced = router_loss_coefficient > 0 and causal_model.training
+        if is_balanced:
+            options["output_router_logits"] = True
         # With a cache transformers would look for boundaries and a mask of its own.
-        hidden = causal_model.model(**options | {"use_cache": False}).last_hidden_state[0]
-        predicting = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+        outputs = causal_model.model(**options | {"use_cache": False})
+        if predicting is None:
+            predicting = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
         loss = summed_cross_entropy(
-            hidden[predicting], causal_model.lm_head.weight, labels[0, predicting + 1]
+            outputs.last_hidden_state[0, predicting],
+            causal_model.lm_head.weight,
+            labels[0, predicting + 1],
         )
+        if is_balanced:
+            loss = loss + router_loss_coefficient * len(predicting) * _load_balancing_loss(
+                causal_model, outputs.router_logits
+            )
         return CausalLMOutput(loss=loss)
 
     causal_model.forward = forward
+
+
+def _load_balancing_loss(
+    causal_model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """1 where every expert gets its share, more where some get most. Source: arXiv:2101.03961."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(
+        router_logits, causal_model.num_experts, causal_model.num_experts_per_tok
+    )
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -87,26 +113,49 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk_tokens = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, len(targets), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            wanted = targets[chunk, None]
-            logits = (hidden[chunk].to(weight.dtype) @ weight.T).float()
-            log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_total - logits.gather(1, wanted)).sum()
-            if gradient is not None:
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
+        matrix = weight.to(dtype)
+        n_elements = CUDA_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS
+        chunk_tokens = max(1, n_elements // weight.shape[0])
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(targets), chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                wanted = targets[chunk, None]
+                states = hidden[chunk].to(dtype)
+                logits = (states @ matrix.T).float()
+                log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
+                total += (log_total - logits.gather(1, wanted)).sum()
+                if of_hidden is None and of_weight is None:
+                    continue
                 # d/dlogits of −log softmax is softmax − one-hot.
-                probabilities = logits.sub_(log_total).exp_()
-                probabilities.scatter_add_(
-                    1, wanted, torch.full_like(wanted, -1, dtype=probabilities.dtype)
+                of_logits = logits.sub_(log_total).exp_()
+                of_logits.scatter_add_(
+                    1, wanted, torch.full_like(wanted, -1, dtype=of_logits.dtype)
                 )
-                gradient[chunk] = (probabilities.to(weight.dtype) @ weight).to(hidden.dtype)
-        ctx.save_for_backward(gradient)
+                of_logits = of_logits.to(dtype)
+                if of_hidden is not None:
+                    of_hidden[chunk] = (of_logits @ matrix).to(hidden.dtype)
+                if of_weight is not None:
+                    of_weight += of_logits.T @ states
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else gradient * upstream), None, None
+    def backward(
+        ctx: Any, upstream: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        of_hidden, of_weight = ctx.saved_tensors
+        return (
+            None if of_hidden is None else of_hidden * upstream,
+            None if of_weight is None else (of_weight * upstream).to(ctx.weight_dtype),
+            None,
+        )

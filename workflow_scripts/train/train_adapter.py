@@ -1,33 +1,35 @@
-"""Train a LoRA adapter on the 4-bit base model (QLoRA), over the rows of a packing plan.
+"""Train a LoRA adapter on the base model, quantized or not, over the rows of a packing plan.
 
-Checkpoints live outside the declared outputs, in a folder named by a fingerprint of all that
-decides the result; a run that was killed resumes from the last one, and from no other run's.
+Before the first step: does it fit (`plan_memory`), and is attention what the plan declares. While
+it trains: resumable checkpoints, outside the declared outputs, in a folder named by a fingerprint
+of all that decides the result. A run that was killed resumes from the newest whole one and ends
+where it would have ended.
 
 python -m workflow_scripts.train.train_adapter --checkpoint checkpoint/ --facts facts.json
-    --tokens tokens/ --plan plan.parquet --settings '{"rank": 32}' --resume-from checkpoints/run
-    --adapter adapter/
+    --tokens tokens/ --plan plan.parquet --settings '{"rank": 32}' --training '{"gpus": 1}'
+    --resume-from checkpoints/run --curves logs/tensorboard --adapter adapter/
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
+import gc
 import resource
-import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.long_documents import fit
-from workflow_scripts.data.packing import Rows, best_fit
-from workflow_scripts.data.plan import Plan, read_plan
-from workflow_scripts.settings import PackingSettings, RecipeSettings, settings_from_json
+from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
+from workflow_scripts.train import checkpoints as checkpointing
+from workflow_scripts.train import processes
+from workflow_scripts.train.checkpoints import Checkpoints
+from workflow_scripts.train.job import Job
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
+MODULE = "workflow_scripts.train.train_adapter"
 logger = log.stage_logger("train_adapter")
 
 
@@ -38,263 +40,218 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="folder of render_chats")
     parser.add_argument("--plan", type=Path, required=True, help="packing plan of the train split")
     parser.add_argument("--settings", required=True, help="JSON of `recipes.<name>`")
+    parser.add_argument("--training", default="{}", help="JSON of `training`")
     parser.add_argument(
         "--resume-from", type=Path, required=True, help="folder for checkpoints while training"
     )
+    parser.add_argument("--curves", type=Path, help="folder for TensorBoard's curves")
     parser.add_argument("--adapter", type=Path, required=True, help="to write into: folder")
     arguments = parser.parse_args(argv)
     recipe = settings_from_json(RecipeSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    plan = read_plan(arguments.plan)
-    train = Documents(arguments.tokens / "train.arrow")
-    validation = Documents(arguments.tokens / "validation.arrow")
+    training = settings_from_json(TrainingSettings, arguments.training)
+    if training.gpus * training.nodes > 1 and not processes.is_worker():
+        handed_on = list(sys.argv[1:] if argv is None else argv)
+        before = checkpointing.all_steps_down(arguments.resume_from)
+        try:
+            processes.run(MODULE, handed_on, training)
+        except log.StageError:
+            if checkpointing.all_steps_down(arguments.resume_from) == before:
+                raise
+            processes.run(MODULE, handed_on, training)
+        return
+    job = Job.read(
+        facts=arguments.facts,
+        plan=arguments.plan,
+        tokens=arguments.tokens,
+        recipe=recipe,
+        training=training,
+        output_version=OUTPUT_VERSION,
+    )
+    train(job, arguments)
 
+
+def train(job: Job, arguments: argparse.Namespace) -> None:
+    """Train; where memory runs out and the settings leave the choice, once more with less."""
     import torch
 
-    from workflow_scripts.train.probe import check_attention
-    from workflow_scripts.train.trainer import Throughput
-
     logger.info(
-        "started %s device=%s settings=%s",
+        "started %s device=%s processes=%d settings=%s training=%s",
         log.versions("torch", "transformers", "peft", "bitsandbytes"),
         torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        processes.n_processes(),
         arguments.settings,
+        arguments.training,
     )
-    identity = {
-        "recipe": recipe.model_dump(mode="json"),
-        "base": {name: entry["sha256"] for name, entry in facts["files"].items()},
-        "tokens": files.sha256(arguments.tokens / "train.arrow"),
-        "plan": files.sha256(arguments.plan),
-        "output_version": OUTPUT_VERSION,
-    }
-    checkpoints = arguments.resume_from / files.fingerprint(identity)
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(arguments.resume_from, job.identity)
+    if processes.is_main():
+        checkpoints.open()
+    try:
+        return train_once(job, arguments, checkpoints)
+    except (RuntimeError, MemoryError) as error:
+        if not exhausts_memory(error):
+            raise
+        refusal = out_of_memory(job, checkpoints, error)
+    # Here, as the error's traceback held on to the model.
+    gc.collect()
+    torch.cuda.empty_cache()
+    if checkpoints.n_steps_down or not leaves_choice(job.training):
+        raise refusal
+    logger.warning("%s", refusal)
+    checkpoints.step_down()
+    if processes.is_worker():
+        raise refusal  # the process that launched all of them launches them again
+    try:
+        train_once(job, arguments, checkpoints)
+    except (RuntimeError, MemoryError) as error:
+        if not exhausts_memory(error):
+            raise
+        raise out_of_memory(job, checkpoints, error) from None
 
-    model = adapted_model(arguments.checkpoint, facts, recipe)
-    probed = check_attention(model, train, plan, facts["layer_windows"])
+
+def train_once(job: Job, arguments: argparse.Namespace, checkpoints: Checkpoints) -> None:
+    """From the newest checkpoint, or from the start, to the adapter's files."""
+    from workflow_scripts.train.callbacks import Interruption
+
+    with Interruption() as interruption:
+        _train_once(job, arguments, checkpoints, interruption)
+
+
+def _train_once(
+    job: Job, arguments: argparse.Namespace, checkpoints: Checkpoints, interruption: Any
+) -> None:
+    import torch
+
+    from workflow_scripts.train.activations import save_less
+    from workflow_scripts.train.adapter_files import read_history, save_adapter
+    from workflow_scripts.train.callbacks import (
+        BestWeights,
+        Progress,
+        trained_weights,
+    )
+    from workflow_scripts.train.model import trainable_model
+    from workflow_scripts.train.probe import check_attention
+    from workflow_scripts.train.trainer import make_trainer
+
+    setup, predicted = choose_setup(job, checkpoints)
+    logger.info("laid out %s predicted_bytes=%d", setup, predicted["peak"])
+    model = trainable_model(
+        arguments.checkpoint, job.facts, job.recipe, kernels=job.training.kernels
+    )
+    probed = check_attention(model, job.train, job.plan, job.facts["layer_windows"])
     logger.info("probed attention %s", log.fields(probed))
-    throughput = Throughput()
-    trainer = make_trainer(model, recipe, plan, train, validation, checkpoints, throughput)
-    with trainer.args.main_process_first():
-        last = last_whole_checkpoint(checkpoints)
+    save_less(
+        model,
+        n_checkpointed_layers=setup.n_checkpointed_layers,
+        offloads=setup.offloads_activations,
+    )
+    tokens_per_step = float(job.plan.rows.n_tokens.mean()) * job.recipe.rows_per_step
+    progress = Progress(tokens_per_step=tokens_per_step)
+    best = BestWeights(
+        checkpoints.folder, keeps=job.recipe.keeps_best, patience=job.recipe.early_stopping
+    )
+    trainer = make_trainer(
+        model,
+        job,
+        checkpoints,
+        rows_per_micro_batch=setup.rows_per_micro_batch,
+        curves=arguments.curves,
+        name=arguments.resume_from.name,
+        callbacks=[progress, best, interruption],
+    )
+    last = checkpoints.newest()
     if last:
         logger.info("resumed checkpoint=%s", last)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     duration = time.perf_counter() - started
+    n_steps = trainer.state.global_step
+    if interruption.received and n_steps < trainer.args.max_steps and not best.has_stopped:
+        raise log.StageError(
+            f"training was ended by {interruption.received}",
+            where=f"step {n_steps} of {trainer.args.max_steps}",
+            found=f"its state is kept in {checkpoints.folder}",
+            to_fix="start it again, it goes on from there",
+        )
+    best_step = best.restore(trainer.model) if job.recipe.keeps_best else None
+    weights = trained_weights(trainer.model)
     if not trainer.is_world_process_zero():
         return
 
     history = read_history(trainer.state.log_history)
-    save_adapter(model, arguments.checkpoint, arguments.adapter)
+    save_adapter(model, weights, arguments.checkpoint, arguments.adapter)
     files.write_json(arguments.adapter / "history.json", history)
-    rows_per_step = (
-        recipe.rows_per_micro_batch
-        * recipe.micro_batches_per_step
-        * trainer.accelerator.num_processes
-    )
-    tokens_per_step = float(plan.rows.n_tokens.mean()) * rows_per_step
-    # The first step pays for warming up; a run of one step has no other.
-    seconds = list(throughput.seconds.values())
-    measured = seconds[1:] or seconds
     manifest = {
-        "n_steps": trainer.state.global_step,
-        "n_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "n_steps": n_steps,
+        "best_step": best_step,
+        "n_trainable_parameters": sum(p.numel() for p in weights.values()),
+        "n_processes": processes.n_processes(),
+        "rows_per_micro_batch": setup.rows_per_micro_batch,
+        "n_checkpointed_layers": setup.n_checkpointed_layers,
+        "offloads_activations": setup.offloads_activations,
         "tokens_per_step": tokens_per_step,
-        "tokens_per_second": (
-            len(measured) * tokens_per_step / sum(measured) if measured else None
-        ),
+        "tokens_per_second": progress.tokens_per_second(),
         "duration_seconds": duration,
         "peak_memory_bytes": peak_memory_bytes(),
+        "predicted_peak_memory_bytes": predicted["peak"],
         "final_loss_nats_per_token": history["train"][-1]["loss_nats_per_token"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "resumed": last is not None,
-        "identity": identity,
+        "n_failed_checkpoints": trainer.n_failed_checkpoints,
+        "identity": job.identity,
     }
     files.write_json(arguments.adapter / "training_manifest.json", manifest)
-    # A finished run has nothing to resume; a forced one starts over.
-    shutil.rmtree(checkpoints)
+    checkpoints.remove()
     logger.info("trained %s", log.fields(manifest))
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; torn ones are removed.
+def choose_setup(job: Job, checkpoints: Checkpoints) -> tuple[Any, dict[str, int]]:
+    """How the run is laid out on this machine's GPU, the same in every process."""
+    from workflow_scripts.models.checkpoint import default_device
+    from workflow_scripts.train import memory
 
-    The Trainer writes a checkpoint in place, `trainer_state.json` last: a run killed while saving
-    leaves one that could never be resumed from.
-    """
-    whole: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        if (path / "trainer_state.json").is_file():
-            whole[int(path.name.removeprefix("checkpoint-"))] = path
-        else:
-            logger.warning("removed torn checkpoint=%s", path)
-            shutil.rmtree(path)
-    return str(whole[max(whole)]) if whole else None
-
-
-def adapted_model(checkpoint: Path, facts: dict[str, Any], recipe: RecipeSettings) -> Any:
-    """The NF4 base with a fresh adapter in float32, ready to train."""
-    from transformers import set_seed
-
-    from workflow_scripts.models.checkpoint import load_model
-    from workflow_scripts.train import attention
-
-    set_seed(recipe.seed)
-    base = load_model(
-        checkpoint,
-        window=facts["sliding_window"],
-        precision="nf4",
-        attention=attention.register(),
+    return memory.choose(
+        job.facts,
+        job.recipe,
+        job.training,
+        row_tokens=int(job.plan.rows.n_tokens.max()),
+        n_gpus=processes.n_processes(),
+        available_bytes=processes.least(memory.available_bytes()),
+        device_type=default_device().type,
+        n_steps_down=checkpoints.n_steps_down,
     )
-    return adapt(base, facts, recipe)
 
 
-def adapt(base: Any, facts: dict[str, Any], recipe: RecipeSettings) -> Any:
-    """A fresh adapter in float32 on a loaded base, whose forward pass then sums the loss."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-
-    from workflow_scripts.train.lora import lora_config
-    from workflow_scripts.train.loss import sum_loss
-
-    base = prepare_model_for_kbit_training(
-        base,
-        use_gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+def leaves_choice(training: TrainingSettings) -> bool:
+    return "auto" in (
+        training.rows_per_micro_batch,
+        training.gradient_checkpointing,
+        training.offload_activations,
     )
-    model = get_peft_model(base, lora_config(recipe, facts))
-    sum_loss(model.get_base_model())
-    return model
 
 
-def make_trainer(
-    model: Any,
-    recipe: RecipeSettings,
-    plan: Plan,
-    train: Documents,
-    validation: Documents,
-    checkpoints: Path,
-    throughput: Any,
-) -> Any:
-    """The Trainer of one run; validation rows keep documents whole and apart whatever the
-    recipe packs."""
+def exhausts_memory(error: BaseException) -> bool:
+    """The GPU's allocator, the CPU's, or Python's own had nothing left."""
     import torch
-    from transformers import TrainingArguments
 
-    from workflow_scripts.models.checkpoint import compute_dtype, default_device
-    from workflow_scripts.train.batches import Collator, PlannedRows
-    from workflow_scripts.train.sampler import StepSampler
-    from workflow_scripts.train.trainer import PackedTrainer
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch's CPU allocator has no error type of its own.
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)
 
-    sampler = StepSampler(
-        plan,
-        n_ranks=int(os.environ.get("WORLD_SIZE", 1)),  # torchrun's
-        micro_batches_per_step=recipe.micro_batches_per_step,
-        rows_per_micro_batch=recipe.rows_per_micro_batch,
-        seed=recipe.seed,
+
+def out_of_memory(job: Job, checkpoints: Checkpoints, error: BaseException) -> log.StageError:
+    """What ran out, what was planned, and what would take less."""
+    from workflow_scripts.train import memory
+
+    return memory.refusal(
+        job.facts,
+        job.recipe,
+        job.training,
+        row_tokens=int(job.plan.rows.n_tokens.max()),
+        n_gpus=processes.n_processes(),
+        n_steps_down=checkpoints.n_steps_down,
+        error=str(error).partition("\n")[0],
     )
-    n_steps = math.ceil(sampler.n_steps * recipe.epochs)
-    if recipe.max_steps is not None:
-        n_steps = min(n_steps, recipe.max_steps)
-    validates = recipe.evaluations > 0 and len(validation) > 0
-    device = default_device()
-    dtype = compute_dtype(device)
-    return PackedTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=n_steps,
-            per_device_train_batch_size=recipe.rows_per_micro_batch,
-            gradient_accumulation_steps=recipe.micro_batches_per_step,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.schedule,
-            warmup_steps=round(n_steps * recipe.warmup_fraction),
-            weight_decay=recipe.weight_decay,
-            max_grad_norm=recipe.max_gradient_norm,
-            optim="adamw_torch_fused",
-            use_cpu=device.type == "cpu",
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            logging_steps=1,
-            eval_strategy="steps" if validates else "no",
-            eval_steps=math.ceil(n_steps / recipe.evaluations) if validates else None,
-            save_steps=recipe.checkpoint_steps,
-            save_total_limit=2,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # every matrix of the adapter is used
-            report_to=[],
-            seed=recipe.seed,
-            disable_tqdm=None,
-            dataloader_num_workers=0,
-        ),
-        train_dataset=PlannedRows(plan.rows),
-        eval_dataset=PlannedRows(validation_rows(validation, plan.row_tokens))
-        if validates
-        else None,
-        sampler=sampler,
-        data_collator=Collator(
-            train, crosses_documents=plan.crosses_documents, pads_rows=plan.pads_rows
-        ),
-        eval_collator=Collator(validation, crosses_documents=False),
-        callbacks=[throughput],
-    )
-
-
-def validation_rows(validation: Documents, row_tokens: int) -> Rows:
-    """Validation documents apart, whatever the plan does to those of training.
-
-    One longer than a row is cut, each piece with half a row of context: every token counts once.
-    """
-    settings = PackingSettings(row_tokens=row_tokens, overlap_tokens=row_tokens // 2)
-    return best_fit(fit(validation, settings).pieces, row_tokens=row_tokens, seed=0)
-
-
-def read_history(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """The Trainer's log as two lists, `train` and `validation`, units in the keys' names.
-
-    Raises:
-        StageError: a loss or gradient norm is not finite, or every gradient was zero.
-    """
-    train = [
-        {
-            "step": entry["step"],
-            "loss_nats_per_token": entry["loss"],
-            "gradient_norm": entry["grad_norm"],
-            "learning_rate": entry["learning_rate"],
-        }
-        for entry in log_history
-        if "loss" in entry
-    ]
-    validation = [
-        {"step": entry["step"], "loss_nats_per_token": entry["eval_loss"]}
-        for entry in log_history
-        if "eval_loss" in entry
-    ]
-    for entry in train:
-        for key in ("loss_nats_per_token", "gradient_norm"):
-            if not math.isfinite(entry[key]):
-                raise log.StageError(
-                    "training diverged",
-                    where=f"step {entry['step']}, {key}",
-                    found=entry[key],
-                    to_fix="lower recipes.<name>.learning_rate",
-                )
-    if not any(entry["gradient_norm"] for entry in train):
-        raise log.StageError("training changed nothing", found="a gradient norm of 0 at every step")
-    return {"train": train, "validation": validation}
-
-
-def save_adapter(model: Any, checkpoint: Path, folder: Path) -> None:
-    """The adapter alone, as PEFT loads it; its base is named by where it came from."""
-    source = checkpoint / "source.json"
-    name = files.read_json(source)["source"] if source.is_file() else str(checkpoint)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = name
-    with files.atomic_folder(folder / ".saved") as saved:
-        model.save_pretrained(str(saved))
-        for path in ("adapter_model.safetensors", "adapter_config.json"):
-            (saved / path).replace(folder / path)
-    shutil.rmtree(folder / ".saved")
 
 
 def peak_memory_bytes() -> int:

@@ -8,32 +8,76 @@ number in the whole optimizer step, over all accumulated micro-batches and proce
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from workflow_scripts.train.batches import IGNORED
+from workflow_scripts import log
+from workflow_scripts.data.balance import NO_ROW
+from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint import compute_dtype, default_device
+from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.train import optimization, processes
+from workflow_scripts.train.batches import IGNORED, Collator, PlannedRows
+from workflow_scripts.train.checkpoints import Checkpoints
+from workflow_scripts.train.job import Job
 from workflow_scripts.train.sampler import StepSampler
+from workflow_scripts.train.trackers import trackers_ready
+from workflow_scripts.train.validation import validation_rows
+
+logger = log.stage_logger("train_adapter")
 
 
 class PackedTrainer(Trainer):
     """Trainer for flat micro-batches of packed rows, of a model that `sums_loss`.
 
     Args:
+        recipe: for the optimizer and its schedule.
         sampler: of the training rows.
         eval_collator: where the validation rows keep to other rules than the training rows.
+        checkpoints: where to save.
+        n_kept: newest checkpoints kept.
     """
 
-    def __init__(self, *, sampler: StepSampler, eval_collator: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        recipe: RecipeSettings,
+        sampler: StepSampler,
+        eval_collator: Any,
+        checkpoints: Checkpoints,
+        n_kept: int,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self._recipe = recipe
         self._sampler = sampler
         self._eval_collator = eval_collator
+        self._checkpoints = checkpoints
+        self._n_kept = n_kept
+        self._save_to = str(checkpoints.folder)
+        self.n_failed_checkpoints = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         return self._sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = optimization.optimizer(model or self.model, self._recipe)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = optimization.scheduler(
+                optimizer or self.optimizer, self._recipe, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self,
@@ -52,13 +96,16 @@ class PackedTrainer(Trainer):
         """Mean loss over all supervised tokens of the validation rows, nats."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-        mine = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        n_rows, n_processes = len(self.eval_dataset), self.args.world_size
+        # Every process takes as many turns: a sharded model is whole only while all compute.
+        turns = [*range(n_rows), *[NO_ROW] * (-n_rows % n_processes)]
+        mine = turns[self.args.process_index :: n_processes]
         rows = DataLoader(self.eval_dataset, sampler=mine, collate_fn=self._eval_collator)
         with torch.no_grad():
             for batch in rows:
-                batch = self._prepare_inputs(batch)
-                n_tokens = (batch["labels"] != IGNORED).sum()
-                sums += torch.tensor([self.model(**batch).loss.item(), n_tokens.item()])
+                n_tokens = (batch["labels"] != IGNORED).sum().item()
+                loss = self.model(**self._prepare_inputs(batch)).loss
+                sums += torch.tensor([loss.item(), n_tokens])
         total, n_tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
         metrics = {"eval_loss": total / n_tokens}
         self.log(dict(metrics))
@@ -68,18 +115,132 @@ class PackedTrainer(Trainer):
         self.model.train()
         return metrics
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._save_to
 
-class Throughput(TrainerCallback):
-    """Seconds of each optimizer step, without the time of evaluations."""
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """transformers writes in place; here the checkpoint appears when it is whole. One that
+        cannot be written, on a full disk, costs a line in the log and not the run."""
+        step = self.state.global_step
+        wait = self.accelerator.wait_for_everyone if self.args.world_size > 1 else None
+        try:
+            with self._checkpoints.writing(
+                step, is_main=self.is_world_process_zero(), wait=wait
+            ) as folder:
+                self._save_to = str(folder)
+                super()._save_checkpoint(model, trial)
+        # A full disk is an OSError to Python, a RuntimeError to torch.save.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.world_size > 1:
+                raise
+            self.n_failed_checkpoints += 1
+            logger.error("could not write a checkpoint step=%d reason=%s", step, error)
+        else:
+            if self.is_world_process_zero():
+                self._checkpoints.keep_newest(self._n_kept)
+        finally:
+            self._save_to = str(self._checkpoints.folder)
 
-    def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}
-        self._started = math.nan
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.perf_counter()
+def make_trainer(
+    model: Any,
+    job: Job,
+    checkpoints: Checkpoints,
+    *,
+    rows_per_micro_batch: int,
+    curves: Path | None = None,
+    name: str = "run",
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """The Trainer of one run; validation rows keep documents whole and apart whatever the
+    recipe packs.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[state.global_step] = time.perf_counter() - self._started
+    Raises:
+        StageError: a step's rows cannot be shared out evenly.
+    """
+    recipe, training, plan = job.recipe, job.training, job.plan
+    n_micro_batches = micro_batches_per_step(recipe, rows_per_micro_batch)
+    sampler = StepSampler(
+        plan,
+        n_ranks=processes.n_processes(),
+        micro_batches_per_step=n_micro_batches,
+        rows_per_micro_batch=rows_per_micro_batch,
+        seed=recipe.seed,
+    )
+    n_steps = math.ceil(sampler.n_steps * recipe.epochs)
+    if recipe.max_steps is not None:
+        n_steps = min(n_steps, recipe.max_steps)
+    validates = recipe.evaluations > 0 and len(job.validation) > 0
+    device = default_device()
+    dtype = compute_dtype(device)
+    trackers = trackers_ready(training, name=name, curves=curves)
+    trainer = PackedTrainer(
+        model=model,
+        recipe=recipe,
+        args=TrainingArguments(
+            output_dir=str(checkpoints.folder),
+            run_name=name,
+            max_steps=n_steps,
+            per_device_train_batch_size=rows_per_micro_batch,
+            gradient_accumulation_steps=n_micro_batches,
+            learning_rate=recipe.learning_rate,
+            max_grad_norm=recipe.max_gradient_norm,
+            use_cpu=device.type == "cpu",
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would wait for the GPU at every micro-batch
+            eval_strategy="steps" if validates else "no",
+            eval_steps=math.ceil(n_steps / recipe.evaluations) if validates else None,
+            save_steps=training.checkpoint_steps,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # every matrix of the adapter is used
+            report_to=trackers,
+            seed=recipe.seed,
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+            **processes.sharding(training, model),
+        ),
+        train_dataset=PlannedRows(plan.rows),
+        eval_dataset=PlannedRows(
+            validation_rows(
+                job.validation,
+                job.facts,
+                row_tokens=plan.row_tokens,
+                n_conversations=recipe.validation_conversations,
+            )
+        )
+        if validates
+        else None,
+        sampler=sampler,
+        checkpoints=checkpoints,
+        n_kept=training.checkpoints_kept,
+        data_collator=Collator(
+            job.train, crosses_documents=plan.crosses_documents, pads_rows=plan.pads_rows
+        ),
+        eval_collator=Collator(job.validation, crosses_documents=False),
+        callbacks=list(callbacks),
+    )
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+    return trainer
+
+
+def micro_batches_per_step(recipe: RecipeSettings, rows_per_micro_batch: int) -> int:
+    """Passes of each process in one optimizer step.
+
+    Raises:
+        StageError: a step's rows cannot be shared out evenly.
+    """
+    at_once = rows_per_micro_batch * processes.n_processes()
+    n_micro_batches, rest = divmod(recipe.rows_per_step, at_once)
+    if rest or not n_micro_batches:
+        raise StageError(
+            "the rows of a step cannot be shared out evenly",
+            where="recipes.<name>.rows_per_step",
+            found=f"{recipe.rows_per_step} rows for {processes.n_processes()} processes ×"
+            f" {rows_per_micro_batch} rows of a micro-batch",
+            expected=f"a multiple of {at_once}, such as"
+            f" {max(1, round(recipe.rows_per_step / at_once)) * at_once}",
+        )
+    return n_micro_batches

@@ -95,6 +95,30 @@ def test_the_nf4_base_is_scored_as_such(chain, tmp_path):
     assert report["loss_nats_per_token"] != base["loss_nats_per_token"]
 
 
+def test_the_int8_base_is_scored_as_such(chain, tmp_path):
+    link = ("--checkpoint", chain.checkpoint, "--adapter", chain.adapter, "--precision")
+    int8 = score(chain, tmp_path / "int8.json", *link, "int8")
+    nf4 = score(chain, tmp_path / "nf4.json", *link, "nf4")
+    native = score(chain, tmp_path / "native.json", *link, "native")
+    assert int8["precision"] == "int8"
+    assert len({report["loss_nats_per_token"] for report in (int8, nf4, native)}) == 3
+
+
+def test_a_link_is_scored_at_the_positions_of_its_facts(chain, tmp_path):
+    from workflow_scripts.models.checkpoint import read_facts
+    from workflow_scripts.settings import RopeScalingSettings
+
+    scaling = RopeScalingSettings(type="yarn", factor=4)
+    facts = files.read_json(chain.facts) | read_facts(chain.checkpoint, scaling)
+    files.write_json(tmp_path / "facts.json", facts)
+    stretched = chain._replace(facts=tmp_path / "facts.json")
+    link = ("--checkpoint", chain.checkpoint)
+    plain = score(chain, tmp_path / "plain.json", *link)
+    found = score(stretched, tmp_path / "stretched.json", *link)
+    assert found["n_scored_tokens"] == plain["n_scored_tokens"]
+    assert abs(found["loss_nats_per_token"] - plain["loss_nats_per_token"]) > 1e-3
+
+
 def test_a_split_without_conversations_is_a_stage_error(
     chain, random_documents, tmp_path, ends_with_message
 ):

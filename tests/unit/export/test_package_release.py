@@ -84,6 +84,7 @@ def test_the_card_has_a_line_a_link_against_the_base(release):
     assert "12 test conversations (3456 supervised tokens) in pieces of at most 300" in words
     assert "a sliding window of 300 tokens" in words and "advertise 300 tokens" in words
     assert "the context is 512" in words
+    assert "stretched" not in words and "fine-tuned with LoRA on `chats`" in words
     assert "`chats`" in words and "`apart`" in words and "`lora`" in words
     assert 'Llama("run-Q4_K_M.gguf", n_ctx=300)' in card
 
@@ -128,6 +129,23 @@ def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path)
     assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
     card = (tmp_path / "release" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == source["source"]
+
+
+def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):
+    facts = files.read_json(chain.facts) | {"sliding_window": None}
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_tokens": 512}
+    stretched = facts | {"context_tokens": 2048, "rope_scaling": scaling}
+    files.write_json(tmp_path / "facts.json", stretched)
+    manifest = tmp_path / "manifest.json"
+    files.write_json(manifest, {"identity": {"recipe": {"method": "full"}}})
+    given = arguments(chain._replace(facts=tmp_path / "facts.json"), inputs, tmp_path / "release")
+    given[given.index(str(inputs / "manifest.json"))] = str(manifest)
+    package_release.main(given)
+    words = " ".join((tmp_path / "release" / "README.md").read_text().split())
+    assert "Context: 2048 tokens." in words and "n_ctx=2048" in words
+    assert "stretched by 4 (yarn RoPE scaling) over the base's 512 tokens" in words
+    assert "fine-tuned as a whole on `chats`" in words
+    assert "PARAMETER num_ctx 2048" in (tmp_path / "release" / "Modelfile").read_text()
 
 
 def test_packaging_again_replaces_the_whole_folder(chain, inputs, tmp_path):

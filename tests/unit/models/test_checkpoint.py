@@ -7,6 +7,7 @@ import pytest
 
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint
+from workflow_scripts.settings import RopeScalingSettings
 
 # As the models' own config.json files have them (shared/PITFALLS.md, "Model facts").
 MISTRAL_7B_V01 = {
@@ -113,6 +114,101 @@ def test_rope_theta_is_found_where_transformers_5_writes_it(tmp_path):
     facts = facts_of({**config, "rope_parameters": rope}, tmp_path)
     assert facts["rope_theta"] == 1e6
     assert facts["rope_parameters"] == rope
+
+
+def test_an_older_files_scaling_is_read_in_the_form_of_transformers_5(tmp_path):
+    from transformers import AutoConfig
+
+    scaling = {"type": "linear", "factor": 2.0}
+    facts = facts_of({**MISTRAL_7B_V02, "rope_scaling": scaling}, tmp_path)
+    reference = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    known = {key: reference[key] for key in ("rope_type", "rope_theta", "factor")}
+    assert facts["rope_parameters"] == known
+    assert facts_of(MISTRAL_7B_V02, tmp_path)["rope_parameters"] == {}
+
+
+@pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B, MINISTRAL_8B])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
+def test_scaling_stretches_the_context_and_nothing_else(tmp_path, config, kind):
+    plain = facts_of(config, tmp_path)
+    settings = RopeScalingSettings(type=kind, factor=2.5)
+    facts = checkpoint.read_facts(tmp_path, settings)
+    assert facts["context_tokens"] == int(2.5 * config["max_position_embeddings"])
+    changed = {key for key in facts if facts[key] != plain.get(key)}
+    assert changed == {"context_tokens", "rope_parameters", "rope_scaling"}
+    rope = facts["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == (kind, 2.5)
+    assert rope["rope_theta"] == config["rope_theta"]
+    # What llama.cpp may be given still ends at the window.
+    window = config["sliding_window"]
+    assert checkpoint.served_context(facts) == min(facts["context_tokens"], window or 10**9)
+
+
+def test_the_original_context_may_be_another_than_the_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B_V02))
+    settings = RopeScalingSettings(type="yarn", factor=2, original_context_tokens=8192)
+    facts = checkpoint.read_facts(tmp_path, settings)
+    assert facts["context_tokens"] == 16_384
+    assert facts["rope_parameters"]["original_max_position_embeddings"] == 8192
+    dynamic = RopeScalingSettings(type="dynamic", factor=2, original_context_tokens=8192)
+    with pytest.raises(StageError, match="original_context_tokens") as caught:
+        checkpoint.read_facts(tmp_path, dynamic)
+    assert "32768" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ],
+)
+def test_a_second_scaling_on_top_of_a_checkpoints_own_is_refused(tmp_path, own):
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL_7B_V02, **own}))
+    with pytest.raises(StageError, match="RoPE scaling of its own") as caught:
+        checkpoint.read_facts(tmp_path, RopeScalingSettings(factor=2))
+    assert "models.<name>.rope_scaling" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
+def test_a_model_loads_with_the_positions_of_its_facts(demo_checkpoint, kind):
+    """Against frequencies worked out from the papers' formulas, far beyond the base's context."""
+    import math
+
+    import torch
+
+    facts = checkpoint.read_facts(demo_checkpoint, RopeScalingSettings(type=kind, factor=4))
+    rope = facts["rope_parameters"]
+    model = checkpoint.load_model(
+        demo_checkpoint, window=None, precision="float32", rope=rope, device="cpu"
+    )
+    rotary = model.model.rotary_emb
+    dim, theta, original, length = facts["head_dim"], facts["rope_theta"], 4096, 12_288
+    position = torch.tensor([[length - 1]])
+    cosines, _ = rotary(torch.zeros(1, dtype=torch.float64), position)
+    powers = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    magnitude = 1.0
+    if kind == "linear":
+        frequencies = theta**-powers / 4
+    elif kind == "dynamic":
+        stretch = (4 * length / original - 3) ** (dim / (dim - 2))
+        frequencies = (theta * stretch) ** -powers
+    else:
+        rotations = original * theta**-powers / (2 * math.pi)
+
+        def pair_of(turns: float) -> float:
+            return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = math.floor(pair_of(32)), math.ceil(pair_of(1))
+        ramp = ((torch.arange(dim // 2) - low) / (high - low)).clamp(0, 1).double()
+        frequencies = theta**-powers * (ramp / 4 + (1 - ramp))
+        magnitude = 0.1 * math.log(4) + 1
+        # Pairs that turn often keep their pace, pairs that never turn once are interpolated.
+        assert (ramp[rotations > 40] == 0).all() and (ramp[rotations < 0.5] == 1).all()
+    expected = magnitude * torch.cos((length - 1) * frequencies)
+    found = cosines[0, 0, : dim // 2].double()
+    # float32 angles of up to 12,287 rad: measured 6e-4.
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
 
 def test_a_model_of_another_family_is_a_stage_error(tmp_path):

@@ -55,6 +55,51 @@ def test_a_missing_window_is_said_aloud(run_stage, demo_checkpoint, tmp_path):
     assert json.loads((tmp_path / "facts.json").read_text())["sliding_window"] is None
 
 
+def test_stretched_positions_are_asked_for_in_json(run_stage, demo_checkpoint, tmp_path):
+    plain, scaled = tmp_path / "plain.json", tmp_path / "scaled.json"
+    assert run_stage(STAGE, "--checkpoint", demo_checkpoint, "--facts", plain).returncode == 0
+    scaling = json.dumps({"type": "yarn", "factor": 4})
+    done = run_stage(
+        STAGE, "--checkpoint", demo_checkpoint, "--rope-scaling", scaling, "--facts", scaled
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(plain.read_text()), json.loads(scaled.read_text())
+    assert "rope_scaling" not in before
+    changed = {key: after[key] for key in after if after[key] != before.get(key)}
+    assert changed == {
+        "context_tokens": 4 * 4096,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": before["rope_theta"],
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+        },
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_tokens": 4096},
+    }
+    assert "attention sees no further" in done.stderr  # the demo's window of 512
+
+
+def test_dynamic_scaling_is_told_where_it_ends(run_stage, demo_checkpoint, tmp_path):
+    scaling = json.dumps({"type": "dynamic", "factor": 2})
+    done = run_stage(
+        STAGE, "--checkpoint", demo_checkpoint, "--rope-scaling", scaling, "--facts",
+        tmp_path / "facts.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "GGUF has no form of it" in done.stderr
+
+
+def test_a_scaling_that_cannot_be_is_a_message(run_stage, demo_checkpoint, tmp_path):
+    facts = tmp_path / "facts.json"
+    scaling = json.dumps({"type": "yarn", "factor": 0.5})
+    done = run_stage(
+        STAGE, "--checkpoint", demo_checkpoint, "--rope-scaling", scaling, "--facts", facts
+    )
+    assert done.returncode == 1
+    assert "factor: found 0.5" in done.stderr and "Traceback" not in done.stderr
+    assert not facts.exists()
+
+
 def test_a_missing_shard_stops_the_stage(run_stage, demo_checkpoint, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_checkpoint, checkpoint)

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.scoring import transformers_model
 from workflow_scripts.scoring.transformers_model import TransformersModel
+from workflow_scripts.settings import RopeScalingSettings
 
 TOKENS = np.random.default_rng(0).integers(3, 300, size=40).astype(np.int32)
 
@@ -99,3 +102,79 @@ def test_nf4_scores_with_the_quantized_base(checkpoint):
     found, expected = scored_logits(nf4, positions), scored_logits(dense, positions)
     # Measured 0; against the base that is not quantized, 1.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_int8_scores_with_the_quantized_base(checkpoint):
+    import bitsandbytes
+
+    int8 = TransformersModel(checkpoint, window=8, precision="int8")
+    kinds = {type(layer) for layer in int8.model.modules()}
+    assert bitsandbytes.nn.Linear8bitLt in kinds
+    positions = list(range(40))
+    found = scored_logits(int8, positions)
+    expected = plain_logits(checkpoint, window=8)
+    difference = (found - expected).abs().mean()
+    nf4 = scored_logits(TransformersModel(checkpoint, window=8, precision="nf4"), positions)
+    # Nearer than 4 bits, and not the same: measured 0.026 against 0.22, logits are of size 3.
+    assert 1e-4 < difference < (nf4 - expected).abs().mean() / 3
+
+
+@pytest.fixture
+def full_fine_tune(checkpoint, tmp_path):
+    """Every weight of the model moved at random, as training leaves it; and that model."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from workflow_scripts import files
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    files.write_json(tmp_path / "adapter_config.json", {"peft_type": None, "method": "full"})
+    return tmp_path, model
+
+
+def test_a_full_fine_tune_is_scored_with_its_own_weights(checkpoint, full_fine_tune):
+    folder, model = full_fine_tune
+    scorer = TransformersModel(checkpoint, window=8, precision="float32", adapter=folder)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(TOKENS.astype("int64"))[None]).logits[0]
+    found = scored_logits(scorer, list(range(40)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["another model", "a quantized model"])
+def test_a_full_fine_tune_of_something_else_is_refused(
+    checkpoint, make_checkpoint, full_fine_tune, tmp_path, case
+):
+    folder, _ = full_fine_tune
+    base, precision = checkpoint, "nf4"
+    if case == "another model":
+        base = make_checkpoint(tmp_path / "shallow", num_hidden_layers=1)
+        precision = "float32"
+    with pytest.raises(StageError, match="the trained weights do not fit the model") as caught:
+        TransformersModel(base, window=8, precision=precision, adapter=folder)
+    assert "adapter_model.safetensors" in str(caught.value)
+
+
+def test_positions_are_those_given(checkpoint):
+    facts = read_facts(checkpoint, RopeScalingSettings(type="linear", factor=2))
+    plain = TransformersModel(checkpoint, window=None, precision="float32")
+    scaled = TransformersModel(
+        checkpoint, window=None, precision="float32", rope=facts["rope_parameters"]
+    )
+    with torch.no_grad():
+        tokens = torch.from_numpy(TOKENS.astype("int64"))[None]
+        halves = torch.arange(40)[None] / 2
+        # Without a mask, steps of a half would be taken for the borders of packed documents.
+        mask = torch.ones_like(tokens)
+        expected = plain.model(
+            tokens, attention_mask=mask, position_ids=halves, use_cache=False
+        ).logits[0]
+    found = scored_logits(scaled, list(range(40)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert (found - plain_logits(checkpoint, window=None)).abs().max() > 0.01

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from tests.unit.train.jobs import make_job, trainer_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import read_plan
 from workflow_scripts.settings import RecipeSettings
-from workflow_scripts.train.train_adapter import adapted_model, make_trainer
-from workflow_scripts.train.trainer import Throughput
+from workflow_scripts.train.model import trainable_model
 
 
 class Gradients(TrainerCallback):
@@ -37,19 +37,26 @@ class Gradients(TrainerCallback):
 
 
 def take_step(
-    checkpoint: Path, facts: Path, documents: Path, plan: Path, recipe: dict, folder: Path
+    checkpoint: Path,
+    facts: Path,
+    documents: Path,
+    plan: Path,
+    recipe: dict,
+    rows_per_micro_batch: int,
+    folder: Path,
 ) -> dict[str, torch.Tensor]:
     """Gradients by parameter, `loss` and `eval_loss`; no matrix of the adapter is zero."""
     settings = RecipeSettings(max_steps=1, evaluations=1, max_gradient_norm=1e9, rank=8, **recipe)
-    model = adapted_model(checkpoint, files.read_json(facts), settings)
+    model = trainable_model(checkpoint, files.read_json(facts), settings)
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     tokens = Documents(documents)
-    trainer = make_trainer(
-        model, settings, read_plan(plan), tokens, tokens, folder / "checkpoints", Throughput()
+    job = make_job(files.read_json(facts), read_plan(plan), tokens, settings)
+    trainer = trainer_of(
+        model, job, folder / "checkpoints", rows_per_micro_batch=rows_per_micro_batch
     )
     gradients = Gradients()
     trainer.add_callback(gradients)
@@ -65,6 +72,7 @@ def main() -> None:
     for name in ("--checkpoint", "--facts", "--documents", "--plan", "--folder"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--recipe", type=json.loads, required=True)
+    parser.add_argument("--rows-per-micro-batch", type=int, required=True)
     arguments = parser.parse_args()
     result = take_step(**vars(arguments))
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

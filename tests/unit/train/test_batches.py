@@ -39,6 +39,8 @@ def test_whole_documents_make_the_batch_of_transformers_own_flattening_collator(
         return_position_ids=True, return_flash_attn_kwargs=True, return_tensors="pt"
     )(examples)
     found = Collator(documents, crosses_documents=False)(rows)
+    predicting = found.pop("predicting")
+    assert (predicting + 1).tolist() == (found["labels"][0] != IGNORED).nonzero()[:, 0].tolist()
     assert found.keys() == reference.keys()
     for key, value in reference.items():
         assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), key

@@ -5,10 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.train.mixtral import N_EXPERTS, save_mixtral, tiny_mixtral
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.models.checkpoint import load_model, read_facts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.lora import kv_rank, lora_config
+
+
+@pytest.fixture(scope="module")
+def mixtral_facts(tmp_path_factory):
+    return read_facts(save_mixtral(tmp_path_factory.mktemp("mixtral")))
 
 
 def adapted_layers(checkpoint, facts, recipe):
@@ -16,7 +22,10 @@ def adapted_layers(checkpoint, facts, recipe):
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    base = load_model(checkpoint, window=facts["sliding_window"], precision="float32")
+    if facts["n_experts"]:
+        base = tiny_mixtral()
+    else:
+        base = load_model(checkpoint, window=facts["sliding_window"], precision="float32")
     model = get_peft_model(base, lora_config(recipe, facts))
     return {
         name.rpartition("base_model.model.")[2]: layer
@@ -25,19 +34,20 @@ def adapted_layers(checkpoint, facts, recipe):
     }
 
 
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 40 / 16), (True, 40 / 4)])
 @pytest.mark.parametrize(
     ("setting", "expected"), [("uniform", 16), ("matched", 4), (6, 6), (16, 16), (32, 32)]
 )
 def test_k_and_v_get_their_rank_and_every_module_the_same_scale(
-    checkpoint, facts, setting, expected
+    checkpoint, facts, setting, expected, rslora, scale
 ):
-    recipe = RecipeSettings(rank=16, alpha=40, kv_rank=setting)
+    recipe = RecipeSettings(rank=16, alpha=40, kv_rank=setting, rslora=rslora)
     layers = adapted_layers(checkpoint, facts, recipe)
     for name, layer in layers.items():
         is_kv = name.endswith(("k_proj", "v_proj"))
         assert layer.r["default"] == (expected if is_kv else 16), name
         assert layer.lora_A["default"].weight.shape[0] == layer.r["default"], name
-        assert layer.scaling["default"] == pytest.approx(40 / 16, rel=1e-12), name
+        assert layer.scaling["default"] == pytest.approx(scale, rel=1e-12), name
 
 
 def test_every_linear_layer_but_the_output_is_adapted(checkpoint, facts):
@@ -77,3 +87,76 @@ def test_a_matched_rank_that_is_no_whole_number_says_what_would_be(facts):
         lora_config(RecipeSettings(rank=18, kv_rank="matched"), facts)
     for part in ("recipes.<name>.rank", "18 × 2 kv heads ÷ 8 heads", "a multiple of 4"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["q_proj", "v_proj"], {"self_attn.q_proj", "self_attn.v_proj"}),
+        (["self_attn.o_proj", "mlp.down_proj"], {"self_attn.o_proj", "mlp.down_proj"}),
+    ],
+)
+def test_the_targets_of_a_list_are_adapted_and_no_others(checkpoint, facts, targets, found):
+    layers = adapted_layers(checkpoint, facts, RecipeSettings(rank=8, target_modules=targets))
+    assert layers.keys() == {f"model.layers.{at}.{name}" for at in (0, 1) for name in found}
+
+
+def test_a_target_may_be_one_layers(checkpoint, facts):
+    recipe = RecipeSettings(rank=8, target_modules=["layers.1.mlp.up_proj"])
+    assert adapted_layers(checkpoint, facts, recipe).keys() == {"model.layers.1.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("target", ["qproj", "proj", "lm_head", "embed_tokens", "layers.2.q_proj"])
+def test_a_target_that_is_no_module_says_which_there_are(facts, target):
+    with pytest.raises(StageError) as caught:
+        lora_config(RecipeSettings(target_modules=["q_proj", target]), facts)
+    message = str(caught.value)
+    assert "recipes.<name>.target_modules" in message
+    assert f"{target}\n" in message and "q_proj, k_proj, v_proj, o_proj, gate_proj" in message
+
+
+def test_a_mixture_has_no_mlp_to_name(mixtral_facts):
+    with pytest.raises(StageError, match="up_proj") as caught:
+        lora_config(RecipeSettings(target_modules=["q_proj", "up_proj"]), mixtral_facts)
+    assert "all-linear, or of q_proj, k_proj, v_proj, o_proj\n" in str(caught.value)
+    assert "adapts_experts" in str(caught.value)
+
+
+def test_dropout_and_dora_reach_every_adapted_layer(checkpoint, facts):
+    recipe = RecipeSettings(rank=8, dropout=0.25, dora=True, kv_rank="matched")
+    for name, layer in adapted_layers(checkpoint, facts, recipe).items():
+        assert layer.lora_dropout["default"].p == 0.25, name
+        assert layer.use_dora["default"], name
+
+
+def test_of_a_mixture_attention_alone_is_adapted_unless_asked(mixtral_facts):
+    """PEFT 0.21's own `all-linear` takes experts and router too."""
+    layers = adapted_layers(None, mixtral_facts, RecipeSettings(rank=8))
+    assert {name.split(".", 3)[3] for name in layers} == {
+        f"self_attn.{part}_proj" for part in "qkvo"
+    }
+
+
+def test_experts_are_adapted_when_asked_each_with_the_rank_and_the_scale(mixtral_facts):
+    recipe = RecipeSettings(rank=8, alpha=24, kv_rank="matched", adapts_experts=True)
+    layers = adapted_layers(None, mixtral_facts, recipe)
+    experts = {name: layer for name, layer in layers.items() if ".mlp.experts" in name}
+    assert sorted({layer.parameter_name for layer in experts.values()}) == [
+        "down_proj",
+        "gate_up_proj",
+    ]
+    assert len(experts) == 2 * 2
+    for name, layer in experts.items():
+        assert layer.lora_A["default"].out_features == 8 * N_EXPERTS, name
+        assert layer.scaling["default"] == 24 / 8, name
+    assert not any(name.endswith(".gate") for name in layers)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"adapts_experts": True}, {"trains_router": True}, {"router_loss_coefficient": 0.01}],
+)
+def test_a_setting_of_experts_is_refused_of_a_dense_model(facts, settings):
+    with pytest.raises(StageError, match=next(iter(settings))) as caught:
+        lora_config(RecipeSettings(**settings), facts)
+    assert "recipes.<name>" in str(caught.value)

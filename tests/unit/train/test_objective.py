@@ -53,17 +53,17 @@ def prepared(checkpoint, facts_path, random_documents, plan_of, tmp_path_factory
     return Prepared(checkpoint, facts_path, folder / "train.arrow", folder)
 
 
-def recipe(rows_per_micro_batch, micro_batches_per_step):
+def layout(rows_per_micro_batch, micro_batches, n_processes=1):
     return {
+        "recipe": {"rows_per_step": rows_per_micro_batch * micro_batches * n_processes},
         "rows_per_micro_batch": rows_per_micro_batch,
-        "micro_batches_per_step": micro_batches_per_step,
     }
 
 
 @pytest.fixture(scope="module")
 def one_document_a_micro_batch(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    return one_step.take_step(**prepared.paths("none", folder), recipe=recipe(1, 10))
+    return one_step.take_step(**prepared.paths("none", folder), **layout(1, 10))
 
 
 def largest_difference(found, expected):
@@ -92,7 +92,7 @@ def test_a_step_is_the_same_however_its_rows_are_grouped(
     prepared, one_document_a_micro_batch, tmp_path, strategy, rows, micro_batches
 ):
     paths = prepared.paths(strategy, tmp_path)
-    found = one_step.take_step(**paths, recipe=recipe(rows, micro_batches))
+    found = one_step.take_step(**paths, **layout(rows, micro_batches))
     assert largest_difference(found, one_document_a_micro_batch) <= TOLERANCE
 
 
@@ -107,7 +107,9 @@ def test_a_step_is_the_same_on_two_processes(
     command += ["--nproc-per-node", "2", "-m", "tests.unit.train.one_step"]
     for name, path in prepared.paths(strategy, tmp_path).items():
         command += [f"--{name}", str(path)]
-    command += ["--recipe", json.dumps(recipe(rows, micro_batches))]
+    options = layout(rows, micro_batches, n_processes=2)
+    command += ["--recipe", json.dumps(options["recipe"])]
+    command += ["--rows-per-micro-batch", str(rows)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
@@ -140,7 +142,7 @@ def test_attention_across_documents_is_another_objective(
 ):
     """The comparison can see a leak, in gradients and loss alike."""
     paths = prepared.paths("concatenate", tmp_path)
-    found = one_step.take_step(**paths, recipe=recipe(1, 5))
+    found = one_step.take_step(**paths, **layout(1, 5))
     assert largest_difference(found, one_document_a_micro_batch) > 0.05
     assert abs(found["loss"] - one_document_a_micro_batch["loss"]) > 1e-3
 
@@ -154,6 +156,6 @@ def test_a_mean_of_means_would_be_another_objective(
         path = tmp_path / f"row-{number}.parquet"
         write_plan(path, plan_of([row], row_tokens=40))
         paths = prepared.paths("best_fit", tmp_path) | {"plan": path}
-        steps.append(one_step.take_step(**paths, recipe=recipe(1, 1)))
+        steps.append(one_step.take_step(**paths, **layout(1, 1)))
     mean = {name: torch.stack([step[name] for step in steps]).mean(dim=0) for name in steps[0]}
     assert largest_difference(mean, one_document_a_micro_batch) > 0.01

@@ -20,7 +20,7 @@ from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
 from workflow_scripts.train.probe import check_attention
-from workflow_scripts.train.train_adapter import adapted_model
+from workflow_scripts.train.model import trainable_model
 
 LENGTHS = [14, 5, 9, 20, 7, 3]
 WINDOWS = [8, 8]
@@ -88,7 +88,7 @@ def load_with(load):
 def test_the_model_that_trains_passes_and_is_left_as_it_was(
     checkpoint, facts, documents, strategy, is_training
 ):
-    model = adapted_model(checkpoint, facts, RecipeSettings(rank=8))
+    model = trainable_model(checkpoint, facts, RecipeSettings(rank=8))
     model.train(is_training)
     layers = list(model.get_base_model().model.layers)
     random_state = torch.get_rng_state()

@@ -68,16 +68,16 @@ def test_processes_share_the_cost(plan):
 def test_the_trainer_takes_each_epoch_in_the_samplers_order(
     checkpoint, facts, random_documents, plan_of, tmp_path
 ):
+    from tests.unit.train import jobs
     from workflow_scripts.settings import RecipeSettings
-    from workflow_scripts.train.train_adapter import adapted_model, make_trainer
-    from workflow_scripts.train.trainer import Throughput
+    from workflow_scripts.train.model import trainable_model
 
     lengths = [5, 9, 3, 8, 6]
     documents = random_documents(tmp_path / "train.arrow", lengths)
     plan = plan_of([[Piece(at, 0, length)] for at, length in enumerate(lengths)])
-    recipe = RecipeSettings(epochs=2, rank=8, evaluations=0, micro_batches_per_step=2)
-    model = adapted_model(checkpoint, facts, recipe)
-    trainer = make_trainer(model, recipe, plan, documents, documents, tmp_path, Throughput())
+    recipe = RecipeSettings(epochs=2, rank=8, evaluations=0, rows_per_step=2)
+    model = trainable_model(checkpoint, facts, recipe)
+    trainer = jobs.trainer_of(model, jobs.make_job(facts, plan, documents, recipe), tmp_path)
     seen = []
     model.register_forward_pre_hook(
         lambda module, arguments, options: seen.append(options["input_ids"].shape[1]),

@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tests.unit.train import jobs
 from workflow_scripts.data.packing import Piece
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.batches import Collator
+from workflow_scripts.train.callbacks import Progress
 from workflow_scripts.train.lora import lora_config
-from workflow_scripts.train.train_adapter import adapted_model, make_trainer
-from workflow_scripts.train.trainer import Throughput
+from workflow_scripts.train.model import trainable_model
 
 LENGTHS = [5, 30, 8, 19, 9, 2]
 # Two rows of documents; their supervised tokens differ in number (about 19 and 12).
 ROWS = [[Piece(1, 0, 30), Piece(0, 0, 5)], [Piece(3, 0, 19), Piece(2, 0, 8), Piece(5, 0, 2)]]
-RECIPE = RecipeSettings(rank=8, alpha=16, kv_rank="matched", evaluations=0)
+RECIPE = RecipeSettings(rank=8, alpha=16, kv_rank="matched", evaluations=0, rows_per_step=1)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def documents(random_documents, tmp_path_factory):
 @pytest.fixture
 def trained(checkpoint, facts):
     """The model as it trains, NF4 base and adapter, no matrix of the adapter zero."""
-    model = adapted_model(checkpoint, facts, RECIPE)
+    model = trainable_model(checkpoint, facts, RECIPE)
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,33 +130,27 @@ def test_an_evaluation_in_between_leaves_the_gradients_whole(trained, reference,
 
 
 @pytest.fixture
-def trainer_of(plan_of):
-    def make(model, recipe, rows, train, validation, folder, *, strategy="best_fit"):
-        throughput = Throughput()
+def trainer_of(plan_of, facts):
+    def make(
+        model, recipe, rows, train, validation, folder, *, strategy="best_fit",
+        rows_per_micro_batch=1,
+    ):  # fmt: skip
         plan = plan_of(rows, row_tokens=40, strategy=strategy)
-        return make_trainer(model, recipe, plan, train, validation, folder, throughput), throughput
+        # Pieces of validation as long as the documents; the model's own window stays.
+        facts_of_job = facts | {"sliding_window": None}
+        job = jobs.make_job(facts_of_job, plan, train, recipe, validation=validation)
+        progress = Progress(tokens_per_step=40)
+        options = {"rows_per_micro_batch": rows_per_micro_batch, "callbacks": [progress]}
+        return jobs.trainer_of(model, job, folder, **options), progress
 
     return make
 
 
-@pytest.mark.parametrize(
-    ("rows_per_micro_batch", "micro_batches_per_step"), [(1, 2), (2, 1)], ids=["1 × 2", "2 × 1"]
-)
+@pytest.mark.parametrize("rows_per_micro_batch", [1, 2], ids=["1 × 2", "2 × 1"])
 def test_a_step_takes_the_mean_over_all_supervised_tokens_of_its_micro_batches(
-    trainer_of,
-    trained,
-    reference,
-    documents,
-    tmp_path,
-    rows_per_micro_batch,
-    micro_batches_per_step,
+    trainer_of, trained, reference, documents, tmp_path, rows_per_micro_batch
 ):
-    recipe = RECIPE.model_copy(
-        update={
-            "rows_per_micro_batch": rows_per_micro_batch,
-            "micro_batches_per_step": micro_batches_per_step,
-        }
-    )
+    recipe = RECIPE.model_copy(update={"rows_per_step": 2})
     expected_loss, n_tokens = loss_one_document_at_a_time(reference, documents)
     by_row = [loss_one_document_at_a_time(reference, documents, [row]) for row in ROWS]
     token_mean = expected_loss.item() / n_tokens
@@ -164,7 +159,10 @@ def test_a_step_takes_the_mean_over_all_supervised_tokens_of_its_micro_batches(
     gradients = adapter_gradients(reference, expected_loss / n_tokens)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
 
-    trainer, _ = trainer_of(trained, recipe, ROWS, documents, documents, tmp_path)
+    trainer, _ = trainer_of(
+        trained, recipe, ROWS, documents, documents, tmp_path,
+        rows_per_micro_batch=rows_per_micro_batch,
+    )  # fmt: skip
     trainer.train()
     logged = trainer.state.log_history[0]
     assert trainer.state.global_step == 1

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.report import report_sweep
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+N_CONVERSATIONS = 12
+
+
+def summary(losses: list[float], counts: list[int], *, by_conversation: bool) -> dict:
+    """As evaluate_perplexity writes it; the standard error is here the jackknife's."""
+    loss = sum(losses) / sum(counts)
+    n = len(losses)
+    error = None
+    if n > 1:
+        left_out = [(sum(losses) - losses[i]) / (sum(counts) - counts[i]) for i in range(n)]
+        mean = statistics.mean(left_out)
+        error = math.sqrt((n - 1) / n * sum((one - mean) ** 2 for one in left_out))
+    scores = {
+        "piece_tokens": 512,
+        "n_conversations": n,
+        "n_scored_tokens": sum(counts),
+        "loss_nats_per_token": loss,
+        "loss_standard_error_nats_per_token": error,
+        "perplexity": math.exp(loss),
+    }
+    if by_conversation:
+        scores["loss_nats_by_conversation"] = losses
+        scores["n_scored_tokens_by_conversation"] = counts
+    return scores
+
+
+def conversations(shift: float, *, n: int = N_CONVERSATIONS, seed: int = 0, noise: float = 0.01):
+    """Losses and tokens of conversations that differ much among each other: by 0.5 nats a token."""
+    hardness = random.Random(0)
+    drawn = random.Random(seed)
+    counts = [hardness.randint(20, 200) for _ in range(n)]
+    losses = [
+        count * (2 + hardness.gauss(0, 0.5) + shift + drawn.gauss(0, noise)) for count in counts
+    ]
+    return losses, counts
+
+
+def manifest(number: int) -> dict:
+    return {
+        "duration_seconds": 100.4 + number,
+        "tokens_per_second": 2345.6,
+        "peak_memory_bytes": 3 * 2**29,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+@pytest.fixture
+def add_sweep(folder):
+    """Results of a sweep: losses by run; returns what the rule hands over."""
+
+    def add(name, values, shifts, *, by_conversation=True, n=N_CONVERSATIONS, noise=0.01):
+        runs = {}
+        for number, (swept, shift) in enumerate(zip(values, shifts, strict=True)):
+            run = f"{name}.{number}"
+            runs[run] = swept
+            results = folder / "results" / "runs" / run
+            losses, counts = conversations(shift, n=n, seed=number, noise=noise)
+            files.write_json(
+                results / "evaluation" / "validation.json",
+                summary(losses, counts, by_conversation=by_conversation),
+            )
+            files.write_json(results / "adapter" / "training_manifest.json", manifest(number))
+        return {name: {"recipe": f"{name}-recipe", "runs": runs}}
+
+    return add
+
+
+@pytest.fixture
+def arguments(folder):
+    def make(swept):
+        paths = {key: folder / f"sweep.{key}" for key in ("tsv", "md", "html", "svg")}
+        return paths, [
+            *("--sweeps", json.dumps(swept), "--results", str(folder / "results")),
+            *("--tsv", str(paths["tsv"]), "--markdown", str(paths["md"])),
+            *("--html", str(paths["html"]), "--figure", str(paths["svg"])),
+        ]
+
+    return make
+
+
+@pytest.fixture
+def write(arguments):
+    def run(swept):
+        paths, argv = arguments(swept)
+        report_sweep.main(argv)
+        return paths
+
+    return run
+
+
+@pytest.fixture
+def rates(add_sweep):
+    values = [{"learning_rate": rate} for rate in RATES]
+    return lambda **more: add_sweep("rates", values, (0.2, 0.001, 0.0, 0.1), **more)
+
+
+def test_runs_are_ranked_and_those_that_are_as_good_as_the_best_are_marked(write, rates, read_tsv):
+    header, *rows = read_tsv(write(rates())["tsv"])
+    assert header == [
+        "run",
+        "learning_rate",
+        "perplexity",
+        "vs. the best, %",
+        "told apart",
+        "training, s",
+        "tokens/s",
+        "peak memory",
+    ]
+    assert [row[1] for row in rows] == ["4e-3", "2e-3", "8e-3", "1e-3"]
+    assert [row[4] for row in rows] == ["", "no", "yes", "yes"]
+    assert rows[0][3] == "best"
+    assert rows[0][5:] == ["102", "2,346", "1.50 GiB"]
+    # 0.2 nats worse, whatever the draw of the noise: exp(0.2) − 1 is 22 %.
+    assert float(rows[3][3].split()[0]) == pytest.approx(22.1, abs=2)
+
+
+def test_the_last_line_says_what_to_copy_and_what_does_as_well(write, rates):
+    paths = write(rates())
+    for last in (
+        paths["md"].read_text().strip().splitlines()[-1],
+        paths["html"].read_text().strip().splitlines()[-2],
+    ):
+        assert "Copy into recipes.rates-recipe: learning_rate: 4e-3" in last
+        assert "Best: rates.2, not told apart from rates.1." in last
+        assert "rates.0" not in last
+
+
+def test_pairing_by_conversation_tells_apart_what_two_errors_cannot(write, rates, read_tsv):
+    paired = write(rates())
+    assert "is paired by conversation" in paired["md"].read_text()
+    assert [row[4] for row in read_tsv(paired["tsv"])[1:]] == ["", "no", "yes", "yes"]
+    alone = write(rates(by_conversation=False))
+    assert "not paired by conversation" in alone["md"].read_text()
+    # Conversations differ by 0.5 nats, over twelve: ± 0.4 hides even 0.2.
+    assert [row[4] for row in read_tsv(alone["tsv"])[1:]] == ["", "no", "no", "no"]
+
+
+def test_one_run_without_its_conversations_is_compared_by_errors(write, rates, folder):
+    swept = rates()
+    path = folder / "results" / "runs" / "rates.1" / "evaluation" / "validation.json"
+    scores = files.read_json(path)
+    del scores["loss_nats_by_conversation"]
+    files.write_json(path, scores)
+    assert "not paired by conversation" in write(swept)["md"].read_text()
+
+
+def test_a_paired_difference_of_equally_long_conversations_is_the_classic_one():
+    drawn = random.Random(3)
+    first, second = ([drawn.gauss(40, 5) for _ in range(9)] for _ in range(2))
+    found = report_sweep.paired(
+        summary(first, [20] * 9, by_conversation=True),
+        summary(second, [20] * 9, by_conversation=True),
+    )
+    changes = [(one - other) / 20 for one, other in zip(first, second, strict=True)]
+    assert found.mean == pytest.approx(statistics.mean(changes), rel=1e-12)
+    half_width = 2.306 * statistics.stdev(changes) / math.sqrt(9)  # t of 8 degrees of freedom
+    assert found.half_width == pytest.approx(half_width, rel=1e-12)
+
+
+def test_a_paired_difference_has_the_jackknife_s_error():
+    # 300 conversations: the two estimators part by 1/n; measured 0.6 %.
+    first, counts = conversations(0.05, n=300, seed=1, noise=0.2)
+    second, _ = conversations(0.0, n=300, seed=2, noise=0.2)
+    found = report_sweep.paired(
+        summary(first, counts, by_conversation=True),
+        summary(second, counts, by_conversation=True),
+    )
+    changes = [one - other for one, other in zip(first, second, strict=True)]
+    jackknife = summary(changes, counts, by_conversation=False)
+    error = jackknife["loss_standard_error_nats_per_token"]
+    assert found.mean == pytest.approx(jackknife["loss_nats_per_token"], rel=1e-9)
+    assert found.half_width == pytest.approx(2.086 * error, rel=0.02)
+
+
+def test_one_conversation_tells_no_run_apart(write, rates, read_tsv):
+    rows = read_tsv(write(rates(n=1))["tsv"])[1:]
+    assert [row[4] for row in rows] == ["", "no", "no", "no"]
+    assert "±" not in "".join(rows[1])
+
+
+def test_runs_scored_on_different_tokens_are_not_compared(
+    arguments, rates, folder, ends_with_message
+):
+    swept = rates()
+    path = folder / "results" / "runs" / "rates.2" / "evaluation" / "validation.json"
+    files.write_json(path, files.read_json(path) | {"n_scored_tokens": 1})
+    message = ends_with_message(report_sweep.main, arguments(swept)[1])
+    for part in ("different tokens", "rates.2", "rates.0", "evaluate_validation"):
+        assert part in message
+
+
+def test_no_sweep_is_a_stage_error(arguments, ends_with_message):
+    message = ends_with_message(report_sweep.main, arguments({})[1])
+    assert "no sweep" in message and "sweep: true" in message
+
+
+def test_a_value_of_the_best_is_written_as_the_config_has_it(write, add_sweep):
+    values = [
+        {"target_modules": ["q_proj", "v_proj"], "dora": True, "max_steps": None},
+        {"target_modules": "all-linear", "dora": False, "max_steps": 40},
+    ]
+    text = write(add_sweep("modules", values, (0.0, 0.3)))["md"].read_text()
+    assert "target_modules: [q_proj, v_proj], dora: true, max_steps: null" in text
+    assert "Best: modules.0, told apart from every other run." in text
+
+
+def texts(path) -> str:
+    """Text is drawn as shapes; matplotlib leaves it in comments."""
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    return path.read_text()
+
+
+def test_one_numeric_key_is_a_curve_over_its_values(write, rates):
+    text = texts(write(rates())["svg"])
+    for part in ("learning_rate", *("1e-3", "2e-3", "4e-3", "8e-3"), "the best"):
+        assert f"<!-- {part} -->" in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"dora": True}, {"dora": False}],
+        [{"kv_rank": "matched"}, {"kv_rank": 4}],
+        [{"rank": 8, "alpha": 16.0}, {"rank": 16, "alpha": 16.0}],
+    ],
+    ids=["a switch", "a word", "two keys"],
+)
+def test_else_the_runs_stand_under_each_other(write, add_sweep, values):
+    text = texts(write(add_sweep("others", values, (0.1, 0.0)))["svg"])
+    for swept in values:
+        shown = ", ".join(f"{key} {report_sweep.as_written(one)}" for key, one in swept.items())
+        assert f"<!-- {shown} -->" in text
+
+
+def test_several_sweeps_are_ranked_apart_with_a_panel_each(write, rates, add_sweep, read_tsv):
+    ranks = add_sweep("ranks", [{"rank": 4}, {"rank": 16}], (0.0, 0.3))
+    paths = write(rates() | ranks)
+    header, *rows = read_tsv(paths["tsv"])
+    assert header[1:3] == ["learning_rate", "rank"]
+    assert [row[1] for row in rows] == ["4e-3", "2e-3", "8e-3", "1e-3", "", ""]
+    assert [row[2] for row in rows] == ["", "", "", "", "4", "16"]
+    assert [row[4] for row in rows if row[1]] == ["best", *[rows[at][4] for at in (1, 2, 3)]]
+    text = paths["md"].read_text()
+    for recipe, value in (("rates", "learning_rate: 4e-3"), ("ranks", "rank: 4")):
+        assert f"Copy into recipes.{recipe}-recipe: {value}" in text
+    for title in ("rates", "ranks"):
+        assert f"<!-- {title} -->" in texts(paths["svg"])
+
+
+def test_the_same_results_give_the_same_bytes(write, rates):
+    first = {key: path.read_bytes() for key, path in write(rates()).items()}
+    assert {key: path.read_bytes() for key, path in write(rates()).items()} == first
+
+
+def test_the_caption_says_that_the_test_split_is_not_used():
+    caption = Path(report_sweep.__file__).with_name("captions").joinpath("sweep.rst").read_text()
+    assert "The test split\nis not used" in caption
+
+
+def test_help_starts_without_torch_or_matplotlib(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_sweep")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib", "numpy"}

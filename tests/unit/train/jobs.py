@@ -1,0 +1,47 @@
+"""A training job made of what a test has at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.data.documents import Documents
+from workflow_scripts.data.plan import Plan
+from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.train.checkpoints import Checkpoints
+from workflow_scripts.train.job import Job
+from workflow_scripts.train.trainer import make_trainer
+
+
+def make_job(
+    facts: dict[str, Any],
+    plan: Plan,
+    documents: Documents,
+    recipe: RecipeSettings,
+    *,
+    validation: Documents | None = None,
+    **training: Any,
+) -> Job:
+    """The documents are those of validation too, where no others are given."""
+    return Job(
+        recipe=recipe,
+        training=TrainingSettings(trackers=[], **training),
+        facts=facts,
+        plan=plan,
+        train=documents,
+        validation=documents if validation is None else validation,
+        identity={"test": 1},
+    )
+
+
+def trainer_of(
+    model: Any, job: Job, folder: Path, *, rows_per_micro_batch: int = 1, **options: Any
+) -> Any:
+    """The product's trainer, its checkpoints in `folder`."""
+    return make_trainer(
+        model,
+        job,
+        Checkpoints(folder, job.identity),
+        rows_per_micro_batch=rows_per_micro_batch,
+        **options,
+    )

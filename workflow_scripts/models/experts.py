@@ -1,0 +1,89 @@
+"""A mixture's experts in NF4.
+
+transformers 5 holds the experts of a layer in two tensors, which its bitsandbytes loader passes by:
+in 16 bits they are 90 of Mixtral 8x7B's 93 GB, in NF4 23. They are dequantized whenever they are
+read, a tensor at a time; a matrix product keeps what it read for the backward pass, so training
+wants every layer checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes.functional
+import torch
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAMES = ("gate_up_proj", "down_proj")
+
+
+class Nf4Tensor(torch.Tensor):
+    """A tensor to be read, never written, whose values are kept in NF4, double quantization.
+
+    To all that computes it is the tensor it stands for, of that shape and type. Not bitsandbytes'
+    own parametrization: PEFT 0.21 leaves its adapter behind on such a tensor at each pass, and the
+    next pass adds another.
+    """
+
+    packed: torch.Tensor
+    state: bitsandbytes.functional.QuantState
+
+    @staticmethod
+    def __new__(cls, packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> Nf4Tensor:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, state.shape, dtype=state.dtype, device=packed.device
+        )
+        tensor.packed, tensor.state = packed, state
+        return tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Nf4Tensor:
+        """Quantize a tensor of 16 or 32 bits, on its device."""
+        return cls(
+            *bitsandbytes.functional.quantize_4bit(
+                tensor.contiguous(), compress_statistics=True, quant_type="nf4"
+            )
+        )
+
+    def dequantized(self) -> torch.Tensor:
+        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        first = args[0] if args else None
+        if function is torch.ops.aten.detach.default:
+            return cls(first.packed, first.state)
+        if function is torch.ops.aten.set_.source_Tensor and first is args[1]:
+            return first  # torch's parametrizations put a tensor in its own place
+        if function._schema.is_mutable and isinstance(first, cls):
+            raise TypeError(f"{function}: a tensor in NF4 cannot be written")
+        args, options = tree_map_only(cls, cls.dequantized, (args, dict(options or {})))
+        return function(*args, **options)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Nf4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def quantize_experts(model: PreTrainedModel, device: torch.device) -> None:
+    """Quantize the experts and put them on a device, a tensor at a time.
+
+    Args:
+        model: a mixture, its experts in 16 or 32 bits, on any device; a dense one is left alone.
+    """
+    for layer in model.model.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        for name in NAMES if experts is not None else ():
+            quantized = Nf4Tensor.of(getattr(experts, name).data.to(device))
+            setattr(experts, name, torch.nn.Parameter(quantized, requires_grad=False))

@@ -1,0 +1,193 @@
+"""Sweeps: a recipe whose values are lists stands for a recipe, and a run, of each combination.
+
+Works on the config as YAML gave it, before it is validated: what comes out is an ordinary config,
+whose recipes and runs every other part of the workflow reads without knowing of sweeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LIST_KEYS = frozenset({"target_modules", "modules_to_save"})
+"""Keys of a recipe that are lists themselves: of these a sweep holds a list of lists."""
+
+TRUE = (True, "true", "True", "TRUE", "yes", "on", "1", 1)  # as pydantic reads a flag
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Where an expanded recipe comes from."""
+
+    recipe: str
+    """The recipe as written."""
+    values: Mapping[str, Any]
+    """Swept keys, in the order written, with the value of each."""
+    places: Mapping[str, int]
+    """Swept keys with the value's place in its list, from 0."""
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A config without sweeps, and what was one."""
+
+    config: Any
+    recipes: dict[str, Combination] = field(default_factory=dict)
+    """By name of the expanded recipe."""
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    """Runs that use a sweep, each with the names of the runs that it stands for."""
+    problems: list[str] = field(default_factory=list)
+    """Lines `path: what is wrong`; where there are any, `config` is not to be used."""
+
+
+def expand(config: Any) -> Expanded:
+    """One recipe and one run of each combination of a sweep's values; all else stays as it is.
+
+    Names are `<recipe>.<key>-<value>.<key>-<value>`, and the runs' alike.
+
+    Args:
+        config: of any shape: what is no sweep is left to validation.
+    """
+    recipes, runs = (_mapping(config, table) for table in ("recipes", "runs"))
+    combinations: dict[str, dict[str, Combination]] = {}
+    problems: list[str] = []
+    for name, recipe in recipes.items():
+        if isinstance(recipe, Mapping) and _is_true(recipe.get("sweep")):
+            swept = {key: value for key, value in recipe.items() if _is_swept(key, value)}
+            wrong = list(_wrong_values(f"recipes.{name}", swept))
+            problems += wrong
+            combinations[name] = {} if wrong else _combine(name, swept)
+    if not combinations:
+        return Expanded(config)
+
+    all_recipes: dict[str, Any] = {}
+    origins: dict[str, Combination] = {}
+    for name, recipe in recipes.items():
+        if name not in combinations:
+            all_recipes[name] = recipe
+            continue
+        # Not a sweep any more: what is trained, and its fingerprint, are those of a plain recipe.
+        plain = {key: value for key, value in recipe.items() if key != "sweep"}
+        for suffix, combination in combinations[name].items():
+            problems += _taken("recipes", f"{name}{suffix}", recipes, all_recipes)
+            all_recipes[f"{name}{suffix}"] = plain | combination.values
+            origins[f"{name}{suffix}"] = combination
+
+    all_runs: dict[str, Any] = {}
+    swept_runs: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        recipe = run.get("recipe") if isinstance(run, Mapping) else None
+        if not isinstance(recipe, str) or recipe not in combinations:
+            all_runs[name] = run
+            continue
+        swept_runs[name] = []
+        for suffix in combinations[recipe]:
+            problems += _taken("runs", f"{name}{suffix}", runs, all_runs)
+            all_runs[f"{name}{suffix}"] = {**run, "recipe": f"{recipe}{suffix}"}
+            swept_runs[name].append(f"{name}{suffix}")
+    problems += _built_whole(config.get("build"), swept_runs)
+    expanded = {**config, "recipes": all_recipes, "runs": all_runs}
+    return Expanded(expanded, origins, swept_runs, problems)
+
+
+def _mapping(config: Any, table: str) -> Mapping[str, Any]:
+    found = config.get(table) if isinstance(config, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_true(value: Any) -> bool:
+    return isinstance(value, bool | int | str) and value in TRUE
+
+
+def _is_swept(key: str, value: Any) -> bool:
+    if not isinstance(value, list) or key == "sweep":
+        return False
+    return key not in LIST_KEYS or any(isinstance(one, list) for one in value)
+
+
+def _combine(recipe: str, swept: Mapping[str, list[Any]]) -> dict[str, Combination]:
+    """Combinations by the end of their name, the last key's values changing first."""
+    combinations = {}
+    for picked in itertools.product(*(enumerate(values) for values in swept.values())):
+        values = {key: value for key, (_, value) in zip(swept, picked, strict=True)}
+        places = {key: place for key, (place, _) in zip(swept, picked, strict=True)}
+        suffix = "".join(f".{key}-{short(value)}" for key, value in values.items())
+        combinations[suffix] = Combination(recipe, values, places)
+    return combinations
+
+
+def _wrong_values(path: str, swept: Mapping[str, list[Any]]) -> list[str]:
+    if not swept:
+        return [f"{path}: `sweep: true` expects a list of values for at least one key"]
+    problems = []
+    for key, values in swept.items():
+        if not values:
+            problems.append(f"{path}.{key}: found an empty list, expected the values to try")
+        names: dict[str, Any] = {}
+        for place, value in enumerate(values):
+            name = short(value)
+            if name in names:
+                problems.append(
+                    f"{path}.{key}[{place}]: found {value!r}, which is the same as {names[name]!r}"
+                )
+            names.setdefault(name, value)
+    return problems
+
+
+def _taken(table: str, name: str, *known: Mapping[str, Any]) -> list[str]:
+    is_taken = any(name in one for one in known)
+    return [f"{table}.{name}: a sweep makes an entry of this name as well"] * is_taken
+
+
+def _built_whole(build: Any, swept_runs: Mapping[str, list[str]]) -> list[str]:
+    """A sweep stops at its scores: what is exported is one of its runs, named whole."""
+    return [
+        f"build: found {name!r}, which is a sweep of {len(swept_runs[name])} runs; `snakemake"
+        f" sweep` needs none of them here; to export one, did you mean"
+        f" {_either(swept_runs[name])}?"
+        for name in (build if isinstance(build, list) else [])
+        if isinstance(name, str) and swept_runs.get(name)
+    ]
+
+
+def _either(names: list[str]) -> str:
+    """The first ten."""
+    return " or ".join([*map(repr, names[:10]), *["one of the others"] * (len(names) > 10)])
+
+
+def short(value: Any) -> str:
+    """A value as part of a name: two that are equal have the same, two that differ do not.
+
+    Numbers below 0.01 as `2e-4`, however they were written (YAML reads `2e-4` as text); a list as
+    `q_proj+v_proj`.
+    """
+    match value:
+        case bool():
+            return str(value).lower()
+        case None:
+            return "null"
+        case list():
+            return "+".join(map(short, value)) or "none"
+        case str() if (number := _number(value)) is not None:
+            return short(number)
+        case float() if 0 < abs(value) < 0.01:
+            # The fewest digits that give the same number back.
+            digits = next(n for n in range(18) if float(f"{value:.{n}e}") == value)
+            mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
+            return f"{mantissa}e{int(exponent)}"
+        case float():
+            return repr(value).removesuffix(".0")
+        case _:
+            return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value))
+
+
+def _number(text: str) -> float | int | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None

@@ -1,0 +1,81 @@
+"""What a finished run leaves: the adapter, or every weight of a full fine-tune, and its history."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folder: Path) -> None:
+    """The adapter alone, as PEFT loads it; its base is named by where it came from.
+
+    A full fine-tune has no adapter: its `adapter_model.safetensors` holds every weight under the
+    model's own names, and `adapter_config.json` says so.
+
+    Args:
+        weights: what trained, by parameter name.
+        checkpoint: folder of the base model.
+    """
+    from safetensors.torch import save_file
+
+    source = checkpoint / "source.json"
+    name = files.read_json(source)["source"] if source.is_file() else str(checkpoint)
+    with files.atomic_folder(folder / ".saved") as saved:
+        if hasattr(model, "peft_config"):
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = name
+            model.save_pretrained(str(saved), state_dict=weights)
+        else:
+            save_file(weights, saved / "adapter_model.safetensors", metadata={"format": "pt"})
+            config = {"peft_type": None, "method": "full", "base_model_name_or_path": name}
+            files.write_json(saved / "adapter_config.json", config)
+        for path in ("adapter_model.safetensors", "adapter_config.json"):
+            (saved / path).replace(folder / path)
+    shutil.rmtree(folder / ".saved")
+
+
+def read_history(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """The Trainer's log as two lists, `train` and `validation`, units in the keys' names.
+
+    Raises:
+        StageError: a loss or gradient norm is not finite, or every gradient was zero.
+    """
+    train = [
+        {
+            "step": entry["step"],
+            "loss_nats_per_token": entry["loss"],
+            "gradient_norm": entry["grad_norm"],
+            "learning_rate": entry["learning_rate"],
+        }
+        for entry in log_history
+        if "loss" in entry
+    ]
+    validation = [
+        {
+            "step": entry["step"],
+            "loss_nats_per_token": entry["eval_loss"],
+            "perplexity": math.exp(entry["eval_loss"]),
+        }
+        for entry in log_history
+        if "eval_loss" in entry
+    ]
+    for entry in train:
+        for key in ("loss_nats_per_token", "gradient_norm"):
+            if not math.isfinite(entry[key]):
+                raise StageError(
+                    "training diverged",
+                    where=f"step {entry['step']}, {key}",
+                    found=entry[key],
+                    to_fix="lower recipes.<name>.learning_rate",
+                )
+    if not any(entry["gradient_norm"] for entry in train):
+        raise StageError("training changed nothing", found="a gradient norm of 0 at every step")
+    return {"train": train, "validation": validation}

@@ -1,0 +1,108 @@
+"""What turns gradients into weights: the recipe's optimizer, and its learning rate by step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import RecipeSettings
+
+ADAM_BETA1 = 0.9
+# By PEFT's names; what LoRA+ speeds up. DoRA's magnitudes scale the product, as B does.
+LORAPLUS_PARTS = ("lora_B", "lora_magnitude_vector")
+
+
+def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Optimizer:
+    """The recipe's optimizer over all that trains.
+
+    AdamW with 8-bit state keeps 2 bytes a weight where AdamW keeps 8; tensors below 4096 weights
+    stay in 32 bits. Adafactor keeps a row and a column of each matrix.
+
+    Raises:
+        StageError: nothing trains.
+    """
+    groups = parameter_groups(model, recipe)
+    betas = (ADAM_BETA1, recipe.adam_beta2)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
+    if recipe.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # Not torch.optim.Adafactor: that multiplies the rate by the matrix's own size, and LoRA's B
+        # begins at zero, so it would learn a thousand times slower.
+        return Adafactor(
+            groups, lr=recipe.learning_rate, scale_parameter=False, relative_step=False
+        )
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    # Paged where there is a GPU to page from; on a CPU the two are the same.
+    is_paged = recipe.optimizer == "adamw_paged_8bit" and torch.cuda.is_available()
+    return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, lr=recipe.learning_rate, betas=betas)
+
+
+def parameter_groups(model: torch.nn.Module, recipe: RecipeSettings) -> list[dict[str, Any]]:
+    """What trains, by learning rate and weight decay.
+
+    Norms and other vectors have no decay: it would pull a scale to 0, not simplify a matrix.
+
+    Returns:
+        Groups of an optimizer: `params`, `lr`, `weight_decay`; in the model's order.
+    Raises:
+        StageError: nothing trains.
+    """
+    by_options: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_faster = any(part in name for part in LORAPLUS_PARTS)
+            ratio = (recipe.loraplus_ratio or 1.0) if is_faster else 1.0
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            options = (recipe.learning_rate * ratio, decay)
+            by_options.setdefault(options, []).append(parameter)
+    if not by_options:
+        raise StageError("the model has no weight that trains", where="recipes.<name>")
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in by_options.items()
+    ]
+
+
+def scheduler(
+    optimizer: torch.optim.Optimizer, recipe: RecipeSettings, n_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The recipe's learning rate, to be stepped once an optimizer step.
+
+    Args:
+        n_steps: optimizer steps of the whole run.
+    """
+    share = functools.partial(
+        rate_share,
+        schedule=recipe.schedule,
+        n_steps=n_steps,
+        n_warmup=round(n_steps * recipe.warmup_fraction),
+        n_decay=round(n_steps * recipe.decay_fraction),
+    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def rate_share(step: int, *, schedule: str, n_steps: int, n_warmup: int, n_decay: int) -> float:
+    """Learning rate of a step ÷ the recipe's.
+
+    Args:
+        step: from 0; the rate is 0 there where there is a warm-up.
+        n_warmup: steps in which the rate rises, in a line.
+        n_decay: `wsd`: the last steps, in which it falls to 0, in a line.
+    Source: `wsd`: arXiv:2405.18392 §3, the line in place of arXiv:2404.06395's exponential.
+    """
+    if step < n_warmup:
+        return step / n_warmup
+    n_left = max(0, n_steps - step)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "wsd":
+        return min(1.0, n_left / n_decay) if n_decay else 1.0
+    left = n_left / max(1, n_steps - n_warmup)
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2

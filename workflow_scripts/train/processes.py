@@ -1,0 +1,152 @@
+"""Several GPUs: torchrun started from what the job was given, and signals handed on to it.
+
+One process a GPU. On one node torchrun finds its own port; on several, under Slurm, `srun` starts
+one torchrun a node and the first node of the allocation is the meeting point. Without a GPU the
+processes speak over gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from workflow_scripts import log
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import TrainingSettings
+
+logger = log.stage_logger("processes")
+
+
+def is_worker() -> bool:
+    """This process was started by torchrun."""
+    return "LOCAL_RANK" in os.environ
+
+
+def n_processes() -> int:
+    """Processes that train together, this one included."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """The one process that writes what all share."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def least(value: int) -> int:
+    """The smallest of every process's value, so that all decide alike."""
+    if n_processes() == 1:
+        return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=not torch.cuda.is_available())
+    return min(gather_object([value]))
+
+
+def sharding(training: TrainingSettings, model: Any) -> dict[str, Any]:
+    """transformers' arguments for weights that are shared out (FSDP2); none for DDP."""
+    if training.parallelism == "ddp" or n_processes() == 1:
+        return {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": [type(base.model.layers[0]).__name__],
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+        },
+    }
+
+
+def run(module: str, argv: Sequence[str], training: TrainingSettings) -> None:
+    """Run a program in one process a GPU, and wait for it.
+
+    A signal to end goes to the workers alone: torchrun itself would give them 30 s, and a step of
+    long rows takes longer.
+
+    Raises:
+        StageError: they failed; their own messages stand above.
+    """
+    command = launch_command(module, argv, training, os.environ)
+    logger.info("launched command=%s", " ".join(command))
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        # One thread a process where there is no GPU: torchrun's own default, without its warning.
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+    )
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        raise StageError(
+            "training did not end well",
+            found=f"exit code {code} of torchrun; the first error stands above",
+        )
+
+
+def launch_command(
+    module: str, argv: Sequence[str], training: TrainingSettings, environment: Mapping[str, str]
+) -> list[str]:
+    """The command line that starts every process.
+
+    Args:
+        module: name of the program's module.
+        environment: variables, for Slurm's.
+    Raises:
+        StageError: more nodes are asked for than Slurm gave.
+    """
+    # Ignored signals are inherited: by torchrun, which stays, and by the workers, whose own
+    # handlers replace it.
+    torchrun = ["env", "--ignore-signal=TERM", "--ignore-signal=INT"]
+    torchrun += [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += ["--nproc-per-node", str(training.gpus), "--signals-to-handle", "SIGUSR2"]
+    program = ["--module", module, *argv]
+    if training.nodes == 1:
+        # --standalone: a free port of its own, so that two jobs on a machine do not meet.
+        return [*torchrun, "--standalone", *program]
+    found = int(environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", 1)))
+    if found < training.nodes:
+        raise StageError(
+            "there are not as many nodes as training asks for",
+            where="training.nodes",
+            found=f"{found} (SLURM_JOB_NUM_NODES)",
+            expected=training.nodes,
+            to_fix="run under profiles/slurm, whose jobs ask for that many; or set nodes: 1",
+        )
+    first = _first_node(environment["SLURM_JOB_NODELIST"])
+    # Two jobs that share a node must not meet.
+    port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+    meeting = ["--nnodes", str(training.nodes), "--rdzv-backend", "c10d"]
+    meeting += ["--rdzv-endpoint", f"{first}:{port}", "--rdzv-id", environment["SLURM_JOB_ID"]]
+    spread = [
+        "srun",
+        "--nodes",
+        str(training.nodes),
+        "--ntasks-per-node",
+        "1",
+        "--kill-on-bad-exit",
+    ]
+    return [*spread, *torchrun, *meeting, *program]
+
+
+def _first_node(nodes: str) -> str:
+    """The first host of Slurm's compressed list (`gpu[03-05,9]`)."""
+    shown = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    )
+    return shown.stdout.split()[0]

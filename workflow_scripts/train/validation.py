@@ -1,0 +1,38 @@
+"""The validation loss of training: on the tokens that `evaluate_perplexity` would score.
+
+Documents are cut as the chain cuts them and packed whole and apart, whatever the recipe does to
+those of training, so the loss here and the perplexity there are one number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workflow_scripts.data.documents import Documents
+from workflow_scripts.data.packing import Piece, Pieces, Rows, best_fit
+from workflow_scripts.scoring.pieces import comparable_tokens, stretches
+
+
+def validation_rows(
+    validation: Documents,
+    facts: dict[str, Any],
+    *,
+    row_tokens: int,
+    n_conversations: int | None = None,
+) -> Rows:
+    """Rows of whole pieces; every supervised token counts once.
+
+    Args:
+        facts: the model's, for its window and context.
+        row_tokens: length of a row of training; a row here is longer where a piece is.
+        n_conversations: the first so many; None is all.
+    """
+    piece_tokens = comparable_tokens(facts, None)
+    n_documents = len(validation) if n_conversations is None else n_conversations
+    pieces = Pieces.listed(
+        Piece(number, start, end - start, n_context)
+        for number, n_tokens in enumerate(validation.lengths[:n_documents].tolist())
+        for start, end, n_context in stretches(n_tokens, piece_tokens)
+    )
+    longest = int(pieces.length.max(initial=0))
+    return best_fit(pieces, row_tokens=max(row_tokens, longest), seed=0)
