@@ -245,3 +245,8 @@ use rule evaluate_perplexity_adapter as evaluate_validation with:
         "logs/runs/{run}/evaluate_validation.log",
     benchmark:
         "benchmarks/runs/{run}/evaluate_validation.tsv"
+    params:
+        # What a paired comparison needs.
+        link=lambda wildcards, input: [*live_adapter(wildcards, input), "--by-conversation"],
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),

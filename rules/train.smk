@@ -17,7 +17,8 @@ rule plan_memory:
         runtime=10,  # minutes
     params:
         recipe=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
-        training=CONFIG.training.model_dump_json(),
+        # Made of the resources, so that Snakemake runs nothing again when it changes.
+        training=lambda wildcards, resources: training_json(resources),
         output_version=output_version("train/plan_memory"),
     shell:
         "python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
@@ -33,8 +34,7 @@ rule train_adapter:
         train=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
         validation=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
         plan=of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
-        # Gate, read by none; another GPU makes another plan, and the same adapter.
-        memory_plan=ancient("results/runs/{run}/memory_plan.json"),
+        memory_plan="results/runs/{run}/memory_plan.json",  # gate, read by none
     output:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -54,7 +54,7 @@ rule train_adapter:
         runtime=1440,  # minutes
     params:
         settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
-        # Made of the resources, so that Snakemake does not train again when it changes.
+        # As above.
         training=lambda wildcards, resources: training_json(resources),
         tokens=subpath(input.train, parent=True),
         adapter=subpath(output.adapter, parent=True),

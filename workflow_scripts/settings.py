@@ -534,7 +534,8 @@ class GateSettings(Settings):
     merge_kl_divergence_nats: Positive = 1e-5
     """Merged model against the same base with the adapter applied live, mean a token."""
     merge_perplexity_increase_fraction: Fraction = 0.005
-    """Merged model against the live adapter on its 4-bit base; better is always accepted."""
+    """Merged model against the run as it was trained (its base in 4, 8 or 16 bits); better is
+    always accepted."""
     gguf_kl_divergence_nats: Positive = 1e-5
     """F16 GGUF against the merged model, mean a token, within the window."""
     n_conversations: Count = 20
@@ -636,11 +637,14 @@ class Config(Settings):
             packing = run and self.packings.get(run.packing)
             model = run and self.models.get(run.model)
             if packing and model and model.generate:
-                if packing.row_tokens > model.generate.context_tokens:
+                context, scaling = model.generate.context_tokens, model.rope_scaling
+                if scaling:
+                    context = int((scaling.original_context_tokens or context) * scaling.factor)
+                if packing.row_tokens > context:
                     problems.append(
                         f"packings.{run.packing}.row_tokens: found {packing.row_tokens}, expected"
                         f" at most models.{run.model}.generate.context_tokens"
-                        f" ({model.generate.context_tokens})"
+                        f"{' × rope_scaling.factor' if scaling else ''} ({context})"
                     )
         if problems:
             raise ValueError("\n".join(problems))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks.machine import circumstances, versions
-from tests.benchmarks.model_shapes import CONFIGS
+from tests.benchmarks.model_shapes import CONFIGS, facts_of
 from tests.benchmarks.training_contestants import OURS, SEED, our_trainer
 from tests.benchmarks.training_documents import write_demo_documents, write_documents
 from tests.benchmarks.training_throughput import MEASURES, PACKAGES
@@ -34,7 +34,7 @@ from workflow_scripts.settings import RecipeSettings
 
 logger = log.stage_logger("training_profile")
 
-RANK = 32
+RANKS = (32, 16)  # the first that is no width of the model, so that products can be told apart
 PRODUCTS = re.compile(r"^aten::(mm|addmm|matmul|linear)_?$")
 # In this order; the first that matches the operator's name.
 NAMES = {
@@ -136,6 +136,9 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     measure, config = MEASURES[arguments.shape], CONFIGS[arguments.shape]
+    facts = facts_of(config)
+    widths = {facts[name] * facts["head_dim"] for name in ("n_heads", "n_kv_heads")}
+    rank = next(rank for rank in RANKS if rank not in widths)
     row_tokens = arguments.row_tokens or measure.row_tokens
     n_rows = arguments.rows or measure.rows_per_micro_batch
     with tempfile.TemporaryDirectory(prefix="training_profile.") as folder:
@@ -153,8 +156,8 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
                 seed=SEED,
             )
         recipe = RecipeSettings(
-            rank=RANK,
-            alpha=2 * RANK,
+            rank=rank,
+            alpha=2 * rank,
             schedule="constant",
             warmup_fraction=0.0,
             rows_per_step=n_rows,
@@ -182,10 +185,11 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
         "contestant": arguments.contestant,
         "row_tokens": row_tokens,
         "rows_per_micro_batch": n_rows,
+        "rank": rank,
         "n_checkpointed_layers": n_checkpointed,
         "n_steps": arguments.steps,
         "duration_seconds": wall,
-        "families": by_family(operators, rank=RANK, vocabulary_size=config["vocab_size"]),
+        "families": by_family(operators, rank=rank, vocabulary_size=config["vocab_size"]),
     }
 
 

@@ -16,8 +16,8 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import default_device, read_facts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
-from workflow_scripts.train.probe import check_attention
 from workflow_scripts.train.model import trainable_model
+from workflow_scripts.train.probe import check_attention
 
 LENGTHS = [140, 50, 90, 200, 70, 30]
 WINDOW = 64

@@ -3,6 +3,7 @@ references and contestants that do what they say."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
@@ -22,16 +23,23 @@ from tests.benchmarks import (
     packed_training_table,
     packing_plans,
     packing_plans_table,
+    peer_trainers,
     synthetic_chats,
     training_contestants,
     training_documents,
+    training_meter,
+    training_profile,
+    training_throughput,
+    training_throughput_table,
 )
-from tests.benchmarks.model_shapes import CONFIGS
+from tests.benchmarks.model_shapes import CONFIGS, facts_of
 from tests.benchmarks.segment_tree import Spaces, best_fit_decreasing
 from workflow_scripts import files
 from workflow_scripts.data import packing
+from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.log import StageError
+from workflow_scripts.settings import RecipeSettings
 
 MB = 1_000_000
 ranks = st.integers(0, 10**12)
@@ -356,13 +364,14 @@ def test_a_random_model_is_in_every_part_what_loading_a_checkpoint_gives(tmp_pat
 
 @pytest.fixture(scope="module")
 def toy_runs(toy_documents, tmp_path_factory) -> dict[str, dict]:
-    """What each of our contestants measures on the toy; TRL is in no lock file of ours."""
+    """What each contestant that is installed measures on the toy; TRL is in no lock file."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
-    for name in training_contestants.OURS:
+    for name in [*training_contestants.OURS, "transformers_peft"]:
         training_contestants.main(
             ["--contestant", name, "--shape", "toy", "--documents", str(toy_documents)]
             + ["--row-tokens", "128", "--rows", "2", "--warm-up-steps", "1"]
+            + ["--documents-per-batch", "4", "--batches-per-step", "2"]
             + ["--gradient-checkpointing", "--scratch", str(folder / name)]
             + ["--measured", str(folder / f"{name}.json")]
         )
@@ -371,27 +380,95 @@ def toy_runs(toy_documents, tmp_path_factory) -> dict[str, dict]:
 
 
 def test_contestants_train_on_the_same_documents(toy_runs, toy_documents):
-    n_tokens = int(Documents(toy_documents).lengths.sum())
+    documents = Documents(toy_documents)
+    n_tokens = int(documents.lengths.sum())
     for name, run in toy_runs.items():
         # All but the tokens of the first step, which warms up.
-        assert n_tokens - 256 <= run["n_tokens_measured"] < n_tokens, name
+        most = 8 * 128 if name == "transformers_peft" else 256
+        assert n_tokens - most <= run["n_tokens_measured"] < n_tokens, name
         assert run["n_steps_measured"] == run["n_steps"] - 1
         assert run["smallest_gradient_norm"] > 0
         assert run["tokens_per_second"] > run["supervised_tokens_per_second"] > 0
-        assert (run["padding_fraction"] > 0) == (name == "none")
+        assert (run["padding_fraction"] > 0) == (name in ("none", "transformers_peft"))
         assert run["peak_memory_bytes"] >= run["memory_before_bytes"] > 0
+        assert run["n_checkpointed_layers"] == (0 if name == "tramontane" else 2)
+        # The same two-layer base and adapter for everyone.
+        assert run["n_trainable_parameters"] == toy_runs["best_fit"]["n_trainable_parameters"]
     assert toy_runs["none"]["n_steps"] == 20  # of 40 documents
+    assert toy_runs["transformers_peft"]["n_steps"] == 5  # of 2 batches of 4 documents
 
 
 def test_contestants_differ_in_what_they_are_compared_by(toy_runs):
     def losses(name: str) -> list[float]:
         return [toy_runs[name][f"{end}_loss_nats_per_token"] for end in ("first", "final")]
 
-    # The same rows in the same order: only how attention is computed differs.
-    assert losses("best_fit_transformers") == pytest.approx(losses("best_fit"), abs=1e-5)
+    # The same rows in the same order: only how attention is computed, or kept, differs.
+    for name in ("best_fit_transformers", "tramontane", "tramontane_checkpointed"):
+        assert losses(name) == pytest.approx(losses("best_fit"), abs=1e-5), name
+    assert losses("tramontane_offloaded") == pytest.approx(losses("best_fit"), abs=1e-5)
     assert losses("concatenate") != pytest.approx(losses("best_fit"), abs=1e-3)
     assert toy_runs["best_fit_transformers"]["attention"] == "sdpa"
     assert toy_runs["best_fit"]["attention"] == "tramontane_packed"
+
+
+def test_a_padded_batch_is_as_much_padding_as_its_longest_document_makes(toy_documents):
+    """Counted by the collator's own output, one batch at a time."""
+    work = peer_trainers.Work(
+        config=CONFIGS["toy"],
+        recipe=RecipeSettings(rank=8, schedule="constant"),
+        documents=Documents(toy_documents),
+        row_tokens=128,
+        rows_per_micro_batch=2,
+        documents_per_batch=4,
+        batches_per_step=1,
+        gradient_checkpointing=False,
+        attention="sdpa",
+        scratch=toy_documents.parent / "padded",
+    )
+    trainer = peer_trainers.transformers_peft_trainer(work)
+    meter = training_meter.Meter(cost=None, n_warm_up=0)
+    meter.watch(trainer, peer_trainers.document_lengths)
+    examples = [trainer.train_dataset[number] for number in range(4)]
+    batch = trainer.data_collator(examples)
+    lengths = Documents(toy_documents).lengths[:4].tolist()
+    assert meter.lengths == [lengths]
+    assert meter.n_computed == [4 * max(lengths)] == [batch["input_ids"].numel()]
+    assert batch["attention_mask"].sum() == sum(lengths)
+    assert meter.n_supervised == [int(Documents(toy_documents).n_supervised[:4].sum())]
+
+
+def test_arithmetic_is_that_of_the_layers_and_pairs_of_the_model():
+    """N from the shapes of transformers' own modules, pairs one by one."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = CONFIGS["toy"]
+    model = MistralForCausalLM(MistralConfig(**config))
+    n_weights = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    n_output = n_weights.pop("lm_head")
+    lengths, window = [5, 40, 33], config["sliding_window"]
+    pairs = sum(
+        max(0, query - window + 1) <= key
+        for length in lengths
+        for query in range(length)
+        for key in range(query + 1)
+    )
+    meter = training_meter.Meter(cost=CostModel.of(facts_of(config)), n_warm_up=1)
+    found = meter.arithmetic(lengths, 30, 2.0, n_checkpointed_layers=1)
+    linear = 4 * sum(n_weights.values()) * sum(lengths)
+    heads = config["num_attention_heads"]
+    head_dim = config["hidden_size"] // heads
+    assert found == {
+        "linear_flops_per_second": (linear + 4 * n_output * 30) / 2.0,
+        # Of one layer of two, the forward pass's 2 of 4 operations.
+        "recomputed_linear_flops_per_second": linear / 2 / 2 / 2.0,
+        # Two products forward, five backward, 2 operations an element, each head, two layers.
+        "attention_flops_per_second": 2 * 7 * head_dim * heads * pairs * 2 / 2.0,
+    }
 
 
 def test_the_table_of_training_shows_the_medians(toy_runs):
@@ -402,7 +479,7 @@ def test_the_table_of_training_shows_the_medians(toy_runs):
         "documents": {"n_documents": 40, "mean_tokens": 30.0, "supervised_fraction": 0.5},
         "contestants": {
             "none": [toy_runs["none"], slower, slower],
-            "concatenate": [{"device": "cpu", "out_of_memory": "tried 9 GiB"}],
+            "concatenate": [{"device": "cpu", "failed": "out of memory: tried 9 GiB"}],
         },
     }
     text = packed_training_table.table(
@@ -418,6 +495,156 @@ def test_the_table_of_training_shows_the_medians(toy_runs):
     assert f"| none | 1 (1–{toy_runs['none']['tokens_per_second']:,.0f}) |" in text
     assert "| concatenate | out of memory |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_table_of_throughput_measures_by_the_machines_own_rate(toy_runs):
+    ours, padded = dict(toy_runs["tramontane"]), dict(toy_runs["transformers_peft"])
+    ours |= {"linear_flops_per_second": 5e9, "recomputed_linear_flops_per_second": 1e9}
+    ours |= {"attention_flops_per_second": 2e9, "tokens_per_second": 600.0}
+    padded |= {"tokens_per_second": 200.0, "padding_fraction": 0.5}
+    text = training_throughput_table.table(
+        {
+            **machine.circumstances(),
+            "versions": {"torch": "2"},
+            "trl_version": None,
+            "liger_version": None,
+            "shape": "toy",
+            "row_tokens": 128,
+            "rows_per_micro_batch": 2,
+            "documents_per_batch": 4,
+            "batches_per_step": 2,
+            "documents": {"n_documents": 40, "mean_tokens": 30.0, "supervised_fraction": 0.5},
+            "matrix_rates": [
+                {"size": 64, "dtype": "float32", "flops_per_second": rate}
+                for rate in (8e9, 10e9, 99e9)
+            ],
+            "contestants": {
+                "tramontane": [ours],
+                "transformers_peft": [padded],
+                "unsloth": [{"device": "cpu", "failed": "not installed: unsloth"}],
+            },
+        }
+    )
+    (row,) = (line for line in text.splitlines() if line.startswith("| tramontane |"))
+    assert "| 60.0% | 80.0% |" in row  # of 10 GFLOP/s, the median
+    assert "| unsloth | not installed: unsloth |" in text
+    assert "3.00 times as fast as transformers_peft (3.00–3.00); padding alone is 2.00" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_benchmark_of_training_goes_on_without_what_is_not_installed(tmp_path, capsys):
+    result = tmp_path / "result.json"
+    training_throughput.main(
+        ["--shape", "toy", "--contestants", "unsloth", "tramontane", "--most-steps", "3"]
+        + ["--result", str(result)]
+    )
+    found = files.read_json(result)
+    assert found["contestants"]["unsloth"][0]["failed"] == "not installed: unsloth"
+    (run,) = found["contestants"]["tramontane"]
+    assert run["n_steps"] == 3 and run["smallest_gradient_norm"] > 0
+    assert found["matrix_rates"][0]["flops_per_second"] > 1e8
+    # Padded batches of a step hold about as many tokens as its rows.
+    n_padded = found["batches_per_step"] * found["documents_per_batch"]
+    assert n_padded * found["documents"]["mean_tokens"] == pytest.approx(256, rel=0.3)
+    text = capsys.readouterr().out
+    training_throughput.main(["--table", str(result)])
+    assert capsys.readouterr().out == text and "| tramontane |" in text
+
+
+def test_a_contestant_that_crashes_says_why(tmp_path):
+    arguments = argparse.Namespace(
+        shape="toy", most_steps=2, peer_attention=None, trl=None, liger=None
+    )
+    sizes = {"row_tokens": 128, "rows_per_micro_batch": 1, "documents_per_batch": 1}
+    runner = training_throughput.Runner(
+        arguments,
+        training_throughput.MEASURES["toy"],
+        {**sizes, "batches_per_step": 1},
+        tmp_path,  # without documents
+    )
+    assert "documents.arrow" in runner.train("tramontane")["failed"]
+
+
+def test_a_peer_that_runs_out_of_memory_is_run_again_with_checkpointing(tmp_path, monkeypatch):
+    asked = []
+
+    def run(self, name, *, checkpoints):
+        asked.append((name, checkpoints))
+        full = name == "trl" and not checkpoints
+        return {"failed": "out of memory: 99 GiB"} if full else {"tokens_per_second": 1.0}
+
+    monkeypatch.setattr(training_throughput.Runner, "_train", run)
+    runner = training_throughput.Runner(argparse.Namespace(), None, {}, tmp_path)
+    for name in ("trl", "trl", "transformers_peft", "tramontane"):
+        assert "failed" not in runner.train(name)
+    assert asked == [
+        ("trl", False), ("trl", True), ("trl", True),
+        ("transformers_peft", False), ("tramontane", False),
+    ]  # fmt: skip
+
+
+def test_a_random_base_on_disk_is_the_one_in_memory(tmp_path):
+    """As Unsloth is given it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.benchmarks.random_models import random_base
+
+    peer_trainers.write_checkpoint(CONFIGS["toy"], tmp_path, seed=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    made = random_base(CONFIGS["toy"], attention="sdpa", seed=0)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, made(tokens).logits)
+    assert loaded.is_loaded_in_4bit
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<unk>"
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "expected"),
+    [
+        ("aten::mm", [(100, 256), (256, 1024)], "matrix products"),
+        ("aten::mm", [(100, 256), (256, 32)], "LoRA"),
+        ("aten::addmm_", [(100, 64), (100, 32), (32, 64)], "LoRA"),
+        ("aten::mm", [(100, 256), (256, 512)], "loss"),
+        ("aten::sub_", [(100, 512), (100, 1)], "loss"),
+        ("aten::embedding", [(512, 256), (1, 100)], "copies and waiting"),
+        ("bitsandbytes::dequantize_4bit", [(9, 1)], "NF4 dequantization"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [(1, 8, 9, 32)], "attention"),
+        ("LigerRMSNormFunction", [(1, 100, 256)], "norms, RoPE, activation"),
+        ("aten::_fused_adamw_", [], "optimizer"),
+        ("aten::item", [], "copies and waiting"),
+        ("aten::ge", [], "other"),
+    ],
+)
+def test_operators_have_the_family_that_they_work_for(name, shapes, expected):
+    operator = training_profile.Operator(name, tuple(shapes), 1, 1.0)
+    assert training_profile.family(operator, rank=32, vocabulary_size=512) == expected
+
+
+def test_a_profile_accounts_for_the_time_of_the_steps(tmp_path, capsys):
+    result, trace = tmp_path / "profile.json", tmp_path / "trace.json"
+    training_profile.main(
+        ["--shape", "toy", "--rows", "1", "--steps", "2", "--trace", str(trace)]
+        + ["--result", str(result)]
+    )
+    found = files.read_json(result)
+    assert set(found["families"]) == set(training_profile.FAMILIES)
+    assert json.loads(trace.read_text())["traceEvents"]
+    seconds = sum(entry["seconds"] for entry in found["families"].values())
+    # Operators of both passes, which run in two threads, one at a time.
+    assert 0.2 * found["duration_seconds"] < seconds < 1.5 * found["duration_seconds"]
+    assert "| LoRA |" in capsys.readouterr().out
+
+
+def test_the_demos_documents_are_those_of_its_config(tmp_path):
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    described = training_documents.write_demo_documents(tmp_path / "documents.arrow", stages)
+    assert 2_500 < described["n_documents"] < 3_000
+    assert 20 <= described["quantiles"]["0.1"] and described["quantiles"]["0.9"] < 200
+    packing = training_throughput.MEASURES["demo"].row_tokens
+    assert 1_500 < described["longest_tokens"] <= packing  # none needs to be split
 
 
 def test_memory_before_training_is_no_memory_of_training(run_python):
@@ -436,4 +663,15 @@ print(resident_bytes("VmHWM") - before)
 
 def test_a_run_of_too_few_steps_is_no_measurement():
     with pytest.raises(StageError, match="too few steps"):
-        training_contestants.Meter(ends=[1.0, 2.0]).measured(None, n_warm_up=2)
+        meter = training_meter.Meter(cost=None, n_warm_up=2, ends=[1.0, 2.0])
+        meter.measured(None, n_checkpointed_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [([0, 1, 2], False), ([0, 1, 2, 3], False), ([0, 1, 5, 6.5], True), ([9, 10, 16], False)],
+)
+def test_a_run_ends_when_it_has_measured_long_enough(ends, expected):
+    """Five seconds after two steps to warm up, and two measured steps at least."""
+    meter = training_meter.Meter(cost=None, n_warm_up=2, most_seconds=5, ends=list(ends))
+    assert meter.has_measured_enough() == expected

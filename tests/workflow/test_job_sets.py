@@ -49,11 +49,17 @@ def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
     }
 
 
+def test_how_training_runs_on_a_machine_runs_nothing_again(tiny: Path, tmp_path: Path) -> None:
+    overlay = {"training": {"gpus": 2, "checkpoint_steps": 7, "trackers": []}}
+    assert changed(tiny, tmp_path, overlay) == {}
+
+
 def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
     tiny: Path, tmp_path: Path
 ) -> None:
     overlay = {"recipes": {"mistral-lora-demo": {"learning_rate": 9e-4}}}
     assert changed(tiny, tmp_path, overlay) == {
+        "plan_memory": 1,
         "train_adapter": 1,
         "merge_adapter": 1,
         "check_merged": 1,

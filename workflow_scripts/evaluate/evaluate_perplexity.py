@@ -30,13 +30,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     links.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
-    parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
+    parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
     parser.add_argument("--settings", required=True, help="JSON of `evaluation`, its scoring keys")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
+    parser.add_argument(
+        "--by-conversation",
+        action="store_true",
+        help="keep each conversation's loss and tokens: a paired comparison needs them",
+    )
     arguments = parser.parse_args(argv)
     settings = settings_from_json(EvaluationSettings, arguments.settings)
 
-    from workflow_scripts.scoring.likelihood import score_documents, summarize
+    from workflow_scripts.scoring.likelihood import by_conversation, score_documents, summarize
 
     facts = files.read_json(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "there is nothing to score",
             where=arguments.tokens,
             found="no document",
-            to_fix="raise datasets.<name>.cleaning.test_fraction",
+            to_fix=f"raise datasets.<name>.cleaning.{arguments.tokens.stem}_fraction",
         )
     piece_tokens = cutting.comparable_tokens(facts, settings.piece_tokens)
     pieces = list(cutting.cut(documents, piece_tokens=piece_tokens))
@@ -58,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.gguf, context_tokens=piece_tokens, n_threads=arguments.threads
         ) as model:
             shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
-            report |= summarize(score_documents(model, shown))
+            scores = score_documents(model, shown)
+            report |= summarize(scores)
+            sums = by_conversation(scores)
     else:
         precision = links.measured_precision(arguments.precision)
         model = links.load_transformers(arguments, facts)
         shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
         scores = score_documents(model, shown)
         report |= {"precision": precision} | summarize(scores)
+        sums = by_conversation(scores)
         # A document within one piece has been scored whole already.
         long = {
             number
@@ -76,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["n_conversations_beyond_piece"] = len(long)
         report |= {f"full_length_{key}": value for key, value in summarize(scores).items()}
     report["duration_seconds"] = time.perf_counter() - started
-    files.write_json(arguments.scores, report)
+    files.write_json(arguments.scores, report | (sums if arguments.by_conversation else {}))
     logger.info("scored %s", log.fields(report))
 
 

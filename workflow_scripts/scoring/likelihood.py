@@ -57,6 +57,15 @@ def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> dict[int, np.
     return {document: np.concatenate(parts) for document, parts in by_document.items()}
 
 
+def by_conversation(scores: dict[int, np.ndarray]) -> dict[str, list[float]]:
+    """Loss and scored tokens of each conversation, in their order: what a comparison of two models
+    on the same conversations is paired by."""
+    return {
+        "loss_nats_by_conversation": [float(part.sum()) for part in scores.values()],
+        "n_scored_tokens_by_conversation": [len(part) for part in scores.values()],
+    }
+
+
 def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
     """Mean loss over all scored tokens with its standard error over documents, and perplexity.
 

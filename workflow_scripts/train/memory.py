@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from workflow_scripts.data.cost import CostModel
@@ -112,6 +113,7 @@ class Shape:
         make it so, else as computed."""
         return 4 if self.is_full or self.recipe.dora else self.compute_bytes
 
+    @cached_property
     def matrices(self) -> list[Matrix]:
         """Those of one layer, experts left out."""
         facts = self.facts
@@ -147,6 +149,41 @@ class Shape:
         size = (self.facts["n_experts"] or 0) * self.hidden * self.facts["intermediate_size"]
         return [2 * size, size] if size else []
 
+    @cached_property
+    def trained(self) -> dict[tuple[int, ...], int]:
+        """How many tensors of each shape train beside a frozen base, or all of them for `full`."""
+        facts, recipe = self.facts, self.recipe
+        n_layers, n_experts = facts["n_layers"], facts["n_experts"] or 0
+        feed_forward, vocabulary = facts["intermediate_size"], facts["vocabulary_size"]
+        found: dict[tuple[int, ...], int] = {}
+
+        def add(size: tuple[int, ...], n: int = n_layers) -> None:
+            found[size] = found.get(size, 0) + n
+
+        for matrix in self.matrices:
+            if self.is_full:
+                add((matrix.n_out, matrix.n_in))
+            elif matrix.rank:
+                add((matrix.rank, matrix.n_in))
+                add((matrix.n_out, matrix.rank))
+                if recipe.dora:
+                    add((matrix.n_out,))
+        if self.is_full:
+            add((vocabulary, self.hidden), 1 if facts["ties_embeddings"] else 2)
+            add((self.hidden,), 2 * n_layers + 1)
+            if n_experts:
+                add((n_experts, 2 * feed_forward, self.hidden))
+                add((n_experts, self.hidden, feed_forward))
+        elif recipe.adapts_experts and n_experts:
+            for n_in, n_out in ((self.hidden, 2 * feed_forward), (feed_forward, self.hidden)):
+                add((recipe.rank * n_experts, n_in))
+                add((n_out, recipe.rank * n_experts))
+        if n_experts and recipe.trains_router:
+            add((n_experts, self.hidden))
+        for _ in recipe.modules_to_save:
+            add((vocabulary, self.hidden), 1)
+        return found
+
 
 def shape_of(
     facts: Facts,
@@ -175,6 +212,7 @@ def _liger_is_used(training: TrainingSettings, facts: Facts) -> bool:
     return training.kernels == "liger" or importlib.util.find_spec("liger_kernel") is not None
 
 
+@cache
 def _varlen_groups_heads() -> bool:
     from importlib import metadata
 
@@ -191,7 +229,7 @@ def base_weight_bytes(shape: Shape) -> int:
     facts, method = shape.facts, shape.recipe.method
     width = 4 if method == "full" else shape.compute_bytes
     per_layer = 0
-    for matrix in shape.matrices():
+    for matrix in shape.matrices:
         n_weights = matrix.n_in * matrix.n_out
         if method == "qlora":
             per_layer += nf4_bytes(n_weights)
@@ -215,41 +253,6 @@ def nf4_bytes(n_weights: int) -> int:
     return math.ceil(n_weights / 2) + n_scales + 4 * NF4_CODE + of_scales
 
 
-def trained_tensors(shape: Shape) -> dict[tuple[int, ...], int]:
-    """How many tensors of each shape train beside a frozen base, or all of them for `full`."""
-    facts, recipe = shape.facts, shape.recipe
-    n_layers, n_experts = facts["n_layers"], facts["n_experts"] or 0
-    feed_forward, vocabulary = facts["intermediate_size"], facts["vocabulary_size"]
-    found: dict[tuple[int, ...], int] = {}
-
-    def add(size: tuple[int, ...], n: int = n_layers) -> None:
-        found[size] = found.get(size, 0) + n
-
-    for matrix in shape.matrices():
-        if shape.is_full:
-            add((matrix.n_out, matrix.n_in))
-        elif matrix.rank:
-            add((matrix.rank, matrix.n_in))
-            add((matrix.n_out, matrix.rank))
-            if recipe.dora:
-                add((matrix.n_out,))
-    if shape.is_full:
-        add((vocabulary, shape.hidden), 1 if facts["ties_embeddings"] else 2)
-        add((shape.hidden,), 2 * n_layers + 1)
-        if n_experts:
-            add((n_experts, 2 * feed_forward, shape.hidden))
-            add((n_experts, shape.hidden, feed_forward))
-    elif recipe.adapts_experts and n_experts:
-        for n_in, n_out in ((shape.hidden, 2 * feed_forward), (feed_forward, shape.hidden)):
-            add((recipe.rank * n_experts, n_in))
-            add((n_out, recipe.rank * n_experts))
-    if n_experts and recipe.trains_router:
-        add((n_experts, shape.hidden))
-    for _ in recipe.modules_to_save:
-        add((vocabulary, shape.hidden), 1)
-    return found
-
-
 def optimizer_bytes(shape: Shape, tensors: Mapping[tuple[int, ...], int]) -> int:
     """State of the recipe's optimizer; what is paged to the CPU does not count on a GPU."""
     kind, total = shape.recipe.optimizer, 0
@@ -258,9 +261,9 @@ def optimizer_bytes(shape: Shape, tensors: Mapping[tuple[int, ...], int]) -> int
         if kind == "adamw" or (kind != "adafactor" and n_weights < LEAST_8BIT_WEIGHTS):
             total += n * 8 * n_weights
         elif kind == "adafactor":
-            # A row and a column of means of squares; a vector keeps them all.
+            # A row and a column of means of squares (a vector keeps them all), and a size.
             rows = math.prod(size[:-1]) + math.prod(size[:-2]) * size[-1] if len(size) > 1 else 0
-            total += n * 4 * (rows or n_weights)
+            total += n * 4 * ((rows or n_weights) + 1)
         elif kind == "adamw_8bit" or not shape.is_cuda:
             total += n * 2 * (n_weights + 4 * math.ceil(n_weights / OPTIMIZER_BLOCK))
     return total
@@ -276,8 +279,8 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
     """
     facts, recipe, c = shape.facts, shape.recipe, shape.compute_bytes
     h, query, kv = shape.hidden, shape.query_width, shape.kv_width
-    adapted = [matrix for matrix in shape.matrices() if matrix.rank]
-    names = {matrix.name for matrix in (shape.matrices() if shape.is_full else adapted)}
+    adapted = [matrix for matrix in shape.matrices if matrix.rank]
+    names = {matrix.name for matrix in (shape.matrices if shape.is_full else adapted)}
 
     # 16-bit arithmetic casts float32 inputs for each product on its own. PEFT makes them float32
     # in front of a base that is not quantized.
@@ -288,7 +291,7 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
         mask = 1 if shape.is_cuda else c
         inputs = sum(matrix.n_in * (c + mask) for matrix in adapted)
     elif is_cast_apart:
-        inputs = sum(matrix.n_in * c for matrix in shape.matrices() if matrix.name in names)
+        inputs = sum(matrix.n_in * c for matrix in shape.matrices if matrix.name in names)
         if shape.is_full and shape.is_cuda:
             # Attention's output and the product come as 16-bit; no cast for o; attention keeps it.
             inputs -= query * c
@@ -330,7 +333,7 @@ def _kept_weights(shape: Shape) -> int:
     """Copies of weights that a layer's backward pass wants, bytes: of what trains in float32, as
     autocast multiplies it (a fused layer drops them again); of experts in NF4."""
     is_cast = shape.compute_bytes < 4 and not shape.is_fused
-    n_trained = sum(n * math.prod(size) for size, n in trained_tensors(shape).items())
+    n_trained = sum(n * math.prod(size) for size, n in shape.trained.items())
     casts = shape.compute_bytes * n_trained // shape.facts["n_layers"] if is_cast else 0
     return casts + kept_experts(shape)
 
@@ -348,9 +351,7 @@ def _kept_by_layers(shape: Shape, *, n_tokens: int, setup: Setup) -> float:
         # through the dropout of q, k and v behind it.
         per_token -= of_layer["norms"] / 2
         if shape.recipe.dropout:
-            n_masked = sum(
-                matrix.rank > 0 for matrix in shape.matrices() if matrix.name[0] in "qkv"
-            )
+            n_masked = sum(matrix.rank > 0 for matrix in shape.matrices if matrix.name[0] in "qkv")
             per_token -= n_masked * shape.hidden * (1 if shape.is_cuda else shape.compute_bytes)
     return n_tokens * per_token + n_whole * _kept_weights(shape)
 
@@ -385,7 +386,7 @@ def layer_workspace(shape: Shape) -> float:
     f = shape.facts["intermediate_size"] * (shape.facts["n_experts_per_token"] or 1)
     c = 4 if shape.recipe.dora else shape.compute_bytes
     frees_product = not shape.recipe.dropout and any(
-        matrix.name == "down_proj" and (matrix.rank or shape.is_full) for matrix in shape.matrices()
+        matrix.name == "down_proj" and (matrix.rank or shape.is_full) for matrix in shape.matrices
     )
     return (2.0 if frees_product else 3.0) * c * f + shape.state_bytes * shape.hidden
 
@@ -400,7 +401,7 @@ def dequantized_bytes(shape: Shape) -> int:
     """The largest weight of a layer as it is multiplied, where the base is held in fewer bits."""
     if shape.recipe.method not in ("qlora", "lora_int8"):
         return 0
-    return shape.compute_bytes * max(matrix.n_in * matrix.n_out for matrix in shape.matrices())
+    return shape.compute_bytes * max(matrix.n_in * matrix.n_out for matrix in shape.matrices)
 
 
 def predict(
@@ -422,19 +423,21 @@ def predict(
         n_gpus: of all nodes.
         evaluation_tokens: longest row of the validation loss; None is the longest there can be.
     """
-    shape = shape_of(facts, recipe, training, device_type=device_type)
     return predict_shape(
-        shape,
+        shape_of(facts, recipe, training, device_type=device_type),
         n_tokens=setup.rows_per_micro_batch * row_tokens,
         setup=setup,
         n_gpus=n_gpus,
         parallelism=training.parallelism,
-        evaluation_tokens=(
-            0
-            if not recipe.evaluations
-            else max(row_tokens, evaluation_tokens or served_context(dict(facts)))
-        ),
+        evaluation_tokens=_evaluation_tokens(facts, recipe, row_tokens, evaluation_tokens),
     )
+
+
+def _evaluation_tokens(
+    facts: Facts, recipe: RecipeSettings, row_tokens: int, longest: int | None
+) -> int:
+    """Longest row of the validation loss, as `validation.py` packs them; 0 where none is taken."""
+    return max(row_tokens, longest or served_context(dict(facts))) if recipe.evaluations else 0
 
 
 def predict_shape(
@@ -449,7 +452,7 @@ def predict_shape(
     """`predict`, of a micro-batch of `n_tokens`."""
     facts, h, s, c = shape.facts, shape.hidden, shape.state_bytes, shape.compute_bytes
     n_layers = facts["n_layers"]
-    tensors = trained_tensors(shape)
+    tensors = shape.trained
     n_trained = sum(n * math.prod(size) for size, n in tensors.items())
     weights = base_weight_bytes(shape)
     shared = n_gpus if parallelism == "fsdp2" else 1
@@ -515,7 +518,7 @@ def _dora_workspace(shape: Shape) -> int:
     their sum, in float32 or as computed."""
     if not shape.recipe.dora:
         return 0
-    adapted = [matrix for matrix in shape.matrices() if matrix.rank]
+    adapted = [matrix for matrix in shape.matrices if matrix.rank]
     return max(
         4 * matrix.n_in * matrix.n_in + 16 * matrix.n_in * matrix.n_out for matrix in adapted
     )
@@ -618,17 +621,20 @@ def candidates(
 ) -> list[Candidate]:
     """All that `setups` lists, predicted."""
     shape = shape_of(facts, recipe, training, device_type=device_type)
-    options = {"row_tokens": row_tokens, "n_gpus": n_gpus, "device_type": device_type}
-    return [
-        Candidate(
-            setup,
-            predict(
-                facts, recipe, training, setup=setup, evaluation_tokens=evaluation_tokens, **options
-            ),
-            flops_per_token(shape, n_tokens=setup.rows_per_micro_batch * row_tokens, setup=setup),
+    found = []
+    for setup in setups(facts, recipe, training, n_gpus=n_gpus):
+        n_tokens = setup.rows_per_micro_batch * row_tokens
+        parts = predict_shape(
+            shape,
+            n_tokens=n_tokens,
+            setup=setup,
+            n_gpus=n_gpus,
+            parallelism=training.parallelism,
+            evaluation_tokens=_evaluation_tokens(facts, recipe, row_tokens, evaluation_tokens),
         )
-        for setup in setups(facts, recipe, training, n_gpus=n_gpus)
-    ]
+        time = flops_per_token(shape, n_tokens=n_tokens, setup=setup)
+        found.append(Candidate(setup, parts, time))
+    return found
 
 
 def fastest(found: Iterable[Candidate], limit: float) -> Candidate | None:

@@ -1,11 +1,10 @@
-"""Does a training run fit into the GPU's memory, and laid out how? Trains nothing.
+"""Say before training whether it fits the GPU, and how it will be laid out there; or why not.
 
-Prints a table of layouts (rows of a micro-batch, layers that are computed again, activations kept
-on the CPU) with their memory by part; stops with the nearest settings that fit where none does.
-Without a plan it answers for rows of any length, with `--memory-gb` for any GPU.
+Prints a table of the layouts and ends with an error, naming settings that do fit, where none does.
+By hand, for a GPU that is not here, `--memory-gb`, and `--row-tokens` in place of a plan.
 
 python -m workflow_scripts.train.plan_memory --facts facts.json --plan plan.parquet
-    --recipe '{"rank": 32}' --training '{}' --memory-plan memory_plan.json
+    --recipe '{"rank": 32}' --training '{}' --gpus 1 --memory-plan memory_plan.json
 python -m workflow_scripts.train.plan_memory --facts facts.json --row-tokens 8192 --memory-gb 24
 """
 
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
@@ -27,45 +27,95 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=Path, required=True, help="model facts")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--plan", type=Path, help="packing plan of the train split")
-    rows.add_argument("--row-tokens", type=int, help="length of a row, instead of a plan")
+    rows.add_argument("--row-tokens", type=int, help="length of a row, where there is no plan")
+    parser.add_argument(
+        "--validation", type=Path, help="documents of the validation split; else the longest rows"
+    )
     parser.add_argument("--recipe", default="{}", help="JSON of `recipes.<name>`")
     parser.add_argument("--training", default="{}", help="JSON of `training`")
-    parser.add_argument("--memory-gb", type=float, help="of another GPU than this machine's")
+    parser.add_argument("--gpus", type=int, default=1, help="of all nodes")
+    parser.add_argument(
+        "--memory-gb", type=float, help="plan for a CUDA GPU with so much free, GB of 10⁹ bytes"
+    )
     parser.add_argument("--memory-plan", type=Path, help="to write: JSON")
     arguments = parser.parse_args(argv)
     recipe = settings_from_json(RecipeSettings, arguments.recipe)
     training = settings_from_json(TrainingSettings, arguments.training)
+    facts = files.read_json(arguments.facts)
 
-    from workflow_scripts.data.plan import read_plan
+    import torch
+
     from workflow_scripts.models.checkpoint import default_device
     from workflow_scripts.train import memory
 
-    facts = files.read_json(arguments.facts)
-    # A GPU's memory by hand is a GPU's plan, wherever it is asked for.
-    by_hand = arguments.memory_gb is not None
-    device = "cuda" if by_hand or default_device().type == "cuda" else "cpu"
-    available = int(arguments.memory_gb * 1e9) if by_hand else memory.available_bytes()
-    row_tokens = arguments.row_tokens or int(read_plan(arguments.plan).rows.n_tokens.max())
-    options = {
+    if arguments.memory_gb is None:
+        device_type = default_device().type
+        available = memory.available_bytes()
+        device = torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
+    else:
+        device_type, available = "cuda", int(arguments.memory_gb * 1e9)
+        training = training.model_copy(update={"memory_gb": None})
+        device = f"a GPU with {arguments.memory_gb:g} GB"
+    row_tokens = arguments.row_tokens or longest_row(arguments.plan)
+    options: dict[str, Any] = {
         "row_tokens": row_tokens,
-        "n_gpus": training.gpus * training.nodes,
+        "n_gpus": arguments.gpus,
         "available_bytes": available,
-        "device_type": device,
+        "device_type": device_type,
+        "evaluation_tokens": longest_validation_row(
+            arguments.validation, facts, recipe, row_tokens=row_tokens
+        ),
     }
+    logger.info(
+        "started %s device=%s recipe=%s training=%s",
+        log.versions("torch"),
+        device,
+        recipe.model_dump_json(),
+        training.model_dump_json(),
+    )
     setup, parts = memory.choose(facts, recipe, training, **options)
-    table = memory.table(facts, recipe, training, chosen=setup, **options)
-    logger.info("planned %s peak_bytes=%d\n%s", setup, parts["peak"], table)
+    logger.info("%s", memory.table(facts, recipe, training, chosen=setup, **options))
+    available_for_planning = options.pop("available_bytes")
+    found = memory.candidates(facts, recipe, training, **options)
+    (chosen,) = [candidate for candidate in found if candidate.setup == setup]
+    plan = {
+        "chosen": memory.as_json(chosen),
+        "predicted_peak_memory_bytes": parts["peak"],
+        "usable_memory_bytes": int(memory.usable_bytes(training, available_for_planning)),
+        "available_memory_bytes": available_for_planning,
+        "device": device,
+        **options,
+        "candidates": [memory.as_json(candidate) for candidate in found],
+    }
     if arguments.memory_plan:
-        files.write_json(
-            arguments.memory_plan,
-            {
-                **options,
-                "rows_per_micro_batch": setup.rows_per_micro_batch,
-                "n_checkpointed_layers": setup.n_checkpointed_layers,
-                "offloads_activations": setup.offloads_activations,
-                "predicted_bytes": parts,
-            },
-        )
+        files.write_json(arguments.memory_plan, plan)
+    logger.info("planned %s %s", setup, log.fields(plan))
+
+
+def longest_row(path: Path) -> int:
+    """Tokens of the longest row of a plan."""
+    from workflow_scripts.data.plan import read_plan
+
+    return int(read_plan(path).rows.n_tokens.max(initial=1))
+
+
+def longest_validation_row(
+    path: Path | None, facts: dict[str, Any], recipe: RecipeSettings, *, row_tokens: int
+) -> int | None:
+    """Tokens of the longest row that the validation loss is taken on; None where that is not
+    known."""
+    if path is None:
+        return None
+    from workflow_scripts.data.documents import Documents
+    from workflow_scripts.train.validation import validation_rows
+
+    rows = validation_rows(
+        Documents(path),
+        facts,
+        row_tokens=row_tokens,
+        n_conversations=recipe.validation_conversations,
+    )
+    return int(rows.n_tokens.max(initial=1))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -74,6 +75,8 @@ def run(module: str, argv: Sequence[str], training: TrainingSettings) -> None:
     Raises:
         StageError: they failed; their own messages stand above.
     """
+    import psutil
+
     command = launch_command(module, argv, training, os.environ)
     logger.info("launched command=%s", " ".join(command))
     process = subprocess.Popen(
@@ -84,7 +87,10 @@ def run(module: str, argv: Sequence[str], training: TrainingSettings) -> None:
     )
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        os.killpg(process.pid, number)
+        # torchrun gives each worker a session of its own: a signal to its group would reach none.
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -51,6 +51,31 @@ def test_perplexity_is_that_of_a_plain_model_over_supervised_tokens(chain, merge
     assert report["precision"] == "float32" or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("link", ["--checkpoint", "--gguf"])
+def test_each_conversation_s_loss_is_kept_if_asked(chain, merged_model, tmp_path, link):
+    path = {"--checkpoint": chain.merged, "--gguf": chain.gguf}[link]
+    report = score(chain, tmp_path / "scores.json", link, path, "--by-conversation")
+    documents = list(Documents(chain.tokens))
+    counts = [int(document.is_supervised[1:].sum()) for document in documents]
+    sums = report["loss_nats_by_conversation"]
+    assert report["n_scored_tokens_by_conversation"] == counts
+    assert sum(sums) / sum(counts) == pytest.approx(report["loss_nats_per_token"], rel=1e-12)
+    expected = [
+        nats.sum().item()
+        for nats, document in zip(nats_by_document(merged_model, documents), documents, strict=True)
+        if len(document.input_ids) <= report["piece_tokens"]
+    ]
+    found = [
+        loss
+        for loss, document in zip(sums, documents, strict=True)
+        if len(document.input_ids) <= report["piece_tokens"]
+    ]
+    # float32 against llama.cpp's F16: the tolerance of the chain's own gate.
+    assert found == pytest.approx(expected, rel=1e-5 if link == "--checkpoint" else 5e-3)
+    without = score(chain, tmp_path / "without.json", link, path)
+    assert not {"loss_nats_by_conversation", "n_scored_tokens_by_conversation"} & without.keys()
+
+
 def test_whole_conversations_are_scored_beside_their_pieces(chain, merged_model, tmp_path):
     report = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
     documents = Documents(chain.tokens)

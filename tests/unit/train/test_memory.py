@@ -87,17 +87,20 @@ class Live(TorchDispatchMode):
         self.sizes = {}
 
     def __torch_dispatch__(self, function, types, args=(), options=None):
+        for tensor in tree_leaves((args, options)):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage(), 0)  # was there before
         result = function(*args, **(options or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+                self.add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 
-    def add(self, storage):
+    def add(self, storage, size):
         key = storage._cdata
         if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            self.sizes[key] = size
+            self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.drop, key)
 
@@ -227,7 +230,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone(n_again, checkpoint_of):
     with Live() as live:
         result = model(**batch).loss
     predicted = memory.kept_bytes(shape, n_tokens=512, setup=Setup(1, n_again, False))
-    assert live.now == pytest.approx(predicted, rel=0.03)  # measured: X %
+    assert live.now == pytest.approx(predicted, rel=0.03), live.now / predicted
     result.backward()
 
 
@@ -376,3 +379,305 @@ def test_the_peak_of_the_whole_7b_at_32k_is_predicted(as_on_cuda):
     parts = memory.predict_shape(shape, n_tokens=32_768, setup=setup)
     predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.01)  # measured: 0.01 %
+
+
+def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda, monkeypatch):
+    """torch 2.11, which has no `enable_gqa`."""
+    names = attention._varlen_parameters() - {"enable_gqa"}
+    monkeypatch.setattr(attention, "_varlen_parameters", lambda: names)
+    facts = MISTRAL_7B | {"n_layers": 2}
+    found, _ = fake_peak(facts, RecipeSettings(), n_tokens=8192, setup=Setup(1, 0, False))
+    shape = memory.Shape(
+        facts, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False, expands_keys=True
+    )
+    parts = memory.predict_shape(shape, n_tokens=8192, setup=Setup(1, 0, False))
+    predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
+    assert found == pytest.approx(predicted, rel=0.02), found / predicted
+
+
+def test_liger_keeps_less_and_nothing_more(as_on_cuda):
+    """Its kernels do not run here; by their source they keep the norm's input as it came, gate and
+    up: 2·h·2 and f·2 bytes a token less in a layer. tests/gpu measures it."""
+    plain = memory.Shape(
+        MISTRAL_7B, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False
+    )
+    with_liger = dataclasses.replace(plain, has_liger=True)
+    less = sum(memory.kept_by_layer(plain).values())
+    less -= sum(memory.kept_by_layer(with_liger).values())
+    assert less == 2 * 2 * 4096 + 2 * 14336
+
+
+# --- Weights, what trains, optimizers: to the byte. ---
+
+
+def own_bytes(model):
+    """Of the frozen base: parameters and quantization states."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "original_module" in name:
+            continue
+        if isinstance(parameter, Nf4Tensor):
+            total += parameter.packed.nbytes + state_bytes(parameter.state)
+        else:
+            total += parameter.nbytes + state_bytes(getattr(parameter, "quant_state", None))
+            total += getattr(getattr(parameter, "SCB", None), "nbytes", 0)
+    return total
+
+
+def state_bytes(state):
+    if state is None:
+        return 0
+    parts = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    return sum(part.nbytes for part in parts)
+
+
+def cpu_shape(facts, recipe):
+    return memory.shape_of(facts, recipe, TrainingSettings(), device_type="cpu")
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("method", ["qlora", "lora_int8", "lora", "full"])
+def test_the_base_takes_the_bytes_predicted(method, ties, make_checkpoint, tmp_path):
+    from workflow_scripts.models.checkpoint import read_facts
+
+    folder = make_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=ties)
+    precision = {"qlora": "nf4", "lora_int8": "int8"}.get(method, "float32")
+    base = load_model(folder, window=8, precision=precision, device="cpu")
+    base.requires_grad_(False)
+    predicted = memory.base_weight_bytes(
+        cpu_shape(read_facts(folder), RecipeSettings(method=method))
+    )
+    assert own_bytes(base) == predicted
+
+
+def test_a_mixtures_experts_in_nf4_take_the_bytes_predicted(tmp_path):
+    from tests.unit.train.mixtral import save_mixtral
+    from workflow_scripts.models.checkpoint import read_facts
+
+    folder = save_mixtral(tmp_path / "checkpoint")
+    base = load_model(folder, window=None, precision="nf4", device="cpu")
+    base.requires_grad_(False)
+    assert own_bytes(base) == memory.base_weight_bytes(
+        cpu_shape(read_facts(folder), RecipeSettings())
+    )
+
+
+TRAINED = {
+    "plain": {},
+    "matched": {"rank": 16, "kv_rank": "matched"},
+    "DoRA": {"dora": True},
+    "output layer": {"modules_to_save": ["lm_head"]},
+    "full": {"method": "full"},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "adafactor"])
+def test_the_optimizer_keeps_the_bytes_predicted(kind, name, checkpoint, facts):
+    recipe = RecipeSettings(optimizer=kind, **TRAINED[name])
+    precision = "float32" if recipe.method == "full" else "nf4"
+    model = model_of(checkpoint, facts, recipe, precision=precision)
+    optimizer = optimization.optimizer(model, recipe)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = cpu_shape(facts, recipe).trained
+    assert sum(n * math.prod(size) for size, n in tensors.items()) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    kept = [
+        value.nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in ("step", "qmap1", "qmap2")
+    ]
+    # Adafactor's state holds nothing else; AdamW counts its steps in a number apart.
+    assert sum(kept) == memory.optimizer_bytes(cpu_shape(facts, recipe), tensors)
+
+
+# --- The choice. ---
+
+MEMORY_GB = (8, 12, 16, 24, 40, 80, 141)
+
+
+def chosen(available_gb, *, row_tokens=4096, training=None, recipe=None, n_gpus=1, **options):
+    recipe, training = recipe or RecipeSettings(), training or TrainingSettings(kernels="torch")
+    return memory.choose(
+        MISTRAL_7B,
+        recipe,
+        training,
+        row_tokens=row_tokens,
+        n_gpus=n_gpus,
+        available_bytes=int(available_gb * GB),
+        device_type="cuda",
+        **options,
+    )
+
+
+def time_of(setup, row_tokens):
+    recipe = RecipeSettings()
+    shape = memory.shape_of(
+        MISTRAL_7B, recipe, TrainingSettings(kernels="torch"), device_type="cuda"
+    )
+    n_tokens = setup.rows_per_micro_batch * row_tokens
+    return memory.flops_per_token(shape, n_tokens=n_tokens, setup=setup)
+
+
+@pytest.mark.parametrize("row_tokens", [4096, 8192, 32_768])
+def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_tokens):
+    times = []
+    for available in MEMORY_GB:
+        try:
+            setup, parts = chosen(available, row_tokens=row_tokens)
+        except StageError:
+            assert not times, "less memory was enough"
+            continue
+        assert parts["peak"] <= available * GB * (1 - memory.MARGIN)
+        assert parts["peak"] == sum(parts[name] for name in memory.PARTS)
+        times.append(time_of(setup, row_tokens))
+    assert times and times == sorted(times, reverse=True)
+
+
+def test_offloading_is_chosen_only_where_nothing_else_fits():
+    with_offload = []
+    for available in range(10, 40):
+        try:
+            setup, _ = chosen(available, row_tokens=32_768)
+        except StageError:
+            continue
+        if setup.offloads_activations:
+            without = TrainingSettings(kernels="torch", offload_activations=False)
+            with pytest.raises(StageError):
+                chosen(available, row_tokens=32_768, training=without)
+            with_offload.append(available)
+    assert with_offload
+
+
+def test_the_settings_that_are_given_are_kept():
+    training = TrainingSettings(
+        rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
+    )
+    assert chosen(80, training=training)[0] == Setup(2, 7, False)
+
+
+def test_memory_gb_goes_before_what_is_free():
+    training = TrainingSettings(kernels="torch", memory_gb=12)
+    assert chosen(80, training=training) == chosen(12)
+
+
+def test_each_step_down_takes_clearly_less():
+    peaks = [chosen(40, n_steps_down=n)[1]["peak"] for n in range(4)]
+    assert all(
+        after <= memory.STEP_DOWN * before for before, after in zip(peaks, peaks[1:], strict=False)
+    )
+    with pytest.raises(StageError, match="does not fit"):
+        chosen(40, n_steps_down=30)
+
+
+@pytest.mark.parametrize(
+    ("available", "row_tokens", "recipe", "training"),
+    [
+        (8, 32_768, {}, {}),
+        (12, 32_768, {}, {}),
+        (7.9, 8192, {}, {}),
+        (16, 32_768, {}, {"offload_activations": False}),
+        (12, 4096, {}, {"gradient_checkpointing": "off"}),
+        (24, 8192, {}, {"rows_per_micro_batch": 8, "gradient_checkpointing": "full"}),
+        (12, 4096, {"method": "lora"}, {}),
+        (24, 4096, {"rank": 512}, {}),
+    ],
+)
+def test_a_refusal_names_settings_that_are_predicted_to_fit(
+    available, row_tokens, recipe, training
+):
+    recipe = RecipeSettings(evaluations=0, **recipe)
+    training = TrainingSettings(kernels="torch", **training)
+    with pytest.raises(StageError, match="does not fit") as caught:
+        chosen(available, row_tokens=row_tokens, recipe=recipe, training=training)
+    advice = re.search(r"to fix: +one of: (.*)", str(caught.value))[1]
+    for change in advice.split("; "):
+        tables = {"training": {}, "recipes": {}, "packings": {}}
+        for table, keys in re.findall(
+            r"(training|recipes|packings)(?:\.<name>)?[.:] ?((?:(?!recipes|packings).)*)", change
+        ):
+            for key, value in re.findall(r"(\w+): ([\w.]+)", keys):
+                tables[table][key] = {"true": True}.get(value, value)
+        longer = tables["packings"].get("row_tokens", row_tokens)
+        chosen(
+            available,
+            row_tokens=int(longer),
+            recipe=RecipeSettings.model_validate(recipe.model_dump() | tables["recipes"]),
+            training=TrainingSettings.model_validate(training.model_dump() | tables["training"]),
+        )
+        assert any(tables.values()), change
+
+
+def test_a_refusal_shows_the_parts_and_the_limit():
+    with pytest.raises(StageError) as caught:
+        chosen(3)
+    for part in ("base weights 4.14 GB", "at most 2.82 GB", "6%", "GB free, or a smaller model"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "n_gpus", "nearest"), [(8, 3, "6 or 9"), (2, 4, "4")])
+def test_a_step_that_cannot_be_shared_out_names_the_nearest(rows, n_gpus, nearest):
+    with pytest.raises(StageError, match=f"rows_per_step: {nearest}$"):
+        chosen(80, recipe=RecipeSettings(rows_per_step=rows), n_gpus=n_gpus)
+
+
+def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
+    with pytest.raises(StageError, match="one of 1, 2, 4"):
+        chosen(80, training=TrainingSettings(rows_per_micro_batch=3), n_gpus=2)
+
+
+def test_fsdp2_shares_what_ddp_repeats():
+    at = {"row_tokens": 4096, "setup": Setup(1, 32, False), "n_gpus": 4, "device_type": "cuda"}
+    ddp, fsdp = (
+        memory.predict(MISTRAL_7B, RecipeSettings(), TrainingSettings(parallelism=name), **at)
+        for name in ("ddp", "fsdp2")
+    )
+    for part in ("base_weights", "adapter", "gradients", "optimizer"):
+        assert fsdp[part] == pytest.approx(ddp[part] / 4, abs=1)
+    assert fsdp["peak"] < ddp["peak"]
+
+
+def test_evaluation_counts_where_it_takes_more_than_training():
+    at = {"row_tokens": 1024, "setup": Setup(1, 32, False), "n_gpus": 1, "device_type": "cuda"}
+    facts = MISTRAL_7B | {"sliding_window": None}
+    recipe, training = RecipeSettings(), TrainingSettings(kernels="torch")
+    longest = memory.predict(facts, recipe, training, **at)
+    known = memory.predict(facts, recipe, training, evaluation_tokens=2000, **at)
+    never = memory.predict(facts, RecipeSettings(evaluations=0), training, **at)
+    assert longest["evaluation"] > known["evaluation"] >= never["evaluation"] == 0
+
+
+def test_what_ran_out_is_told_with_what_takes_less():
+    error = memory.refusal(
+        TINY,
+        RecipeSettings(evaluations=0),
+        TrainingSettings(),
+        row_tokens=512,
+        n_gpus=1,
+        n_steps_down=0,
+        error="DefaultCPUAllocator: can't allocate memory",
+    )
+    for part in ("the memory ran out", "can't allocate memory", "training.memory_gb: ", "peak"):
+        assert part in str(error)
+
+
+def test_the_table_marks_what_is_chosen():
+    setup, _ = chosen(24)
+    text = memory.table(
+        MISTRAL_7B,
+        RecipeSettings(),
+        TrainingSettings(kernels="torch"),
+        row_tokens=4096,
+        n_gpus=1,
+        available_bytes=24 * GB,
+        device_type="cuda",
+        chosen=setup,
+    )
+    (line,) = [line for line in text.splitlines() if line.endswith("chosen")]
+    assert line.split()[:2] == [str(setup.rows_per_micro_batch), str(setup.n_checkpointed_layers)]
+    assert "too large" in text

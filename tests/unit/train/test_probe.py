@@ -19,8 +19,8 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
-from workflow_scripts.train.probe import check_attention
 from workflow_scripts.train.model import trainable_model
+from workflow_scripts.train.probe import check_attention
 
 LENGTHS = [14, 5, 9, 20, 7, 3]
 WINDOWS = [8, 8]

@@ -61,7 +61,6 @@ def test_two_processes_that_are_told_to_end_resume_together(alike, alone, tmp_pa
     while log.read_text().count("probed attention") < 2:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 1, log.read_text()
     assert "training was ended by" in log.read_text()

@@ -72,7 +72,6 @@ def test_a_signal_to_end_saves_first_and_says_how_to_go_on(prepared, whole_run, 
     """No periodic checkpoint is due: what is there was saved for the signal."""
     process = prepared.start(RECIPE, tmp_path, checkpoint_steps=1000)
     wait_for(process, tmp_path, lambda: "probed attention" in (tmp_path / "log").read_text())
-    time.sleep(0.3)  # within training, whose handlers are its own
     process.send_signal(number)
     assert process.wait(timeout=60) == 1
     text = (tmp_path / "log").read_text()
