@@ -479,8 +479,6 @@ class TrainingSettings(Settings):
     kernels: Literal["auto", "liger", "torch"] = "auto"
     """Kernels of RoPE, RMSNorm and SwiGLU: Liger's (Triton) or PyTorch's; `auto` is Liger's on a
     CUDA GPU where `liger-kernel` is installed."""
-    compile: bool = False
-    """torch.compile of each layer: minutes at the start, then faster steps."""
     memory_gb: Positive | None = None
     """GPU memory the planner may count on, GB (10⁹ bytes); null is what is free when training
     starts."""

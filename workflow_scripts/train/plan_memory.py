@@ -4,7 +4,7 @@ Prints a table of the layouts and ends with an error, naming settings that do fi
 By hand, for a GPU that is not here, `--memory-gb`, and `--row-tokens` in place of a plan.
 
 python -m workflow_scripts.train.plan_memory --facts facts.json --plan plan.parquet
-    --recipe '{"rank": 32}' --training '{}' --gpus 1 --memory-plan memory_plan.json
+    --recipe '{"rank": 32}' --training '{}' --memory-plan memory_plan.json
 python -m workflow_scripts.train.plan_memory --facts facts.json --row-tokens 8192 --memory-gb 24
 """
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recipe", default="{}", help="JSON of `recipes.<name>`")
     parser.add_argument("--training", default="{}", help="JSON of `training`")
-    parser.add_argument("--gpus", type=int, default=1, help="of all nodes")
+    parser.add_argument("--gpus", type=int, help="of all nodes; else what `training` says")
     parser.add_argument(
         "--memory-gb", type=float, help="plan for a CUDA GPU with so much free, GB of 10⁹ bytes"
     )
@@ -56,15 +56,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         device_type, available = "cuda", int(arguments.memory_gb * 1e9)
         training = training.model_copy(update={"memory_gb": None})
         device = f"a GPU with {arguments.memory_gb:g} GB"
+    n_gpus = arguments.gpus or training.gpus * training.nodes
     row_tokens = arguments.row_tokens or longest_row(arguments.plan)
     options: dict[str, Any] = {
         "row_tokens": row_tokens,
-        "n_gpus": arguments.gpus,
+        "n_gpus": n_gpus,
         "available_bytes": available,
         "device_type": device_type,
         "evaluation_tokens": longest_validation_row(
             arguments.validation, facts, recipe, row_tokens=row_tokens
-        ),
+        )
+        if arguments.validation
+        else None,
     }
     logger.info(
         "started %s device=%s recipe=%s training=%s",
@@ -100,12 +103,9 @@ def longest_row(path: Path) -> int:
 
 
 def longest_validation_row(
-    path: Path | None, facts: dict[str, Any], recipe: RecipeSettings, *, row_tokens: int
-) -> int | None:
-    """Tokens of the longest row that the validation loss is taken on; None where that is not
-    known."""
-    if path is None:
-        return None
+    path: Path, facts: dict[str, Any], recipe: RecipeSettings, *, row_tokens: int
+) -> int:
+    """Tokens of the longest row that the validation loss is taken on."""
     from workflow_scripts.data.documents import Documents
     from workflow_scripts.train.validation import validation_rows
 
