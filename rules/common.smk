@@ -314,7 +314,7 @@ def sweep_files():
         raise WorkflowError(
             "no run of this config is a sweep\n"
             "  where:    runs.<name>.recipe\n"
-            "  to fix:   --configfile config/experiments/learning_rate.yaml shows one: a recipe with"
+            "  to fix:   --configfile config/sweeps/learning_rate.yaml shows one: a recipe with"
             " `sweep: true` and a list of values"
         )
     return expand("results/report/sweep.{form}", form=["tsv", "md", "html", "svg"])

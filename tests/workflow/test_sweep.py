@@ -9,7 +9,7 @@ import yaml
 
 from tests.workflow.conftest import REPOSITORY, jobs_of
 
-RATES = "config/experiments/learning_rate.yaml"
+RATES = "config/sweeps/learning_rate.yaml"
 EXPORTS = {"merge_adapter", "check_merged", "convert_gguf", "quantize_gguf", "package_release"}
 
 

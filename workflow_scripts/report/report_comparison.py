@@ -44,10 +44,10 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         f"Prompt, {smallest}, ms/token": lambda run: speed(run, smallest, "prompt"),
         f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
         f"File, {smallest}": lambda run: mebibytes(run.link(smallest).speed["size_bytes"]),
-        "Peak memory of training, predicted": predicted_memory,
-        "Peak memory of training, measured": lambda run: mebibytes(
-            run.manifest["peak_memory_bytes"]
+        "Memory of training, predicted": lambda run: mebibytes(
+            run.manifest["predicted_peak_memory_bytes"]
         ),
+        "Memory of training, measured": lambda run: mebibytes(run.manifest["peak_memory_bytes"]),
         "Training, tokens/s": training_speed,
         "Training, steps": lambda run: str(run.manifest["n_steps"]),
         "Trainable parameters": lambda run: f"{run.manifest['n_trainable_parameters']:,}",
@@ -67,12 +67,6 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
     )
-
-
-def predicted_memory(run: RunResults) -> str:
-    """Empty for a run that was trained before memory was planned."""
-    predicted = run.manifest.get("predicted_peak_memory_bytes")
-    return "" if predicted is None else mebibytes(predicted)
 
 
 def training_speed(run: RunResults) -> str:

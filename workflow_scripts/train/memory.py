@@ -496,15 +496,26 @@ def predict_shape(
         parts["workspace"] = math.ceil(CPU_WORKSPACE_FACTOR * parts["workspace"])
         parts["program"] = CPU_PROGRAM
 
-    # Without gradients a layer has its state, the normed one, SiLU's output, and up's result from
-    # base and adapter with their sum.
-    passing = 2 * state + 4 * c * f + _common_bytes(shape)
-    evaluation = evaluation_tokens * passing + dequantized_bytes(shape) + _dora_workspace(shape)
-    evaluation = max(
-        evaluation, 3 * evaluation_tokens * state + _logits_bytes(shape, evaluation_tokens)
-    )
-    parts["evaluation"] = max(0, math.ceil(evaluation) - parts["activations"] - parts["workspace"])
+    evaluation = evaluation_bytes(shape, evaluation_tokens)
+    parts["evaluation"] = max(0, evaluation - parts["activations"] - parts["workspace"])
     return parts | {"peak": sum(parts.values())}
+
+
+def evaluation_bytes(shape: Shape, n_tokens: int) -> int:
+    """What a forward pass without gradients takes beside what training holds all the time.
+
+    In a layer's feed-forward part there are four states (the embeddings, the layer's input, with
+    attention added, normed) and the product with its two factors; where PEFT adds an adapter, up's
+    result from the base, from the adapter, and their sum.
+    """
+    state = shape.state_bytes * shape.hidden
+    f = shape.facts["intermediate_size"] * (shape.facts["n_experts_per_token"] or 1)
+    width = shape.compute_bytes * f
+    weight = max(dequantized_bytes(shape), kept_experts(shape)) + _dora_workspace(shape)
+    in_layer = n_tokens * (4 * state + _common_bytes(shape)) + max(
+        n_tokens * (3 if shape.is_fused else 4) * width, n_tokens * 2 * width + weight
+    )
+    return max(in_layer, 3 * n_tokens * state + _logits_bytes(shape, n_tokens))
 
 
 def _logits_bytes(shape: Shape, n_tokens: int) -> int:

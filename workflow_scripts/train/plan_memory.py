@@ -11,6 +11,7 @@ python -m workflow_scripts.train.plan_memory --facts facts.json --row-tokens 819
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     setup, parts = memory.choose(facts, recipe, training, **options)
     logger.info("%s", memory.table(facts, recipe, training, chosen=setup, **options))
-    available_for_planning = options.pop("available_bytes")
-    found = memory.candidates(facts, recipe, training, **options)
-    (chosen,) = [candidate for candidate in found if candidate.setup == setup]
     plan = {
-        "chosen": memory.as_json(chosen),
-        "predicted_peak_memory_bytes": parts["peak"],
-        "usable_memory_bytes": int(memory.usable_bytes(training, available_for_planning)),
-        "available_memory_bytes": available_for_planning,
         "device": device,
         **options,
-        "candidates": [memory.as_json(candidate) for candidate in found],
+        "usable_bytes": int(memory.usable_bytes(training, available)),
+        **dataclasses.asdict(setup),
+        "predicted_peak_memory_bytes": parts["peak"],
+        "predicted_bytes": parts,
     }
+    del options["available_bytes"]
+    found = memory.candidates(facts, recipe, training, **options)
+    plan["candidates"] = [memory.as_json(candidate) for candidate in found]
     if arguments.memory_plan:
         files.write_json(arguments.memory_plan, plan)
     logger.info("planned %s %s", setup, log.fields(plan))

@@ -50,6 +50,7 @@ def write_results(tmp_path) -> Callable[[], Results]:
             adapter = folder / "runs" / run / "adapter"
             manifest = {
                 "peak_memory_bytes": (number + 1) * 3 * 2**29,
+                "predicted_peak_memory_bytes": (number + 1) * 5 * 2**28,
                 "tokens_per_second": 1234.4,
                 "n_steps": 7 + number,
                 "n_trainable_parameters": 1_234_567,

@@ -312,6 +312,17 @@ def as_on_cuda(monkeypatch):
     torch.set_autocast_enabled("cuda", False)
 
 
+def fake_batch(n_tokens):
+    return {
+        **dict.fromkeys(("input_ids", "labels"), torch.empty(1, n_tokens, dtype=torch.int64)),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.empty(2, dtype=torch.int32)),
+        "position_ids": torch.arange(n_tokens)[None],
+        "predicting": torch.arange(n_tokens - 1),
+        "max_length_q": n_tokens,
+        "max_length_k": n_tokens,
+    }
+
+
 def fake_peak(facts, recipe, *, n_tokens, setup, fuses=True):
     """Most bytes alive in the second of two micro-batches, and those of the weights."""
     model = model_without_numbers(facts, recipe, fuses=fuses)
@@ -323,14 +334,7 @@ def fake_peak(facts, recipe, *, n_tokens, setup, fuses=True):
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         put_on_fake_device(model)
         weights = live.now
-        batch = {
-            **dict.fromkeys(("input_ids", "labels"), torch.empty(1, n_tokens, dtype=torch.int64)),
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.empty(2, dtype=torch.int32)),
-            "position_ids": torch.arange(n_tokens)[None],
-            "predicting": torch.arange(n_tokens - 1),
-            "max_length_q": n_tokens,
-            "max_length_k": n_tokens,
-        }
+        batch = fake_batch(n_tokens)
         for _ in range(2):  # the second finds the gradients of the first
             live.peak = 0
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -369,7 +373,7 @@ def test_the_peak_of_a_7b_on_a_gpu_is_predicted_to_the_allocation(name, as_on_cu
     assert 0 <= weights - parts["base_weights"] - parts["adapter"] <= 1024
     # No optimizer ran, and cuBLAS has no workspace on fake tensors.
     predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
-    assert found == pytest.approx(predicted, rel=0.03), found / predicted  # measured: X %
+    assert found == pytest.approx(predicted, rel=0.03)  # measured: 0.4 %
 
 
 def test_the_peak_of_the_whole_7b_at_32k_is_predicted(as_on_cuda):
@@ -379,6 +383,20 @@ def test_the_peak_of_the_whole_7b_at_32k_is_predicted(as_on_cuda):
     parts = memory.predict_shape(shape, n_tokens=32_768, setup=setup)
     predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.01)  # measured: 0.01 %
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_the_peak_of_an_evaluation_is_predicted(fuses, as_on_cuda):
+    recipe, facts = RecipeSettings(), MISTRAL_7B | {"n_layers": 2}
+    model = model_without_numbers(facts, recipe, fuses=fuses).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Live() as live:
+        put_on_fake_device(model)
+        weights, batch = live.now, fake_batch(32_768)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**batch)
+    shape = memory.Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
+    found = live.peak - weights
+    assert found == pytest.approx(memory.evaluation_bytes(shape, 32_768), rel=0.005)  # is: 0.2 %
 
 
 def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda, monkeypatch):
@@ -392,7 +410,7 @@ def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda,
     )
     parts = memory.predict_shape(shape, n_tokens=8192, setup=Setup(1, 0, False))
     predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
-    assert found == pytest.approx(predicted, rel=0.02), found / predicted
+    assert found == pytest.approx(predicted, rel=0.02)
 
 
 def test_liger_keeps_less_and_nothing_more(as_on_cuda):
@@ -654,10 +672,10 @@ def test_evaluation_counts_where_it_takes_more_than_training():
 
 def test_what_ran_out_is_told_with_what_takes_less():
     error = memory.refusal(
-        TINY,
-        RecipeSettings(evaluations=0),
+        TINY | {"n_layers": 16, "layer_windows": [None] * 16},
+        RecipeSettings(evaluations=0, rows_per_step=4),
         TrainingSettings(),
-        row_tokens=512,
+        row_tokens=16_384,
         n_gpus=1,
         n_steps_down=0,
         error="DefaultCPUAllocator: can't allocate memory",
@@ -681,3 +699,102 @@ def test_the_table_marks_what_is_chosen():
     (line,) = [line for line in text.splitlines() if line.endswith("chosen")]
     assert line.split()[:2] == [str(setup.rows_per_micro_batch), str(setup.n_checkpointed_layers)]
     assert "too large" in text
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import torch, transformers, peft, bitsandbytes
+from tests.benchmarks.resident_memory import resident_bytes
+from workflow_scripts import files
+from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.train import attention, optimization, projections
+from workflow_scripts.train.activations import save_less
+from workflow_scripts.train.model import adapt
+
+folder = Path(sys.argv[1])
+n_rows, row_tokens, n_again = map(int, sys.argv[2:])
+recipe, facts = RecipeSettings(), files.read_json(folder / "facts.json")
+base = load_model(
+    folder, window=512, precision="nf4", attention=attention.register(), device="cpu"
+)
+model = adapt(base, facts, recipe).train()
+projections.fuse(model)
+save_less(model, n_checkpointed_layers=n_again)
+optimizer = optimization.optimizer(model, recipe)
+ids = torch.randint(3, 32_000, (1, n_rows * row_tokens))
+bounds = torch.arange(0, n_rows * row_tokens + 1, row_tokens, dtype=torch.int32)
+for _ in range(2):
+    model(
+        input_ids=ids, labels=ids, position_ids=torch.arange(row_tokens).repeat(n_rows)[None],
+        cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=row_tokens,
+        max_length_k=row_tokens,
+    ).loss.backward()
+    optimizer.step()
+print(resident_bytes("VmHWM"))
+"""
+
+
+@pytest.mark.parametrize(("n_rows", "n_again"), [(1, 0), (4, 4)])
+def test_a_process_on_a_cpu_takes_about_what_is_predicted(
+    n_rows, n_again, make_checkpoint, tmp_path
+):
+    """The demo's shape. How much the C library's heap keeps is its own affair."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from workflow_scripts import files
+    from workflow_scripts.models.checkpoint import read_facts
+
+    folder = make_checkpoint(
+        tmp_path / "checkpoint",
+        vocab_size=32_768,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        max_position_embeddings=4096,
+        sliding_window=512,
+    )
+    facts = read_facts(folder)
+    files.write_json(folder / "facts.json", facts)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, *map(str, (folder, n_rows, 2560, n_again))],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = memory.predict(
+        facts,
+        RecipeSettings(evaluations=0),
+        TrainingSettings(),
+        row_tokens=2560,
+        setup=Setup(n_rows, n_again, False),
+        n_gpus=1,
+        device_type="cpu",
+    )
+    assert int(done.stdout.split()[-1]) == pytest.approx(parts["peak"], rel=0.3)
+
+
+def test_the_demo_is_never_refused_on_24_gb():
+    facts = TINY | {
+        "n_layers": 4,
+        "intermediate_size": 1024,
+        "vocabulary_size": 32_768,
+        "context_tokens": 4096,
+        "sliding_window": 512,
+        "layer_windows": [512] * 4,
+    }
+    setup, parts = memory.choose(
+        facts,
+        RecipeSettings(rank=64, rows_per_step=8),
+        TrainingSettings(),
+        row_tokens=2560,
+        n_gpus=1,
+        available_bytes=24 * GB,
+        device_type="cpu",
+    )
+    assert not setup.offloads_activations and setup.n_checkpointed_layers == 0
+    assert parts["peak"] < 6 * GB
