@@ -236,17 +236,11 @@ def checkpointed_layers(job: Any) -> int:
         return job.facts["n_layers"] if wanted == "full" else 0
     import torch
 
-    from workflow_scripts.train import memory
+    from workflow_scripts.train.memory import device, fit
 
-    setup, _ = memory.choose(
-        job.facts,
-        job.recipe,
-        job.training,
-        row_tokens=int(job.plan.rows.n_tokens.max()),
-        n_gpus=1,
-        available_bytes=memory.available_bytes() + torch.cuda.memory_reserved(),
-        device_type="cuda",
-        n_steps_down=0,
+    setup, _ = fit.choose(
+        job.planned_run(n_gpus=1),
+        available_bytes=device.available_bytes() + torch.cuda.memory_reserved(),
     )
     return setup.n_checkpointed_layers
 

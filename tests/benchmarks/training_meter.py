@@ -79,7 +79,10 @@ class Meter:
                     meter.peak_memory_bytes = torch.cuda.max_memory_allocated()
                     meter.peak_reserved_bytes = torch.cuda.max_memory_reserved()
                 else:
-                    meter.peak_memory_bytes = resident_bytes("VmHWM")
+                    # Linux counts both a little late, so that the peak may lie below.
+                    meter.peak_memory_bytes = max(
+                        resident_bytes("VmHWM"), meter.memory_before_bytes
+                    )
                 meter.ends.append(time.perf_counter())
                 if meter.has_measured_enough():
                     control.should_training_stop = True

@@ -38,6 +38,11 @@ class Plan:
         return self.strategy == "concatenate"
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row there is."""
+        return int(self.rows.n_tokens.max(initial=1))
+
+    @property
     def pads_rows(self) -> bool:
         """Rows of a micro-batch are padded to the longest of them."""
         return self.strategy == "none"

@@ -9,7 +9,10 @@ from typing import Any
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import Plan, read_plan
+from workflow_scripts.models.checkpoint import default_device
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.train.memory.shape import PlannedRun
+from workflow_scripts.train.validation import longest_row
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,22 @@ class Job:
                 "plan": files.sha256(plan),
                 "output_version": output_version,
             },
+        )
+
+    def planned_run(self, *, n_gpus: int) -> PlannedRun:
+        """As `plan_memory` sees it, on the kind of device that this process computes on."""
+        row_tokens = self.plan.longest_row
+        return PlannedRun(
+            self.facts,
+            self.recipe,
+            self.training,
+            row_tokens=row_tokens,
+            device_type=default_device().type,
+            n_gpus=n_gpus,
+            longest_evaluation=longest_row(
+                self.validation,
+                self.facts,
+                row_tokens=row_tokens,
+                n_conversations=self.recipe.validation_conversations,
+            ),
         )

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
@@ -46,76 +45,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from workflow_scripts.data.documents import Documents
+    from workflow_scripts.data.plan import read_plan
     from workflow_scripts.models.checkpoint import default_device
-    from workflow_scripts.train import memory
+    from workflow_scripts.train.memory import device, fit, layouts
+    from workflow_scripts.train.memory.shape import PlannedRun
+    from workflow_scripts.train.validation import longest_row
 
     if arguments.memory_gb is None:
         device_type = default_device().type
-        available = memory.available_bytes()
-        device = torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
+        available = device.available_bytes()
+        device_name = torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
     else:
         device_type, available = "cuda", int(arguments.memory_gb * 1e9)
         training = training.model_copy(update={"memory_gb": None})
-        device = f"a GPU with {arguments.memory_gb:g} GB"
-    n_gpus = arguments.gpus or training.gpus * training.nodes
-    row_tokens = arguments.row_tokens or longest_row(arguments.plan)
-    options: dict[str, Any] = {
-        "row_tokens": row_tokens,
-        "n_gpus": n_gpus,
-        "available_bytes": available,
-        "device_type": device_type,
-        "evaluation_tokens": longest_validation_row(
-            arguments.validation, facts, recipe, row_tokens=row_tokens
-        )
-        if arguments.validation
-        else None,
-    }
+        device_name = f"a GPU with {arguments.memory_gb:g} GB"
+    row_tokens = arguments.row_tokens or read_plan(arguments.plan).longest_row
+    run = PlannedRun(
+        facts,
+        recipe,
+        training,
+        row_tokens=row_tokens,
+        device_type=device_type,
+        n_gpus=arguments.gpus or training.gpus * training.nodes,
+        longest_evaluation=arguments.validation
+        and longest_row(
+            Documents(arguments.validation),
+            facts,
+            row_tokens=row_tokens,
+            n_conversations=recipe.validation_conversations,
+        ),
+    )
     logger.info(
         "started %s device=%s recipe=%s training=%s",
         log.versions("torch"),
-        device,
+        device_name,
         recipe.model_dump_json(),
         training.model_dump_json(),
     )
-    setup, parts = memory.choose(facts, recipe, training, **options)
-    logger.info("%s", memory.table(facts, recipe, training, chosen=setup, **options))
+    setup, parts = fit.choose(run, available_bytes=available)
+    logger.info("%s", fit.table(run, available_bytes=available, chosen=setup))
     plan = {
-        "device": device,
-        **options,
-        "usable_bytes": int(memory.usable_bytes(training, available)),
+        "device": device_name,
+        "row_tokens": run.row_tokens,
+        "evaluation_tokens": run.evaluation_tokens,
+        "n_gpus": run.n_gpus,
+        "available_bytes": available,
+        "usable_bytes": int(fit.usable_bytes(training, available)),
         **dataclasses.asdict(setup),
         "predicted_peak_memory_bytes": parts["peak"],
         "predicted_bytes": parts,
+        "candidates": [layouts.as_json(candidate) for candidate in layouts.candidates(run)],
     }
-    del options["available_bytes"]
-    found = memory.candidates(facts, recipe, training, **options)
-    plan["candidates"] = [memory.as_json(candidate) for candidate in found]
     if arguments.memory_plan:
         files.write_json(arguments.memory_plan, plan)
-    logger.info("planned %s %s", setup, log.fields(plan))
-
-
-def longest_row(path: Path) -> int:
-    """Tokens of the longest row of a plan."""
-    from workflow_scripts.data.plan import read_plan
-
-    return int(read_plan(path).rows.n_tokens.max(initial=1))
-
-
-def longest_validation_row(
-    path: Path, facts: dict[str, Any], recipe: RecipeSettings, *, row_tokens: int
-) -> int:
-    """Tokens of the longest row that the validation loss is taken on."""
-    from workflow_scripts.data.documents import Documents
-    from workflow_scripts.train.validation import validation_rows
-
-    rows = validation_rows(
-        Documents(path),
-        facts,
-        row_tokens=row_tokens,
-        n_conversations=recipe.validation_conversations,
-    )
-    return int(rows.n_tokens.max(initial=1))
+    logger.info("planned %s predicted_bytes=%d", setup, parts["peak"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -128,6 +127,7 @@ def _train_once(
         Progress,
         trained_weights,
     )
+    from workflow_scripts.train.memory import device
     from workflow_scripts.train.model import trainable_model
     from workflow_scripts.train.probe import check_attention
     from workflow_scripts.train.trainer import make_trainer
@@ -191,7 +191,7 @@ def _train_once(
         "tokens_per_step": tokens_per_step,
         "tokens_per_second": progress.tokens_per_second(),
         "duration_seconds": duration,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": device.peak_bytes(),
         "predicted_peak_memory_bytes": predicted["peak"],
         "final_loss_nats_per_token": history["train"][-1]["loss_nats_per_token"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -206,17 +206,11 @@ def _train_once(
 
 def choose_setup(job: Job, checkpoints: Checkpoints) -> tuple[Any, dict[str, int]]:
     """How the run is laid out on this machine's GPU, the same in every process."""
-    from workflow_scripts.models.checkpoint import default_device
-    from workflow_scripts.train import memory
+    from workflow_scripts.train.memory import device, fit
 
-    return memory.choose(
-        job.facts,
-        job.recipe,
-        job.training,
-        row_tokens=int(job.plan.rows.n_tokens.max()),
-        n_gpus=processes.n_processes(),
-        available_bytes=processes.least(memory.available_bytes()),
-        device_type=default_device().type,
+    return fit.choose(
+        job.planned_run(n_gpus=processes.n_processes()),
+        available_bytes=processes.least(device.available_bytes()),
         n_steps_down=checkpoints.n_steps_down,
     )
 
@@ -241,26 +235,13 @@ def exhausts_memory(error: BaseException) -> bool:
 
 def out_of_memory(job: Job, checkpoints: Checkpoints, error: BaseException) -> log.StageError:
     """What ran out, what was planned, and what would take less."""
-    from workflow_scripts.train import memory
+    from workflow_scripts.train.memory import fit
 
-    return memory.refusal(
-        job.facts,
-        job.recipe,
-        job.training,
-        row_tokens=int(job.plan.rows.n_tokens.max()),
-        n_gpus=processes.n_processes(),
+    return fit.refusal(
+        job.planned_run(n_gpus=processes.n_processes()),
         n_steps_down=checkpoints.n_steps_down,
         error=str(error).partition("\n")[0],
     )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process took: of the GPU where there is one, else resident memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 if __name__ == "__main__":

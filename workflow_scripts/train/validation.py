@@ -36,3 +36,17 @@ def validation_rows(
     )
     longest = int(pieces.length.max(initial=0))
     return best_fit(pieces, row_tokens=max(row_tokens, longest), seed=0)
+
+
+def longest_row(
+    validation: Documents,
+    facts: dict[str, Any],
+    *,
+    row_tokens: int,
+    n_conversations: int | None = None,
+) -> int:
+    """Tokens of the longest of these rows."""
+    rows = validation_rows(
+        validation, facts, row_tokens=row_tokens, n_conversations=n_conversations
+    )
+    return int(rows.n_tokens.max(initial=1))

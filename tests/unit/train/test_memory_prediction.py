@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,43 +25,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import load_model
+from tests.unit.train.shapes import MISTRAL_7B, TINY
+from workflow_scripts import files
+from workflow_scripts.models.checkpoint import load_model, read_facts
 from workflow_scripts.models.experts import Nf4Tensor
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
-from workflow_scripts.train import attention, loss, memory, optimization, projections
+from workflow_scripts.train import attention, loss, optimization, projections
 from workflow_scripts.train.activations import save_less
-from workflow_scripts.train.memory import Setup
+from workflow_scripts.train.memory import prediction
+from workflow_scripts.train.memory.prediction import Setup
+from workflow_scripts.train.memory.shape import PlannedRun, Shape
 from workflow_scripts.train.model import adapt
-
-GB = 10**9
-MISTRAL_7B = {
-    "model_type": "mistral",
-    "n_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "head_dim": 128,
-    "vocabulary_size": 32768,
-    "context_tokens": 32768,
-    "sliding_window": 4096,
-    "layer_windows": [4096] * 32,
-    "n_experts": None,
-    "n_experts_per_token": None,
-    "ties_embeddings": False,
-}
-TINY = MISTRAL_7B | {
-    "n_layers": 2,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "n_heads": 8,
-    "n_kv_heads": 2,
-    "head_dim": 32,
-    "vocabulary_size": 320,
-    "layer_windows": [None] * 2,
-    "sliding_window": None,
-}
 
 
 def config_of(facts, **options):
@@ -211,10 +187,8 @@ def test_what_autograd_keeps_is_what_the_formulas_say(name, checkpoint_of):
     n_tokens = 256 if name == "a 7B's layer" else 512
     precision = {"qlora": "nf4"}.get(recipe.method, "float32")
     model = model_of(checkpoint_of(facts), facts, recipe, precision=precision, fuses=fuses)
-    shape = memory.Shape(
-        facts, recipe, compute_bytes=4, is_cuda=False, has_liger=False, fuses=fuses
-    )
-    predicted = memory.kept_bytes(shape, n_tokens=n_tokens, setup=Setup(1, 0, False))
+    shape = Shape(facts, recipe, compute_bytes=4, is_cuda=False, has_liger=False, fuses=fuses)
+    predicted = prediction.kept_bytes(shape, n_tokens=n_tokens, setup=Setup(1, 0, False))
     found = kept_bytes(model, batch_of(n_tokens))
     # Measured: 0.1 % apart; with a window 1.1 %, its masks.
     assert found == pytest.approx(predicted, rel=0.03)
@@ -225,11 +199,11 @@ def test_a_checkpointed_layer_keeps_its_input_alone(n_again, checkpoint_of):
     recipe = RecipeSettings()
     model = model_of(checkpoint_of(TINY), TINY, recipe)
     save_less(model, n_checkpointed_layers=n_again)
-    shape = memory.Shape(TINY, recipe, compute_bytes=4, is_cuda=False, has_liger=False)
+    shape = Shape(TINY, recipe, compute_bytes=4, is_cuda=False, has_liger=False)
     batch = batch_of(512)
     with Live() as live:
         result = model(**batch).loss
-    predicted = memory.kept_bytes(shape, n_tokens=512, setup=Setup(1, n_again, False))
+    predicted = prediction.kept_bytes(shape, n_tokens=512, setup=Setup(1, n_again, False))
     assert live.now == pytest.approx(predicted, rel=0.03), live.now / predicted
     result.backward()
 
@@ -367,21 +341,21 @@ def test_the_peak_of_a_7b_on_a_gpu_is_predicted_to_the_allocation(name, as_on_cu
     recipe = RecipeSettings(**options)
     setup = Setup(1, n_again, False)
     found, weights = fake_peak(facts, recipe, n_tokens=n_tokens, setup=setup, fuses=fuses)
-    shape = memory.Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
-    parts = memory.predict_shape(shape, n_tokens=n_tokens, setup=setup)
+    shape = Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
+    parts = prediction.predict_shape(shape, n_tokens=n_tokens, setup=setup)
     # Exact but for the rotary frequencies, 512 bytes.
     assert 0 <= weights - parts["base_weights"] - parts["adapter"] <= 1024
     # No optimizer ran, and cuBLAS has no workspace on fake tensors.
-    predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
+    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.03)  # measured: 0.4 %
 
 
 def test_the_peak_of_the_whole_7b_at_32k_is_predicted(as_on_cuda):
     recipe, setup = RecipeSettings(), Setup(1, 32, False)
     found, _ = fake_peak(MISTRAL_7B, recipe, n_tokens=32_768, setup=setup)
-    shape = memory.Shape(MISTRAL_7B, recipe, compute_bytes=2, is_cuda=True, has_liger=False)
-    parts = memory.predict_shape(shape, n_tokens=32_768, setup=setup)
-    predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
+    shape = Shape(MISTRAL_7B, recipe, compute_bytes=2, is_cuda=True, has_liger=False)
+    parts = prediction.predict_shape(shape, n_tokens=32_768, setup=setup)
+    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.01)  # measured: 0.01 %
 
 
@@ -394,9 +368,9 @@ def test_the_peak_of_an_evaluation_is_predicted(fuses, as_on_cuda):
         weights, batch = live.now, fake_batch(32_768)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**batch)
-    shape = memory.Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
+    shape = Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
     found = live.peak - weights
-    assert found == pytest.approx(memory.evaluation_bytes(shape, 32_768), rel=0.005)  # is: 0.2 %
+    assert found == pytest.approx(prediction.evaluation_bytes(shape, 32_768), rel=0.005)
 
 
 def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda, monkeypatch):
@@ -405,23 +379,21 @@ def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda,
     monkeypatch.setattr(attention, "_varlen_parameters", lambda: names)
     facts = MISTRAL_7B | {"n_layers": 2}
     found, _ = fake_peak(facts, RecipeSettings(), n_tokens=8192, setup=Setup(1, 0, False))
-    shape = memory.Shape(
+    shape = Shape(
         facts, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False, expands_keys=True
     )
-    parts = memory.predict_shape(shape, n_tokens=8192, setup=Setup(1, 0, False))
-    predicted = parts["peak"] - parts["optimizer"] - memory.CUDA_WORKSPACE
+    parts = prediction.predict_shape(shape, n_tokens=8192, setup=Setup(1, 0, False))
+    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.02)
 
 
 def test_liger_keeps_less_and_nothing_more(as_on_cuda):
     """Its kernels do not run here; by their source they keep the norm's input as it came, gate and
     up: 2·h·2 and f·2 bytes a token less in a layer. tests/gpu measures it."""
-    plain = memory.Shape(
-        MISTRAL_7B, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False
-    )
+    plain = Shape(MISTRAL_7B, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False)
     with_liger = dataclasses.replace(plain, has_liger=True)
-    less = sum(memory.kept_by_layer(plain).values())
-    less -= sum(memory.kept_by_layer(with_liger).values())
+    less = sum(prediction.kept_by_layer(plain).values())
+    less -= sum(prediction.kept_by_layer(with_liger).values())
     assert less == 2 * 2 * 4096 + 2 * 14336
 
 
@@ -450,7 +422,7 @@ def state_bytes(state):
 
 
 def cpu_shape(facts, recipe):
-    return memory.shape_of(facts, recipe, TrainingSettings(), device_type="cpu")
+    return PlannedRun(facts, recipe, TrainingSettings(), row_tokens=1, device_type="cpu").shape
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["untied", "tied"])
@@ -462,7 +434,7 @@ def test_the_base_takes_the_bytes_predicted(method, ties, make_checkpoint, tmp_p
     precision = {"qlora": "nf4", "lora_int8": "int8"}.get(method, "float32")
     base = load_model(folder, window=8, precision=precision, device="cpu")
     base.requires_grad_(False)
-    predicted = memory.base_weight_bytes(
+    predicted = prediction.base_weight_bytes(
         cpu_shape(read_facts(folder), RecipeSettings(method=method))
     )
     assert own_bytes(base) == predicted
@@ -475,7 +447,7 @@ def test_a_mixtures_experts_in_nf4_take_the_bytes_predicted(tmp_path):
     folder = save_mixtral(tmp_path / "checkpoint")
     base = load_model(folder, window=None, precision="nf4", device="cpu")
     base.requires_grad_(False)
-    assert own_bytes(base) == memory.base_weight_bytes(
+    assert own_bytes(base) == prediction.base_weight_bytes(
         cpu_shape(read_facts(folder), RecipeSettings())
     )
 
@@ -511,194 +483,7 @@ def test_the_optimizer_keeps_the_bytes_predicted(kind, name, checkpoint, facts):
         if isinstance(value, torch.Tensor) and key not in ("step", "qmap1", "qmap2")
     ]
     # Adafactor's state holds nothing else; AdamW counts its steps in a number apart.
-    assert sum(kept) == memory.optimizer_bytes(cpu_shape(facts, recipe), tensors)
-
-
-# --- The choice. ---
-
-MEMORY_GB = (8, 12, 16, 24, 40, 80, 141)
-
-
-def chosen(available_gb, *, row_tokens=4096, training=None, recipe=None, n_gpus=1, **options):
-    recipe, training = recipe or RecipeSettings(), training or TrainingSettings(kernels="torch")
-    return memory.choose(
-        MISTRAL_7B,
-        recipe,
-        training,
-        row_tokens=row_tokens,
-        n_gpus=n_gpus,
-        available_bytes=int(available_gb * GB),
-        device_type="cuda",
-        **options,
-    )
-
-
-def time_of(setup, row_tokens):
-    recipe = RecipeSettings()
-    shape = memory.shape_of(
-        MISTRAL_7B, recipe, TrainingSettings(kernels="torch"), device_type="cuda"
-    )
-    n_tokens = setup.rows_per_micro_batch * row_tokens
-    return memory.flops_per_token(shape, n_tokens=n_tokens, setup=setup)
-
-
-@pytest.mark.parametrize("row_tokens", [4096, 8192, 32_768])
-def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_tokens):
-    times = []
-    for available in MEMORY_GB:
-        try:
-            setup, parts = chosen(available, row_tokens=row_tokens)
-        except StageError:
-            assert not times, "less memory was enough"
-            continue
-        assert parts["peak"] <= available * GB * (1 - memory.MARGIN)
-        assert parts["peak"] == sum(parts[name] for name in memory.PARTS)
-        times.append(time_of(setup, row_tokens))
-    assert times and times == sorted(times, reverse=True)
-
-
-def test_offloading_is_chosen_only_where_nothing_else_fits():
-    with_offload = []
-    for available in range(10, 40):
-        try:
-            setup, _ = chosen(available, row_tokens=32_768)
-        except StageError:
-            continue
-        if setup.offloads_activations:
-            without = TrainingSettings(kernels="torch", offload_activations=False)
-            with pytest.raises(StageError):
-                chosen(available, row_tokens=32_768, training=without)
-            with_offload.append(available)
-    assert with_offload
-
-
-def test_the_settings_that_are_given_are_kept():
-    training = TrainingSettings(
-        rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
-    )
-    assert chosen(80, training=training)[0] == Setup(2, 7, False)
-
-
-def test_memory_gb_goes_before_what_is_free():
-    training = TrainingSettings(kernels="torch", memory_gb=12)
-    assert chosen(80, training=training) == chosen(12)
-
-
-def test_each_step_down_takes_clearly_less():
-    peaks = [chosen(40, n_steps_down=n)[1]["peak"] for n in range(4)]
-    assert all(
-        after <= memory.STEP_DOWN * before for before, after in zip(peaks, peaks[1:], strict=False)
-    )
-    with pytest.raises(StageError, match="does not fit"):
-        chosen(40, n_steps_down=30)
-
-
-@pytest.mark.parametrize(
-    ("available", "row_tokens", "recipe", "training"),
-    [
-        (8, 32_768, {}, {}),
-        (12, 32_768, {}, {}),
-        (7.9, 8192, {}, {}),
-        (16, 32_768, {}, {"offload_activations": False}),
-        (12, 4096, {}, {"gradient_checkpointing": "off"}),
-        (24, 8192, {}, {"rows_per_micro_batch": 8, "gradient_checkpointing": "full"}),
-        (12, 4096, {"method": "lora"}, {}),
-        (24, 4096, {"rank": 512}, {}),
-    ],
-)
-def test_a_refusal_names_settings_that_are_predicted_to_fit(
-    available, row_tokens, recipe, training
-):
-    recipe = RecipeSettings(evaluations=0, **recipe)
-    training = TrainingSettings(kernels="torch", **training)
-    with pytest.raises(StageError, match="does not fit") as caught:
-        chosen(available, row_tokens=row_tokens, recipe=recipe, training=training)
-    advice = re.search(r"to fix: +one of: (.*)", str(caught.value))[1]
-    for change in advice.split("; "):
-        tables = {"training": {}, "recipes": {}, "packings": {}}
-        for table, keys in re.findall(
-            r"(training|recipes|packings)(?:\.<name>)?[.:] ?((?:(?!recipes|packings).)*)", change
-        ):
-            for key, value in re.findall(r"(\w+): ([\w.]+)", keys):
-                tables[table][key] = {"true": True}.get(value, value)
-        longer = tables["packings"].get("row_tokens", row_tokens)
-        chosen(
-            available,
-            row_tokens=int(longer),
-            recipe=RecipeSettings.model_validate(recipe.model_dump() | tables["recipes"]),
-            training=TrainingSettings.model_validate(training.model_dump() | tables["training"]),
-        )
-        assert any(tables.values()), change
-
-
-def test_a_refusal_shows_the_parts_and_the_limit():
-    with pytest.raises(StageError) as caught:
-        chosen(3)
-    for part in ("base weights 4.14 GB", "at most 2.82 GB", "6%", "GB free, or a smaller model"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(("rows", "n_gpus", "nearest"), [(8, 3, "6 or 9"), (2, 4, "4")])
-def test_a_step_that_cannot_be_shared_out_names_the_nearest(rows, n_gpus, nearest):
-    with pytest.raises(StageError, match=f"rows_per_step: {nearest}$"):
-        chosen(80, recipe=RecipeSettings(rows_per_step=rows), n_gpus=n_gpus)
-
-
-def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
-    with pytest.raises(StageError, match="one of 1, 2, 4"):
-        chosen(80, training=TrainingSettings(rows_per_micro_batch=3), n_gpus=2)
-
-
-def test_fsdp2_shares_what_ddp_repeats():
-    at = {"row_tokens": 4096, "setup": Setup(1, 32, False), "n_gpus": 4, "device_type": "cuda"}
-    ddp, fsdp = (
-        memory.predict(MISTRAL_7B, RecipeSettings(), TrainingSettings(parallelism=name), **at)
-        for name in ("ddp", "fsdp2")
-    )
-    for part in ("base_weights", "adapter", "gradients", "optimizer"):
-        assert fsdp[part] == pytest.approx(ddp[part] / 4, abs=1)
-    assert fsdp["peak"] < ddp["peak"]
-
-
-def test_evaluation_counts_where_it_takes_more_than_training():
-    at = {"row_tokens": 1024, "setup": Setup(1, 32, False), "n_gpus": 1, "device_type": "cuda"}
-    facts = MISTRAL_7B | {"sliding_window": None}
-    recipe, training = RecipeSettings(), TrainingSettings(kernels="torch")
-    longest = memory.predict(facts, recipe, training, **at)
-    known = memory.predict(facts, recipe, training, evaluation_tokens=2000, **at)
-    never = memory.predict(facts, RecipeSettings(evaluations=0), training, **at)
-    assert longest["evaluation"] > known["evaluation"] >= never["evaluation"] == 0
-
-
-def test_what_ran_out_is_told_with_what_takes_less():
-    error = memory.refusal(
-        TINY | {"n_layers": 16, "layer_windows": [None] * 16},
-        RecipeSettings(evaluations=0, rows_per_step=4),
-        TrainingSettings(),
-        row_tokens=16_384,
-        n_gpus=1,
-        n_steps_down=0,
-        error="DefaultCPUAllocator: can't allocate memory",
-    )
-    for part in ("the memory ran out", "can't allocate memory", "training.memory_gb: ", "peak"):
-        assert part in str(error)
-
-
-def test_the_table_marks_what_is_chosen():
-    setup, _ = chosen(24)
-    text = memory.table(
-        MISTRAL_7B,
-        RecipeSettings(),
-        TrainingSettings(kernels="torch"),
-        row_tokens=4096,
-        n_gpus=1,
-        available_bytes=24 * GB,
-        device_type="cuda",
-        chosen=setup,
-    )
-    (line,) = [line for line in text.splitlines() if line.endswith("chosen")]
-    assert line.split()[:2] == [str(setup.rows_per_micro_batch), str(setup.n_checkpointed_layers)]
-    assert "too large" in text
+    assert sum(kept) == prediction.optimizer_bytes(cpu_shape(facts, recipe), tensors)
 
 
 RESIDENT = """
@@ -707,7 +492,7 @@ from pathlib import Path
 import torch, transformers, peft, bitsandbytes
 from tests.benchmarks.resident_memory import resident_bytes
 from workflow_scripts import files
-from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.models.checkpoint import load_model, read_facts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention, optimization, projections
 from workflow_scripts.train.activations import save_less
@@ -741,13 +526,6 @@ def test_a_process_on_a_cpu_takes_about_what_is_predicted(
     n_rows, n_again, make_checkpoint, tmp_path
 ):
     """The demo's shape. How much the C library's heap keeps is its own affair."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    from workflow_scripts import files
-    from workflow_scripts.models.checkpoint import read_facts
-
     folder = make_checkpoint(
         tmp_path / "checkpoint",
         vocab_size=32_768,
@@ -766,35 +544,12 @@ def test_a_process_on_a_cpu_takes_about_what_is_predicted(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    parts = memory.predict(
+    run = PlannedRun(
         facts,
         RecipeSettings(evaluations=0),
         TrainingSettings(),
         row_tokens=2560,
-        setup=Setup(n_rows, n_again, False),
-        n_gpus=1,
         device_type="cpu",
     )
+    parts = prediction.predict(run, Setup(n_rows, n_again, False))
     assert int(done.stdout.split()[-1]) == pytest.approx(parts["peak"], rel=0.3)
-
-
-def test_the_demo_is_never_refused_on_24_gb():
-    facts = TINY | {
-        "n_layers": 4,
-        "intermediate_size": 1024,
-        "vocabulary_size": 32_768,
-        "context_tokens": 4096,
-        "sliding_window": 512,
-        "layer_windows": [512] * 4,
-    }
-    setup, parts = memory.choose(
-        facts,
-        RecipeSettings(rank=64, rows_per_step=8),
-        TrainingSettings(),
-        row_tokens=2560,
-        n_gpus=1,
-        available_bytes=24 * GB,
-        device_type="cpu",
-    )
-    assert not setup.offloads_activations and setup.n_checkpointed_layers == 0
-    assert parts["peak"] < 6 * GB

@@ -1,0 +1,211 @@
+"""Which layout is chosen, and what a refusal advises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.unit.train.shapes import MISTRAL_7B, TINY
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.train.memory import fit, layouts
+from workflow_scripts.train.memory.prediction import PARTS, Setup, predict
+from workflow_scripts.train.memory.shape import PlannedRun
+
+GB = 10**9
+MEMORY_GB = (8, 12, 16, 24, 40, 80, 141)
+
+
+def on_gpu(*, row_tokens=4096, training=None, recipe=None, facts=MISTRAL_7B, **options):
+    return PlannedRun(
+        facts,
+        recipe or RecipeSettings(),
+        training or TrainingSettings(kernels="torch"),
+        row_tokens=row_tokens,
+        device_type="cuda",
+        **options,
+    )
+
+
+def chosen(available_gb, *, n_steps_down=0, **options):
+    return fit.choose(
+        on_gpu(**options), available_bytes=int(available_gb * GB), n_steps_down=n_steps_down
+    )
+
+
+def time_of(setup, row_tokens):
+    n_tokens = setup.rows_per_micro_batch * row_tokens
+    return layouts.flops_per_token(on_gpu().shape, n_tokens=n_tokens, setup=setup)
+
+
+@pytest.mark.parametrize("row_tokens", [4096, 8192, 32_768])
+def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_tokens):
+    times = []
+    for available in MEMORY_GB:
+        try:
+            setup, parts = chosen(available, row_tokens=row_tokens)
+        except StageError:
+            assert not times, "less memory was enough"
+            continue
+        assert parts["peak"] <= available * GB * (1 - fit.MARGIN)
+        assert parts["peak"] == sum(parts[name] for name in PARTS)
+        times.append(time_of(setup, row_tokens))
+    assert times and times == sorted(times, reverse=True)
+
+
+def test_offloading_is_chosen_only_where_nothing_else_fits():
+    with_offload = []
+    for available in range(10, 40):
+        try:
+            setup, _ = chosen(available, row_tokens=32_768)
+        except StageError:
+            continue
+        if setup.offloads_activations:
+            without = TrainingSettings(kernels="torch", offload_activations=False)
+            with pytest.raises(StageError):
+                chosen(available, row_tokens=32_768, training=without)
+            with_offload.append(available)
+    assert with_offload
+
+
+def test_the_settings_that_are_given_are_kept():
+    training = TrainingSettings(
+        rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
+    )
+    assert chosen(80, training=training)[0] == Setup(2, 7, False)
+
+
+def test_memory_gb_goes_before_what_is_free():
+    training = TrainingSettings(kernels="torch", memory_gb=12)
+    assert chosen(80, training=training) == chosen(12)
+
+
+def test_each_step_down_takes_clearly_less():
+    peaks = [chosen(40, n_steps_down=n)[1]["peak"] for n in range(4)]
+    assert all(
+        after <= fit.STEP_DOWN * before for before, after in zip(peaks, peaks[1:], strict=False)
+    )
+    with pytest.raises(StageError, match="does not fit"):
+        chosen(40, n_steps_down=30)
+
+
+@pytest.mark.parametrize(
+    ("available", "row_tokens", "recipe", "training"),
+    [
+        (8, 32_768, {}, {}),
+        (12, 32_768, {}, {}),
+        (7.9, 8192, {}, {}),
+        (16, 32_768, {}, {"offload_activations": False}),
+        (12, 4096, {}, {"gradient_checkpointing": "off"}),
+        (24, 8192, {}, {"rows_per_micro_batch": 8, "gradient_checkpointing": "full"}),
+        (12, 4096, {"method": "lora"}, {}),
+        (24, 4096, {"rank": 512}, {}),
+    ],
+)
+def test_a_refusal_names_settings_that_are_predicted_to_fit(
+    available, row_tokens, recipe, training
+):
+    recipe = RecipeSettings(evaluations=0, **recipe)
+    training = TrainingSettings(kernels="torch", **training)
+    with pytest.raises(StageError, match="does not fit") as caught:
+        chosen(available, row_tokens=row_tokens, recipe=recipe, training=training)
+    advice = re.search(r"to fix: +one of: (.*)", str(caught.value))[1]
+    for change in advice.split("; "):
+        tables = {"training": {}, "recipes": {}, "packings": {}}
+        for table, keys in re.findall(
+            r"(training|recipes|packings)(?:\.<name>)?[.:] ?((?:(?!recipes|packings).)*)", change
+        ):
+            for key, value in re.findall(r"(\w+): ([\w.]+)", keys):
+                tables[table][key] = {"true": True}.get(value, value)
+        longer = tables["packings"].get("row_tokens", row_tokens)
+        chosen(
+            available,
+            row_tokens=int(longer),
+            recipe=RecipeSettings.model_validate(recipe.model_dump() | tables["recipes"]),
+            training=TrainingSettings.model_validate(training.model_dump() | tables["training"]),
+        )
+        assert any(tables.values()), change
+
+
+def test_a_refusal_shows_the_parts_and_the_limit():
+    with pytest.raises(StageError) as caught:
+        chosen(3)
+    for part in ("base weights 4.14 GB", "at most 2.82 GB", "6%", "GB free, or a smaller model"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "n_gpus", "nearest"), [(8, 3, "6 or 9"), (2, 4, "4")])
+def test_a_step_that_cannot_be_shared_out_names_the_nearest(rows, n_gpus, nearest):
+    with pytest.raises(StageError, match=f"rows_per_step: {nearest}$"):
+        chosen(80, recipe=RecipeSettings(rows_per_step=rows), n_gpus=n_gpus)
+
+
+def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
+    with pytest.raises(StageError, match="one of 1, 2, 4"):
+        chosen(80, training=TrainingSettings(rows_per_micro_batch=3), n_gpus=2)
+
+
+def test_fsdp2_shares_what_ddp_repeats():
+    ddp, fsdp = (
+        predict(on_gpu(training=TrainingSettings(parallelism=name), n_gpus=4), Setup(1, 32, False))
+        for name in ("ddp", "fsdp2")
+    )
+    for part in ("base_weights", "adapter", "gradients", "optimizer"):
+        assert fsdp[part] == pytest.approx(ddp[part] / 4, abs=1)
+    assert fsdp["peak"] < ddp["peak"]
+
+
+def test_evaluation_counts_where_it_takes_more_than_training():
+    facts = MISTRAL_7B | {"sliding_window": None}
+    longest, known, never = (
+        predict(on_gpu(row_tokens=1024, facts=facts, **options), Setup(1, 32, False))
+        for options in (
+            {},
+            {"longest_evaluation": 2000},
+            {"recipe": RecipeSettings(evaluations=0)},
+        )
+    )
+    assert longest["evaluation"] > known["evaluation"] >= never["evaluation"] == 0
+
+
+def test_what_ran_out_is_told_with_what_takes_less():
+    run = PlannedRun(
+        TINY | {"n_layers": 16, "layer_windows": [None] * 16},
+        RecipeSettings(evaluations=0, rows_per_step=4),
+        TrainingSettings(),
+        row_tokens=16_384,
+        device_type="cpu",
+    )
+    error = fit.refusal(run, n_steps_down=0, error="DefaultCPUAllocator: can't allocate memory")
+    for part in ("the memory ran out", "can't allocate memory", "training.memory_gb: ", "peak"):
+        assert part in str(error)
+
+
+def test_the_table_marks_what_is_chosen():
+    setup, _ = chosen(24)
+    text = fit.table(on_gpu(), available_bytes=24 * GB, chosen=setup)
+    (line,) = [line for line in text.splitlines() if line.endswith("chosen")]
+    assert line.split()[:2] == [str(setup.rows_per_micro_batch), str(setup.n_checkpointed_layers)]
+    assert "too large" in text
+
+
+def test_the_demo_is_never_refused_on_24_gb():
+    facts = TINY | {
+        "n_layers": 4,
+        "intermediate_size": 1024,
+        "vocabulary_size": 32_768,
+        "context_tokens": 4096,
+        "sliding_window": 512,
+        "layer_windows": [512] * 4,
+    }
+    run = PlannedRun(
+        facts,
+        RecipeSettings(rank=64, rows_per_step=8),
+        TrainingSettings(),
+        row_tokens=2560,
+        device_type="cpu",
+    )
+    setup, parts = fit.choose(run, available_bytes=24 * GB)
+    assert not setup.offloads_activations and setup.n_checkpointed_layers == 0
+    assert parts["peak"] < 6 * GB

@@ -1,0 +1,221 @@
+"""Does a run fit? The fastest layout that does, or the nearest settings that would."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import TrainingSettings
+from workflow_scripts.train.memory import device
+from workflow_scripts.train.memory.layouts import Candidate, candidates, fastest, table_rows
+from workflow_scripts.train.memory.prediction import PARTS, Setup
+from workflow_scripts.train.memory.shape import PlannedRun
+
+# Share of the available bytes left alone: the allocator's gaps between blocks of unequal size.
+MARGIN = 0.06
+# A step down after an out-of-memory asks for this share of what was predicted.
+STEP_DOWN = 0.85
+ROW_STEP_TOKENS = 64  # of a suggested row length
+
+
+def choose(
+    run: PlannedRun, *, available_bytes: int, n_steps_down: int = 0
+) -> tuple[Setup, dict[str, int]]:
+    """The fastest layout that fits, what is `auto` filled in, and its bytes by part.
+
+    Args:
+        available_bytes: of one GPU; `training.memory_gb` goes before it.
+        n_steps_down: how often a run met an out-of-memory: each time a layout that takes clearly
+            less.
+    Raises:
+        StageError: none fits; with the nearest settings that do, or the table.
+    """
+    found = candidates(run)
+    limit = usable_bytes(run.training, available_bytes)
+    chosen = fastest(found, limit)
+    for _ in range(n_steps_down):
+        if chosen is None:
+            break
+        limit = STEP_DOWN * chosen.peak
+        smallest = min(found, key=lambda one: one.peak)
+        if limit < smallest.peak < chosen.peak:
+            limit = smallest.peak  # less than asked for, but less
+        chosen = fastest(found, limit)
+    if chosen is None:
+        raise _no_fit(run, found, limit)
+    return chosen.setup, chosen.parts
+
+
+def usable_bytes(training: TrainingSettings, available: int) -> float:
+    """What the planner counts on: `training.memory_gb` or what is available, less the margin."""
+    total = available if training.memory_gb is None else training.memory_gb * 1e9
+    return total * (1 - MARGIN)
+
+
+def table(run: PlannedRun, *, available_bytes: int, chosen: Setup | None = None) -> str:
+    """What is printed: layouts with their parts in GB, which fit, which is chosen.
+
+    Args:
+        chosen: of `choose`; None where none fits.
+    """
+    limit = usable_bytes(run.training, available_bytes)
+    title = (
+        f"memory of training, GB: rows of {run.row_tokens} tokens, {run.n_gpus} GPU(s), at most"
+        f" {limit / 1e9:.2f} to be used"
+    )
+    return "\n".join([title, *table_rows(candidates(run), chosen=chosen, limit=limit)])
+
+
+def refusal(run: PlannedRun, *, n_steps_down: int, error: str) -> StageError:
+    """What to say when memory ran out while training: what was planned, and what takes less.
+
+    Args:
+        n_steps_down: as in `choose`, of the layout that ran out.
+        error: the allocator's message.
+    """
+    total = device.total_bytes()
+    found = candidates(run)
+    try:
+        setup, parts = choose(run, available_bytes=total, n_steps_down=n_steps_down)
+    except StageError:  # what ran out was planned for more than there is now
+        setup, parts = None, min(found, key=lambda one: one.peak).parts
+    limit = STEP_DOWN * parts["peak"]
+    return StageError(
+        "the memory ran out",
+        where="training",
+        found=f"{error}; predicted were {gigabytes(parts['peak'])} ({_largest(parts)})",
+        expected=f"a layout that fits beside whatever else uses the {gigabytes(total)}",
+        to_fix="\n".join(
+            [
+                _advice(run, found, limit)
+                if min(one.peak for one in found) > limit
+                else f"training.memory_gb: {limit / 1e9:.3g}, and leave the rest `auto`",
+                *table_rows(found, chosen=setup, limit=usable_bytes(run.training, total)),
+            ]
+        ),
+    )
+
+
+def _no_fit(run: PlannedRun, found: list[Candidate], limit: float) -> StageError:
+    """Why nothing fits, and the changes of the settings that would make it fit."""
+    least = min(found, key=lambda one: one.peak)
+    return StageError(
+        "training does not fit into the memory",
+        where="training, recipes.<name>, packings.<name>.row_tokens",
+        found=f"at least {gigabytes(least.peak)} ({_largest(least.parts)})",
+        expected=f"at most {gigabytes(limit)}, {MARGIN:.0%} of the memory being left free",
+        to_fix="\n".join(
+            [_advice(run, found, limit), *table_rows(found, chosen=None, limit=limit)]
+        ),
+    )
+
+
+def _advice(run: PlannedRun, found: list[Candidate], limit: float) -> str:
+    changes = remedies(run, limit)
+    if changes:
+        return "one of: " + "; ".join(changes)
+    least = min(one.peak for one in found)
+    return f"a GPU with {gigabytes(least / (1 - MARGIN))} free, or a smaller model"
+
+
+def remedies(run: PlannedRun, limit: float) -> list[str]:
+    """Changes of the settings after which a layout is predicted to fit: the ones that change
+    nothing learned first. Single ones; all that spare memory together where none is enough."""
+    frugal = _frugal_training(run)
+    found = [text for changed, text in frugal if _fits(_with(run, training=changed), limit)]
+    together = {key: value for changed, _ in frugal for key, value in changed.items()}
+    in_words = ", ".join(f"{key}: {value}" for key, value in together.items())
+    smallest = _with(run, training=together)
+    if not found and len(together) > 1 and _fits(smallest, limit):
+        found.append(f"training: {in_words}")
+    if found:
+        return found
+
+    recipe, lesser = run.recipe, {}
+    if recipe.method in ("lora", "lora_int8", "full"):
+        lesser["method"] = "qlora"
+    if recipe.optimizer == "adamw":
+        lesser["optimizer"] = "adamw_8bit"
+    found = [
+        f"recipes.<name>.{key}: {value}"
+        for key, value in lesser.items()
+        if _fits(_with(smallest, recipe={key: value}), limit)
+    ]
+    if recipe.method != "full":
+        rank = recipe.rank // 2
+        while rank >= 4 and not _fits(_with(smallest, recipe={"rank": rank}), limit):
+            rank //= 2
+        if rank >= 4:
+            found.append(f"recipes.<name>.rank: {rank}")
+    tokens = _longest_row(smallest, limit)
+    if tokens:
+        found.append(f"packings.<name>.row_tokens: {tokens}")
+    if not found and lesser:
+        tokens = _longest_row(_with(smallest, recipe=lesser), limit)
+        if tokens:
+            changed = [f"recipes.<name>.{key}: {value}" for key, value in lesser.items()]
+            found.append(", ".join([*changed, f"packings.<name>.row_tokens: {tokens}"]))
+    return [f"{text} (with training: {in_words})" for text in found] if together else found
+
+
+def _frugal_training(run: PlannedRun) -> list[tuple[dict[str, Any], str]]:
+    """Changes of `training` that spare memory and that the settings forbid as they are."""
+    wanted: list[tuple[dict[str, Any], str]] = [
+        ({"rows_per_micro_batch": 1}, "training.rows_per_micro_batch: 1"),
+        ({"gradient_checkpointing": "full"}, "training.gradient_checkpointing: full"),
+        (
+            {"offload_activations": True, "gradient_checkpointing": "full"},
+            "training.offload_activations: true with gradient_checkpointing: full",
+        ),
+    ]
+    if run.n_gpus > 1:
+        wanted.append(({"parallelism": "fsdp2"}, "training.parallelism: fsdp2"))
+    return [
+        (changed, text)
+        for changed, text in wanted
+        if getattr(run.training, next(iter(changed))) not in ("auto", *changed.values())
+    ]
+
+
+def _with(
+    run: PlannedRun,
+    *,
+    training: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> PlannedRun:
+    """With settings changed."""
+    return dataclasses.replace(
+        run,
+        training=run.training.model_copy(update=training),
+        recipe=run.recipe.model_copy(update=recipe),
+    )
+
+
+def _fits(run: PlannedRun, limit: float) -> bool:
+    try:
+        return min(one.peak for one in candidates(run)) <= limit
+    except StageError:  # `kv_rank: matched` has no whole number at this rank
+        return False
+
+
+def _longest_row(run: PlannedRun, limit: float) -> int | None:
+    """Most tokens a row, in steps, below those of `run`; None where not even one step fits."""
+    low, high = 0, (run.row_tokens - 1) // ROW_STEP_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        shorter = dataclasses.replace(run, row_tokens=middle * ROW_STEP_TOKENS)
+        low, high = (middle, high) if _fits(shorter, limit) else (low, middle - 1)
+    return low * ROW_STEP_TOKENS or None
+
+
+def gigabytes(n_bytes: float) -> str:
+    """`12.3 GB`, of 10⁹ bytes as `training.memory_gb`."""
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes < 1e10 else f"{n_bytes / 1e9:.1f} GB"
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    """The three largest parts in words."""
+    largest = sorted(PARTS, key=lambda name: -parts[name])[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {gigabytes(parts[name])}" for name in largest)
