@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -223,14 +224,20 @@ def leaves_choice(training: TrainingSettings) -> bool:
     )
 
 
+# What errors say that have no type of their own: torch's CPU allocator, a file that is mapped,
+# C++, bitsandbytes and cuBLAS.
+NO_MEMORY = re.compile(
+    "t allocate memory|Cannot allocate memory|bad_alloc|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+
+
 def exhausts_memory(error: BaseException) -> bool:
     """The GPU's allocator, the CPU's, or Python's own had nothing left."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # torch's CPU allocator has no error type of its own.
-    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
 def out_of_memory(job: Job, checkpoints: Checkpoints, error: BaseException) -> log.StageError:

@@ -494,7 +494,7 @@ from tests.benchmarks.resident_memory import resident_bytes
 from workflow_scripts import files
 from workflow_scripts.models.checkpoint import load_model, read_facts
 from workflow_scripts.settings import RecipeSettings
-from workflow_scripts.train import attention, optimization, projections
+from workflow_scripts.train import attention, optimization
 from workflow_scripts.train.activations import save_less
 from workflow_scripts.train.model import adapt
 
@@ -505,7 +505,6 @@ base = load_model(
     folder, window=512, precision="nf4", attention=attention.register(), device="cpu"
 )
 model = adapt(base, facts, recipe).train()
-projections.fuse(model)
 save_less(model, n_checkpointed_layers=n_again)
 optimizer = optimization.optimizer(model, recipe)
 ids = torch.randint(3, 32_000, (1, n_rows * row_tokens))

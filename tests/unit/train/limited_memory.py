@@ -1,0 +1,60 @@
+"""`train_adapter` in a process whose memory ends.
+
+python -m tests.unit.train.limited_memory LIMIT_BYTES [options of train_adapter]
+
+Linux gives it LIMIT_BYTES beyond what it has when training begins; with 0 as much as it asks for,
+and how much that was is printed.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+from workflow_scripts import log
+from workflow_scripts.train import train_adapter
+
+
+def data_bytes() -> int:
+    """Private memory that is mapped: what RLIMIT_DATA counts."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmData:")[2].split()[0]) * 1024
+
+
+class Watch(threading.Thread):
+    """The most that is mapped beyond what was when it started."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+
+    def run(self) -> None:
+        before = data_bytes()
+        while True:
+            self.most = max(self.most, data_bytes() - before)
+            time.sleep(0.002)
+
+
+def main() -> None:
+    limit_bytes = int(sys.argv[1])
+    watch = Watch()
+    train = train_adapter.train
+
+    def limited(*arguments: object) -> None:
+        if limit_bytes:
+            most = data_bytes() + limit_bytes
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        else:
+            watch.start()
+        train(*arguments)
+
+    train_adapter.train = limited
+    train_adapter.main(sys.argv[2:])
+    print(watch.most)
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
