@@ -10,7 +10,7 @@ run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
 
 test: .venv/.tests-installed lint  ## set up, then lint and test
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
 lint: .venv/.tests-installed
 	ruff check .

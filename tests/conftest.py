@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 from workflow_scripts.models import tokenizer_files
 
@@ -37,6 +39,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no fault of a test
 )
 settings.load_profile("tramontane")
+
+
+class ByFile(LoadFileScheduling):
+    """The processes of `make test` share the files; those of the workflow share one built tree."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "tests/workflow" if path.startswith("tests/workflow/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
