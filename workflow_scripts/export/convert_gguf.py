@@ -11,6 +11,7 @@ python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.js
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         command += ["--outfile", str(gguf), "--outtype", "f16", "--model-name", arguments.name]
         # The converter says why it fails on stderr, which is this stage's log.
         if subprocess.run(command, check=False).returncode or not gguf.is_file():
+            # Of a full disk it says no more than how much it could not write.
+            n_bytes = sum(path.stat().st_size for path in arguments.merged.glob("*.safetensors"))
+            free = shutil.disk_usage(arguments.gguf.parent).free
             raise StageError(
-                "llama.cpp's converter failed", where=arguments.merged, found=" ".join(command)
+                "llama.cpp's converter failed",
+                where=arguments.merged,
+                found=" ".join(command),
+                to_fix=f"see its message above; the file takes {n_bytes / 1e9:.1f} GB, and"
+                f" {free / 1e9:.1f} GB are free",
             )
     logger.info(
         "converted size_bytes=%d context_tokens=%d path=%s",
