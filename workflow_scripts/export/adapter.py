@@ -48,6 +48,8 @@ class Adapter:
 
     Attributes:
         targets: parameters it changes.
+        whole: those of them whose new weight it holds.
+        magnitudes: those of them that DoRA gave the length of each row.
         keeps_ties: embeddings that are the output layer too trained as one.
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
@@ -83,6 +85,12 @@ class Adapter:
                 expected="lora_A, lora_B, lora_magnitude_vector, or a module of modules_to_save",
             )
         self.targets: set[str] = self._factors.keys() | self._whole.keys()
+        self.whole: set[str] = set(self._whole)
+        self.magnitudes: set[str] = {
+            name
+            for name, factors in self._factors.items()
+            if f"{factors.stem}.lora_magnitude_vector" in stored
+        }
         self.keeps_ties: bool = is_full or bool(self._config.get("ensure_weight_tying"))
 
     def scale(self, name: str) -> float:
@@ -92,8 +100,23 @@ class Adapter:
         rank = self._rank(name)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
+    def scale_of(self, part: Part) -> float:
+        """`scale` of a parameter."""
+        return self.scale(self._factors[part.parameter].pattern_name)
+
+    def n_experts(self, parameter: str) -> int:
+        """How many experts a fused parameter's A is stacked of."""
+        stem, name = self._factors[parameter]
+        shape = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()
+        return shape[0] // self._rank(name)
+
     def delta(self, part: Part) -> torch.Tensor:
         """(out, in) float32: s·B·A of a parameter, or of the part of it."""
+        down, up = self.factors(part)
+        return (up @ down).mul_(self.scale_of(part))
+
+    def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank) of a parameter, or of the part of it, float32."""
         stem, name = self._factors[part.parameter]
         down = self._tensors.get_tensor(f"{stem}.lora_A.weight").float()
         up = self._tensors.get_tensor(f"{stem}.lora_B.weight").float()
@@ -106,7 +129,7 @@ class Adapter:
             up = up.reshape(len(up), rank, -1)[:, :, part.expert]
         if part.half is not None:
             up = up.chunk(2)[part.half]
-        return (up @ down).mul_(self.scale(name))
+        return down, up
 
     def merged(self, part: Part, base: torch.Tensor) -> torch.Tensor:
         """The new weight, float32, in the shape of the base's.
@@ -124,9 +147,9 @@ class Adapter:
         if is_whole:
             return change
         weight = base.float().add_(change)
-        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
-        if magnitude not in self._tensors.keys():
+        if part.parameter not in self.magnitudes:
             return weight
+        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
         length = torch.linalg.norm(weight, dim=1)
         return (self._tensors.get_tensor(magnitude).float() / length)[:, None] * weight
 

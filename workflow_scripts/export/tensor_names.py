@@ -8,6 +8,7 @@ conversion_mapping.py, "mixtral"; there w1 is the gate, w3 what it multiplies, w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _EXPERT = re.compile(r"(.+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
@@ -33,3 +34,13 @@ def part(name: str) -> Part:
         fused, half = _FUSED[matrix]
         return Part(f"{layer}.mlp.experts.{fused}", int(number), half)
     return Part(name.replace(".block_sparse_moe.", ".mlp."))
+
+
+def expert_parts(parameter: str, *, n_experts: int) -> Iterator[tuple[str, Part]]:
+    """The modules that a fused parameter has in files, expert by expert, by their names there."""
+    layer, _, fused = parameter.partition(".mlp.experts.")
+    for expert in range(n_experts):
+        for matrix, (name, half) in _FUSED.items():
+            if name == fused:
+                module = f"{layer}.block_sparse_moe.experts.{expert}.w{matrix}"
+                yield module, Part(parameter, expert, half)
