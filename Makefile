@@ -26,7 +26,7 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	$(PYTHON) -m venv .venv
 
 # llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
-.venv/.installed: .venv/bin/python requirements.lock
+.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/export/llama_cpp_source.py
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m workflow_scripts.export.llama_cpp_source
 	touch $@

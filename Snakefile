@@ -21,6 +21,7 @@ localrules:
     preview,
     train,
     export,
+    adapter_gguf,
     evaluate,
     report,
     experiment,
@@ -58,6 +59,12 @@ rule export:
     """Merged models and GGUFs of every run, their gates passed."""
     input:
         export_files(),
+
+
+rule adapter_gguf:
+    """Adapters alone as GGUF LoRAs, and the base in F16 that they share at run time."""
+    input:
+        adapter_gguf_files(),
 
 
 rule evaluate:

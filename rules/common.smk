@@ -111,6 +111,11 @@ def threads_for_run(wildcards):
     return threads_of("runs", wildcards.run)
 
 
+def threads_for_quantizing(wildcards):
+    """Half of what other stages take, so that two quantizations run side by side."""
+    return max(1, threads_for_run(wildcards) // 2)
+
+
 def threads_for_dataset(wildcards):
     """As many processes clean and render a dataset; the demo's is done sooner than they start."""
     return 1 if CONFIG.datasets[wildcards.dataset].generate else 8
@@ -150,6 +155,23 @@ def gpus_for_model(wildcards):
 def scoring_json():
     """The keys of `evaluation` that change a score; gates and timing are others'."""
     return CONFIG.evaluation.model_dump_json(include={"piece_tokens", "max_conversations"})
+
+
+def imatrix_json():
+    """The keys of `gguf.imatrix` that change the matrix; which quantization takes it is another's."""
+    return CONFIG.gguf.imatrix.model_dump_json(include={"n_tokens"})
+
+
+def calibration_text_files():
+    """Text files of the user's that the importance matrix is computed on beside the chats."""
+    return [str(Path(name).expanduser()) for name in CONFIG.gguf.imatrix.files]
+
+
+def imatrix_of_quantization(wildcards):
+    """The importance matrix, where a quantization is made with one."""
+    if not CONFIG.gguf.uses_imatrix(wildcards.quant):
+        return []
+    return [f"results/runs/{wildcards.run}/gguf/imatrix.gguf"]
 
 
 def source_files(dataset):
@@ -262,6 +284,16 @@ def export_files():
         *expand("results/runs/{run}/merged_check.json", run=RUNS),
         *expand("results/runs/{run}/gguf_check.json", run=RUNS),
         *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=RUNS, gguf=GGUF_TYPES),
+    ]
+
+
+def adapter_gguf_files():
+    """The adapters of runs that have one, and the bases that they go on."""
+    runs = {name: run for name, run in RUNS.items() if CONFIG.recipes[run.recipe].method != "full"}
+    bases = sorted({run.model for run in runs.values()})
+    return [
+        *expand("results/runs/{run}/gguf/{run}-adapter.gguf", run=runs),
+        *expand("results/models/{model}/gguf/{model}-F16.gguf", model=bases),
     ]
 
 

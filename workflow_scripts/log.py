@@ -59,7 +59,7 @@ def stage_logger(stage: str) -> logging.Logger:
         datefmt="%Y-%m-%dT%H:%M:%S",
         stream=sys.stderr,
     )
-    for chatty in ("httpx", "httpx2", "huggingface_hub", "matplotlib", "mistral_common"):
+    for chatty in ("httpx", "httpx2", "huggingface_hub", "matplotlib", "mistral_common", "gguf"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return logging.getLogger(stage)
 

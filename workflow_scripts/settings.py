@@ -76,11 +76,29 @@ Checkpointing = Annotated[
 # Names become folder names and wildcards.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
-# What llama.cpp's quantizer makes without an importance matrix, from large to small.
+# What llama.cpp's quantizer makes beside F16, from large to small.
 QuantizationType = Literal[
-    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
-    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K",
+    "F32", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_M", "Q4_K_S",
+    "IQ4_NL", "Q4_0", "MXFP4_MOE", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S",
+    "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "Q2_0", "IQ2_XXS", "TQ2_0",
+    "IQ1_M", "TQ1_0", "IQ1_S", "Q1_0",
 ]  # fmt: skip
+# What a single tensor may be.
+TensorType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0",
+    "MXFP4", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "Q2_0", "IQ2_XXS",
+    "TQ2_0", "IQ1_M", "TQ1_0", "IQ1_S", "Q1_0",
+]  # fmt: skip
+# Those that llama.cpp's quantizer refuses to make without an importance matrix: the first as a
+# whole (they hold tensors of the second). Source: `tensor_requires_imatrix` in llama-quant.cpp.
+NEED_IMATRIX = frozenset(
+    {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+)
+TENSORS_NEED_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
+# Made the same with one as without; the tensor types among them too. Source: ggml-quants.c.
+IGNORE_IMATRIX = frozenset(
+    {"F32", "F16", "BF16", "Q8_0", "MXFP4_MOE", "MXFP4", "TQ2_0", "TQ1_0", "Q2_0", "Q1_0"}
+)
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -517,17 +535,97 @@ class RunSettings(Settings):
     the better (`choose_merge_base`)."""
 
 
+class ImatrixSettings(Settings):
+    """`gguf.imatrix`: the importance matrix, by which a quantization spends its bits."""
+
+    use: Literal["always", "auto", "never"] = "always"
+    """`always`: for every quantization it can change; `auto`: for those that cannot be made without
+    one; `never`: for none, and such types are refused."""
+    n_tokens: Count = 51_200
+    """Tokens it is computed on: of the training split's chats, and as many of each file. 100 chunks
+    of 512 are llama.cpp's practice."""
+    files: list[str] = []
+    """Text files to compute it on as well."""
+
+
+class MixSettings(Settings):
+    """`gguf.mixes.<name>`: a quantization with tensors of other types, built where `quantizations`
+    names it."""
+
+    type: QuantizationType
+    """Type of what the other keys leave."""
+    output: TensorType | None = None
+    """Type of the output layer; null is what llama.cpp takes for `type`."""
+    token_embd: TensorType | None = None
+    """Type of the token embeddings; null is what llama.cpp takes for `type`."""
+    tensors: dict[str, TensorType] = {}
+    """Types of tensors by a regular expression found in their names: `{attn_v: Q8_0,
+    'blk\\.[01]\\.ffn_down': Q6_K}`; the first that is found counts."""
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> MixSettings:
+        for key in ("output", "token_embd"):
+            found = getattr(self, key)
+            # Neither is a product that an importance matrix is taken of.
+            if found in TENSORS_NEED_IMATRIX:
+                raise ValueError(f"{key}: {found} needs an importance matrix, which it has not")
+        if self.tensors and self.type in ("F32", "BF16"):
+            raise ValueError(f"tensors: llama.cpp takes none beside `type: {self.type}`")
+        for pattern in self.tensors:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"tensors: {pattern!r} is no regular expression: {error}"
+                ) from None
+        return self
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """llama.cpp does not make it without one."""
+        return self.type in NEED_IMATRIX or not TENSORS_NEED_IMATRIX.isdisjoint(
+            self.tensors.values()
+        )
+
+    @property
+    def takes_imatrix(self) -> bool:
+        """It is another with one than without."""
+        return not IGNORE_IMATRIX.issuperset({self.type, *self.tensors.values()})
+
+
 class GgufSettings(Settings):
     """`gguf`: what is made of the merged model."""
 
-    quantizations: Annotated[list[QuantizationType], Field(min_length=1)] = ["Q8_0", "Q4_K_M"]
-    """llama.cpp quantization types; F16 is always made, it is their source."""
+    quantizations: Annotated[list[QuantizationType | Name], Field(min_length=1)] = [
+        "Q8_0",
+        "Q4_K_M",
+    ]
+    """llama.cpp quantization types, and names of `mixes`; F16 is always made, it is their
+    source."""
+    mixes: dict[Name, MixSettings] = {}
+    """Quantizations of your own, by name: `{Q4_K_L: {type: Q4_K_M, output: Q8_0, token_embd:
+    Q8_0}}`."""
+    imatrix: ImatrixSettings = ImatrixSettings()
+    """The importance matrix of the quantizations."""
 
     @model_validator(mode="after")
-    def _each_once(self) -> GgufSettings:
+    def _each_is_one(self) -> GgufSettings:
         if len(set(self.quantizations)) != len(self.quantizations):
             raise ValueError("quantizations: a type stands twice")
+        # Types, and the other links of the chain, whose files lie in the same folder.
+        taken = {"F16", "adapter", "merged", *get_args(QuantizationType)} & self.mixes.keys()
+        if taken:
+            raise ValueError(f"mixes: the name {min(taken)!r} is taken; choose another")
         return self
+
+    def mix(self, name: str) -> MixSettings:
+        """What a quantization is made of: the mix of that name, or the type."""
+        return self.mixes.get(name) or MixSettings(type=name)
+
+    def uses_imatrix(self, name: str) -> bool:
+        """Whether a quantization is made with the importance matrix."""
+        mix = self.mix(name)
+        return mix.needs_imatrix or (self.imatrix.use == "always" and mix.takes_imatrix)
 
 
 class GateSettings(Settings):
@@ -634,6 +732,7 @@ class Config(Settings):
                 )
         if len(set(self.build)) != len(self.build):
             problems.append("build: a run stands twice")
+        problems += _quantization_problems(self.gguf)
         for run_name in self.build:
             run = self.runs.get(run_name)
             recipe = run and self.recipes.get(run.recipe)
@@ -678,6 +777,22 @@ class Config(Settings):
             generate = entry.generate.model_copy(update={"n_pretraining_steps": limit})
             return entry.model_copy(update={"generate": generate})
         return entry
+
+
+def _quantization_problems(gguf: GgufSettings) -> Iterator[str]:
+    known = [*get_args(QuantizationType), *gguf.mixes]
+    for at, name in enumerate(gguf.quantizations):
+        path = f"gguf.quantizations.{at}"
+        if name not in known:
+            yield (
+                f"{path}: found {name!r}, expected a type of llama.cpp's or an entry of gguf.mixes"
+                f" ({_did_you_mean(name, known)})"
+            )
+        elif gguf.imatrix.use == "never" and gguf.mix(name).needs_imatrix:
+            yield (
+                f"{path}: found {name!r}, which llama.cpp makes with an importance matrix only;"
+                " set gguf.imatrix.use: auto"
+            )
 
 
 RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "recipe": "recipes"}
@@ -846,8 +961,8 @@ def option_tables() -> str:
         Config, ModelSettings, RopeScalingSettings, DemoModelSettings, DatasetSettings,
         SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
-        RecipeSettings, TrainingSettings, RunSettings, GgufSettings, EvaluationSettings,
-        GateSettings, InferenceSettings, RecallSettings,
+        RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
+        ImatrixSettings, EvaluationSettings, GateSettings, InferenceSettings, RecallSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

@@ -6,7 +6,11 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +22,7 @@ from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
 from workflow_scripts.data.packing import Row, Rows
 from workflow_scripts.data.plan import Plan
+from workflow_scripts.export import llama_cpp_source
 from workflow_scripts.models.checkpoint import read_facts
 
 WINDOW = 8
@@ -296,3 +301,55 @@ def ends_with_message(capsys) -> Callable[..., str]:
         return capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def llama_tool(request) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`llama_tool("quantize", *arguments)`: llama.cpp's own program, run in one thread.
+
+    Compiled of the source that llama-cpp-python was built of, against its libraries, and kept.
+    """
+    libraries = Path(sysconfig.get_path("platlib")) / "lib"
+    kept = request.config.cache.mkdir(f"llama.cpp-{metadata.version('llama-cpp-python')}")
+
+    @cache
+    def compiled(name: str) -> Path:
+        program = Path(kept) / f"llama-{name}"
+        if program.exists():
+            return program
+        source = llama_cpp_source.source_folder()
+        with files.atomic_file(program) as temporary:  # other processes compile it too
+            command = ["c++", "-std=c++17", "-O1", "-o", temporary]
+            command += [f"-I{source / 'common'}", f"-I{libraries.parent / 'include'}"]
+            command += sorted((source / "tools" / name).glob("*.cpp"))
+            command += [f"-L{libraries}", "-pthread"]
+            command += [
+                f"-l{library}" for library in ("llama-common", "llama", "ggml", "ggml-base")
+            ]
+            subprocess.run(command, check=True)
+        return program
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [compiled(name), *map(str, arguments)],
+            env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+TEXT_WORDS = "the count of items a window holds is what its caller asked for, no more".split()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text of some 3,000 tokens, no two stretches of it alike."""
+    words = np.random.default_rng(3).choice(TEXT_WORDS, size=2500)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(words) + "\n", encoding="utf-8")
+    return path

@@ -106,6 +106,65 @@ def test_a_quantization_that_does_not_exist_is_named_with_its_place():
     assert "did you mean 'Q4_K_" in str(caught.value)
 
 
+MIXES = {
+    "Q4_K_L": {"type": "Q4_K_M", "output": "Q8_0", "token_embd": "Q8_0"},
+    "small": {"type": "Q8_0", "tensors": {"ffn_down": "IQ3_XXS"}},
+    "mixed": {"type": "Q8_0", "tensors": {"ffn_down": "Q4_K"}},
+    "plain": {"type": "Q8_0", "output": "BF16"},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("gguf.mixes.Q8_0", {"type": "Q8_0"}, ["mixes: the name 'Q8_0' is taken"]),
+        ("gguf.mixes.adapter", {"type": "Q8_0"}, ["mixes: the name 'adapter' is taken"]),
+        ("gguf.mixes.a", {"type": "Q4"}, ["gguf.mixes.a.type: found 'Q4'", "did you mean"]),
+        ("gguf.mixes.a", {"type": "Q8_0", "output": "Q4_K_M"}, ["found 'Q4_K_M'", "'Q4_K'"]),
+        ("gguf.mixes.a", {"type": "Q8_0", "output": "IQ1_S"}, ["output: IQ1_S needs an import"]),
+        ("gguf.mixes.a", {"type": "Q8_0", "outputs": "Q8_0"}, ["did you mean 'output'?"]),
+        ("gguf.mixes.a", {"type": "Q8_0", "tensors": {"(": "Q8_0"}}, ["no regular expression"]),
+        ("gguf.quantizations", ["Q4_K_L"], ["gguf.quantizations.0: found 'Q4_K_L'", "gguf.mixes"]),
+        ("gguf.imatrix.use", "sometimes", ["gguf.imatrix.use: found 'sometimes'", "'always'"]),
+    ],
+)
+def test_a_quantization_that_cannot_be_made_is_one_error(path, value, parts):
+    with pytest.raises(SettingsError) as caught:
+        load_config(with_value(path, value))
+    what, *problems = str(caught.value).splitlines()
+    assert len(problems) == 1
+    for part in parts:
+        assert part in problems[0]
+
+
+@pytest.mark.parametrize("name", ["IQ2_XS", "small"])
+def test_a_type_that_needs_an_imatrix_is_refused_where_there_is_none(name):
+    config = with_value("gguf.mixes", MIXES)
+    config["gguf"] |= {"quantizations": ["Q8_0", name], "imatrix": {"use": "never"}}
+    with pytest.raises(SettingsError) as caught:
+        load_config(config)
+    assert f"gguf.quantizations.1: found '{name}', which llama.cpp makes" in str(caught.value)
+    assert "gguf.imatrix.use: auto" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        ("always", {"Q4_K_M", "IQ2_XS", "IQ4_XS", "Q4_K_L", "small", "mixed"}),
+        ("auto", {"IQ2_XS", "small"}),
+        ("never", set()),
+    ],
+)
+def test_an_imatrix_is_used_where_it_is_needed_and_where_it_changes_something(use, expected):
+    config = with_value("gguf.mixes", MIXES)
+    config["gguf"] |= {"imatrix": {"use": use}}
+    gguf = load_config(config).gguf
+    names = ["Q8_0", "BF16", "Q4_K_M", "IQ2_XS", "IQ4_XS", *MIXES]
+    if use == "never":  # where these are refused
+        names = [name for name in names if not gguf.mix(name).needs_imatrix]
+    assert {name for name in names if gguf.uses_imatrix(name)} == expected
+
+
 @pytest.mark.parametrize("value", [True, 0, -1, 1.5, "1.5", "many", "", None, [], {}, [4]])
 def test_a_kv_rank_that_is_no_rank_is_an_error(value):
     with pytest.raises(SettingsError) as caught:

@@ -49,6 +49,62 @@ def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
     }
 
 
+EVALUATED = {
+    "evaluate_perplexity": 2,
+    "benchmark_inference": 2,
+    "report_comparison": 1,
+    "report_chain": 1,
+    "report_loss": 1,
+    "package_release": 2,
+}
+
+
+def test_a_new_mix_runs_what_a_new_quantization_runs(tiny: Path, tmp_path: Path) -> None:
+    mix = {"mixes": {"Q4_K_L": {"type": "Q4_K_M", "output": "Q8_0"}}}
+    jobs = changed(tiny, tmp_path, {"gguf": {**mix, "quantizations": ["Q8_0", "Q4_K_M", "Q4_K_L"]}})
+    assert jobs == {"quantize_gguf": 2, **EVALUATED}
+
+
+def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"gguf": {"imatrix": {"n_tokens": 999}}})
+    # Q4_K_M of both runs; Q8_0 is the same with one as without.
+    assert jobs == {"compute_imatrix": 2, "quantize_gguf": 2, **EVALUATED}
+
+
+def test_without_an_imatrix_what_was_made_with_one_is_made_anew_and_the_imatrix_is_not(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"gguf": {"imatrix": {"use": "auto"}}})
+    assert jobs == {"quantize_gguf": 2, **EVALUATED}
+
+
+def test_a_type_that_needs_an_imatrix_asks_for_it_by_itself(workflow, tmp_path: Path) -> None:
+    for kind, n_matrices in (("Q4_K_M", 0), ("IQ2_XS", 2)):
+        (tmp_path / "own.yaml").write_text(
+            yaml.safe_dump({"gguf": {"quantizations": [kind], "imatrix": {"use": "auto"}}})
+        )
+        jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "own.yaml"))
+        assert jobs.get("compute_imatrix", 0) == n_matrices
+
+
+def test_the_imatrix_is_computed_on_training_text_alone(workflow) -> None:
+    result = workflow("-n", "-p", "--cores", 8)
+    commands = [line for line in result.stdout.splitlines() if "export.compute_imatrix" in line]
+    assert len(commands) == 2
+    for line in commands:
+        assert "tokens/train.arrow" in line
+        assert "validation" not in line and "test.arrow" not in line
+
+
+def test_adapters_alone_need_no_merged_model_and_one_base(tiny: Path, tmp_path: Path) -> None:
+    result = snakemake_in(tiny)("adapter_gguf", "-n", "--cores", 8, "--configfile", TINY)
+    jobs = jobs_of(result)
+    jobs.pop("adapter_gguf")
+    assert jobs == {"convert_adapter": 2, "convert_gguf_base": 1}
+
+
 def test_how_training_runs_on_a_machine_runs_nothing_again(tiny: Path, tmp_path: Path) -> None:
     overlay = {"training": {"gpus": 2, "checkpoint_steps": 7, "trackers": []}}
     assert changed(tiny, tmp_path, overlay) == {}
@@ -65,6 +121,7 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "check_merged": 1,
         "convert_gguf": 1,
         "check_gguf": 1,
+        "compute_imatrix": 1,
         "quantize_gguf": 2,
         "evaluate_perplexity": 3,
         "evaluate_perplexity_adapter": 1,

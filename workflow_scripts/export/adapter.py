@@ -49,6 +49,8 @@ class Adapter:
 
     Attributes:
         targets: parameters it changes.
+        whole: those of them whose new weight it holds.
+        magnitudes: those of them that DoRA gave the length of each row.
         keeps_ties: embeddings that are the output layer too trained as one.
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
@@ -85,6 +87,12 @@ class Adapter:
                 " modules_to_save",
             )
         self.targets: set[str] = self._factors.keys() | self._whole.keys()
+        self.whole: set[str] = set(self._whole)
+        self.magnitudes: set[str] = {
+            name
+            for name, factors in self._factors.items()
+            if f"{factors.stem}.lora_magnitude_vector" in stored
+        }
         self.keeps_ties: bool = (
             is_full
             or bool(self._config.get("ensure_weight_tying"))
@@ -101,20 +109,30 @@ class Adapter:
         rank = self._rank(name)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
+    def scale_of(self, part: Part) -> float:
+        """`scale` of a parameter."""
+        return self.scale(self._factors[part.parameter].pattern_name)
+
+    def n_experts(self, parameter: str) -> int:
+        """How many experts a fused parameter's A is stacked of."""
+        stem, name = self._factors[parameter]
+        shape = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()
+        return shape[0] // self._rank(name)
+
     def delta(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
         """(rows, in) float32: s·B·A of a parameter, or of the part of it.
 
         In memory of the adapter's own, valid until the next is asked for: new memory for each would
         cost more than the product, as the kernel clears it page by page.
         """
-        down, up = self._held(part)
+        down, up = self.factors(part)
         up = up[rows]
         n_elements = len(up) * down.shape[1]
         if n_elements > len(self._room):
             self._room = torch.empty(n_elements)
         product = self._room[:n_elements].view(len(up), -1)
         torch.mm(up, down, out=product)
-        return product.mul_(self.scale(self._factors[part.parameter].pattern_name))
+        return product.mul_(self.scale_of(part))
 
     def replaces(self, part: Part) -> bool:
         """Whether the part trained whole, and takes the base's place."""
@@ -128,9 +146,9 @@ class Adapter:
             base: these rows of its weight in the base model; only read.
         """
         weight = self.delta(part, rows).add_(base.float())
-        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
-        if magnitude not in self._tensors.keys():
+        if part.parameter not in self.magnitudes:
             return weight
+        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
         length = torch.linalg.norm(weight, dim=1)
         return (self._tensors.get_tensor(magnitude)[rows].float() / length)[:, None] * weight
 
@@ -146,10 +164,10 @@ class Adapter:
                 return tuple(shape)
             n_experts, n_rows, n_columns = shape
         else:
-            stem, name = self._factors[part.parameter]
+            stem = self._factors[part.parameter].stem
             n_rows = self._tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0]
-            n_ranks, n_columns = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()
-            n_experts = n_ranks // self._rank(name)
+            n_columns = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()[1]
+            n_experts = self.n_experts(part.parameter)
         if part.expert is not None and part.expert >= n_experts:
             raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
         return (n_rows if part.half is None else n_rows // 2, n_columns)
@@ -185,8 +203,9 @@ class Adapter:
             )
         return next(iter(sizes.values()), None)
 
-    def _held(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) of a part, float32; of the last one asked for, kept."""
+    def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank) of a parameter, or of the part of it, float32; of the last
+        one asked for they are kept."""
         if self._last is not None and self._last[0] == part:
             return self._last[1:]
         stem, name = self._factors[part.parameter]

@@ -1,4 +1,4 @@
-"""Convert the merged model to an F16 GGUF with llama.cpp's own converter.
+"""Convert the merged model, or a base, to an F16 GGUF with llama.cpp's own converter.
 
 The context that the file advertises is capped at the sliding window where the model has one:
 llama.cpp ignores a Mistral's window, and beyond it computes another model than was trained.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.export.merge_adapter import stretched_config
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import served_context
 
@@ -30,17 +31,25 @@ logger = log.stage_logger("convert_gguf")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--merged", type=Path, required=True, help="folder of merge_adapter")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of export_tokenizer, where the model is a base"
+    )
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--name", required=True, help="the model's name in the file's metadata")
     parser.add_argument("--gguf", type=Path, required=True, help="to write: F16 GGUF")
     arguments = parser.parse_args(argv)
     facts = files.read_json(arguments.facts)
-    check_vocabulary(arguments.merged, facts)
-    check_positions(arguments.merged, facts)
+    config = files.read_json(arguments.merged / "config.json")
+    if arguments.tokenizer:  # a merged model's positions are stretched already
+        config = stretched_config(config, facts)
+    check_vocabulary(arguments.tokenizer or arguments.merged, facts)
+    check_positions(arguments.merged, config, facts)
 
     with tempfile.TemporaryDirectory() as name, files.atomic_file(arguments.gguf) as gguf:
         staged = Path(name)
-        stage_model(arguments.merged, staged, context_tokens=served_context(facts))
+        config = config | {"max_position_embeddings": served_context(facts)}
+        folders = [folder for folder in (arguments.merged, arguments.tokenizer) if folder]
+        stage_model(folders, staged, config=config)
         command = [sys.executable, str(llama_cpp_source.converter()), str(staged)]
         command += ["--outfile", str(gguf), "--outtype", "f16", "--model-name", arguments.name]
         # The converter says why it fails on stderr, which is this stage's log.
@@ -63,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def stage_model(merged: Path, folder: Path, *, context_tokens: int) -> None:
-    """Links to the merged model's files, with the context that the GGUF may advertise.
+def stage_model(folders: Sequence[Path], staged: Path, *, config: dict) -> None:
+    """Links to the files of all folders, the last one's first, and the config to convert with.
 
     But for tekken.json: beside it, transformers loads a tokenizer that llama.cpp's converter does
     not know, and tokenizer.json holds the same.
     """
-    for path in merged.iterdir():
-        if path.name not in ("config.json", "tekken.json"):
-            (folder / path.name).symlink_to(path.resolve())
-    config = files.read_json(merged / "config.json")
-    files.write_json(folder / "config.json", config | {"max_position_embeddings": context_tokens})
+    paths = {path.name: path for folder in folders for path in folder.iterdir()}
+    for name, path in paths.items():
+        if name not in ("config.json", "tekken.json"):
+            (staged / name).symlink_to(path.resolve())
+    files.write_json(staged / "config.json", config)
 
 
 def check_vocabulary(merged: Path, facts: dict) -> None:
@@ -91,10 +100,9 @@ def check_vocabulary(merged: Path, facts: dict) -> None:
         )
 
 
-def check_positions(merged: Path, facts: dict) -> None:
+def check_positions(merged: Path, config: dict, facts: dict) -> None:
     """llama.cpp must compute the positions the model was trained with: of dynamic NTK the converter
     would write nothing, and exit with 0."""
-    config = files.read_json(merged / "config.json")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) == "dynamic":
         raise StageError(

@@ -1,8 +1,8 @@
-"""llama.cpp's own converter, from the very source that the installed llama-cpp-python was built of.
+"""llama.cpp's own converters, from the very source that llama-cpp-python was built of.
 
-The converter is not part of the wheel, and the `gguf` package on the index is another age of the
-code; so the sdist of the same version is fetched once, checked, and the Python parts are unpacked
-beside the environment.
+They are not part of the wheel, and the `gguf` package on the index is another age of the code; so
+the sdist of the same version is fetched once, checked, and the Python parts are unpacked beside the
+environment, with the sources of the tools that tests compare ours with.
 
 python -m workflow_scripts.export.llama_cpp_source      (make does it; needed once an environment)
 """
@@ -10,6 +10,7 @@ python -m workflow_scripts.export.llama_cpp_source      (make does it; needed on
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 import tarfile
@@ -17,12 +18,16 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 from workflow_scripts import files, log
 from workflow_scripts.log import StageError
 
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-UNPACKED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+UNPACKED = (
+    "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE",
+    "common/", "tools/imatrix/", "tools/quantize/", "tools/perplexity/",
+)  # fmt: skip
 logger = log.stage_logger("llama_cpp_source")
 
 
@@ -32,14 +37,14 @@ def source_folder() -> Path:
     return Path(sys.prefix) / "share" / f"llama.cpp-{version}"
 
 
-def converter() -> Path:
-    """`convert_hf_to_gguf.py` of the installed llama.cpp.
+def converter(name: str = "convert_hf_to_gguf.py") -> Path:
+    """A script of the installed llama.cpp.
 
     Raises:
         StageError: it has not been fetched.
     """
-    script = source_folder() / "convert_hf_to_gguf.py"
-    if not script.is_file():
+    script = source_folder() / name
+    if not script.exists():
         raise StageError(
             "llama.cpp's converter is not in this environment",
             where=script,
@@ -48,10 +53,22 @@ def converter() -> Path:
     return script
 
 
+def gguf_package() -> ModuleType:
+    """llama.cpp's own package for reading and writing GGUF.
+
+    Raises:
+        StageError: it has not been fetched.
+    """
+    folder = str(converter("gguf-py"))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("gguf")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.parse_args(argv)
-    if (source_folder() / "convert_hf_to_gguf.py").is_file():
+    if all((source_folder() / name).exists() for name in UNPACKED):
         return
     version = metadata.version("llama-cpp-python")
     if version not in SDIST_SHA256:
@@ -85,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def unpack(sdist: Path, folder: Path) -> None:
-    """The converter and what it imports, out of the sdist's `vendor/llama.cpp`."""
+    """What `UNPACKED` names, out of the sdist's `vendor/llama.cpp`."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, _, path = member.name.partition("/vendor/llama.cpp/")

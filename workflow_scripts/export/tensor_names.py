@@ -50,6 +50,16 @@ def part(name: str) -> Part:
     return Part(name.replace(".block_sparse_moe.", ".mlp."))
 
 
+def expert_parts(parameter: str, *, n_experts: int) -> Iterator[tuple[str, Part]]:
+    """The modules that a fused parameter has in files, expert by expert, by their names there."""
+    layer, _, fused = parameter.partition(".mlp.experts.")
+    for expert in range(n_experts):
+        for matrix, (name, half) in _FUSED.items():
+            if name == fused:
+                module = f"{layer}.block_sparse_moe.experts.{expert}.w{matrix}"
+                yield module, Part(parameter, expert, half)
+
+
 def slabs(name: str, shape: Sequence[int]) -> Iterator[Slab]:
     """A tensor of a file in slabs, in the order of its data.
 

@@ -7,7 +7,7 @@ batch says whether its logits are wanted, and they are read before the next batc
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,13 +37,26 @@ class LlamaCppModel:
 
     Args:
         path: the GGUF.
-        context_tokens: longest input.
+        context_tokens: longest input; all sequences of `decode_together`.
         n_threads: CPU threads.
+        batch_tokens: run at once, at most.
+        n_sequences: run at once by `decode_together`, at most.
+        observe: called with every node of the graph, as `ggml_backend_sched_eval_callback`; it must
+            not raise.
     Raises:
         StageError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, *, context_tokens: int, n_threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_tokens: int,
+        n_threads: int,
+        batch_tokens: int = BATCH_TOKENS,
+        n_sequences: int = 1,
+        observe: Callable[[int, bool, object], bool] | None = None,
+    ) -> None:
         import llama_cpp
 
         self._api = llama_cpp
@@ -57,15 +70,22 @@ class LlamaCppModel:
             raise StageError("llama.cpp cannot load the GGUF", where=path, to_fix="make it again")
         context_params = llama_cpp.llama_context_default_params()
         context_params.n_ctx = context_tokens
-        context_params.n_batch = context_params.n_ubatch = min(BATCH_TOKENS, context_tokens)
+        context_params.n_batch = context_params.n_ubatch = min(batch_tokens, context_tokens)
         context_params.n_threads = context_params.n_threads_batch = n_threads
+        context_params.n_seq_max = n_sequences
+        context_params.kv_unified = True  # sequences share the context, however long each is
+        if observe is not None:
+            # Kept: llama.cpp has only its address.
+            self._observe = llama_cpp.ggml_backend_sched_eval_callback(observe)
+            context_params.cb_eval = self._observe
         self._context = llama_cpp.llama_init_from_model(self._model, context_params)
         if not self._context:
             llama_cpp.llama_model_free(self._model)
             raise StageError("llama.cpp cannot make a context", where=path, found=context_tokens)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
+        self._batch_tokens = batch_tokens
 
     def __enter__(self) -> LlamaCppModel:
         return self
@@ -82,7 +102,7 @@ class LlamaCppModel:
     def decode(
         self, tokens: np.ndarray, *, first: int, wants_logits: np.ndarray
     ) -> np.ndarray | None:
-        """Run up to `BATCH_TOKENS` tokens after what is in the cache.
+        """Run up to `batch_tokens` tokens after what is in the cache.
 
         Args:
             tokens: (n,) integer.
@@ -92,24 +112,58 @@ class LlamaCppModel:
             (wanted, vocabulary) float32, llama.cpp's own memory, valid until the next call; None
             where none is wanted.
         """
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for at, token in enumerate(tokens):
-            batch.token[at] = int(token)
-            batch.pos[at] = first + at
-            batch.n_seq_id[at] = 1
-            batch.seq_id[at][0] = 0
-            batch.logits[at] = bool(wants_logits[at])
-        code = self._api.llama_decode(self._context, batch)
-        if code:
-            raise StageError(
-                "llama.cpp cannot decode", found=f"code {code}", where=f"token {first}"
-            )
+        self._run(
+            tokens,
+            positions=np.arange(first, first + len(tokens)),
+            sequences=np.zeros(len(tokens), dtype=int),
+            wants_logits=wants_logits,
+        )
         n_wanted = int(wants_logits.sum())
         if not n_wanted:
             return None
         logits = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(n_wanted, self.n_vocabulary))
+
+    def decode_together(self, sequences: Sequence[np.ndarray]) -> None:
+        """Run several inputs at once, each from its first position and blind to the others, with
+        the logits of all tokens computed.
+
+        Args:
+            sequences: (n,) integer each; together at most `batch_tokens`.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        self.forget()
+        self._run(
+            np.concatenate(sequences),
+            positions=np.concatenate([np.arange(length) for length in lengths]),
+            sequences=np.repeat(np.arange(len(lengths)), lengths),
+            wants_logits=np.ones(sum(lengths), dtype=bool),
+        )
+
+    def _run(
+        self,
+        tokens: np.ndarray,
+        *,
+        positions: np.ndarray,
+        sequences: np.ndarray,
+        wants_logits: np.ndarray,
+    ) -> None:
+        batch, n = self._batch, len(tokens)
+        batch.n_tokens = n
+        for field, values in (
+            (batch.token, tokens),
+            (batch.pos, positions),
+            (batch.n_seq_id, 1),
+            (batch.logits, wants_logits),
+        ):
+            np.ctypeslib.as_array(field, shape=(n,))[:] = values
+        for at, sequence in enumerate(sequences.tolist()):
+            batch.seq_id[at][0] = sequence
+        code = self._api.llama_decode(self._context, batch)
+        if code:
+            raise StageError(
+                "llama.cpp cannot decode", found=f"code {code}", where=f"token {positions[0]}"
+            )
 
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
         import torch
@@ -119,8 +173,8 @@ class LlamaCppModel:
         # Tokens after the last wanted one change nothing.
         end = int(positions[-1]) + 1
         self.forget()
-        for first in range(0, end, BATCH_TOKENS):
-            stretch = slice(first, min(end, first + BATCH_TOKENS))
+        for first in range(0, end, self._batch_tokens):
+            stretch = slice(first, min(end, first + self._batch_tokens))
             block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
             if block is not None:
                 yield torch.from_numpy(block)

@@ -1,8 +1,11 @@
-"""Adapters of every kind that training makes, with no matrix of them zero."""
+"""Adapters of every kind that training makes, with no matrix of them zero; a GGUF of a mixture;
+importance matrices by llama.cpp's own tool."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,39 @@ def train(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mixtral_gguf(tokenizer_v3, write_facts, tmp_path_factory) -> Path:
+    """F16 GGUF of a tiny Mixtral, its facts beside it as facts.json."""
+    import torch
+
+    from workflow_scripts.export import convert_gguf
+
+    folder = tmp_path_factory.mktemp("mixtral_gguf")
+    checkpoint = folder / "checkpoint"
+    shape = {"vocab_size": 32_768, "hidden_size": 256, "intermediate_size": 256}
+    tiny_mixtral(**shape, sliding_window=None).to(torch.bfloat16).save_pretrained(checkpoint)
+    for path in tokenizer_v3.iterdir():
+        shutil.copyfile(path, checkpoint / path.name)
+    facts = write_facts(checkpoint, folder / "facts.json")
+    gguf = folder / "mixtral-F16.gguf"
+    convert_gguf.main(
+        ["--merged", str(checkpoint), "--facts", str(facts), "--name", "mixtral"]
+        + ["--gguf", str(gguf)]
+    )
+    return gguf
+
+
+@pytest.fixture(scope="session")
+def imatrix_of(llama_tool, text, tmp_path_factory) -> Callable[[Path], Path]:
+    """`imatrix_of(gguf)`: by llama.cpp's own llama-imatrix, four chunks of 256 of the text."""
+
+    @cache
+    def compute(gguf: Path) -> Path:
+        path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+        options = ["-c", 256, "--chunks", 4, "-t", 1, "-ngl", 0, "--no-ppl"]
+        llama_tool("imatrix", "-m", gguf, "-f", text, "-o", path, *options)
+        return path
+
+    return compute

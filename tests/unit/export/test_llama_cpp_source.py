@@ -22,14 +22,17 @@ def archive(path, names):
     return path
 
 
-def test_only_the_converter_and_what_it_imports_are_unpacked(tmp_path):
+def test_only_the_converters_what_they_import_and_the_tools_are_unpacked(tmp_path):
     wanted = [
         "convert_hf_to_gguf.py",
         "conversion/mistral.py",
         "gguf-py/gguf/constants.py",
+        "convert_lora_to_gguf.py",
+        "tools/imatrix/imatrix.cpp",
+        "common/common.h",
         "LICENSE",
     ]
-    others = ["src/llama.cpp", "convert_lora_to_gguf.py", "gguf-py/README.md", "docs/conversion/a"]
+    others = ["src/llama.cpp", "tools/server/main.cpp", "gguf-py/README.md", "docs/conversion/a"]
     names = [f"{ROOT}/vendor/llama.cpp/{name}" for name in [*wanted, *others]]
     sdist = archive(tmp_path / "a.tar.gz", [*names, f"{ROOT}/convert_hf_to_gguf.py"])
     folder = tmp_path / "folder"

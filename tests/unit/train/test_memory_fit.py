@@ -110,7 +110,7 @@ def test_a_refusal_names_settings_that_are_predicted_to_fit(
     training = TrainingSettings(kernels="torch", **training)
     with pytest.raises(StageError, match="does not fit") as caught:
         chosen(available, row_tokens=row_tokens, recipe=recipe, training=training)
-    advice = re.search(r"to fix: +one of: (.*)", str(caught.value))[1]
+    advice = re.search(r"to fix: +set one of: (.*)", str(caught.value))[1]
     for change in advice.split("; "):
         tables = {"training": {}, "recipes": {}, "packings": {}}
         for table, keys in re.findall(

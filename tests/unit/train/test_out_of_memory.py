@@ -102,5 +102,5 @@ def test_settings_that_leave_no_choice_are_kept(unlimited, long_rows, tmp_path):
 
 def assert_says_what_to_do(text):
     assert "Traceback" not in text
-    for part in ("DefaultCPUAllocator", "predicted were", "to fix:", "rows  again  away"):
+    for part in ("DefaultCPUAllocator", "predicted were", "to fix:", "rows  recomputed  offloads"):
         assert part in text, text

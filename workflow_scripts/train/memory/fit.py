@@ -115,7 +115,7 @@ def _no_fit(run: PlannedRun, found: list[Candidate], limit: float) -> StageError
 def _advice(run: PlannedRun, found: list[Candidate], limit: float) -> str:
     changes = remedies(run, limit)
     if changes:
-        return "one of: " + "; ".join(changes)
+        return "set one of: " + "; ".join(changes)
     least = min(one.peak for one in found)
     return f"a GPU with {gigabytes(least / (1 - MARGIN))} free, or a smaller model"
 

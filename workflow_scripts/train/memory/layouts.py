@@ -21,6 +21,8 @@ from workflow_scripts.train.memory.shape import PlannedRun, Shape
 EQUAL_SPEED = 0.02
 # Arithmetic that passes while a byte moves, of GPUs since Ampere (A100: 312 TFLOP/s ÷ 1.6 TB/s).
 FLOPS_PER_BYTE = 200
+# A layout that takes so many times what may be used tells nobody anything.
+FAR = 3
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,24 @@ def flops_per_token(shape: Shape, *, n_tokens: int, setup: Setup) -> float:
 
 
 def table_rows(found: list[Candidate], *, chosen: Setup | None, limit: float) -> list[str]:
-    """A line a layout; of the many numbers of checkpointed layers those that tell something."""
+    """A line a layout, the largest first, in GB; parts that none has are left out, as are layouts
+    far beyond the limit and most numbers of checkpointed layers."""
     n_layers = max(one.setup.n_checkpointed_layers for one in found)
     telling = {0, n_layers // 4, n_layers // 2, 3 * n_layers // 4, n_layers}
+    nearest = min(one.peak for one in found)
     shown = [
         one
         for one in found
-        if one.setup == chosen or one.setup.n_checkpointed_layers in telling or len(found) < 12
+        if one.setup == chosen
+        or (len(found) < 12 or one.setup.n_checkpointed_layers in telling)
+        and one.peak <= FAR * max(limit, nearest)
     ]
-    heads = ["rows", "again", "away", *(name.split("_")[0] for name in PARTS), "peak", "time", ""]
+    parts = [name for name in PARTS if any(one.parts[name] for one in shown)]
+    lines = [
+        ["rows", "recomputed", "offloads", *(name.split("_")[0] for name in parts)]
+        + ["peak", "time", ""]
+    ]
     best = min(one.flops_per_token for one in found)
-    lines = [heads]
     for one in sorted(shown, key=lambda one: -one.peak):
         verdict = "chosen" if one.setup == chosen else "fits" if one.peak <= limit else "too large"
         lines.append(
@@ -148,13 +157,13 @@ def table_rows(found: list[Candidate], *, chosen: Setup | None, limit: float) ->
                 str(one.setup.rows_per_micro_batch),
                 str(one.setup.n_checkpointed_layers),
                 "yes" if one.setup.offloads_activations else "no",
-                *(f"{one.parts[name] / 1e9:.2f}" for name in PARTS),
+                *(f"{one.parts[name] / 1e9:.2f}" for name in parts),
                 f"{one.peak / 1e9:.2f}",
                 f"{one.flops_per_token / best:.2f}",
                 verdict,
             ]
         )
-    widths = [max(len(line[at]) for line in lines) for at in range(len(heads))]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
     return [
         "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
