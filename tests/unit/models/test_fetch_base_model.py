@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
@@ -24,7 +26,7 @@ FILES = {
             "sliding_window": None,
         }
     ).encode(),
-    "model.safetensors": b"weights",
+    "model.safetensors": save({"weights": np.ones(3, dtype=np.float32)}),
     "tokenizer.model.v3": b"pieces",
 }
 # In the repository, but not wanted: the same weights again, and folders.
@@ -99,6 +101,15 @@ def test_a_local_folder_that_lacks_a_file_leaves_nothing_behind(fetch, source, t
     assert missing.removesuffix(".v3") in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_local_folder_with_half_a_shard_leaves_nothing_behind(fetch, source, tmp_path):
+    shard = source / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    done = fetch(source=str(source))
+    assert done.returncode == 1
+    assert "a shard of the model is damaged" in done.stderr
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_local_folder_that_is_not_there_is_said_so(fetch, tmp_path):
