@@ -22,6 +22,7 @@ except StageError as error:
 environment.prepare(Path(workflow.basedir))
 
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
+MEASURED_MERGES = [name for name, run in RUNS.items() if run.merge_base == "auto"]
 # Runs with lists in their recipe, each with the names of the runs that it stands for.
 SWEEPS = sweeps.expand(config).runs
 SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
@@ -360,6 +361,17 @@ def trained_precision(wildcards):
     """How the base of a run was loaded for training; its scores as trained are taken on the same."""
     method = CONFIG.recipes[CONFIG.runs[wildcards.run].recipe].method
     return {"qlora": "nf4", "lora_int8": "int8"}.get(method, "native")
+
+
+def merge_base_choice(wildcards):
+    """The file of `choose_merge_base`, for the runs that ask it."""
+    is_measured = CONFIG.runs[wildcards.run].merge_base == "auto"
+    return "results/runs/{run}/merge_base.json" if is_measured else []
+
+
+def merge_base(wildcards, input):
+    """`--merge-base`: what the config names, or the file that says what was measured."""
+    return input.choice or CONFIG.runs[wildcards.run].merge_base
 
 
 def live_adapter(wildcards, input):

@@ -1,3 +1,34 @@
+rule choose_merge_base:
+    """Which weights the adapter is merged into, for `merge_base: auto`: both are scored in memory."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        choice="results/runs/{run}/merge_base.json",
+    log:
+        "logs/runs/{run}/choose_merge_base.log",
+    benchmark:
+        "benchmarks/runs/{run}/choose_merge_base.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(include={"n_conversations"}),
+        adapter=subpath(input.adapter, parent=True),
+        output_version=output_version("export/choose_merge_base"),
+    shell:
+        "python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
+        " --facts {input.facts:q} --adapter {params.adapter:q} --tokens {input.tokens:q}"
+        " --settings {params.settings:q} --choice {output.choice:q} > {log:q} 2>&1"
+
+
 rule merge_adapter:
     """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
     input:
@@ -6,6 +37,7 @@ rule merge_adapter:
         tokenizer=of_run("results/models/{model}/tokenizer"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
+        choice=merge_base_choice,
     output:
         merged=directory("results/runs/{run}/merged"),
     log:
@@ -20,11 +52,12 @@ rule merge_adapter:
         runtime=60,  # minutes
     params:
         adapter=subpath(input.adapter, parent=True),
+        merge_base=merge_base,
         output_version=output_version("export/merge_adapter"),
     shell:
         "python -m workflow_scripts.export.merge_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
-        " --merged {output.merged:q} > {log:q} 2>&1"
+        " --merge-base {params.merge_base:q} --merged {output.merged:q} > {log:q} 2>&1"
 
 
 rule check_merged:
@@ -33,7 +66,9 @@ rule check_merged:
         checkpoint=of_run("results/models/{model}/checkpoint"),
         facts=of_run("results/models/{model}/facts.json"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        choice=merge_base_choice,
         merged="results/runs/{run}/merged",
+        tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     output:
         check="results/runs/{run}/merged_check.json",
@@ -52,10 +87,12 @@ rule check_merged:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         adapter=subpath(input.adapter, parent=True),
         precision=trained_precision,
+        merge_base=merge_base,
         output_version=output_version("export/check_merged"),
     shell:
         "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --adapter {params.adapter:q} --precision {params.precision}"
+        " --merge-base {params.merge_base:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"
 

@@ -67,6 +67,7 @@ rule report_comparison:
     input:
         scores=lambda wildcards: evaluation_files(),
         manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=RUNS),
+        choices=expand("results/runs/{run}/merge_base.json", run=MEASURED_MERGES),
         facts=lambda wildcards: sorted(
             {f"results/models/{run.model}/facts.json" for run in RUNS.values()}
         ),

@@ -7,6 +7,7 @@ none of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,39 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room: on the disk, in a quota, within a limit for files.
+
+    safetensors has an error of its own, and only its text says so.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        StageError: a write in the block failed for want of room.
+    """
+    try:
+        yield
+    except StageError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise StageError(
+            "the disk is full",
+            where=path,
+            found=f"{error}; {free / 1e9:.1f} GB free, with what was half written",
+            expected="room for the whole of it",
+            to_fix="make room and start again; what was half written is removed",
+        ) from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; renamed to it when the block ends, removed when it raises."""
@@ -30,8 +64,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     # Dotted prefix, same suffix: some writers choose their format by the suffix.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield temporary
-        temporary.replace(path)
+        with _full_disk_named(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,17 +77,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
-        # mkdtemp and safetensors write for the owner alone; results are shared like any other file.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(0o666 & ~mask)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with _full_disk_named(path):
+            yield temporary
+            # mkdtemp and safetensors write for the owner alone; results are shared like any
+            # other file.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o777 & ~mask)
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o666 & ~mask)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from workflow_scripts import files
 from workflow_scripts.log import StageError
 
 
@@ -60,6 +61,8 @@ def refusals_explained(
             to_fix="check the spelling; for a private repository set HF_TOKEN",
         ) from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if files.is_full_disk(error):
+            raise
         raise HubUnreachable(
             "the Hub cannot be reached",
             where=where,

@@ -529,6 +529,10 @@ class RunSettings(Settings):
     """Name of an entry of `packings`."""
     recipe: str
     """Name of an entry of `recipes`."""
+    merge_base: Literal["original", "dequantized", "auto"] = "original"
+    """What an adapter of `method: qlora` is merged into: the `original` 16-bit weights; the 4-bit
+    ones it was trained against, `dequantized`; `auto` measures both on validation text and keeps
+    the better (`choose_merge_base`)."""
 
 
 class ImatrixSettings(Settings):
@@ -731,6 +735,13 @@ class Config(Settings):
         problems += _quantization_problems(self.gguf)
         for run_name in self.build:
             run = self.runs.get(run_name)
+            recipe = run and self.recipes.get(run.recipe)
+            if recipe and run.merge_base != "original" and recipe.method != "qlora":
+                problems.append(
+                    f"runs.{run_name}.merge_base: found {run.merge_base!r}, expected 'original':"
+                    f" recipes.{run.recipe}.method is {recipe.method!r}, whose base has no 4-bit"
+                    " weights"
+                )
             packing = run and self.packings.get(run.packing)
             model = run and self.models.get(run.model)
             if packing and model and model.generate:

@@ -173,3 +173,28 @@ def test_copy_or_link_shares_the_bytes_on_one_file_system(tmp_path):
     files.copy_or_link(source, target)
     assert target.read_bytes() == b"weights"
     assert os.path.samefile(source, target)
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path):
+    """/dev/full refuses every write as a full disk does."""
+    with pytest.raises(StageError, match="the disk is full") as caught:
+        with files.atomic_file(tmp_path / "model.bin") as temporary:
+            temporary.write_bytes(b"half")
+            with open("/dev/full", "wb", buffering=0) as stream:
+                stream.write(b"the other half")
+    assert f"where:    {tmp_path / 'model.bin'}" in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert names_in(tmp_path) == []
+
+    with pytest.raises(StageError, match="the disk is full"):
+        with files.atomic_folder(tmp_path / "merged") as folder:
+            files.write_text(folder / "config.json", "{}")
+            with open("/dev/full", "wb", buffering=0) as stream:
+                stream.write(b"weights")
+    assert names_in(tmp_path) == []
+
+
+def test_other_errors_of_writing_stay_what_they_are(tmp_path):
+    with pytest.raises(IsADirectoryError), files.atomic_folder(tmp_path / "merged") as folder:
+        folder.write_text("a folder is no file")
+    assert names_in(tmp_path) == []

@@ -6,8 +6,8 @@
 - DoRA (arXiv:2402.09353): the same sum, each of its rows scaled to the length that was trained.
 - A mixture's experts: one A and one B for all experts of a layer, ranks of A stacked expert by
   expert, those of B interleaved (PEFT 0.21, `ParamWrapper`).
-- Whole tensors: layers that trained beside the adapter (`modules_to_save`), and all of them where
-  `method: full` trained the model itself.
+- Whole tensors: layers that trained beside the adapter (`modules_to_save`), embeddings resized for
+  new tokens, and all of them where `method: full` trained the model itself.
 
 All arithmetic is float32.
 """
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from workflow_scripts import files
+from workflow_scripts import files, log
 from workflow_scripts.export.tensor_names import Part
 from workflow_scripts.log import StageError
 
 PREFIX = "base_model.model."
+EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 # What changes the arithmetic and is not built here: refuse it rather than merge it wrongly.
 UNSUPPORTED = (
     "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora",
@@ -82,7 +83,8 @@ class Adapter:
                 "the adapter holds tensors that are not merged here",
                 where=self._path,
                 found=", ".join(sorted(unknown)[:10]),
-                expected="lora_A, lora_B, lora_magnitude_vector, or a module of modules_to_save",
+                expected="lora_A, lora_B, lora_magnitude_vector, embeddings, or a module of"
+                " modules_to_save",
             )
         self.targets: set[str] = self._factors.keys() | self._whole.keys()
         self.whole: set[str] = set(self._whole)
@@ -91,7 +93,13 @@ class Adapter:
             for name, factors in self._factors.items()
             if f"{factors.stem}.lora_magnitude_vector" in stored
         }
-        self.keeps_ties: bool = is_full or bool(self._config.get("ensure_weight_tying"))
+        self.keeps_ties: bool = (
+            is_full
+            or bool(self._config.get("ensure_weight_tying"))
+            # Saved because they were resized; of `modules_to_save` each may have trained apart.
+            or (EMBEDDINGS <= self._whole.keys() and not self._config.get("modules_to_save"))
+        )
+        self._last: tuple[Part, torch.Tensor, torch.Tensor] | None = None
 
     def scale(self, name: str) -> float:
         """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
@@ -110,66 +118,116 @@ class Adapter:
         shape = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()
         return shape[0] // self._rank(name)
 
-    def delta(self, part: Part) -> torch.Tensor:
-        """(out, in) float32: s·B·A of a parameter, or of the part of it."""
+    def delta(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
+        """(rows, in) float32: s·B·A of a parameter, or of the part of it."""
         down, up = self.factors(part)
-        return (up @ down).mul_(self.scale_of(part))
+        return (up[rows] @ down).mul_(self.scale_of(part))
+
+    def replaces(self, part: Part) -> bool:
+        """Whether the part trained whole, and takes the base's place."""
+        return part.parameter in self._whole
+
+    def merged(self, part: Part, base: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of a weight that the adapter adds to, float32.
+
+        Args:
+            part: one of `targets`, or a part of it, whose shape was checked.
+            base: these rows of its weight in the base model; only read.
+        """
+        # In float32 whatever the base is in, and without another copy of it.
+        weight = self.delta(part, rows).add_(base)
+        if part.parameter not in self.magnitudes:
+            return weight
+        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
+        length = torch.linalg.norm(weight, dim=1)
+        return (self._tensors.get_tensor(magnitude)[rows].float() / length)[:, None] * weight
+
+    def shape(self, part: Part) -> tuple[int, ...]:
+        """What the part's weight must have in the base, but that embeddings may have grown.
+
+        Raises:
+            StageError: the adapter has fewer experts than the part's.
+        """
+        if part.parameter in self._whole:
+            shape = self._tensors.get_slice(self._whole[part.parameter]).get_shape()
+            if part.expert is None:
+                return tuple(shape)
+            n_experts, n_rows, n_columns = shape
+        else:
+            stem = self._factors[part.parameter].stem
+            n_rows = self._tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0]
+            n_columns = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()[1]
+            n_experts = self.n_experts(part.parameter)
+        if part.expert is not None and part.expert >= n_experts:
+            raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
+        return (n_rows if part.half is None else n_rows // 2, n_columns)
+
+    def check_shape(self, part: Part, base: tuple[int, ...]) -> None:
+        """
+        Raises:
+            StageError: the part has another shape in the base.
+        """
+        found = self.shape(part)
+        has_grown = (
+            part.parameter in EMBEDDINGS and found[0] > base[0] and found[1:] == tuple(base[1:])
+        )
+        if found != tuple(base) and not has_grown:
+            raise self._misfit(part, found, tuple(base))
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of embeddings that trained, or were saved, whole; None where none were.
+
+        Raises:
+            StageError: embeddings and output layer differ.
+        """
+        sizes = {
+            name: self.shape(Part(name))[0] for name in sorted(EMBEDDINGS & self._whole.keys())
+        }
+        if len(set(sizes.values())) > 1:
+            raise StageError(
+                "the adapter's embeddings and its output layer have not the same rows",
+                where=self._path,
+                found=log.fields(sizes),
+                expected="one size of the vocabulary",
+            )
+        return next(iter(sizes.values()), None)
 
     def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) of a parameter, or of the part of it, float32."""
+        """A (rank, in) and B (out, rank) of a part, float32; of the last one asked for, kept."""
+        if self._last is not None and self._last[0] == part:
+            return self._last[1:]
         stem, name = self._factors[part.parameter]
         down = self._tensors.get_tensor(f"{stem}.lora_A.weight").float()
         up = self._tensors.get_tensor(f"{stem}.lora_B.weight").float()
         if part.expert is not None:
             rank = self._rank(name)
             first = part.expert * rank
-            if first >= len(down):
-                raise self._misfit(part, f"{len(down) // rank} experts", f"expert {part.expert}")
             down = down[first : first + rank]
             up = up.reshape(len(up), rank, -1)[:, :, part.expert]
         if part.half is not None:
             up = up.chunk(2)[part.half]
+        self._last = (part, down, up)
         return down, up
-
-    def merged(self, part: Part, base: torch.Tensor) -> torch.Tensor:
-        """The new weight, float32, in the shape of the base's.
-
-        Args:
-            part: one of `targets`, or a part of it.
-            base: its weight in the base model; may be overwritten.
-        Raises:
-            StageError: the shapes differ.
-        """
-        is_whole = part.parameter in self._whole
-        change = self._stored(part).float() if is_whole else self.delta(part)
-        if change.shape != base.shape:
-            raise self._misfit(part, tuple(change.shape), tuple(base.shape))
-        if is_whole:
-            return change
-        weight = base.float().add_(change)
-        if part.parameter not in self.magnitudes:
-            return weight
-        magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
-        length = torch.linalg.norm(weight, dim=1)
-        return (self._tensors.get_tensor(magnitude).float() / length)[:, None] * weight
 
     def _rank(self, name: str) -> int:
         return _matching(self._config.get("rank_pattern"), name, self._config["r"])
 
-    def _stored(self, part: Part) -> torch.Tensor:
-        """A whole tensor, or the part of it, read alone: the experts of a layer are gigabytes."""
+    def stored(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of what trained whole, read alone: the experts of a layer are gigabytes."""
         tensor = self._tensors.get_slice(self._whole[part.parameter])
         if part.expert is None:
-            return tensor[:]
-        n_experts, n_rows, _ = tensor.get_shape()
-        if part.expert >= n_experts:
-            raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
-        if part.half is None:
-            return tensor[part.expert]
-        first = part.half * (n_rows // 2)
-        return tensor[part.expert, first : first + n_rows // 2]
+            return tensor[rows]
+        n_rows = tensor.get_shape()[1]
+        first, end, _ = rows.indices(n_rows if part.half is None else n_rows // 2)
+        offset = (part.half or 0) * (n_rows // 2)
+        return tensor[part.expert, offset + first : offset + end]
 
     def _is_saved_module(self, name: str) -> bool:
+        """Of `modules_to_save`, or embeddings: PEFT saves these by itself once they have been
+        resized."""
+        if name.removeprefix(PREFIX) in EMBEDDINGS:
+            return True
         module = name.removeprefix(PREFIX).removesuffix(".weight")
         saved = self._config.get("modules_to_save") or []
         if saved and self._config.get("ensure_weight_tying"):
@@ -234,8 +292,7 @@ class Adapter:
             where=f"{self._path}, {part.parameter}",
             found=found,
             expected=f"{expected}, as in the base",
-            to_fix="take the model that the adapter was trained on; embeddings resized for new"
-            " tokens need a base with as many rows",
+            to_fix="take the model that the adapter was trained on",
         )
 
 

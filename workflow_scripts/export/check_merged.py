@@ -1,14 +1,14 @@
 """Gate: the merged model is the base with the adapter added, and no worse than the adapter it came
-from.
+from; its folder is complete.
 
-Arithmetic: merged against PEFT applying the same adapter live to the same base (a full fine-tune's
-weights in the base's place), both in float32; what remains is the one rounding of each weight to 16
-bits. Quality: perplexity on validation text against the model that training saw, its base in the
-precision of training. The files judged are read, never changed.
+Arithmetic: merged against PEFT applying the same adapter live to the same base (as published, or
+its NF4 weights dequantized; a full fine-tune's in its place), both in float32; what remains is the
+one rounding of each weight to 16 bits. Quality: perplexity on validation text against the model
+that training saw, its base in the precision of training. The files judged are read, never changed.
 
 python -m workflow_scripts.export.check_merged --checkpoint checkpoint/ --facts facts.json
-    --adapter adapter/ --precision nf4 --merged merged/ --tokens tokens/validation.arrow
-    --settings '{}' --check merged_check.json
+    --adapter adapter/ --precision nf4 --merge-base original --tokenizer tokenizer/
+    --merged merged/ --tokens tokens/validation.arrow --settings '{}' --check merged_check.json
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
+from workflow_scripts.export import merge_base
+from workflow_scripts.models.checkpoint import check_shards
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import GateSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 TRAINED_AS = {
     "native": "the model as it was trained",
     "int8": "the adapter on its 8-bit base",
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precision", choices=TRAINED_AS, required=True, help="of the base in training"
     )
+    parser.add_argument("--merge-base", default="original", help=merge_base.HELP)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--merged", type=Path, required=True, help="folder of merge_adapter")
     parser.add_argument(
         "--tokens", type=Path, required=True, help="documents of the validation split"
@@ -50,29 +55,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_from_json(GateSettings, arguments.settings)
 
     import torch
-    from transformers import AutoTokenizer
 
+    from workflow_scripts.export import merged_weights
+    from workflow_scripts.export.base_weights import BaseWeights
     from workflow_scripts.scoring.likelihood import (
         all_logits,
         divergence,
         score_documents,
         summarize,
     )
-    from workflow_scripts.scoring.transformers_model import TransformersModel, measured_precision
+    from workflow_scripts.scoring.transformers_model import (
+        TransformersModel,
+        as_trained,
+        measured_precision,
+    )
 
     facts = files.read_json(arguments.facts)
     model_facts = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
-    AutoTokenizer.from_pretrained(arguments.merged)
+    check_folder(arguments.merged, arguments.tokenizer, facts)
+    base_name = merge_base.chosen(arguments.merge_base)
     device = roomy_device(facts)
     live = TransformersModel(
-        arguments.checkpoint,
-        **model_facts,
-        precision="float32",
-        adapter=arguments.adapter,
-        device=device,
+        arguments.checkpoint, **model_facts, precision="float32", device=device
     )
+    nf4_dtype = merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint)
+    if nf4_dtype is not None:
+        merged_weights.overwrite(live.model, BaseWeights(arguments.checkpoint, nf4_dtype))
+    live.model = as_trained(live.model, arguments.adapter).eval()
     reference = [all_logits(live, piece) for piece in pieces]
     del live
     # By its own config.json but for the window: the positions there are what its users get.
@@ -96,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     adapter_scores = summarize(score_documents(trained, pieces))
     report = {
+        "merge_base": base_name,
         "n_conversations": len(documents),
         "n_scored_tokens": merged_scores["n_scored_tokens"],
         "kl_divergence_nats": float(divergences.mean()),
@@ -126,21 +138,79 @@ def main(argv: Sequence[str] | None = None) -> None:
             f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}",
             expected=f"at most {settings.merge_perplexity_increase_fraction:.1%} more"
             " (evaluation.gates.merge_perplexity_increase_fraction)",
-            to_fix="train longer, or raise the gate if you accept the loss",
+            to_fix="set runs.<name>.merge_base: auto (a run trained in 4 bits), train longer, or"
+            " raise the gate if you accept the loss",
         )
     files.write_json(arguments.check, report)
 
 
-def roomy_device(facts: dict) -> str | None:
-    """The GPU where the model fits in float32, else the CPU: the arithmetic is judged in
-    float32."""
+def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
+    """All that a user of the folder needs is there: the tokenizer that ships, and a config that
+    says what was trained.
+
+    Args:
+        tokenizer: folder of export_tokenizer, which its own gate has judged.
+    Raises:
+        StageError: the first thing that is missing, or differs.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    expected = {path.name: files.sha256(path) for path in sorted(tokenizer.iterdir())}
+    for name in (*expected, "generation_config.json"):
+        if not (merged / name).is_file():
+            raise log.StageError(
+                "the merged folder is not complete",
+                where=merged,
+                found=f"no {name}",
+                expected=", ".join((*expected, "generation_config.json")),
+                to_fix="merge again",
+            )
+    for name, digest in expected.items():
+        if files.sha256(merged / name) != digest:
+            raise log.StageError(
+                "the merged folder has another tokenizer than training",
+                where=merged / name,
+                found="other bytes",
+                expected=f"those of {tokenizer / name}",
+                to_fix="merge again; the tokenizer and its template are the base's",
+            )
+    check_shards(merged)
+    config = AutoConfig.from_pretrained(merged)
+    window = getattr(config, "sliding_window", None)
+    if window != facts["sliding_window"]:
+        raise log.StageError(
+            "the merged folder loads with another sliding window",
+            where=f"{merged / 'config.json'}, sliding_window",
+            found=window,
+            expected=facts["sliding_window"],
+            to_fix="merge again",
+        )
+    n_tokens = len(AutoTokenizer.from_pretrained(merged))
+    if n_tokens != config.vocab_size:
+        raise log.StageError(
+            "the tokenizer does not fit the merged model",
+            where=merged,
+            found=f"{n_tokens} tokens",
+            expected=f"{config.vocab_size}, the rows of its embeddings",
+            to_fix="take a base model whose tokenizer holds the tokens that were added",
+        )
+
+
+def roomy_device(facts: dict[str, Any], *, times_its_size: float = 2.5) -> str | None:
+    """The GPU where the model fits, else the CPU.
+
+    Args:
+        times_its_size: memory wanted, in sizes of the base's files; 2.5 is a base of 16 bits in
+            float32.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     n_bytes = sum(entry["size_bytes"] for entry in facts["files"].values())
+    torch.cuda.empty_cache()  # of the model before
     free, _ = torch.cuda.mem_get_info()
-    return None if 2.5 * n_bytes < free else "cpu"
+    return None if times_its_size * n_bytes < free else "cpu"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.js
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.export import llama_cpp_source
-from workflow_scripts.export.merge_adapter import stretched_config
+from workflow_scripts.export.merge_adapter import merged_config
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import served_context
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = files.read_json(arguments.facts)
     config = files.read_json(arguments.merged / "config.json")
     if arguments.tokenizer:  # a merged model's positions are stretched already
-        config = stretched_config(config, facts)
+        config = merged_config(config, facts, None)
     check_vocabulary(arguments.tokenizer or arguments.merged, facts)
     check_positions(arguments.merged, config, facts)
 
@@ -53,8 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         command += ["--outfile", str(gguf), "--outtype", "f16", "--model-name", arguments.name]
         # The converter says why it fails on stderr, which is this stage's log.
         if subprocess.run(command, check=False).returncode or not gguf.is_file():
+            # Of a full disk it says no more than how much it could not write.
+            n_bytes = sum(path.stat().st_size for path in arguments.merged.glob("*.safetensors"))
+            free = shutil.disk_usage(arguments.gguf.parent).free
             raise StageError(
-                "llama.cpp's converter failed", where=arguments.merged, found=" ".join(command)
+                "llama.cpp's converter failed",
+                where=arguments.merged,
+                found=" ".join(command),
+                to_fix=f"see its message above; the file takes {n_bytes / 1e9:.1f} GB, and"
+                f" {free / 1e9:.1f} GB are free",
             )
     logger.info(
         "converted size_bytes=%d context_tokens=%d path=%s",

@@ -1,27 +1,30 @@
-"""Merge what was trained into the original 16-bit weights, tensor by tensor.
+"""Merge what was trained into a base of 16 bits: as published, or as training in 4 bits had it.
 
-Arithmetic is float32; each weight is rounded once, to the 16-bit type of the base. Memory is one
-tensor, whatever the model. A full fine-tune's tensors take the place of the base's. Where the facts
-stretch the base's positions, config.json says so too: the folder loads with plain
-`from_pretrained`.
+Arithmetic is float32; each weight is rounded once, to the 16-bit type of the base. Memory is some
+rows of one tensor, whatever the model; no GPU is needed. A full fine-tune's tensors take the place
+of the base's. Where the facts stretch the base's positions, config.json says so too: the folder
+loads with plain `from_pretrained`.
 
 python -m workflow_scripts.export.merge_adapter --checkpoint checkpoint/ --facts facts.json
-    --tokenizer tokenizer/ --adapter adapter/ --merged merged/
+    --tokenizer tokenizer/ --adapter adapter/ --merge-base original --merged merged/
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
-from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.export import merge_base
 
 if TYPE_CHECKING:
+    import torch
+
     from workflow_scripts.export.adapter import Adapter
+    from workflow_scripts.export.base_weights import BaseWeights
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("merge_adapter")
@@ -33,36 +36,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=Path, help="model facts: positions, where stretched")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter")
+    parser.add_argument("--merge-base", default="original", help=merge_base.HELP)
     parser.add_argument("--merged", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
 
+    from workflow_scripts.export import merged_weights
     from workflow_scripts.export.adapter import Adapter
+    from workflow_scripts.export.base_weights import BaseWeights
 
     adapter = Adapter(arguments.adapter)
+    base_name = merge_base.chosen(arguments.merge_base)
+    base = BaseWeights(
+        arguments.checkpoint,
+        merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint),
+    )
+    merged_weights.check_fit(arguments.checkpoint, base, adapter)
     with files.atomic_folder(arguments.merged) as folder:
-        n_bytes = merge_weights(arguments.checkpoint, adapter, folder)
+        n_bytes = merge_weights(base, adapter, folder)
         for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
             if (arguments.checkpoint / name).is_file():
                 shutil.copyfile(arguments.checkpoint / name, folder / name)
-        if arguments.facts:
-            config = files.read_json(folder / "config.json")
-            stretched = stretched_config(config, files.read_json(arguments.facts))
-            if stretched != config:
-                files.write_json(folder / "config.json", stretched)
+        correct_index(folder / "model.safetensors.index.json", n_bytes)
+        config = files.read_json(folder / "config.json")
+        facts = files.read_json(arguments.facts) if arguments.facts else {}
+        merged = merged_config(config, facts, adapter.vocabulary_size)
+        if merged != config:
+            files.write_json(folder / "config.json", merged)
+        if not (folder / "generation_config.json").is_file():
+            tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
+            files.write_json(folder / "generation_config.json", tokens)
         for path in arguments.tokenizer.iterdir():
             shutil.copyfile(path, folder / path.name)
     logger.info(
-        "merged n_adapted=%d size_bytes=%d path=%s", len(adapter.targets), n_bytes, arguments.merged
+        "merged base=%s n_adapted=%d size_bytes=%d path=%s",
+        base_name,
+        len(adapter.targets),
+        n_bytes,
+        arguments.merged,
     )
 
 
-def stretched_config(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The base's config.json with the positions it was trained with.
+def merged_config(
+    config: dict[str, Any], facts: dict[str, Any], vocabulary_size: int | None
+) -> dict[str, Any]:
+    """The base's config.json with the positions it was trained with, and the rows of embeddings.
 
     Args:
         config: of the base.
         facts: of `read_facts`.
+        vocabulary_size: None where the embeddings are the base's.
     """
+    # Without the key MistralConfig would fill in a window of 4096.
+    config = {"sliding_window": None} | config
+    if vocabulary_size is not None and vocabulary_size != config["vocab_size"]:
+        config = config | {"vocab_size": vocabulary_size}
     if not facts.get("rope_scaling"):
         return config
     # transformers 5 keeps all of it in rope_parameters; an older key beside it would win.
@@ -79,71 +106,44 @@ def stretched_config(config: dict[str, Any], facts: dict[str, Any]) -> dict[str,
     }
 
 
-def merge_weights(checkpoint: Path, adapter: Adapter, folder: Path) -> int:
+def correct_index(path: Path, n_bytes: int) -> None:
+    """The index's `total_size`, where the merged model is of another size than the base."""
+    if path.is_file():
+        index = files.read_json(path)
+        if index.get("metadata", {}).get("total_size", n_bytes) != n_bytes:
+            index["metadata"]["total_size"] = n_bytes
+            files.write_json(path, index)
+
+
+def merge_weights(base: BaseWeights, adapter: Adapter, folder: Path) -> int:
     """Write each shard of the base with the adapter's changes made.
 
     Returns:
         Bytes of tensor data written.
-    Raises:
-        StageError: the adapter changes a weight that the base does not have, or has in another
-            shape.
     """
-    import torch
-    from safetensors import safe_open
+    from workflow_scripts.export import merged_weights, safetensors_stream
 
-    from workflow_scripts.export import safetensors_stream
-    from workflow_scripts.export.tensor_names import part
-
-    shards = checkpoints.weight_files(checkpoint)
-    headers = {shard: safetensors_stream.read_header(shard) for shard in shards}
-    parts = {name: part(name) for header in headers.values() for name in header}
-    check_fit(checkpoint, adapter, {place.parameter for place in parts.values()})
+    names = [name for header in base.headers.values() for name in header]
+    shown = log.progress(names, logger, total=len(names), unit="tensors")
     n_bytes = 0
-    for shard, header in headers.items():
-        shapes = {}
-        for name, entry in header.items():
-            dtype = safetensors_stream.DTYPES[entry["dtype"]]
-            # A float32 base is rounded too: what is merged is a 16-bit model.
-            if dtype in (torch.float32, torch.float64):
-                dtype = torch.bfloat16
-            shapes[name] = (entry["shape"], dtype)
-        with safe_open(shard, framework="pt") as base:
+    for shard, header in base.headers.items():
+        shapes = {
+            name: (
+                list(merged_weights.merged_shape(base, adapter, name)),
+                merged_weights.merged_dtype(entry["dtype"]),
+            )
+            for name, entry in header.items()
+        }
 
-            def merged_tensor(name: str, base=base, shapes=shapes) -> torch.Tensor:
-                tensor = base.get_tensor(name)
-                if parts[name].parameter in adapter.targets:
-                    tensor = adapter.merged(parts[name], tensor)
-                return tensor.to(shapes[name][1])
+        def slabs(name: str, shapes=shapes) -> Iterator[torch.Tensor]:
+            next(shown)
+            for _, rows in merged_weights.merged_slabs(base, adapter, name, shapes[name][1]):
+                yield rows
 
-            n_bytes += safetensors_stream.write(folder / shard.name, shapes, merged_tensor)
+        n_bytes += safetensors_stream.write(folder / shard.name, shapes, slabs)
         logger.info("wrote shard=%s n_tensors=%d", shard.name, len(header))
+    next(shown, None)  # ends the bar
     return n_bytes
-
-
-def check_fit(checkpoint: Path, adapter: Adapter, parameters: set[str]) -> None:
-    """Every weight that the adapter changes must be there, and belong to itself alone.
-
-    Args:
-        parameters: of the base, by their names in the model.
-    """
-    tied = {"model.embed_tokens.weight", "lm_head.weight"}
-    if not files.read_json(checkpoint / "config.json").get("tie_word_embeddings"):
-        tied = set()
-    if tied & adapter.targets and not adapter.keeps_ties:
-        raise log.StageError(
-            "the base's embeddings are its output layer too, and the adapter trained one of them",
-            where=f"{checkpoint / 'config.json'}, tie_word_embeddings",
-            found="true",
-            expected="ensure_weight_tying in the adapter's config",
-        )
-    missing = adapter.targets - parameters - (tied if tied & parameters else set())
-    if missing:
-        raise log.StageError(
-            "the adapter does not fit the base model",
-            where=checkpoint,
-            found=f"no weight {', '.join(sorted(missing)[:10])}",
-            expected="the model that the adapter was trained on",
-        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""safetensors files written one tensor at a time: memory is one tensor, not one shard.
+"""safetensors files written a slab of a tensor at a time: memory is a slab, not a shard.
 
 Format: 8 bytes little-endian header length, a JSON header of name → dtype, shape, offsets, the
 data.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def write(
     path: Path,
     shapes: Mapping[str, tuple[list[int], torch.dtype]],
-    tensor: Callable[[str], torch.Tensor],
+    slabs: Callable[[str], Iterable[torch.Tensor]],
 ) -> int:
     """Write a file whose tensors are made one after the other, synced to disk before it gets its
     name.
@@ -50,7 +50,7 @@ def write(
     Args:
         path: to write.
         shapes: name → shape and dtype, in the order of the data.
-        tensor: makes the tensor of a name, of that shape and dtype.
+        slabs: makes the tensor of a name, of that shape and dtype, in runs of whole rows.
     Returns:
         Bytes of tensor data.
     """
@@ -70,9 +70,12 @@ def write(
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         for name, (shape, dtype) in shapes.items():
-            made = tensor(name)
-            assert list(made.shape) == list(shape) and made.dtype == dtype, name
-            stream.write(made.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            n_made = 0
+            for made in slabs(name):
+                assert list(made.shape[-1:]) == list(shape[-1:]) and made.dtype == dtype, name
+                stream.write(made.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                n_made += made.numel()
+            assert n_made == torch.Size(shape).numel(), name
         stream.flush()
         os.fsync(stream.fileno())
     return offset

@@ -187,6 +187,28 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return shards
 
 
+def check_shards(checkpoint: Path) -> None:
+    """Every shard is as long as its header says; no weight is read.
+
+    Raises:
+        StageError: a shard is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for shard in weight_files(checkpoint):
+        try:
+            with safe_open(shard, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise StageError(
+                "a shard of the model is damaged",
+                where=shard,
+                found=f"{error} ({shard.stat().st_size:,} bytes)",
+                expected="a whole safetensors file",
+                to_fix="make it again: fetch, or merge",
+            ) from error
+
+
 def default_device() -> device:
     """This process's CUDA device (torchrun counts processes in `LOCAL_RANK`), else the CPU."""
     import torch

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             download(settings.source, settings.revision, folder)
         # Fail here, not after the data stages, when something a later stage needs is not there.
         checkpoints.read_facts(folder)
-        checkpoints.weight_files(folder)
+        checkpoints.check_shards(folder)
         tokenizer_files.find_tokenizer(folder)
     logger.info("wrote path=%s", arguments.checkpoint)
 

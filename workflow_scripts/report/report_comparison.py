@@ -54,6 +54,19 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
         "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
     }
+    if any(run.merge_base for run in runs):
+        figures |= {
+            "Merged into": merged_into,
+            "Validation, live adapter: perplexity": lambda run: (
+                f"{run.merge_base['adapter_perplexity']:.4f}" if run.merge_base else ""
+            ),
+            "Validation, merged into the original: perplexity, KL": lambda run: candidate(
+                run, "original"
+            ),
+            "Validation, merged into the dequantized: perplexity, KL": lambda run: candidate(
+                run, "dequantized"
+            ),
+        }
     scores = runs[0].link("merged").scores
     return Table(
         title="Runs compared",
@@ -67,6 +80,21 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
     )
+
+
+def merged_into(run: RunResults) -> str:
+    """The base of the merge, and whether the config or a measurement chose it."""
+    if run.merge_base is None:
+        return run.settings["merge_base"]
+    return f"{run.merge_base['merge_base']} (measured)"
+
+
+def candidate(run: RunResults, base: str) -> str:
+    """A merge against the live adapter, on validation text; empty where nothing was measured."""
+    if run.merge_base is None:
+        return ""
+    measured = run.merge_base[base]
+    return f"{measured['perplexity']:.4f}, {measured['kl_divergence_nats']:.2g} nats"
 
 
 def training_speed(run: RunResults) -> str:

@@ -33,6 +33,8 @@ class RunResults:
     manifest: dict[str, Any]
     """Of train_adapter."""
     history: dict[str, list[dict[str, float]]]
+    merge_base: dict[str, Any] | None
+    """Of choose_merge_base; None where the config names the base."""
     links: list[Link]
     """From base to the smallest quantization."""
 
@@ -57,6 +59,11 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
                 results / "runs" / name / "adapter" / "training_manifest.json"
             ),
             history=files.read_json(results / "runs" / name / "adapter" / "history.json"),
+            merge_base=(
+                files.read_json(results / "runs" / name / "merge_base.json")
+                if settings["merge_base"] == "auto"
+                else None
+            ),
             links=list(_links(name, settings, wanted["gguf_types"], results)),
         )
         for name, settings in wanted["runs"].items()

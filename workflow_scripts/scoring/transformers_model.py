@@ -76,6 +76,9 @@ def as_trained(model: Any, adapter: Path) -> Any:
     if files.read_json(adapter / "adapter_config.json").get("method") != "full":
         from peft import PeftModel
 
+        n_rows = _embedding_rows(adapter / "adapter_model.safetensors")
+        if n_rows not in (None, model.config.vocab_size):
+            model.resize_token_embeddings(n_rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
 
     import torch
@@ -99,6 +102,17 @@ def as_trained(model: Any, adapter: Path) -> Any:
                 )
             parameter.copy_(tensor)
     return model
+
+
+def _embedding_rows(path: Path) -> int | None:
+    """Of embeddings that an adapter holds as a whole; they may have grown by new tokens."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as adapter:
+        for name in adapter.keys():
+            if name.endswith("embed_tokens.weight"):
+                return adapter.get_slice(name).get_shape()[0]
+    return None
 
 
 def measured_precision(name: str) -> Precision:

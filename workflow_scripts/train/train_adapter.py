@@ -121,6 +121,7 @@ def _train_once(
 ) -> None:
     import torch
 
+    from workflow_scripts.models.checkpoint import compute_dtype, default_device
     from workflow_scripts.train.activations import save_less
     from workflow_scripts.train.adapter_files import read_history, save_adapter
     from workflow_scripts.train.callbacks import (
@@ -196,6 +197,8 @@ def _train_once(
         "predicted_peak_memory_bytes": predicted["peak"],
         "final_loss_nats_per_token": history["train"][-1]["loss_nats_per_token"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        # What a 4-bit base was quantized from, and dequantized to.
+        "compute_dtype": str(compute_dtype(default_device())).removeprefix("torch."),
         "resumed": last is not None,
         "n_failed_checkpoints": trainer.n_failed_checkpoints,
         "identity": job.identity,

@@ -134,11 +134,11 @@ def test_a_tensor_that_is_neither_a_nor_b_is_refused(uniform_adapter, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(uniform_adapter, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(2)
+    tensors["base_model.model.model.norm.weight"] = torch.zeros(2)
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(StageError, match="tensors that are not merged") as caught:
         Adapter(folder)
-    assert "base_model.model.lm_head.weight" in str(caught.value)
+    assert "base_model.model.model.norm.weight" in str(caught.value)
 
 
 def test_a_folder_without_an_adapter_is_a_stage_error(tmp_path):

@@ -15,10 +15,13 @@ from workflow_scripts.settings import RopeScalingSettings
 GATES = {"merge_kl_divergence_nats": 1e-4, "merge_perplexity_increase_fraction": 0.5}
 
 
-def arguments(chain, merged, settings, check, *, adapter=None, precision="nf4", facts=None):
+def arguments(
+    chain, merged, settings, check, *, adapter=None, precision="nf4", facts=None, base="original"
+):
     return (
         ["--checkpoint", chain.checkpoint, "--facts", facts or chain.facts]
         + ["--adapter", adapter or chain.adapter, "--precision", precision, "--merged", merged]
+        + ["--tokenizer", chain.tokenizer, "--merge-base", base]
         + ["--tokens", chain.tokens, "--settings", settings, "--check", check]
     )
 
@@ -127,6 +130,107 @@ def test_every_method_passes_on_the_base_it_was_trained_on(
     ratio = report["merged_perplexity"] / report["adapter_perplexity"]
     # Natively one rounding of the weights apart: measured 0.002, of a perplexity of 60,000.
     assert ratio == pytest.approx(1, abs=0.3 if precision == "int8" else 0.01)
+
+
+def test_a_merge_into_the_dequantized_base_is_judged_against_that_base(
+    chain, tmp_path, as_json, ends_with_message
+):
+    merged, check = tmp_path / "merged", tmp_path / "merged_check.json"
+    merge_adapter.main(
+        ["--checkpoint", str(chain.checkpoint), "--tokenizer", str(chain.tokenizer)]
+        + ["--adapter", str(chain.adapter), "--merge-base", "dequantized"]
+        + ["--merged", str(merged)]
+    )
+    files.write_json(tmp_path / "merge_base.json", {"merge_base": "dequantized"})
+    given = arguments(
+        chain, merged, as_json(**GATES), check, base=str(tmp_path / "merge_base.json")
+    )
+    check_merged.main([str(argument) for argument in given])
+    report = files.read_json(check)
+    assert report["merge_base"] == "dequantized"
+    assert 0 < report["kl_divergence_nats"] < 1e-4
+    # Nearer to the live adapter on its 4-bit base than a merge into the original.
+    original = tmp_path / "original.json"
+    check_merged.main([str(a) for a in arguments(chain, chain.merged, as_json(**GATES), original)])
+    gap = abs(report["perplexity_increase_fraction"])
+    assert gap < abs(files.read_json(original)["perplexity_increase_fraction"])
+
+    check.unlink()
+    message = ends_with_message(
+        check_merged.main, arguments(chain, merged, as_json(**GATES), check)
+    )
+    assert "the merged model differs from base + adapter" in message
+    assert not check.exists()
+
+
+@pytest.fixture
+def folder(chain, tmp_path):
+    """A copy of the merged model, to be damaged."""
+    return shutil.copytree(chain.merged, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.model", "tokenizer.json", "chat_template.jinja", "generation_config.json"],
+)
+def test_a_folder_that_lacks_a_file_of_the_tokenizer_stops_the_chain(
+    chain, folder, tmp_path, as_json, ends_with_message, name
+):
+    (folder / name).unlink()
+    check = tmp_path / "check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, folder, as_json(**GATES), check)
+    )
+    assert "the merged folder is not complete" in message
+    assert f"found:    no {name}" in message
+    assert not check.exists() and folder.exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "chat_template.jinja"])
+def test_a_folder_with_another_tokenizer_or_template_stops_the_chain(
+    chain, folder, tmp_path, as_json, ends_with_message, name
+):
+    path = folder / name
+    path.write_bytes(path.read_bytes().replace(b"INST", b"TSNI"))
+    check = tmp_path / "check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, folder, as_json(**GATES), check)
+    )
+    assert "the merged folder has another tokenizer than training" in message
+    assert f"where:    {path}" in message
+    assert not check.exists() and path.exists()
+
+
+def test_a_folder_that_loads_with_another_window_stops_the_chain(
+    chain, folder, tmp_path, as_json, ends_with_message
+):
+    """As Mistral 7B v0.2's would without its key: the class fills in 4096."""
+    config = files.read_json(folder / "config.json")
+    config.pop("sliding_window")
+    files.write_json(folder / "config.json", config)
+    check = tmp_path / "check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, folder, as_json(**GATES), check)
+    )
+    for part in ("another sliding window", "found:    4096", "expected: 300"):
+        assert part in message
+
+
+def test_a_vocabulary_of_another_size_stops_the_chain(
+    chain, folder, tmp_path, as_json, ends_with_message
+):
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", config | {"vocab_size": 32_776})
+    check = tmp_path / "check.json"
+    message = ends_with_message(
+        check_merged.main, arguments(chain, folder, as_json(**GATES), check)
+    )
+    for part in ("does not fit the merged model", "32768 tokens", "32776, the rows"):
+        assert part in message
 
 
 def test_a_merge_without_the_full_fine_tunes_weights_is_found(

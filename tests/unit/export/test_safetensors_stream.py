@@ -30,7 +30,7 @@ def tensors():
 
 def write(path, tensors):
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    return safetensors_stream.write(path, shapes, tensors.__getitem__)
+    return safetensors_stream.write(path, shapes, lambda name: [tensors[name]])
 
 
 def test_safetensors_reads_back_every_type_and_shape(tmp_path, tensors):
@@ -77,7 +77,7 @@ def test_an_exception_on_the_way_leaves_no_file_and_keeps_the_old_one(tmp_path, 
     def fails_at_the_third(name):
         if name == "half":
             raise RuntimeError("the disk is full")
-        return tensors[name]
+        return [tensors[name]]
 
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     with pytest.raises(RuntimeError):
@@ -91,12 +91,14 @@ def test_an_exception_on_the_way_leaves_no_file_and_keeps_the_old_one(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "made", [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)], ids=["shape", "dtype"]
+    "made",
+    [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(1, 3)],
+    ids=["shape", "dtype", "rows"],
 )
 def test_a_tensor_other_than_announced_is_our_bug(tmp_path, made):
     shapes = {"w": ([2, 3], torch.float32)}
     with pytest.raises(AssertionError, match="w"):
-        safetensors_stream.write(tmp_path / "model.safetensors", shapes, lambda _: made)
+        safetensors_stream.write(tmp_path / "model.safetensors", shapes, lambda _: [made])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,7 +107,7 @@ def test_tensors_are_made_one_after_the_other_in_order(tmp_path, tensors):
 
     def make(name):
         asked.append(name)
-        return tensors[name]
+        return [tensors[name]]
 
     shapes = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     safetensors_stream.write(tmp_path / "model.safetensors", shapes, make)
@@ -113,3 +115,11 @@ def test_tensors_are_made_one_after_the_other_in_order(tmp_path, tensors):
     raw = (tmp_path / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert list(header) == ["__metadata__", *tensors]
+
+
+def test_a_tensor_made_in_slabs_of_rows_is_the_tensor(tmp_path):
+    whole = torch.arange(35.0).reshape(7, 5)
+    shapes = {"w": ([7, 5], torch.float32)}
+    path = tmp_path / "model.safetensors"
+    safetensors_stream.write(path, shapes, lambda _: whole.split(3))
+    assert torch.equal(load_file(path)["w"], whole)

@@ -14,7 +14,13 @@ from workflow_scripts import files
 GGUF_TYPES = ["F16", "Q4_K_M"]
 PERPLEXITIES = {"adapter": 5.0, "merged": 5.05, "F16": 5.051, "Q4_K_M": 5.5}
 RUNS = {
-    name: {"model": "tiny", "dataset": "chats", "packing": packing, "recipe": name}
+    name: {
+        "model": "tiny",
+        "dataset": "chats",
+        "packing": packing,
+        "recipe": name,
+        "merge_base": "original",
+    }
     for name, packing in (("generic", "joined"), ("mistral", "apart"))
 }
 

@@ -1,0 +1,111 @@
+"""The weights that an adapter is merged into, read a slab at a time from memory-mapped files."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from workflow_scripts.export import safetensors_stream
+from workflow_scripts.export.tensor_names import QUANTIZATION_BLOCK, Part, Slab, part, slabs
+from workflow_scripts.models import checkpoint as checkpoints
+
+# Of a layer's experts: their matrices alternate in the files.
+SCALES_KEPT = 4
+
+
+class BaseWeights:
+    """A base as published, or as a training in 4 bits had it.
+
+    Attributes:
+        headers: shard → name of a tensor → its dtype, shape and offsets.
+        parameters: of the model, by the names of PEFT and transformers.
+    Args:
+        checkpoint: folder of the base model.
+        nf4_dtype: the dtype in which training quantized the base, and computed; its linear layers
+            are then NF4, dequantized. None is the base as published.
+    Raises:
+        StageError: a shard is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Path, nf4_dtype: torch.dtype | None = None) -> None:
+        self._nf4_dtype = nf4_dtype
+        self._files: dict[str, Any] = {}
+        self.headers: dict[Path, dict[str, Any]] = {}
+        self._names: dict[str, list[str]] = {}
+        self._scales: OrderedDict[str, torch.Tensor] = OrderedDict()
+        checkpoints.check_shards(checkpoint)
+        for shard in checkpoints.weight_files(checkpoint):
+            file = safe_open(shard, framework="pt")
+            self.headers[shard] = safetensors_stream.read_header(shard)
+            for name in self.headers[shard]:
+                self._files[name] = file
+                self._names.setdefault(part(name).parameter, []).append(name)
+        self.parameters: set[str] = set(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor in the files."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def slabs(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:
+        """A tensor of the files, slab by slab; not to be written to.
+
+        Yields:
+            Where it lies, and (rows, in) in the file's dtype, or that of training where it is
+            dequantized.
+        """
+        from workflow_scripts.export import nf4
+
+        is_nf4 = self._nf4_dtype is not None and nf4.is_quantized(part(name))
+        scales = self._scales_of(part(name).parameter) if is_nf4 else None
+        # Blocks before this tensor in the parameter as training has it.
+        at = self._n_blocks_before(name) if is_nf4 else 0
+        for slab, tensor in self._stored(name):
+            if scales is None:
+                yield slab, tensor
+                continue
+            n_blocks = -(-tensor.numel() // QUANTIZATION_BLOCK)
+            yield (
+                slab,
+                nf4.dequantized(tensor.to(self._nf4_dtype), scales[at : at + n_blocks]),
+            )
+            at += n_blocks
+
+    def _stored(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:
+        tensor = self._files[name].get_tensor(name)
+        for slab in slabs(name, tensor.shape):
+            yield slab, tensor[slab.index]
+
+    def _scales_of(self, parameter: str) -> torch.Tensor:
+        """Of all that lies in one parameter: training quantizes a layer's experts as one tensor."""
+        from workflow_scripts.export import nf4
+
+        if parameter not in self._scales:
+            self._scales[parameter] = nf4.scales(
+                tensor.to(self._nf4_dtype)
+                for name in self._in_order(parameter)
+                for _, tensor in self._stored(name)
+            )
+            if len(self._scales) > SCALES_KEPT:
+                self._scales.popitem(last=False)
+        return self._scales[parameter]
+
+    def _in_order(self, parameter: str) -> list[str]:
+        """The tensors that make up a parameter: expert by expert, the gate's half first."""
+
+        def place(name: str) -> tuple[int, int]:
+            lies: Part = part(name)
+            return (lies.expert or 0, lies.half or 0)
+
+        return sorted(self._names[parameter], key=place)
+
+    def _n_blocks_before(self, name: str) -> int:
+        names = self._in_order(part(name).parameter)
+        n_elements = sum(
+            torch.Size(self.shape(before)).numel() for before in names[: names.index(name)]
+        )
+        return n_elements // QUANTIZATION_BLOCK

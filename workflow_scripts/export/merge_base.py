@@ -1,0 +1,57 @@
+"""Which weights an adapter of a 4-bit training is merged into: those published, or those it saw.
+
+Neither is always better: the original weights lack the quantization error that the adapter learned
+around, the dequantized ones keep that error. `choose_merge_base` measures both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    import torch
+
+BASES = ("original", "dequantized")
+HELP = "original, dequantized, or the JSON of choose_merge_base"
+
+
+def chosen(argument: str) -> str:
+    """The base that `--merge-base` names.
+
+    Raises:
+        StageError: neither a base nor a choice.
+    """
+    found = argument
+    if argument not in BASES:
+        found = files.read_json(Path(argument)).get("merge_base")
+    if found not in BASES:
+        raise StageError(
+            "there is no such base to merge into",
+            where=f"--merge-base {argument}",
+            found=found,
+            expected=" or ".join(BASES),
+        )
+    return found
+
+
+def nf4_dtype(base: str, adapter: Path, checkpoint: Path) -> torch.dtype | None:
+    """The dtype in which training quantized the base, and computed; None for the original base.
+
+    Args:
+        adapter: its training manifest says it; an adapter without one was trained on a GPU in the
+            base's own dtype, as far as anyone can tell.
+        checkpoint: folder of the base model.
+    """
+    if base == "original":
+        return None
+    import torch
+
+    manifest = adapter / "training_manifest.json"
+    recorded = files.read_json(manifest).get("compute_dtype") if manifest.is_file() else None
+    config = files.read_json(checkpoint / "config.json")
+    own = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return getattr(torch, recorded or own)
