@@ -100,6 +100,7 @@ class Adapter:
             or (EMBEDDINGS <= self._whole.keys() and not self._config.get("modules_to_save"))
         )
         self._last: tuple[Part, torch.Tensor, torch.Tensor] | None = None
+        self._room = torch.empty(0)
 
     def scale(self, name: str) -> float:
         """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
@@ -119,23 +120,32 @@ class Adapter:
         return shape[0] // self._rank(name)
 
     def delta(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
-        """(rows, in) float32: s·B·A of a parameter, or of the part of it."""
+        """(rows, in) float32: s·B·A of a parameter, or of the part of it.
+
+        In memory of the adapter's own, valid until the next is asked for: new memory for each would
+        cost more than the product, as the kernel clears it page by page.
+        """
         down, up = self.factors(part)
-        return (up[rows] @ down).mul_(self.scale_of(part))
+        up = up[rows]
+        n_elements = len(up) * down.shape[1]
+        if n_elements > len(self._room):
+            self._room = torch.empty(n_elements)
+        product = self._room[:n_elements].view(len(up), -1)
+        torch.mm(up, down, out=product)
+        return product.mul_(self.scale_of(part))
 
     def replaces(self, part: Part) -> bool:
         """Whether the part trained whole, and takes the base's place."""
         return part.parameter in self._whole
 
     def merged(self, part: Part, base: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of a weight that the adapter adds to, float32.
+        """Rows of a weight that the adapter adds to, float32, valid until the next are asked for.
 
         Args:
             part: one of `targets`, or a part of it, whose shape was checked.
             base: these rows of its weight in the base model; only read.
         """
-        # In float32 whatever the base is in, and without another copy of it.
-        weight = self.delta(part, rows).add_(base)
+        weight = self.delta(part, rows).add_(base.float())
         if part.parameter not in self.magnitudes:
             return weight
         magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"

@@ -58,21 +58,23 @@ class BaseWeights:
             Where it lies, and (rows, in) in the file's dtype, or that of training where it is
             dequantized.
         """
+        if self._nf4_dtype is None:
+            yield from self._stored(name)
+            return
+        # bitsandbytes takes seconds to import.
         from workflow_scripts.export import nf4
 
-        is_nf4 = self._nf4_dtype is not None and nf4.is_quantized(part(name))
-        scales = self._scales_of(part(name).parameter) if is_nf4 else None
+        lies = part(name)
+        if not nf4.is_quantized(lies):
+            yield from self._stored(name)
+            return
+        scales = self._scales_of(lies.parameter)
         # Blocks before this tensor in the parameter as training has it.
-        at = self._n_blocks_before(name) if is_nf4 else 0
-        for slab, tensor in self._stored(name):
-            if scales is None:
-                yield slab, tensor
-                continue
-            n_blocks = -(-tensor.numel() // QUANTIZATION_BLOCK)
-            yield (
-                slab,
-                nf4.dequantized(tensor.to(self._nf4_dtype), scales[at : at + n_blocks]),
-            )
+        at = self._n_blocks_before(name)
+        for slab, weight in self._stored(name):
+            n_blocks = -(-weight.numel() // QUANTIZATION_BLOCK)
+            quantized = weight.to(self._nf4_dtype)
+            yield slab, nf4.dequantized(quantized, scales[at : at + n_blocks])
             at += n_blocks
 
     def _stored(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:

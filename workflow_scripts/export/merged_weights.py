@@ -58,6 +58,7 @@ def merged_slabs(
     for slab, weight in base.slabs(name):
         if is_target:
             weight = adapter.merged(slab.part, weight, slab.rows)
+        # Of another type than the adapter's float32: memory of its own.
         yield slab, weight.to(dtype)
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SYNCED_BYTES = 2**26
+WRITES_WAITING = 8
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -50,7 +55,8 @@ def write(
     Args:
         path: to write.
         shapes: name → shape and dtype, in the order of the data.
-        slabs: makes the tensor of a name, of that shape and dtype, in runs of whole rows.
+        slabs: makes the tensor of a name, of that shape and dtype, in runs of whole rows; they stay
+            as they are: they are written while the next are made.
     Returns:
         Bytes of tensor data.
     """
@@ -66,16 +72,61 @@ def write(
         offset += n_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with files.atomic_file(path) as temporary, temporary.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
-        for name, (shape, dtype) in shapes.items():
-            n_made = 0
-            for made in slabs(name):
-                assert list(made.shape[-1:]) == list(shape[-1:]) and made.dtype == dtype, name
-                stream.write(made.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                n_made += made.numel()
-            assert n_made == torch.Size(shape).numel(), name
-        stream.flush()
+    with files.atomic_file(path) as temporary, temporary.open("wb", buffering=0) as stream:
+        with _Writer(stream) as writer:
+            writer.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name, (shape, dtype) in shapes.items():
+                n_made = 0
+                for made in slabs(name):
+                    assert list(made.shape[-1:]) == list(shape[-1:]) and made.dtype == dtype, name
+                    writer.write(made.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                    n_made += made.numel()
+                assert n_made == torch.Size(shape).numel(), name
         os.fsync(stream.fileno())
     return offset
+
+
+class _Writer:
+    """Writes while the next slabs are made, and has the disk begin before the end: the kernel alone
+    would wait for gigabytes to gather, and the last sync would take as long as all of the work.
+
+    Use as a context manager: at its end all is handed to the kernel.
+    """
+
+    def __init__(self, stream: FileIO) -> None:
+        self._stream = stream
+        self._writing = ThreadPoolExecutor(1)
+        self._syncing = ThreadPoolExecutor(1)
+        self._writes: deque[Future[None]] = deque()
+        self._sync: Future[None] | None = None
+        self._n_unsynced_bytes = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._writes and kind is None:
+                self._writes.popleft().result()
+        finally:
+            self._writing.shutdown(cancel_futures=True)
+            self._syncing.shutdown()
+
+    def write(self, content: bytes | memoryview) -> None:
+        """
+        Args:
+            content: stays as it is until the end, or until so many more are asked for.
+        Raises:
+            OSError: of a write before.
+        """
+        self._writes.append(self._writing.submit(self._write, content))
+        if len(self._writes) > WRITES_WAITING:
+            self._writes.popleft().result()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self._n_unsynced_bytes += len(content)
+        while len(content):  # the kernel may take a part, of the last of a disk
+            content = content[self._stream.write(content) :]
+        if self._n_unsynced_bytes >= SYNCED_BYTES and (self._sync is None or self._sync.done()):
+            self._sync = self._syncing.submit(os.fdatasync, self._stream.fileno())
+            self._n_unsynced_bytes = 0
