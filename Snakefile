@@ -25,6 +25,7 @@ localrules:
     report,
     experiment,
     sweep,
+    push_release,
 
 
 rule all:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from workflow_scripts.log import StageError
 
+# What a release is run with unless more is asked for: all 128,000 tokens of a 12B would take 21 GB
+# for keys and values alone.
+DEFAULT_CONTEXT_TOKENS = 8192
 # How a release answers unless it is asked otherwise. Written out as Ollama and llama-cpp-python
 # default to a repetition penalty of 1.1, which no figure of the card was measured with.
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
@@ -113,13 +116,13 @@ def modelfile(gguf: str, *, tokenizer_version: str, context_tokens: int) -> str:
     Args:
         gguf: file name, beside the Modelfile.
         tokenizer_version: of facts.json.
-        context_tokens: what the GGUF may be run with.
+        context_tokens: what the GGUF may be run with, at most.
     """
     return (
         f"FROM ./{gguf}\n"
         f'TEMPLATE """{chat_template(tokenizer_version)}"""\n'
         'PARAMETER stop "</s>"\n'
         'PARAMETER stop "[INST]"\n'
-        f"PARAMETER num_ctx {context_tokens}\n"
+        f"PARAMETER num_ctx {min(context_tokens, DEFAULT_CONTEXT_TOKENS)}\n"
         + "".join(f"PARAMETER {name} {value:g}\n" for name, value in SAMPLING.items())
     )

@@ -216,6 +216,8 @@ def test_the_modelfile_says_file_template_stops_and_context(version):
     parameters = re.findall(r"^PARAMETER (\w+) (.*)$", text, re.MULTILINE)
     assert parameters[:3] == [("stop", '"</s>"'), ("stop", '"[INST]"'), ("num_ctx", "4096")]
     assert {name: float(value) for name, value in parameters[3:]} == SAMPLING
+    roomy = modelfile("run-Q4_K_M.gguf", tokenizer_version=version, context_tokens=128_000)
+    assert "PARAMETER num_ctx 8192\n" in roomy
 
 
 def test_an_unknown_tokenizer_version_is_a_stage_error():
