@@ -152,6 +152,8 @@ class ModelSettings(Settings):
     files."""
     rope_scaling: RopeScalingSettings | None = None
     """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
+    license: str | None = None
+    """Licence of the base model by the Hub's name (`apache-2.0`), for the model card."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
@@ -628,6 +630,17 @@ class GgufSettings(Settings):
         return mix.needs_imatrix or (self.imatrix.use == "always" and mix.takes_imatrix)
 
 
+class PushSettings(Settings):
+    """`push`: releases on the Hugging Face Hub (`snakemake push_release`)."""
+
+    owner: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """User or organization whose `owner/<run>-GGUF` a run's release goes to."""
+    private: bool = True
+    """A repository that is made for a release is private."""
+    dry_run: bool = True
+    """Say what would be uploaded, and upload nothing."""
+
+
 class GateSettings(Settings):
     """`evaluation.gates`: what a hand-over may differ by before the chain stops."""
 
@@ -707,6 +720,8 @@ class Config(Settings):
     """Names of the runs to build; in an overlay this list replaces the one before."""
     gguf: GgufSettings = GgufSettings()
     """GGUF files."""
+    push: PushSettings = PushSettings()
+    """Releases on the Hub."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
