@@ -53,10 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint),
     )
     merged_weights.check_fit(arguments.checkpoint, base, adapter)
-    if base_name == "original":
-        # One core makes the sums faster than a disk takes them; several would wait for each other
-        # at every slab (measured 5 times the time of one, on 2 busy cores).
-        torch.set_num_threads(1)
+    # Several threads would wait for each other at every slab (measured: 5 times the time of one, on
+    # two busy cores), and one makes the sums faster than a disk takes them.
+    torch.set_num_threads(1)
     with files.atomic_folder(arguments.merged) as folder:
         n_bytes = merge_weights(base, adapter, folder)
         for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
@@ -65,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         correct_index(folder / "model.safetensors.index.json", n_bytes)
         config = files.read_json(folder / "config.json")
         facts = files.read_json(arguments.facts) if arguments.facts else {}
-        merged = merged_config(config, facts, adapter.vocabulary_size)
+        # Without the key MistralConfig would fill in a window of 4096.
+        merged = {"sliding_window": None} | stretched_config(config, facts)
+        merged["vocab_size"] = adapter.vocabulary_size or config["vocab_size"]
         if merged != config:
             files.write_json(folder / "config.json", merged)
         if not (folder / "generation_config.json").is_file():
@@ -82,20 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def merged_config(
-    config: dict[str, Any], facts: dict[str, Any], vocabulary_size: int | None
-) -> dict[str, Any]:
-    """The base's config.json with the positions it was trained with, and the rows of embeddings.
+def stretched_config(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The base's config.json with the positions it was trained with.
 
     Args:
         config: of the base.
         facts: of `read_facts`.
-        vocabulary_size: None where the embeddings are the base's.
     """
-    # Without the key MistralConfig would fill in a window of 4096.
-    config = {"sliding_window": None} | config
-    if vocabulary_size is not None and vocabulary_size != config["vocab_size"]:
-        config = config | {"vocab_size": vocabulary_size}
     if not facts.get("rope_scaling"):
         return config
     # transformers 5 keeps all of it in rope_parameters; an older key beside it would win.
