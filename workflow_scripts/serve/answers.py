@@ -156,7 +156,8 @@ def parse_calls(text: str) -> list[dict[str, Any]] | None:
             }
             for call in written
         ]
-    except (ValueError, KeyError, TypeError):
+    # What the model writes may be any JSON, or none.
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return calls or None
 
@@ -210,44 +211,45 @@ def _streamed(
     chunks: Iterable[Mapping[str, Any]], begins: str, prompts: Prompts, *, reads_calls: bool
 ) -> Iterator[dict[str, Any]]:
     """Text as it comes; tool calls at the end, whole."""
-    is_first = True
     opened = begins
+    has_begun = has_text = False
     for chunk in chunks:
         choice = chunk["choices"][0]
-
-        def shaped(
-            delta: dict[str, Any], finish_reason: str | None = None, of: Mapping[str, Any] = chunk
-        ) -> dict[str, Any]:
-            return {
-                "id": "chat" + of["id"],
-                "object": "chat.completion.chunk",
-                "created": of["created"],
-                "model": of["model"],
-                "choices": [
-                    {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-                ],
-            }
-
+        if not has_begun:
+            yield _delta(chunk, {"role": "assistant", "content": ""})
+            has_begun = True
         text = choice["text"]
-        if is_first:
-            yield shaped({"role": "assistant", "content": ""})
-            if text:
-                is_first = False
-                text = text.removeprefix(" ") if prompts.has_leading_space else text
-            elif choice["finish_reason"] is None:
-                continue
-        if opened or OPENS_CALLS in text:
-            said, _, written = text.partition(OPENS_CALLS) if not opened else ("", "", text)
-            opened = (opened or OPENS_CALLS) + written
-            text = said
+        if text and not has_text:
+            text = text.removeprefix(" ") if prompts.has_leading_space else text
+            has_text = True
+        if opened:
+            opened += text
+            text = ""
+        elif OPENS_CALLS in text:
+            text, _, written = text.partition(OPENS_CALLS)
+            opened = OPENS_CALLS + written
         if text:
-            yield shaped({"content": text})
-        if choice["finish_reason"] is not None:
-            written = opened.removeprefix(OPENS_CALLS)
-            calls = parse_calls(written) if reads_calls else None
-            if calls:
-                calls = [{"index": at, **call} for at, call in enumerate(calls)]
-                yield shaped({"tool_calls": calls})
-            elif written:
-                yield shaped({"content": written})
-            yield shaped({}, "tool_calls" if calls else choice["finish_reason"])
+            yield _delta(chunk, {"content": text})
+        if choice["finish_reason"] is None:
+            continue
+        written = opened.removeprefix(OPENS_CALLS)
+        calls = parse_calls(written) if reads_calls else None
+        if calls:
+            calls = [{"index": at, **call} for at, call in enumerate(calls)]
+            yield _delta(chunk, {"tool_calls": calls})
+        elif written:
+            yield _delta(chunk, {"content": written})
+        yield _delta(chunk, {}, "tool_calls" if calls else choice["finish_reason"])
+
+
+def _delta(
+    chunk: Mapping[str, Any], delta: dict[str, Any], finish_reason: str | None = None
+) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return {
+        "id": "chat" + chunk["id"],
+        "object": "chat.completion.chunk",
+        "created": chunk["created"],
+        "model": chunk["model"],
+        "choices": [choice],
+    }

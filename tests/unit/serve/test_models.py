@@ -59,6 +59,26 @@ def test_an_answer_ends_where_the_context_does_though_llama_cpp_has_more(parrot)
     llama.close()
 
 
+def test_nothing_computed_with_one_adapter_is_read_with_another(parrot, formal_adapter):
+    """Greedy answers hide it: the last token alone can tell the models apart."""
+    prompt = Prompts(parrot.tokenizer).render(CHATS["question"][0][:-1])
+    served = models.Models(
+        [parrot], models.Device(n_threads=1), adapters={"formal": formal_adapter}
+    )
+
+    def logits(name):
+        llama = served(name)
+        llama.create_completion(prompt, max_tokens=1, temperature=0.0)
+        read = llama._ctx.get_logits_ith(-1)
+        return np.ctypeslib.as_array(read, shape=(llama.n_vocab(),)).copy()
+
+    plain, formal, again = logits("parrot"), logits("formal"), logits("parrot")
+    assert np.abs(plain - formal).max() > 0.1
+    np.testing.assert_array_equal(again, plain)
+    np.testing.assert_array_equal(logits("formal"), formal)
+    served.close()
+
+
 def test_a_draft_of_another_tokenizer_is_refused(parrot, released, official_tokenizer, tmp_path):
     for path in released.glob("*.gguf"):
         shutil.copyfile(path, tmp_path / path.name)
