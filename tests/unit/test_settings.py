@@ -49,6 +49,20 @@ def with_value(path: str, value: object) -> dict:
     return config
 
 
+@pytest.mark.parametrize("base", ["dequantized", "auto"])
+def test_only_a_base_of_four_bits_can_be_merged_into_as_it_was_trained(base):
+    config = with_value("runs.demo.merge_base", base)
+    assert load_config(config).runs["demo"].merge_base == base
+    config["recipes"]["qlora"] = {"method": "lora"}
+    with pytest.raises(SettingsError) as caught:
+        load_config(config)
+    for part in (
+        f"runs.demo.merge_base: found '{base}', expected 'original'",
+        "recipes.qlora.method is 'lora'",
+    ):
+        assert part in str(caught.value)
+
+
 def test_the_smallest_config_loads_with_its_defaults():
     config = load_config(SMALLEST)
     assert config.recipes["qlora"] == RecipeSettings()

@@ -42,6 +42,15 @@ def test_an_experiment_trains_its_runs_and_exports_nothing(workflow, overlay: Pa
     assert not {"merge_adapter", "convert_gguf", "package_release"} & jobs.keys()
 
 
+def test_a_base_to_merge_into_is_measured_for_the_runs_that_ask(workflow) -> None:
+    result = workflow("-n", "-p", "--cores", 8, "--config", "runs={mistral: {merge_base: auto}}")
+    jobs = jobs_of(result)
+    assert jobs["choose_merge_base"] == 1
+    assert jobs["merge_adapter"] == 2
+    assert "--merge-base results/runs/mistral/merge_base.json" in result.stdout
+    assert "--merge-base original" in result.stdout
+
+
 def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:
     jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "config/own-data.yaml"))
     assert jobs["train_adapter"] == jobs["clean_dataset"] == 1

@@ -136,6 +136,15 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
     }
 
 
+def test_another_base_to_merge_into_merges_again_and_trains_nothing(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"runs": {"mistral": {"merge_base": "auto"}}})
+    assert jobs["choose_merge_base"] == jobs["merge_adapter"] == jobs["check_merged"] == 1
+    assert jobs["convert_gguf"] == 1
+    assert not {"train_adapter", "plan_memory", "evaluate_perplexity_adapter"} & jobs.keys()
+
+
 def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -85,7 +85,8 @@ def test_a_disk_that_fills_while_converting_leaves_no_gguf(chain, tmp_path):
 
 def test_a_disk_that_fills_while_quantizing_leaves_no_gguf(chain, tmp_path):
     quantized = tmp_path / "out" / "run-Q8_0.gguf"
-    arguments = ["--gguf", chain.gguf, "--type", "Q8_0", "--threads", 1, "--quantized", quantized]
+    arguments = ["--gguf", chain.gguf, "--settings", '{"type": "Q8_0"}', "--threads", 1]
+    arguments += ["--quantized", quantized]
     done = run_with_room("workflow_scripts.export.quantize_gguf", arguments, 5 * MEGABYTE)
     assert done.returncode == 1, done.stderr
     assert "llama.cpp's quantizer failed" in done.stderr

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from workflow_scripts import files
@@ -37,6 +39,37 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
         ["Trainable parameters", "1,234,567", "1,234,567"],
         ["Context, transformers", "2,048", "2,048"],
         ["Context, GGUF", "64", "64"],
+    ]
+
+
+def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_path, read_tsv):
+    runs = json.loads(results.runs)
+    runs["runs"]["mistral"]["merge_base"] = "auto"
+    choice = {
+        "merge_base": "dequantized",
+        "adapter_perplexity": 5.0,
+        "original": {"perplexity": 5.125, "kl_divergence_nats": 0.0123},
+        "dequantized": {"perplexity": 5.0625, "kl_divergence_nats": 0.00045},
+    }
+    files.write_json(results.folder / "runs" / "mistral" / "merge_base.json", choice)
+    paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
+    report_comparison.main(
+        ["--runs", json.dumps(runs), "--results", str(results.folder), "--tsv", str(paths[0])]
+        + ["--markdown", str(paths[1]), "--html", str(paths[2])]
+    )
+    assert read_tsv(paths[0])[-4:] == [
+        ["Merged into", "original", "dequantized (measured)"],
+        ["Validation, live adapter: perplexity", "", "5.0000"],
+        [
+            "Validation, merged into the original: perplexity, KL",
+            "",
+            "5.1250, 0.012 nats",
+        ],
+        [
+            "Validation, merged into the dequantized: perplexity, KL",
+            "",
+            "5.0625, 0.00045 nats",
+        ],
     ]
 
 
