@@ -83,7 +83,9 @@ def released_files(release: Path) -> list[Path]:
         for match in map(LINE.fullmatch, sums.read_text(encoding="utf-8").splitlines())
         if match
     )
-    there = {path.name for path in release.iterdir()} - {sums.name}
+    # Snakemake keeps a hidden file of its own in a folder that it made.
+    names = {path.name for path in release.iterdir()}
+    there = {name for name in names if not name.startswith(".")} - {sums.name}
     if there != listed.keys():
         differing = sorted(there ^ listed.keys())
         raise StageError(

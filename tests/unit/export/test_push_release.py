@@ -26,11 +26,16 @@ def release(tmp_path):
     (folder / "README.md").write_text("---\nbase_model: owner/name\n---\n# run\n")
     files.write_json(folder / "provenance.json", {"run": "run"})
     write_sums(folder)
+    (folder / ".snakemake_timestamp").touch()  # as in every folder that is a rule's output
     return folder
 
 
+def released(folder):
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+
+
 def write_sums(folder):
-    paths = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    paths = [path for path in released(folder) if path.name != "SHA256SUMS"]
     lines = [f"{files.sha256(path)}  {path.name}\n" for path in paths]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
@@ -59,7 +64,7 @@ def test_a_push_leaves_every_file_on_the_hub_as_it_is_here(push, hub, release):
     assert name == "me/run-GGUF"
     uploaded = hub.repositories[name]
     assert uploaded.is_private
-    assert uploaded.files == {path.name: path.read_bytes() for path in release.iterdir()}
+    assert uploaded.files == {path.name: path.read_bytes() for path in released(release)}
     assert uploaded.lfs_paths == {"run-Q4_K_M.gguf"}
     assert uploaded.commits == ["Release of run"]
     assert f"{hub.address}/me/run-GGUF/commit/" in done.stderr
@@ -78,7 +83,7 @@ def test_a_dry_run_says_what_would_be_uploaded_and_asks_nobody(push, hub, releas
     done = push(release, token="", dry_run=True)
     assert done.returncode == 0, done.stderr
     assert not hub.requests
-    for path in release.iterdir():
+    for path in released(release):
         assert f"{path.stat().st_size:,}  me/run-GGUF/{path.name}" in done.stdout
     assert "nothing was uploaded" in done.stdout
 
