@@ -26,6 +26,7 @@ localrules:
     report,
     experiment,
     sweep,
+    push_release,
 
 
 rule all:

@@ -357,6 +357,24 @@ def release_files():
     return expand("results/runs/{run}/release", run=RUNS)
 
 
+def release_json(name):
+    """The config of a run, resolved, as its release tells it: what changes a file of it or a figure;
+    how pages are previewed and speed is timed does not."""
+    run = CONFIG.runs[name]
+    entries = {
+        field: json.loads(settings_json(f"{field}s", getattr(run, field)))
+        for field in ("model", "dataset", "packing", "recipe")
+    }
+    entries["dataset"].pop("preview")
+    return json.dumps(
+        {
+            **entries,
+            "gguf": CONFIG.gguf.model_dump(),
+            "evaluation": json.loads(scoring_json()),
+        }
+    )
+
+
 def trained_precision(wildcards):
     """How the base of a run was loaded for training; its scores as trained are taken on the same."""
     method = CONFIG.recipes[CONFIG.runs[wildcards.run].recipe].method

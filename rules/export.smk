@@ -274,6 +274,10 @@ rule package_release:
         gguf_check="results/runs/{run}/gguf_check.json",
         scores=lambda wildcards: run_scores(wildcards.run),
         base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
+        dataset=lambda wildcards: expand(
+            of_run("results/data/{dataset}/clean/{{split}}.parquet")(wildcards),
+            split=["train", "validation", "test"],
+        ),
     output:
         release=directory("results/runs/{run}/release"),
     log:
@@ -287,11 +291,30 @@ rule package_release:
         runtime=30,  # minutes
     params:
         settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
+        config=lambda wildcards: release_json(wildcards.run),
+        quantized_by=flagged("--quantized-by", [CONFIG.push.owner] if CONFIG.push.owner else []),
+        benchmarks="benchmarks/runs/{run}",
         output_version=output_version("export/package_release"),
     shell:
         "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"
         " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
         " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
         " --manifest {input.manifest:q} --checks {input.merged_check:q} {input.gguf_check:q}"
-        " --scores {input.base_scores:q} {input.scores:q} --release {output.release:q}"
-        " > {log:q} 2>&1"
+        " --scores {input.base_scores:q} {input.scores:q} --dataset {input.dataset:q}"
+        " --config {params.config:q} --benchmarks {params.benchmarks:q} {params.quantized_by:q}"
+        " --release {output.release:q} > {log:q} 2>&1"
+
+
+rule push_release:
+    """Releases to the Hub; a dry run unless `push.dry_run` is false. Has no file: it asks the Hub."""
+    input:
+        releases=release_files(),
+    log:
+        "logs/push_release.log",
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=CONFIG.push.model_dump_json(),
+    shell:
+        "python -m workflow_scripts.export.push_release --releases {input.releases:q}"
+        " --settings {params.settings:q} 2>&1 | tee {log:q}"

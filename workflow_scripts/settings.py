@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from workflow_scripts import sweeps
 from workflow_scripts.log import StageError
@@ -152,6 +160,8 @@ class ModelSettings(Settings):
     files."""
     rope_scaling: RopeScalingSettings | None = None
     """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
+    license: str | None = None
+    """Licence of the base model by the Hub's name (`apache-2.0`), for the model card."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
@@ -593,20 +603,41 @@ class MixSettings(Settings):
         return not IGNORE_IMATRIX.issuperset({self.type, *self.tensors.values()})
 
 
+def _is_made(name: object, info: ValidationInfo) -> object:
+    """A name of `gguf.quantizations`: a type, or a mix."""
+    mixes, imatrix = info.data.get("mixes"), info.data.get("imatrix")
+    if mixes is None or imatrix is None:  # they have errors of their own
+        return name
+    known = [*get_args(QuantizationType), *mixes]
+    if name not in known:
+        raise ValueError(
+            f"found {name!r}, expected a type of llama.cpp's or an entry of gguf.mixes"
+            f" ({_did_you_mean(str(name), known)})"
+        )
+    mix = mixes.get(name) or MixSettings(type=name)
+    if imatrix.use == "never" and mix.needs_imatrix:
+        raise ValueError(
+            f"found {name!r}, which llama.cpp makes with an importance matrix only;"
+            " set gguf.imatrix.use: auto"
+        )
+    return name
+
+
+Quantization = Annotated[QuantizationType | Name, BeforeValidator(_is_made)]
+
+
 class GgufSettings(Settings):
     """`gguf`: what is made of the merged model."""
 
-    quantizations: Annotated[list[QuantizationType | Name], Field(min_length=1)] = [
-        "Q8_0",
-        "Q4_K_M",
-    ]
-    """llama.cpp quantization types, and names of `mixes`; F16 is always made, it is their
-    source."""
+    # First, as `quantizations` is checked by them.
     mixes: dict[Name, MixSettings] = {}
     """Quantizations of your own, by name: `{Q4_K_L: {type: Q4_K_M, output: Q8_0, token_embd:
     Q8_0}}`."""
     imatrix: ImatrixSettings = ImatrixSettings()
     """The importance matrix of the quantizations."""
+    quantizations: Annotated[list[Quantization], Field(min_length=1)] = ["Q8_0", "Q4_K_M"]
+    """llama.cpp quantization types, and names of `mixes`; F16 is always made, it is their
+    source."""
 
     @model_validator(mode="after")
     def _each_is_one(self) -> GgufSettings:
@@ -626,6 +657,17 @@ class GgufSettings(Settings):
         """Whether a quantization is made with the importance matrix."""
         mix = self.mix(name)
         return mix.needs_imatrix or (self.imatrix.use == "always" and mix.takes_imatrix)
+
+
+class PushSettings(Settings):
+    """`push`: releases on the Hugging Face Hub (`snakemake push_release`)."""
+
+    owner: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """User or organization whose `owner/<run>-GGUF` a run's release goes to."""
+    private: bool = True
+    """A repository that is made for a release is private."""
+    dry_run: bool = True
+    """Say what would be uploaded, and upload nothing."""
 
 
 class GateSettings(Settings):
@@ -707,6 +749,8 @@ class Config(Settings):
     """Names of the runs to build; in an overlay this list replaces the one before."""
     gguf: GgufSettings = GgufSettings()
     """GGUF files."""
+    push: PushSettings = PushSettings()
+    """Releases on the Hub."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
@@ -732,7 +776,6 @@ class Config(Settings):
                 )
         if len(set(self.build)) != len(self.build):
             problems.append("build: a run stands twice")
-        problems += _quantization_problems(self.gguf)
         for run_name in self.build:
             run = self.runs.get(run_name)
             recipe = run and self.recipes.get(run.recipe)
@@ -777,22 +820,6 @@ class Config(Settings):
             generate = entry.generate.model_copy(update={"n_pretraining_steps": limit})
             return entry.model_copy(update={"generate": generate})
         return entry
-
-
-def _quantization_problems(gguf: GgufSettings) -> Iterator[str]:
-    known = [*get_args(QuantizationType), *gguf.mixes]
-    for at, name in enumerate(gguf.quantizations):
-        path = f"gguf.quantizations.{at}"
-        if name not in known:
-            yield (
-                f"{path}: found {name!r}, expected a type of llama.cpp's or an entry of gguf.mixes"
-                f" ({_did_you_mean(name, known)})"
-            )
-        elif gguf.imatrix.use == "never" and gguf.mix(name).needs_imatrix:
-            yield (
-                f"{path}: found {name!r}, which llama.cpp makes with an importance matrix only;"
-                " set gguf.imatrix.use: auto"
-            )
 
 
 RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "recipe": "recipes"}

@@ -164,6 +164,15 @@ def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
     assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
 
 
+def test_who_publishes_is_in_the_card_and_how_runs_nothing_again(
+    tiny: Path, tmp_path: Path
+) -> None:
+    assert changed(tiny, tmp_path, {"push": {"private": False, "dry_run": False}}) == {}
+    assert changed(tiny, tmp_path, {"push": {"owner": "me"}}) == {"package_release": 2}
+    licence = {"models": {"demo": {"license": "psfl"}}}
+    assert changed(tiny, tmp_path, licence) == {"package_release": 2}
+
+
 @pytest.mark.parametrize("target", ["data", "train", "export", "evaluate", "report"])
 def test_every_stage_target_is_finished_once_all_is(tiny: Path, target: str) -> None:
     assert jobs_of(snakemake_in(tiny)("-n", target, "--cores", 8, "--configfile", TINY)) == {}

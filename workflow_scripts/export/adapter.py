@@ -204,8 +204,7 @@ class Adapter:
         return next(iter(sizes.values()), None)
 
     def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) of a parameter, or of the part of it, float32; of the last
-        one asked for they are kept."""
+        """A (rank, in) and B (out, rank) of a part, float32; of the last one asked for, kept."""
         if self._last is not None and self._last[0] == part:
             return self._last[1:]
         stem, name = self._factors[part.parameter]

@@ -148,7 +148,9 @@ class Collector:
     def _values(self, tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
         """(d3, d2, d1, d0): the tensor where it lies, or its copy out of a device's memory."""
         n_bytes = self._ggml.tensor_bytes(ctypes.addressof(tensor))
-        if self._ggml.is_host(tensor.buffer):
+        # A view (which experts a token was sent to) lies in another tensor's memory.
+        owner = Tensor.from_address(tensor.view_source) if tensor.view_source else tensor
+        if self._ggml.is_host(owner.buffer):
             memory = (ctypes.c_char * n_bytes).from_address(tensor.data)
         else:
             memory = ctypes.create_string_buffer(n_bytes)

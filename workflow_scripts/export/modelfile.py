@@ -1,8 +1,11 @@
 """The Ollama Modelfile of a release.
 
 Left to itself Ollama picks a template by likeness, and for Mistral one whose stop words are another
-family's; so template, stop words and context are written out. The template is what mistral-common
-renders for chats with an optional system prompt; tools are not in it.
+family's; so template, stop words, context and sampling are written out. The template is what
+mistral-common renders, with system prompt and tools. Two things a Go template cannot do: the JSON
+of a tool's parameters and of a call's arguments is spelled by Ollama (no spaces, keys in its
+order), and a tool's result that is JSON stays a text. Call ids need an Ollama whose templates know
+them (`.ID`, `.ToolCallID`: since November 2025).
 
 Source: https://docs.ollama.com/modelfile, https://docs.ollama.com/template (Go templates).
 """
@@ -11,13 +14,40 @@ from __future__ import annotations
 
 from workflow_scripts.log import StageError
 
+# What a release is run with unless more is asked for: all 128,000 tokens of a 12B would take 21 GB
+# for keys and values alone.
+DEFAULT_CONTEXT_TOKENS = 8192
+# How a release answers unless it is asked otherwise. Written out as Ollama and llama-cpp-python
+# default to a repetition penalty of 1.1, which no figure of the card was measured with.
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
+
 # `~` stands for the space that SentencePiece versions put before a text and tekken does not.
-# Up to v3 the system prompt goes in front of the last user message (v1: the first).
+# Up to v3 the system prompt goes in front of the last user message (v1: the first), and from v2 on
+# the tools go before the last one; v2 forgets the tool calls of earlier turns. Ollama takes the
+# first text under `.ToolCalls` for what announces a call, so nothing else stands in it.
+_TOOLS = (
+    "{{ if and (eq $i $last) $.Tools }}[AVAILABLE_TOOLS]~["
+    "{{ range $n, $_ := $.Tools }}{{ if $n }}, {{ end }}"
+    '{"type": "function", "function": {"name": {{ json .Function.Name }}, '
+    '"description": {{ json .Function.Description }}, '
+    '"parameters": {{ json .Function.Parameters }}}}'
+    "{{ end }}][/AVAILABLE_TOOLS]{{ end }}"
+)
+_CALLS = (
+    '{{ if .ToolCalls }}[TOOL_CALLS]{{ "~[" }}'
+    "{{ range $n, $_ := .ToolCalls }}{{ if $n }}, {{ end }}"
+    '{"name": {{ json .Function.Name }}, "arguments": {{ json .Function.Arguments }}'
+    '{{ if .ID }}, "id": {{ json .ID }}{{ end }}}'
+    "{{ end }}]{{ end }}"
+)
 _LAST_USER = (
-    "{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 }}"
-    '{{- if eq .Role "user" }}[INST]~{{ if and $last $.System }}{{ $.System }}\n\n{{ end }}'
-    '{{ .Content }}[/INST]{{- else if eq .Role "assistant" }}~{{ .Content }}</s>'
-    "{{- end }}{{- end }}"
+    "{{- $last := -1 }}{{- range $i, $_ := .Messages }}"
+    '{{- if eq .Role "user" }}{{- $last = $i }}{{- end }}{{- end }}'
+    "{{- range $i, $_ := .Messages }}"
+)
+_USER = (
+    '{{- if eq .Role "user" }}' + _TOOLS + "[INST]~"
+    "{{ if and (eq $i $last) $.System }}{{ $.System }}\n\n{{ end }}{{ .Content }}[/INST]"
 )
 _V1 = (
     '{{- range $i, $_ := .Messages }}{{- if eq .Role "user" }} [INST] '
@@ -25,10 +55,37 @@ _V1 = (
     '{{- else if eq .Role "assistant" }} {{ .Content }}</s>'
     "{{- end }}{{- end }}"
 )
+_V2 = (
+    _LAST_USER
+    + _USER
+    + '{{- else if eq .Role "assistant" }}'
+    + "{{ if and .ToolCalls (gt $i $last) }}"
+    + _CALLS.replace('{{ if .ID }}, "id": {{ json .ID }}{{ end }}', "")
+    + "</s>{{ else if .Content }}~{{ .Content }}</s>{{ end }}"
+    + '{{- else if and (eq .Role "tool") (gt $i $last) }}[TOOL_RESULTS]~'
+    '[{"name": {{ if .ToolName }}{{ json .ToolName }}{{ else }}null{{ end }}, '
+    '"content": {{ json .Content }}}][/TOOL_RESULTS]'
+    "{{- end }}{{- end }}"
+)
+_V3 = (
+    _LAST_USER
+    + _USER
+    + '{{- else if eq .Role "assistant" }}'
+    + _CALLS
+    + "{{ if and .Content (not .ToolCalls) }}~{{ .Content }}{{ end }}</s>"
+    '{{- else if eq .Role "tool" }}[TOOL_RESULTS]~'
+    '{"content": {{ json .Content }}, "call_id": {{ json .ToolCallID }}}[/TOOL_RESULTS]'
+    "{{- end }}{{- end }}"
+)
 _V7 = (
-    '{{- range .Messages }}{{- if eq .Role "system" }}[SYSTEM_PROMPT]~{{ .Content }}'
-    '[/SYSTEM_PROMPT]{{- else if eq .Role "user" }}[INST]~{{ .Content }}[/INST]'
-    '{{- else if eq .Role "assistant" }}~{{ .Content }}</s>'
+    _LAST_USER
+    + '{{- if eq .Role "system" }}[SYSTEM_PROMPT]~{{ .Content }}[/SYSTEM_PROMPT]'
+    + '{{- else if eq .Role "user" }}'
+    + _TOOLS
+    + "[INST]~{{ .Content }}[/INST]"
+    '{{- else if eq .Role "assistant" }}{{ if .Content }}~{{ .Content }}{{ end }}' + _CALLS + "</s>"
+    '{{- else if eq .Role "tool" }}[TOOL_RESULTS]~{{ .ToolCallID }}'
+    "[TOOL_CONTENT]~{{ .Content }}[/TOOL_RESULTS]"
     "{{- end }}{{- end }}"
 )
 
@@ -42,12 +99,14 @@ def chat_template(tokenizer_version: str) -> str:
     match tokenizer_version:
         case "v1":
             return _V1
-        case "v2" | "v3":
-            return _LAST_USER.replace("~", " ")
+        case "v2":
+            return _V2.replace("~", " ")
+        case "v3":
+            return _V3.replace("~", " ")
         case "v7":
             return _V7.replace("~", " ")
         case "tekken":
-            return _LAST_USER.replace("~", "")
+            return _V3.replace("~", "")
     raise StageError("no Ollama template is known for the tokenizer", found=tokenizer_version)
 
 
@@ -57,12 +116,13 @@ def modelfile(gguf: str, *, tokenizer_version: str, context_tokens: int) -> str:
     Args:
         gguf: file name, beside the Modelfile.
         tokenizer_version: of facts.json.
-        context_tokens: what the GGUF may be run with.
+        context_tokens: what the GGUF may be run with, at most.
     """
     return (
         f"FROM ./{gguf}\n"
         f'TEMPLATE """{chat_template(tokenizer_version)}"""\n'
         'PARAMETER stop "</s>"\n'
         'PARAMETER stop "[INST]"\n'
-        f"PARAMETER num_ctx {context_tokens}\n"
+        f"PARAMETER num_ctx {min(context_tokens, DEFAULT_CONTEXT_TOKENS)}\n"
+        + "".join(f"PARAMETER {name} {value:g}\n" for name, value in SAMPLING.items())
     )

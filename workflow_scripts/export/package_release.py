@@ -3,7 +3,7 @@
 python -m workflow_scripts.export.package_release --name mistral --settings '{…}' --ggufs *.gguf
     --facts facts.json --tokenizer tokenizer/ --checkpoint checkpoint/ --manifest
     training_manifest.json --checks merged_check.json gguf_check.json --scores base.json …
-    --release release/
+    --dataset clean/*.parquet --config '{…}' --release release/
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
-from workflow_scripts.export import modelfile
+from workflow_scripts.export import modelfile, provenance
 from workflow_scripts.models.checkpoint import served_context
-from workflow_scripts.settings import RunSettings, settings_from_json
+from workflow_scripts.models.tokenizer_files import find_tokenizer
+from workflow_scripts.settings import HUB_ID, RunSettings, settings_from_json
 
-OUTPUT_VERSION = 1
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mistral-common", "llama-cpp-python")
+OUTPUT_VERSION = 2
 logger = log.stage_logger("package_release")
 
 
@@ -36,9 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="training manifest")
     parser.add_argument("--checks", type=Path, nargs="+", required=True, help="the gates' JSON")
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="of every link")
+    parser.add_argument("--dataset", type=Path, nargs="+", required=True, help="cleaned splits")
+    parser.add_argument("--config", required=True, help="JSON: the entries that the run combines")
+    parser.add_argument("--benchmarks", type=Path, help="folder of Snakemake's benchmarks")
+    parser.add_argument("--quantized-by", help="for the model card: user or organization")
     parser.add_argument("--release", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
     run = settings_from_json(RunSettings, arguments.settings)
+    config = json.loads(arguments.config)
     facts = files.read_json(arguments.facts)
     scores = {path.stem: files.read_json(path) for path in arguments.scores}
     source_file = arguments.checkpoint / "source.json"
@@ -56,32 +61,72 @@ def main(argv: Sequence[str] | None = None) -> None:
                 context_tokens=served_context(facts),
             ),
         )
-        for path in sorted(arguments.tokenizer.iterdir()):
-            if path.name in ("chat_template.jinja", "tokenizer_config.json"):
-                files.copy_or_link(path, folder / path.name)
+        # Mistral's own tokenizer file: what the release is served with, and can be checked by.
+        shipped = ("chat_template.jinja", "tokenizer_config.json")
+        shipped += (find_tokenizer(arguments.tokenizer, facts["tokenizer_version"]).name,)
+        for name in shipped:
+            files.copy_or_link(arguments.tokenizer / name, folder / name)
         manifest = files.read_json(arguments.manifest)
-        card = model_card(arguments.name, run, source, facts, manifest, scores, arguments.ggufs)
+        front = front_matter(source, config, quantized_by=arguments.quantized_by)
+        card = model_card(
+            arguments.name, run, front, source, facts, manifest, scores, arguments.ggufs
+        )
         files.write_text(folder / "README.md", card)
-        provenance = {
+        origin = {
             "run": arguments.name,
             **run.model_dump(),
-            "base": source,
+            "context_tokens": served_context(facts),
+            "config": provenance.without_folders(config),
+            "base": provenance.without_folders(source),
             "base_files": facts["files"],
+            "dataset_files": provenance.hashes(arguments.dataset),
             "training": manifest,
             "gates": {path.stem: files.read_json(path) for path in arguments.checks},
-            "packages": dict(entry.split("=") for entry in log.versions(*PACKAGES).split()),
+            "scores": scores,
+            "packages": provenance.versions(),
             "python": platform.python_version(),
+            "git_revision": provenance.git_revision(),
+            "hardware": provenance.hardware(),
+            "duration_seconds": (
+                provenance.durations(arguments.benchmarks) if arguments.benchmarks else {}
+            ),
         }
-        files.write_json(folder / "provenance.json", provenance)
+        files.write_json(folder / "provenance.json", origin)
         released = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
         sums = [f"{files.sha256(path)}  {path.name}" for path in released]
         files.write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
     logger.info("packaged n_files=%d path=%s", len(sums) + 1, arguments.release)
 
 
+def front_matter(
+    source: dict[str, Any], config: dict[str, Any], *, quantized_by: str | None
+) -> dict[str, Any]:
+    """What the Hub reads of a card; what is not known is left out.
+
+    Source: https://huggingface.co/docs/hub/model-cards; `quantized_by`: GGUF repositories.
+    """
+    model, dataset = config.get("model", {}), config.get("dataset", {})
+    sources = dataset.get("sources") or {"all": dataset}
+    hub_datasets = sorted({one["hub"] for one in sources.values() if one.get("hub")})
+    is_published = HUB_ID.fullmatch(source["source"]) is not None
+    known = {
+        "base_model": source["source"] if is_published else None,
+        "base_model_relation": "finetune" if is_published else None,
+        "license": model.get("license"),
+        "datasets": hub_datasets,
+        "language": (dataset.get("cleaning") or {}).get("languages"),
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", "llama.cpp", "mistral", "tramontane"],
+        "quantized_by": quantized_by,
+    }
+    return {key: value for key, value in known.items() if value}
+
+
 def model_card(
     name: str,
     run: RunSettings,
+    front: dict[str, Any],
     source: dict[str, Any],
     facts: dict[str, Any],
     manifest: dict[str, Any],
@@ -112,25 +157,23 @@ def model_card(
             " these files."
         )
     method = manifest.get("identity", {}).get("recipe", {}).get("method")
-    header = {
-        "base_model": source["source"],
-        "library_name": "gguf",
-        "pipeline_tag": "text-generation",
-    }
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    base_name = provenance.without_folders(source["source"])
+    quantized = "\n".join(f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} |" for path in ggufs)
     ollama = f"ollama create {name} -f Modelfile && ollama run {name}"
+    n_ctx = min(context, modelfile.DEFAULT_CONTEXT_TOKENS)
     python = (
         "from llama_cpp import Llama\n\n"
-        f'model = Llama("{ggufs[-1].name}", n_ctx={context})\n'
+        f'model = Llama("{ggufs[-1].name}", n_ctx={n_ctx})\n'
         'messages = [{"role": "user", "content": "Hello"}]\n'
         'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
     )
     return f"""---
-{front}
+{header}
 ---
 # {name}
 
-{source["source"]}, fine-tuned{" as a whole" if method == "full" else " with LoRA"} on
+{base_name}, fine-tuned{" as a whole" if method == "full" else " with LoRA"} on
 `{run.dataset}` (packing `{run.packing}`, recipe `{run.recipe}`), merged, and converted to GGUF by
 Tramontane.
 
@@ -144,7 +187,16 @@ line scores the same tokens.
 | --- | ---: | ---: |
 {chr(10).join(rows)}
 
+| file | size, GB |
+| --- | ---: |
+{quantized}
+
+## Limits
+
 {why_context}
+
+Measured is perplexity on chats like those of training, and nothing else: not the truth of answers,
+not safety. What the base model cannot do, or does wrong, this one may inherit.
 
 ## Run it
 
@@ -156,8 +208,8 @@ line scores the same tokens.
 {python}
 ```
 
-`provenance.json` holds the base's file hashes, the training settings, the gates' figures and the
-versions; `sha256sum -c SHA256SUMS` checks the files.
+`provenance.json` holds the settings, the hashes of base and dataset, the gates' figures, versions,
+hardware and durations; `sha256sum -c SHA256SUMS` checks the files.
 """
 
 

@@ -129,8 +129,8 @@ class PackedTrainer(Trainer):
             ) as folder:
                 self._save_to = str(folder)
                 super()._save_checkpoint(model, trial)
-        # A full disk is an OSError to Python, a RuntimeError to torch.save.
-        except (OSError, RuntimeError, SafetensorError) as error:
+        # A full disk is an OSError to Python, a RuntimeError to torch.save, else a StageError.
+        except (OSError, RuntimeError, SafetensorError, StageError) as error:
             if self.args.world_size > 1:
                 raise
             self.n_failed_checkpoints += 1

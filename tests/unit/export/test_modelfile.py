@@ -1,75 +1,108 @@
+"""The Modelfile, its template rendered by Go's own engine.
+
+What this cannot show without Ollama itself: that `ollama create` takes the file, how its runner
+tokenizes the prompt (BOS added, control tokens read from text, as llama.cpp's own tokenizer does in
+the gate check_gguf), and that its parser finds the calls in an answer.
+"""
+
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+from functools import cache
+from pathlib import Path
 
 import pytest
-from jinja2 import Environment
 
-from workflow_scripts.export.modelfile import chat_template, modelfile
+from tests.conftest import OFFICIAL_TOKENIZERS
+from workflow_scripts.export.modelfile import SAMPLING, chat_template, modelfile
 from workflow_scripts.log import StageError
 
-VERSIONS = ["v1", "v2", "v3", "v7", "tekken"]
-ACTION = re.compile(r"\{\{(- )?\s*(.*?)\s*( -)?\}\}", re.DOTALL)
-# Every Go action of our templates as Jinja; another one is a KeyError here.
-AS_JINJA = {
-    "range .Messages": "{% for message in messages %}",
-    "range $i, $_ := .Messages": "{% for message in messages %}",
-    "$last := eq (len (slice $.Messages $i)) 1": "",
-    'if eq .Role "system"': '{% if message.role == "system" %}',
-    'if eq .Role "user"': '{% if message.role == "user" %}',
-    'else if eq .Role "user"': '{% elif message.role == "user" %}',
-    'else if eq .Role "assistant"': '{% elif message.role == "assistant" %}',
-    "if and $last $.System": "{% if loop.last and system %}",
-    "if and (le $i 1) $.System": "{% if loop.index0 <= 1 and system %}",
-    "$.System": "{{ system }}",
-    ".Content": "{{ message.content }}",
+VERSIONS = list(OFFICIAL_TOKENIZERS)
+WITH_TOOLS = [version for version in VERSIONS if version != "v1"]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city, in °C",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
 }
 
 
-def rendered(template, messages):
-    """What Ollama makes of a Go template (https://pkg.go.dev/text/template: a minus sign in an
-    action's delimiter trims all white space beside it), through Jinja."""
-    parts, blocks, trims, at = [], [], False, 0
-    for action in ACTION.finditer(template):
-        text = template[at : action.start()]
-        text = text.lstrip() if trims else text
-        parts.append(text.rstrip() if action.group(1) else text)
-        trims, at = bool(action.group(3)), action.end()
-        go = action.group(2)
-        if go == "end":
-            parts.append(f"{{% end{blocks.pop()} %}}")
-            continue
-        parts.append(AS_JINJA[go])
-        if go.startswith(("range", "if")):
-            blocks.append("for" if go.startswith("range") else "if")
-    parts.append(template[at:].lstrip() if trims else template[at:])
-    assert not blocks
-    environment = Environment(keep_trailing_newline=True)
-    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    return environment.from_string("".join(parts)).render(messages=messages, system=system)
+def call(name, arguments, call_id):
+    spelled = json.dumps(arguments)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": spelled}}
 
 
-def by_mistral_common(path, messages):
-    """mistral-common's own text of the prompt, BOS left out as the GGUF's tokenizer adds it."""
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+def result(name, content, call_id):
+    # Ollama reads `tool_name`, mistral-common `name`.
+    named = {"name": name, "tool_name": name}
+    return {"role": "tool", "content": content, "tool_call_id": call_id, **named}
 
-    tokenizer = MistralTokenizer.from_file(str(path))
-    request = ChatCompletionRequest.from_openai(messages=messages)
-    text = tokenizer.encode_chat_completion(request).text
-    return text.removeprefix("<s>").replace("▁", " ").replace("<0x0A>", "\n")
+
+@pytest.fixture(scope="session")
+def ollama_prompts(tmp_path_factory):
+    """`ollama_prompts([(template, messages, tools), …])`: the prompts, by Go's text/template."""
+    program = tmp_path_factory.mktemp("go") / "ollama_prompt"
+    source = Path(__file__).parent / "ollama_prompt"
+    command = ["go", "build", "-o", str(program), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def render(cases):
+        keys = ("template", "messages", "tools")
+        given = json.dumps([dict(zip(keys, case, strict=True)) for case in cases])
+        done = subprocess.run([str(program)], input=given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return render
 
 
 @pytest.fixture(scope="module")
-def published(official_tokenizer):
-    """The official tokenizer file of a version."""
+def official(exported_tokenizer):
+    """mistral-common's tokenizer of a version, for prompts."""
+    from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 
-    def path(version):
-        if version == "tekken":
-            return official_tokenizer("v3").parent / "tekken_240911.json"
-        return official_tokenizer(version)
+    return cache(
+        lambda version: load_mistral_tokenizer(exported_tokenizer(version), for_training=False)
+    )
 
-    return path
+
+def encoded(official, messages, tools=None):
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    known = [
+        {key: value for key, value in message.items() if key != "tool_name"} for message in messages
+    ]
+    request = ChatCompletionRequest.from_openai(messages=known, tools=tools)
+    return official.encode_chat_completion(request).tokens
+
+
+def with_json_as_values(prompt):
+    """A prompt whose JSON is spelled in one way: no spaces, keys in order."""
+
+    def spelled(match):
+        value = json.loads(match.group(2))
+        return match.group(1) + json.dumps(value, sort_keys=True) + match.group(3)
+
+    for opens, closes in (
+        (r"\[AVAILABLE_TOOLS\]", r"\[/AVAILABLE_TOOLS\]"),
+        (r"\[TOOL_CALLS\]", "</s>"),
+        (r"\[TOOL_RESULTS\]", r"\[/TOOL_RESULTS\]"),
+    ):
+        prompt = re.sub(f"({opens} ?)([\\[{{].*?)({closes})", spelled, prompt)
+    return prompt
 
 
 CHATS = {
@@ -92,11 +125,72 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+TOOL_CHATS = {
+    "tools": CHATS["a system prompt and turns"],
+    "a call": [
+        {"role": "user", "content": "Paris?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [call("get_weather", {"city": "Paris", "days": 2}, "abc123XYZ")],
+        },
+        result("get_weather", 'Sun & "wind"', "abc123XYZ"),
+    ],
+}
+TOOL_CHATS["a call of an earlier turn"] = [
+    *TOOL_CHATS["a call"],
+    {"role": "assistant", "content": "Windy."},
+    {"role": "user", "content": "And now?"},
+]
+TWO_CALLS = [
+    {"role": "system", "content": "Use tools."},
+    {"role": "user", "content": "Weather and time?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [call("get_weather", {"city": "Rom"}, "a" * 9), call("clock", {}, "b" * 9)],
+    },
+    result("get_weather", "Rain", "a" * 9),
+    result("clock", "noon", "b" * 9),
+]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_ollamas_prompt_is_the_one_mistral_common_renders(published, version, chat):
-    found = rendered(chat_template(version), chat)
-    assert found == by_mistral_common(published(version), chat)
+def test_ollamas_prompt_has_the_tokens_that_mistral_common_renders(
+    ollama_prompts, official, exported_tokenizer, version
+):
+    from tokenizers import Tokenizer
+
+    # It reads control tokens from text and adds BOS, as llama.cpp does for Ollama.
+    tokenizer = Tokenizer.from_file(str(exported_tokenizer(version) / "tokenizer.json"))
+    prompts = ollama_prompts([(chat_template(version), chat, None) for chat in CHATS.values()])
+    for chat, prompt in zip(CHATS.values(), prompts, strict=True):
+        assert tokenizer.encode(prompt).ids == encoded(official(version), chat)
+
+
+@pytest.mark.parametrize("version", WITH_TOOLS)
+def test_tools_calls_and_results_stand_where_mistral_common_puts_them(
+    ollama_prompts, official, version
+):
+    """But for the spelling of JSON, which is Go's: compared as values, all else to the letter."""
+    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+    chats = list(TOOL_CHATS.values()) + ([TWO_CALLS] if version != "v2" else [])
+    tools = [WEATHER, CLOCK]
+    prompts = ollama_prompts([(chat_template(version), chat, tools) for chat in chats])
+    for chat, prompt in zip(chats, prompts, strict=True):
+        tokens = encoded(official(version), chat, tools)
+        expected = official(version).decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
+        # SentencePiece shows its pieces as they are.
+        expected = expected.replace("▁", " ").replace("<0x0A>", "\n")
+        assert with_json_as_values("<s>" + prompt) == with_json_as_values(expected)
+
+
+@pytest.mark.parametrize("version", WITH_TOOLS)
+def test_ollama_finds_what_announces_a_call(version):
+    """It takes the first text under the first `if` on .ToolCalls, up to the first action."""
+    under = re.search(r"\{\{ if \.ToolCalls \}\}(.*?)\{\{", chat_template(version))
+    assert under.group(1) == "[TOOL_CALLS]"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -114,19 +208,16 @@ def test_the_template_closes_what_it_opens_and_names_no_other_familys_tokens(ver
     assert '"""' not in template
 
 
-def test_v2_and_v3_share_a_template_and_the_others_do_not():
-    templates = {version: chat_template(version) for version in VERSIONS}
-    assert templates["v2"] == templates["v3"]
-    assert len(set(templates.values())) == 4
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_modelfile_says_file_template_stops_and_context(version):
     text = modelfile("run-Q4_K_M.gguf", tokenizer_version=version, context_tokens=4096)
     assert text.startswith("FROM ./run-Q4_K_M.gguf\n")
     assert f'TEMPLATE """{chat_template(version)}"""\n' in text
     parameters = re.findall(r"^PARAMETER (\w+) (.*)$", text, re.MULTILINE)
-    assert parameters == [("stop", '"</s>"'), ("stop", '"[INST]"'), ("num_ctx", "4096")]
+    assert parameters[:3] == [("stop", '"</s>"'), ("stop", '"[INST]"'), ("num_ctx", "4096")]
+    assert {name: float(value) for name, value in parameters[3:]} == SAMPLING
+    roomy = modelfile("run-Q4_K_M.gguf", tokenizer_version=version, context_tokens=128_000)
+    assert "PARAMETER num_ctx 8192\n" in roomy
 
 
 def test_an_unknown_tokenizer_version_is_a_stage_error():

@@ -6,7 +6,15 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.export import package_release
+from workflow_scripts.export.provenance import PACKAGES
 
+CONFIG = {
+    "model": {"source": "owner/base", "license": "apache-2.0"},
+    "dataset": {
+        "sources": {"a": {"hub": "someone/chats"}, "b": {"files": ["/home/me/mine.jsonl"]}},
+        "cleaning": {"languages": ["en", "de"]},
+    },
+}
 RUN = {"model": "m", "dataset": "chats", "packing": "apart", "recipe": "lora"}
 PERPLEXITIES = {"base": 10.0, "base-nf4": 10.5, "merged": 5.0, "F16": 5.001, "Q4_K_M": 5.5}
 
@@ -22,6 +30,12 @@ def inputs(chain, tmp_path_factory):
     files.write_json(folder / "manifest.json", {"n_steps": 7})
     for gate in ("merged_check", "gguf_check"):
         files.write_json(folder / f"{gate}.json", {"kl_divergence_nats": 1e-7})
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").write_bytes(split.encode())
+    (folder / "benchmarks" / "quantize_gguf").mkdir(parents=True)
+    for step in ("train_adapter", "quantize_gguf/Q8_0"):
+        text = f"s\th:m:s\tmax_rss\n{len(step)}.5\t0:00:01\t1.0\n"
+        (folder / "benchmarks" / f"{step}.tsv").write_text(text)
     return folder
 
 
@@ -32,6 +46,9 @@ def arguments(chain, inputs, release):
     paths += [inputs / "manifest.json", "--checks", inputs / "merged_check.json"]
     paths += [inputs / "gguf_check.json", "--scores"]
     paths += [inputs / f"{name}.json" for name in PERPLEXITIES]
+    paths += ["--dataset", inputs / "train.parquet", inputs / "test.parquet"]
+    paths += ["--config", package_release.json.dumps(CONFIG), "--quantized-by", "me"]
+    paths += ["--benchmarks", inputs / "benchmarks"]
     return [*map(str, paths), "--release", str(release)]
 
 
@@ -60,6 +77,7 @@ def test_sha256sum_verifies_every_file(release):
         "provenance.json",
         "chat_template.jinja",
         "tokenizer_config.json",
+        "tokenizer.model.v3",
     }
 
 
@@ -89,15 +107,33 @@ def test_the_card_has_a_line_a_link_against_the_base(release):
     assert 'Llama("run-Q4_K_M.gguf", n_ctx=300)' in card
 
 
-def test_the_cards_front_matter_is_yaml(release):
-    import yaml
+def test_the_card_lists_every_file_with_its_size(release):
+    card = (release / "README.md").read_text()
+    for path in release.glob("*.gguf"):
+        assert f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} |" in card
 
-    _, front, _ = (release / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "base_model": "m",
+
+def test_the_hubs_library_reads_the_cards_front_matter(release):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(release / "README.md", ignore_metadata_errors=False)
+    assert card.data.to_dict() == {
+        "license": "apache-2.0",
+        "datasets": ["someone/chats"],
+        "language": ["en", "de"],
         "library_name": "gguf",
         "pipeline_tag": "text-generation",
+        "tags": ["gguf", "llama.cpp", "mistral", "tramontane"],
+        "quantized_by": "me",
     }
+    assert card.text.lstrip().startswith("# run\n")
+    # Written out again by the library it is the same card: nothing of it was lost in reading.
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_what_is_not_known_is_not_in_the_front_matter():
+    front = package_release.front_matter({"source": "demo"}, {}, quantized_by=None)
+    assert front.keys() == {"library_name", "pipeline_tag", "tags"}
 
 
 def test_the_modelfile_runs_the_last_file_within_the_window(release):
@@ -106,7 +142,7 @@ def test_the_modelfile_runs_the_last_file_within_the_window(release):
     assert "PARAMETER num_ctx 300" in lines
 
 
-def test_the_provenance_says_what_it_was_made_of(release, chain):
+def test_the_provenance_says_what_it_was_made_of(release, chain, inputs):
     provenance = files.read_json(release / "provenance.json")
     assert provenance["run"] == "run"
     assert {key: provenance[key] for key in RUN} == RUN
@@ -115,20 +151,44 @@ def test_the_provenance_says_what_it_was_made_of(release, chain):
     assert weights["sha256"] == files.sha256(chain.checkpoint / "model.safetensors")
     assert provenance["training"] == {"n_steps": 7}
     assert provenance["gates"].keys() == {"merged_check", "gguf_check"}
-    assert provenance["packages"].keys() == set(package_release.PACKAGES)
+    assert provenance["packages"].keys() == set(PACKAGES)
+    assert provenance["context_tokens"] == 300
+    for split in ("train", "test"):
+        assert provenance["dataset_files"][f"{split}.parquet"] == {
+            "sha256": files.sha256(inputs / f"{split}.parquet"),
+            "size_bytes": len(split),
+        }
+    assert provenance["duration_seconds"] == {"quantize_gguf/Q8_0": 18.5, "train_adapter": 13.5}
+    assert {key: provenance["scores"][key]["perplexity"] for key in PERPLEXITIES} == PERPLEXITIES
+    assert provenance["hardware"]["n_cpus"] >= 1
+    assert provenance["hardware"]["memory_bytes"] > 1e8
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    if git.returncode == 0:
+        assert provenance["git_revision"].removesuffix("-dirty") == git.stdout.strip()
+
+
+def test_a_release_names_no_folder_of_this_machine(release, inputs):
+    """It may be published."""
+    assert files.read_json(release / "provenance.json")["config"]["dataset"]["sources"]["b"] == {
+        "files": ["mine.jsonl"]
+    }
+    for name in ("provenance.json", "README.md", "Modelfile", "SHA256SUMS"):
+        text = (release / name).read_text()
+        assert "/home/" not in text and str(inputs) not in text
 
 
 def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path):
     import yaml
 
     checkpoint = tmp_path / "checkpoint"
-    source = {"source": "hf://mistralai/Mistral-7B-v0.1", "revision": "abc"}
+    source = {"source": "mistralai/Mistral-7B-v0.1", "commit": "abc"}
     files.write_json(checkpoint / "source.json", source)
     moved = chain._replace(checkpoint=checkpoint)
     package_release.main(arguments(moved, inputs, tmp_path / "release"))
     assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
     card = (tmp_path / "release" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == source["source"]
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == (source["source"], "finetune")
 
 
 def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):

@@ -1,0 +1,3 @@
+module ollama_prompt
+
+go 1.24

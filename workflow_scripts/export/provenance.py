@@ -1,0 +1,79 @@
+"""Where a release comes from: settings, hashes, versions, machine, durations.
+
+Nothing of it names a folder of the machine it was made on: a release may be published.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mistral-common", "llama-cpp-python")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide a release's numbers."""
+    return {package: metadata.version(package) for package in PACKAGES}
+
+
+def git_revision() -> str | None:
+    """Commit of the workflow, `-dirty` where tracked files differ from it; None outside of git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def hardware() -> dict[str, Any]:
+    """The machine that this runs on; what training ran on is in its manifest."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
+    return {
+        "architecture": platform.machine(),
+        "cpu": model,
+        "n_cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def durations(benchmarks: Path) -> dict[str, float]:
+    """Seconds of a run's steps, from Snakemake's benchmark files: `quantize_gguf/Q8_0` → 12.3."""
+    seconds = {}
+    for path in sorted(benchmarks.rglob("*.tsv")):
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+        step = path.relative_to(benchmarks).with_suffix("").as_posix()
+        seconds[step] = float(rows[-1]["s"])
+    return seconds
+
+
+def hashes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Of files by their names."""
+    return {
+        path.name: {"sha256": files.sha256(path), "size_bytes": path.stat().st_size}
+        for path in paths
+    }
+
+
+def without_folders(value: Any) -> Any:
+    """A JSON value, absolute paths in it cut down to their names."""
+    match value:
+        case dict():
+            return {key: without_folders(inner) for key, inner in value.items()}
+        case list():
+            return [without_folders(inner) for inner in value]
+        case str() if value.startswith(("/", "~")):
+            return Path(value).name
+    return value

@@ -1,0 +1,87 @@
+"""What is served: a GGUF, the tokenizer it was trained with, and the context it may be run with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+from workflow_scripts.models.tokenizer_files import find_tokenizer
+
+FROM = re.compile(r"^FROM \./(.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One model of one release."""
+
+    name: str
+    """The run's, or the file's where a file was named."""
+    gguf: Path
+    tokenizer: Path
+    """Folder of Mistral's own tokenizer file."""
+    context_tokens: int
+    """Usable context: what the GGUF states, which is capped at the sliding window."""
+
+
+def read(path: Path) -> Release:
+    """A release by its folder (the file its Modelfile runs) or by one of its GGUFs.
+
+    Any folder with GGUFs and the tokenizer file of their model will do.
+
+    Raises:
+        StageError: no such GGUF, several to choose from, or no tokenizer beside it.
+    """
+    folder = path if path.is_dir() else path.parent
+    gguf = _default_gguf(path) if path.is_dir() else path
+    if not gguf.is_file():
+        raise StageError(
+            "there is no such release",
+            where=gguf,
+            expected="a folder of package_release, or a GGUF in one",
+        )
+    find_tokenizer(folder)
+    provenance = folder / "provenance.json"
+    is_run = path.is_dir() and provenance.is_file()
+    name = files.read_json(provenance)["run"] if is_run else gguf.stem
+    return Release(name, gguf, folder, context_of(gguf))
+
+
+def context_of(gguf: Path) -> int:
+    """The context that a GGUF states, in tokens, read without its weights.
+
+    Raises:
+        StageError: llama.cpp cannot read the file.
+    """
+    import llama_cpp
+    from llama_cpp._internals import LlamaModel
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    try:
+        model = LlamaModel(path_model=str(gguf), params=parameters, verbose=False)
+    except ValueError as error:
+        raise StageError("llama.cpp cannot read the GGUF", where=gguf, found=error) from error
+    metadata = model.metadata()
+    model.close()
+    return int(metadata[f"{metadata['general.architecture']}.context_length"])
+
+
+def _default_gguf(folder: Path) -> Path:
+    modelfile = folder / "Modelfile"
+    named = FROM.search(modelfile.read_text(encoding="utf-8")) if modelfile.is_file() else None
+    if named:
+        return folder / named.group(1)
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise StageError(
+            "which GGUF of the folder is meant",
+            where=folder,
+            found=", ".join(path.name for path in found) or "none",
+            to_fix="name the file",
+        )
+    return found[0]

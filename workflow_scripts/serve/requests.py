@@ -1,0 +1,91 @@
+"""A chat request as current OpenAI clients send it, and why one is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llama_cpp.server.types import CreateChatCompletionRequest
+from pydantic import model_validator
+from starlette.responses import JSONResponse
+
+from workflow_scripts.export.modelfile import SAMPLING
+from workflow_scripts.serve.answers import forced_tools
+from workflow_scripts.serve.models import Models
+from workflow_scripts.serve.prompts import UnusableChat
+
+
+class ChatRequest(CreateChatCompletionRequest):
+    """llama-cpp-python's request, as far as it is too narrow made wider."""
+
+    # Checked when the prompt is rendered: the library's types refuse what clients send (a null
+    # `content` beside tool calls).
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    temperature: float = SAMPLING["temperature"]
+    top_p: float = SAMPLING["top_p"]
+    min_p: float = SAMPLING["min_p"]
+    top_k: int = int(SAMPLING["top_k"])
+    repeat_penalty: float = SAMPLING["repeat_penalty"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_library_knows_it(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        # What a client leaves to the server it may send as null.
+        body = {key: value for key, value in body.items() if value is not None}
+        if "max_completion_tokens" in body:
+            body["max_tokens"] = body.pop("max_completion_tokens")
+        response_format = body.get("response_format")
+        if isinstance(response_format, dict) and response_format.get("type") == "json_schema":
+            schema = (response_format.get("json_schema") or {}).get("schema")
+            body["response_format"] = {"type": "json_object", "schema": schema}
+        return body
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error in OpenAI's shape."""
+
+    status: int
+    message: str
+    code: str
+    param: str | None = None
+
+
+def refusal(body: ChatRequest, served: Models) -> Refusal | None:
+    """Why a request cannot be answered, said before a stream begins; None where it can."""
+    if body.model is not None and body.model not in served:
+        found = ", ".join(served)
+        message = f"The model `{body.model}` is not served here; there are: {found}"
+        return Refusal(404, message, "model_not_found", "model")
+    if body.logprobs:
+        return Refusal(400, "logprobs are not kept by this server", "unsupported", "logprobs")
+    if body.n not in (None, 1):
+        return Refusal(400, "one answer a request (n=1)", "unsupported", "n")
+    tools = None if body.tool_choice == "none" else body.tools
+    try:
+        n_tokens = len(served.prompts(body.model).render(body.messages, tools))
+        forced_tools(tools, body.tool_choice)
+    except UnusableChat as error:
+        return Refusal(400, str(error), "invalid_messages", "messages")
+    n_ctx = served.n_ctx(body.model)
+    if n_tokens >= n_ctx:
+        message = (
+            f"The prompt has {n_tokens} tokens; the context is {n_ctx} tokens, answer included"
+        )
+        return Refusal(400, message, "context_length_exceeded", "messages")
+    return None
+
+
+def refused(reason: Refusal) -> JSONResponse:
+    error = {
+        "message": reason.message,
+        "type": "invalid_request_error",
+        "param": reason.param,
+        "code": reason.code,
+    }
+    return JSONResponse({"error": error}, status_code=reason.status)
