@@ -20,7 +20,7 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.export import llama_cpp_source
-from workflow_scripts.export.merge_adapter import merged_config
+from workflow_scripts.export.merge_adapter import stretched_config
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import served_context
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = files.read_json(arguments.facts)
     config = files.read_json(arguments.merged / "config.json")
     if arguments.tokenizer:  # a merged model's positions are stretched already
-        config = merged_config(config, facts, None)
+        config = stretched_config(config, facts)
     check_vocabulary(arguments.tokenizer or arguments.merged, facts)
     check_positions(arguments.merged, config, facts)
 
