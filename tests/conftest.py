@@ -41,6 +41,14 @@ settings.register_profile(
 settings.load_profile("tramontane")
 
 
+LONGEST = ("tests/workflow/", "tests/unit/train/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits for them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 class ByFile(LoadFileScheduling):
     """The processes of `make test` share the files; those of the workflow share one built tree."""
 
