@@ -1,4 +1,5 @@
-"""Work spread over processes: results in the order of the items, a bounded number under way.
+"""Work spread over processes or threads: results in the order of the items, a bounded number under
+way.
 
 `multiprocessing.Pool.imap` reads its whole input ahead, so a large file would end in memory; here
 at most two items a process are read before their results are taken.
@@ -7,6 +8,7 @@ at most two items a process are read before their results are taken.
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -14,7 +16,7 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -58,16 +60,34 @@ def map_in_order(
         initializer=_start,
         initargs=(initializer, initial_arguments),
     )
-    pending: collections.deque[Future[Result]] = collections.deque()
     try:
-        for item in itertools.chain(first, remaining):
-            pending.append(pool.submit(_without_collecting, function, item))
-            if len(pending) >= 2 * n_processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from ahead(
+            pool,
+            functools.partial(_without_collecting, function),
+            itertools.chain(first, remaining),
+            n_ahead=2 * n_processes,
+        )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, n_ahead: int
+) -> Iterator[Result]:
+    """`map(function, items)` by the processes or threads of a pool, in the items' order.
+
+    Args:
+        n_ahead: most items under way, or done and not yet taken.
+    Raises:
+        Whatever `function` raises, when that item's result is due.
+    """
+    pending: collections.deque[Future[Result]] = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= n_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _without_collecting(function: Callable[[Item], Result], item: Item) -> Result:

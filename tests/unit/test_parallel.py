@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from workflow_scripts.parallel import map_in_order
+from workflow_scripts.parallel import ahead, map_in_order
 
 _factor = 1
 
@@ -105,3 +106,19 @@ def test_processes_end_with_a_parent_that_is_killed():
     while any(Path(f"/proc/{process}").exists() for process in processes):
         assert time.monotonic() < deadline, "a process outlived its parent"
         time.sleep(0.05)
+
+
+def test_threads_are_a_bounded_number_of_items_ahead():
+    n_read = 0
+
+    def items():
+        nonlocal n_read
+        for number in range(40):
+            n_read += 1
+            yield number
+
+    with ThreadPoolExecutor(3) as pool:
+        results = ahead(pool, multiplied_slowly, items(), n_ahead=6)
+        for number, (result, _) in enumerate(results):
+            assert result == number * _factor
+            assert n_read <= number + 6

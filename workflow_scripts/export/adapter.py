@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,14 @@ class Factors(NamedTuple):
 
     stem: str
     pattern_name: str
+
+
+class _OfThread(threading.local):
+    """What an adapter keeps between two slabs, for each thread that merges."""
+
+    part: Part | None = None
+    factors: tuple[torch.Tensor, torch.Tensor]
+    room: torch.Tensor = torch.empty(0)
 
 
 class Adapter:
@@ -99,8 +108,7 @@ class Adapter:
             # Saved because they were resized; of `modules_to_save` each may have trained apart.
             or (EMBEDDINGS <= self._whole.keys() and not self._config.get("modules_to_save"))
         )
-        self._last: tuple[Part, torch.Tensor, torch.Tensor] | None = None
-        self._room = torch.empty(0)
+        self._own = _OfThread()
 
     def scale(self, name: str) -> float:
         """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
@@ -122,15 +130,15 @@ class Adapter:
     def delta(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
         """(rows, in) float32: s·B·A of a parameter, or of the part of it.
 
-        In memory of the adapter's own, valid until the next is asked for: new memory for each would
-        cost more than the product, as the kernel clears it page by page.
+        In memory of the adapter's own, valid until the thread asks for the next: new memory for
+        each would cost more than the product, as the kernel clears it page by page.
         """
         down, up = self.factors(part)
         up = up[rows]
         n_elements = len(up) * down.shape[1]
-        if n_elements > len(self._room):
-            self._room = torch.empty(n_elements)
-        product = self._room[:n_elements].view(len(up), -1)
+        if n_elements > len(self._own.room):
+            self._own.room = torch.empty(n_elements)
+        product = self._own.room[:n_elements].view(len(up), -1)
         torch.mm(up, down, out=product)
         return product.mul_(self.scale_of(part))
 
@@ -139,13 +147,14 @@ class Adapter:
         return part.parameter in self._whole
 
     def merged(self, part: Part, base: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of a weight that the adapter adds to, float32, valid until the next are asked for.
+        """Rows of a weight that the adapter adds to, float32, valid until the thread asks for the
+        next.
 
         Args:
             part: one of `targets`, or a part of it, whose shape was checked.
             base: these rows of its weight in the base model; only read.
         """
-        weight = self.delta(part, rows).add_(base.float())
+        weight = self.delta(part, rows).add_(base)
         if part.parameter not in self.magnitudes:
             return weight
         magnitude = f"{self._factors[part.parameter].stem}.lora_magnitude_vector"
@@ -205,8 +214,8 @@ class Adapter:
 
     def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in) and B (out, rank) of a part, float32; of the last one asked for, kept."""
-        if self._last is not None and self._last[0] == part:
-            return self._last[1:]
+        if self._own.part == part:
+            return self._own.factors
         stem, name = self._factors[part.parameter]
         down = self._tensors.get_tensor(f"{stem}.lora_A.weight").float()
         up = self._tensors.get_tensor(f"{stem}.lora_B.weight").float()
@@ -217,7 +226,7 @@ class Adapter:
             up = up.reshape(len(up), rank, -1)[:, :, part.expert]
         if part.half is not None:
             up = up.chunk(2)[part.half]
-        self._last = (part, down, up)
+        self._own.part, self._own.factors = part, (down, up)
         return down, up
 
     def _rank(self, name: str) -> int:

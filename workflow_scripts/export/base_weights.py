@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ class BaseWeights:
         self.headers: dict[Path, dict[str, Any]] = {}
         self._names: dict[str, list[str]] = {}
         self._scales: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._scaling = threading.Lock()
         checkpoints.check_shards(checkpoint)
         for shard in checkpoints.weight_files(checkpoint):
             file = safe_open(shard, framework="pt")
@@ -52,49 +54,47 @@ class BaseWeights:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def slabs(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:
-        """A tensor of the files, slab by slab; not to be written to.
+        """`weight` of every slab of a tensor of the files, in its order."""
+        for slab in slabs(name, self.shape(name)):
+            yield slab, self.weight(name, slab)
 
-        Yields:
-            Where it lies, and (rows, in) in the file's dtype, or that of training where it is
-            dequantized.
+    def weight(self, name: str, slab: Slab) -> torch.Tensor:
+        """Rows of a tensor of the files; several threads may ask at once.
+
+        Returns:
+            (rows, in), in the file's dtype, or that of training where it is dequantized; not to be
+            written to.
         """
+        stored = self._stored(name, slab)
         if self._nf4_dtype is None:
-            yield from self._stored(name)
-            return
+            return stored
         # bitsandbytes takes seconds to import.
         from workflow_scripts.export import nf4
 
-        lies = part(name)
-        if not nf4.is_quantized(lies):
-            yield from self._stored(name)
-            return
-        scales = self._scales_of(lies.parameter)
-        # Blocks before this tensor in the parameter as training has it.
-        at = self._n_blocks_before(name)
-        for slab, weight in self._stored(name):
-            n_blocks = -(-weight.numel() // QUANTIZATION_BLOCK)
-            quantized = weight.to(self._nf4_dtype)
-            yield slab, nf4.dequantized(quantized, scales[at : at + n_blocks])
-            at += n_blocks
+        if not nf4.is_quantized(slab.part):
+            return stored
+        first = self._n_blocks_before(name, slab)
+        n_blocks = -(-stored.numel() // QUANTIZATION_BLOCK)
+        scales = self._scales_of(slab.part.parameter)[first : first + n_blocks]
+        return nf4.dequantized(stored.to(self._nf4_dtype), scales)
 
-    def _stored(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:
-        tensor = self._files[name].get_tensor(name)
-        for slab in slabs(name, tensor.shape):
-            yield slab, tensor[slab.index]
+    def _stored(self, name: str, slab: Slab) -> torch.Tensor:
+        return self._files[name].get_tensor(name)[slab.index]
 
     def _scales_of(self, parameter: str) -> torch.Tensor:
         """Of all that lies in one parameter: training quantizes a layer's experts as one tensor."""
         from workflow_scripts.export import nf4
 
-        if parameter not in self._scales:
-            self._scales[parameter] = nf4.scales(
-                tensor.to(self._nf4_dtype)
-                for name in self._in_order(parameter)
-                for _, tensor in self._stored(name)
-            )
-            if len(self._scales) > SCALES_KEPT:
-                self._scales.popitem(last=False)
-        return self._scales[parameter]
+        with self._scaling:
+            if parameter not in self._scales:
+                self._scales[parameter] = nf4.scales(
+                    self._stored(name, slab).to(self._nf4_dtype)
+                    for name in self._in_order(parameter)
+                    for slab in slabs(name, self.shape(name))
+                )
+                if len(self._scales) > SCALES_KEPT:
+                    self._scales.popitem(last=False)
+            return self._scales[parameter]
 
     def _in_order(self, parameter: str) -> list[str]:
         """The tensors that make up a parameter: expert by expert, the gate's half first."""
@@ -105,9 +105,14 @@ class BaseWeights:
 
         return sorted(self._names[parameter], key=place)
 
-    def _n_blocks_before(self, name: str) -> int:
-        names = self._in_order(part(name).parameter)
+    def _n_blocks_before(self, name: str, slab: Slab) -> int:
+        """Before a slab, in the parameter as training has it."""
+        names = self._in_order(slab.part.parameter)
         n_elements = sum(
             torch.Size(self.shape(before)).numel() for before in names[: names.index(name)]
         )
-        return n_elements // QUANTIZATION_BLOCK
+        shape = self.shape(name)
+        n_rows_before = slab.rows.start
+        if len(shape) == 3:
+            n_rows_before += slab.part.expert * shape[1]
+        return (n_elements + n_rows_before * shape[-1]) // QUANTIZATION_BLOCK

@@ -5,7 +5,6 @@ Each weight is rounded once, to the 16-bit type of the base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,25 +40,22 @@ def merged_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
-def merged_slabs(
-    base: BaseWeights, adapter: Adapter, name: str, dtype: torch.dtype
-) -> Iterator[tuple[Slab, torch.Tensor]]:
-    """A tensor of the base's files with the adapter's change made.
+def merged_slab(
+    base: BaseWeights, adapter: Adapter, name: str, slab: Slab, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of a tensor of the base's files with the adapter's change made; several threads may ask
+    at once.
 
     Args:
         dtype: of the merged model's tensor.
     """
-    lies = part(name)
-    if adapter.replaces(lies):
-        for slab in slabs(name, merged_shape(base, adapter, name)):
-            yield slab, adapter.stored(slab.part, slab.rows).to(dtype)
-        return
-    is_target = lies.parameter in adapter.targets
-    for slab, weight in base.slabs(name):
-        if is_target:
-            weight = adapter.merged(slab.part, weight, slab.rows)
-        # Of another type than the adapter's float32: memory of its own.
-        yield slab, weight.to(dtype)
+    if adapter.replaces(slab.part):
+        return adapter.stored(slab.part, slab.rows).to(dtype)
+    weight = base.weight(name, slab)
+    if slab.part.parameter in adapter.targets:
+        weight = adapter.merged(slab.part, weight, slab.rows)
+    # Of another type than the adapter's float32: memory of its own.
+    return weight.to(dtype)
 
 
 def overwrite(model: PreTrainedModel, base: BaseWeights, adapter: Adapter | None = None) -> None:
@@ -73,11 +69,13 @@ def overwrite(model: PreTrainedModel, base: BaseWeights, adapter: Adapter | None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for header in base.headers.values():
         for name, entry in header.items():
-            if adapter is None:
-                made = base.slabs(name)
-            else:
-                made = merged_slabs(base, adapter, name, merged_dtype(entry["dtype"]))
-            for slab, weight in made:
+            shape = base.shape(name) if adapter is None else merged_shape(base, adapter, name)
+            for slab in slabs(name, shape):
+                if adapter is None:
+                    weight = base.weight(name, slab)
+                else:
+                    dtype = merged_dtype(entry["dtype"])
+                    weight = merged_slab(base, adapter, name, slab, dtype)
                 with torch.no_grad():
                     target = parameters[slab.part.parameter].data
                     if slab.part.expert is not None:

@@ -32,6 +32,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SYNCED_BYTES = 2**26
+# For more at once the kernel wants neighbouring pages, and at times seeks them for long (Linux 6.18,
+# ext4: 0.3 s of processor time a GB up to here, up to 2.4 s at 1 MiB).
+WRITE_BYTES = 2**18
 WRITES_WAITING = 8
 
 
@@ -126,7 +129,7 @@ class _Writer:
     def _write(self, content: bytes | memoryview) -> None:
         self._n_unsynced_bytes += len(content)
         while len(content):  # the kernel may take a part, of the last of a disk
-            content = content[self._stream.write(content) :]
+            content = content[self._stream.write(content[:WRITE_BYTES]) :]
         if self._n_unsynced_bytes >= SYNCED_BYTES and (self._sync is None or self._sync.done()):
             self._sync = self._syncing.submit(os.fdatasync, self._stream.fileno())
             self._n_unsynced_bytes = 0

@@ -68,6 +68,22 @@ def test_the_merge_is_pefts_in_float32_rounded_once_bit_by_bit(
     assert n_changed == 14
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "mixtral"])
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_several_threads_write_the_bytes_of_one(
+    request, train, tokenizer, tmp_path, monkeypatch, kind, base
+):
+    checkpoint = request.getfixturevalue(kind)
+    adapter = train(checkpoint, dora=True)
+    monkeypatch.setattr(tensor_names, "SLAB_ELEMENTS", 1500)
+    written = []
+    for n_threads in (1, 4):
+        torch.set_num_threads(n_threads)
+        merged = merge(checkpoint, tokenizer, adapter, tmp_path / str(n_threads), base)
+        written.append((merged / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
 MIXTURE = {"adapts_experts": True, "trains_router": True}
 
 
