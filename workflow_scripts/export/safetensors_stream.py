@@ -32,8 +32,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SYNCED_BYTES = 2**26
-# For more at once the kernel wants neighbouring pages, and at times seeks them for long (Linux 6.18,
-# ext4: 0.3 s of processor time a GB up to here, up to 2.4 s at 1 MiB).
+# For more at once the kernel wants neighbouring pages, and at times seeks them for long (Linux
+# 6.18, ext4: 0.3 s of processor time a GB up to here, up to 2.4 s at 1 MiB).
 WRITE_BYTES = 2**18
 WRITES_WAITING = 8
 
