@@ -11,8 +11,9 @@ sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import environment, sweeps
 from workflow_scripts.data import sources
+from workflow_scripts.export import fetch_adapter, fetch_merged, origin
 from workflow_scripts.log import StageError
-from workflow_scripts.settings import ReadingSettings, load_config
+from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
 try:
     CONFIG = load_config(config)
@@ -22,12 +23,17 @@ except StageError as error:
 environment.prepare(Path(workflow.basedir))
 
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
+# By how they begin: trained here, or with an adapter or a merged model of the user's.
+TRAINED_RUNS = {name: run for name, run in CONFIG.runs.items() if run.is_trained}
+ADAPTER_RUNS = {name: run for name, run in CONFIG.runs.items() if run.adapter}
+MERGED_RUNS = {name: run for name, run in CONFIG.runs.items() if run.merged}
 MEASURED_MERGES = [name for name, run in RUNS.items() if run.merge_base == "auto"]
 # Runs with lists in their recipe, each with the names of the runs that it stands for.
 SWEEPS = sweeps.expand(config).runs
 SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
 QUANTIZATIONS = list(CONFIG.gguf.quantizations)
 GGUF_TYPES = ["F16", *QUANTIZATIONS]
+RELEASED_TYPES = GGUF_TYPES if CONFIG.retention.f16 else QUANTIZATIONS
 GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
 GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
 HUB_SOURCES = {
@@ -78,6 +84,11 @@ def facts_arguments(wildcards):
     scaling = CONFIG.models[wildcards.model].rope_scaling
     rope = ["--rope-scaling", scaling.model_dump_json()] if scaling else []
     return tokenizer_version(wildcards) + rope
+
+
+def kept(what, file):
+    """An output as the config wants it: one that does not stay goes once nothing needs it."""
+    return file if getattr(CONFIG.retention, what) else temp(file)
 
 
 def output_version(stage):
@@ -195,12 +206,35 @@ def held_out_files(dataset):
     return sources.expand(decontamination.files) if decontamination else []
 
 
+def given_files(name):
+    """The files of a run's adapter or merged model that lie on this machine already."""
+    run = CONFIG.runs[name]
+    given = run.adapter or run.merged
+    if given is None or not is_local(given):
+        return []
+    folder = Path(given).expanduser()
+    if run.merged:
+        return [str(path) for path in fetch_merged.local_files(folder)]
+    fetch_adapter.check_files(folder)
+    return [str(folder / file) for file in fetch_adapter.NEEDED]
+
+
+def given_json(name):
+    """What fetching a run's adapter or merged model depends on."""
+    keys = {"model", "dataset", "adapter", "merged", "revision"}
+    return CONFIG.runs[name].model_dump_json(include=keys)
+
+
 # Looked for here, so that a file which is not there stops everything with its message alone.
-try:
-    for run in [*RUNS.values(), *(CONFIG.runs[name] for name in SWEEP_RUNS)]:
+for name, run in {**RUNS, **{name: CONFIG.runs[name] for name in SWEEP_RUNS}}.items():
+    try:
         source_files(run.dataset), held_out_files(run.dataset)
-except StageError as error:
-    raise WorkflowError(f"datasets.{run.dataset}: {error}") from None
+    except StageError as error:
+        raise WorkflowError(f"datasets.{run.dataset}: {error}") from None
+    try:
+        given_files(name)
+    except StageError as error:
+        raise WorkflowError(f"runs.{name}: {error}") from None
 
 
 def dataset_files(wildcards):
@@ -248,35 +282,38 @@ def flagged(flag, files):
 
 
 def data_files():
-    return sorted(
-        {
-            file
-            for run in RUNS.values()
-            for file in (
-                f"results/data/{run.dataset}/{run.model}/{run.packing}/plan.parquet",
-                f"results/data/{run.dataset}/{run.model}/tokens/check.json",
-            )
-        }
-    )
+    """Tokens of every run that passed their gate, and the plan of what is trained."""
+    checks = {f"results/data/{run.dataset}/{run.model}/tokens/check.json" for run in RUNS.values()}
+    plans = {f"{folder}/plan.parquet" for folder in packing_folders()}
+    return sorted(checks | plans)
+
+
+def built_models():
+    return sorted({run.model for run in RUNS.values()})
+
+
+def packing_folders():
+    return {
+        f"results/data/{run.dataset}/{run.model}/{run.packing}"
+        for run in RUNS.values()
+        if run.is_trained
+    }
 
 
 def preview_files():
     """The pages on the data: what was kept and why, conversations as tokens, how they are packed."""
-    return sorted(
-        {
-            file
-            for run in RUNS.values()
-            for file in (
-                f"results/data/{run.dataset}/clean/cleaning_report.html",
-                f"results/data/{run.dataset}/{run.model}/{run.packing}/preview.html",
-                f"results/data/{run.dataset}/{run.model}/{run.packing}/packing.html",
-            )
-        }
-    )
+    cleaned = {f"results/data/{run.dataset}/clean/cleaning_report.html" for run in RUNS.values()}
+    pages = ("preview.html", "packing.html")
+    return sorted(cleaned | {f"{folder}/{page}" for folder in packing_folders() for page in pages})
+
+
+def built(runs):
+    """Those of some runs that `build` names, in its order."""
+    return [name for name in RUNS if name in runs]
 
 
 def adapter_files():
-    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=RUNS)
+    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=built(TRAINED_RUNS))
 
 
 def export_files():
@@ -289,7 +326,11 @@ def export_files():
 
 def adapter_gguf_files():
     """The adapters of runs that have one, and the bases that they go on."""
-    runs = {name: run for name, run in RUNS.items() if CONFIG.recipes[run.recipe].method != "full"}
+    runs = {
+        name: run
+        for name, run in RUNS.items()
+        if run.adapter or (run.is_trained and CONFIG.recipes[run.recipe].method != "full")
+    }
     bases = sorted({run.model for run in runs.values()})
     return [
         *expand("results/runs/{run}/gguf/{run}-adapter.gguf", run=runs),
@@ -303,14 +344,17 @@ def base_scores(run):
     return [f"{folder}/base.json", f"{folder}/base-nf4.json"]
 
 
+def links_of(name):
+    """The links of a run's chain after its base; a model merged elsewhere comes without adapter."""
+    return [*([] if name in MERGED_RUNS else ["adapter"]), "merged", *GGUF_TYPES]
+
+
 def run_scores(name):
-    links = ["adapter", "merged", *GGUF_TYPES]
-    return [f"results/runs/{name}/evaluation/{link}.json" for link in links]
+    return [f"results/runs/{name}/evaluation/{link}.json" for link in links_of(name)]
 
 
 def run_speeds(name):
-    links = ["adapter", "merged", *GGUF_TYPES]
-    return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links]
+    return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links_of(name)]
 
 
 def evaluation_files():
@@ -322,17 +366,9 @@ def evaluation_files():
 
 def report_files():
     return [
-        f"results/report/{name}"
-        for name in (
-            "comparison.tsv",
-            "comparison.md",
-            "comparison.html",
-            "chain.tsv",
-            "chain.md",
-            "chain.html",
-            "chain.svg",
-            "loss.svg",
-        )
+        *expand("results/report/comparison.{form}", form=["tsv", "md", "html"]),
+        *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
+        *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
     ]
 
 
@@ -353,6 +389,19 @@ def sweep_files():
     return expand("results/report/sweep.{form}", form=["tsv", "md", "html", "svg"])
 
 
+def disk_json():
+    """What the large files of a build depend on."""
+    gguf = CONFIG.gguf.model_dump(include={"mixes", "imatrix", "quantizations"})
+    return json.dumps({"runs": {name: run.model for name, run in RUNS.items()}, "gguf": gguf})
+
+
+def published_json(name):
+    """What a run's files and card say of where they come from."""
+    run = CONFIG.runs[name]
+    model, dataset = CONFIG.models[run.model], CONFIG.datasets[run.dataset]
+    return json.dumps(origin.published(run, model, dataset, CONFIG.gguf.quantized_by))
+
+
 def release_files():
     return expand("results/runs/{run}/release", run=RUNS)
 
@@ -362,8 +411,9 @@ def release_json(name):
     how pages are previewed and speed is timed does not."""
     run = CONFIG.runs[name]
     entries = {
-        field: json.loads(settings_json(f"{field}s", getattr(run, field)))
-        for field in ("model", "dataset", "packing", "recipe")
+        field: json.loads(settings_json(table, getattr(run, field)))
+        for field, table in RUN_TABLES.items()
+        if getattr(run, field)
     }
     entries["dataset"].pop("preview")
     return json.dumps(
@@ -373,12 +423,6 @@ def release_json(name):
             "evaluation": json.loads(scoring_json()),
         }
     )
-
-
-def trained_precision(wildcards):
-    """How the base of a run was loaded for training; its scores as trained are taken on the same."""
-    method = CONFIG.recipes[CONFIG.runs[wildcards.run].recipe].method
-    return {"qlora": "nf4", "lora_int8": "int8"}.get(method, "native")
 
 
 def merge_base_choice(wildcards):
@@ -395,8 +439,28 @@ def merge_base(wildcards, input):
 def live_adapter(wildcards, input):
     """Arguments of the link `adapter`: what was trained, live on the base it was trained on."""
     adapter = str(Path(input.adapter).parent)
-    precision = trained_precision(wildcards)
+    precision = CONFIG.trained_precision(wildcards.run)
     return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", precision]
+
+
+def merged_adapter(wildcards, input):
+    """Arguments of the gate: what was merged, how it was trained, and into which base."""
+    return [
+        "--adapter",
+        str(Path(input.adapter).parent),
+        "--precision",
+        CONFIG.trained_precision(wildcards.run),
+        "--merge-base",
+        merge_base(wildcards, input),
+    ]
+
+
+def beginning(wildcards):
+    """Of a run: the manifest of its training, or where else its model came from."""
+    if wildcards.run in MERGED_RUNS:
+        return f"results/runs/{wildcards.run}/merged"
+    name = "source.json" if wildcards.run in ADAPTER_RUNS else "training_manifest.json"
+    return f"results/runs/{wildcards.run}/adapter/{name}"
 
 
 def runs_json():
@@ -406,7 +470,7 @@ def runs_json():
 
 
 def experiment_json():
-    """Every run built with the settings it was trained with; arms and seeds are found in these."""
+    """Every run trained and built with its settings; arms and seeds are found in these."""
     tables = ("packing", "recipe")
     return json.dumps(
         {
@@ -416,6 +480,7 @@ def experiment_json():
                 for table in tables
             }
             for name, run in RUNS.items()
+            if run.is_trained
         }
     )
 

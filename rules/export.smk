@@ -1,3 +1,85 @@
+rule plan_disk:
+    """Gate: the disk holds what the build writes; before anything else, as soon as sizes are known."""
+    input:
+        facts=expand("results/models/{model}/facts.json", model=built_models()),
+    output:
+        disk_plan="results/disk_plan.json",
+    log:
+        "logs/plan_disk.log",
+    priority: 100
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 500 * attempt,
+        runtime=5,  # minutes
+    params:
+        facts=[f"{name}=results/models/{name}/facts.json" for name in built_models()],
+        settings=disk_json(),
+        output_version=output_version("export/plan_disk"),
+    shell:
+        "python -m workflow_scripts.export.plan_disk --facts {params.facts:q}"
+        " --settings {params.settings:q} --results results --disk-plan {output.disk_plan:q}"
+        " > {log:q} 2>&1"
+
+
+rule fetch_adapter:
+    """An adapter of the user's (`runs.<name>.adapter`), by a copy, once it is known to fit its base."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        given=lambda wildcards: given_files(wildcards.run),
+    output:
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        config="results/runs/{run}/adapter/adapter_config.json",
+        source="results/runs/{run}/adapter/source.json",
+    log:
+        "logs/runs/{run}/fetch_adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/fetch_adapter.tsv"
+    wildcard_constraints:
+        run=any_of(ADAPTER_RUNS),
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        settings=lambda wildcards: given_json(wildcards.run),
+        adapter=subpath(output.adapter, parent=True),
+        output_version=output_version("export/fetch_adapter"),
+    shell:
+        "python -m workflow_scripts.export.fetch_adapter --settings {params.settings:q}"
+        " --checkpoint {input.checkpoint:q} --adapter {params.adapter:q} > {log:q} 2>&1"
+
+
+rule fetch_merged:
+    """A fine-tuned model of the user's (`runs.<name>.merged`): a local folder by links, or the Hub."""
+    input:
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        given=lambda wildcards: given_files(wildcards.run),
+        disk_plan=ancient("results/disk_plan.json"),  # gate, read by none
+    output:
+        merged=kept("merged", directory("results/runs/{run}/merged")),
+    log:
+        "logs/runs/{run}/fetch_merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/fetch_merged.tsv"
+    wildcard_constraints:
+        run=any_of(MERGED_RUNS),
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
+    params:
+        settings=lambda wildcards: given_json(wildcards.run),
+        output_version=output_version("export/fetch_merged"),
+    shell:
+        "python -m workflow_scripts.export.fetch_merged --settings {params.settings:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --merged {output.merged:q}"
+        " > {log:q} 2>&1"
+
+
 rule choose_merge_base:
     """Which weights the adapter is merged into, for `merge_base: auto`: both are scored in memory."""
     input:
@@ -38,12 +120,15 @@ rule merge_adapter:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
         choice=merge_base_choice,
+        disk_plan=ancient("results/disk_plan.json"),  # gate, read by none
     output:
-        merged=directory("results/runs/{run}/merged"),
+        merged=kept("merged", directory("results/runs/{run}/merged")),
     log:
         "logs/runs/{run}/merge_adapter.log",
     benchmark:
         "benchmarks/runs/{run}/merge_adapter.tsv"
+    wildcard_constraints:
+        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
     conda:
         "../envs/train.yaml"
     threads: threads_for_run
@@ -76,6 +161,8 @@ rule check_merged:
         "logs/runs/{run}/check_merged.log",
     benchmark:
         "benchmarks/runs/{run}/check_merged.tsv"
+    wildcard_constraints:
+        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
     conda:
         "../envs/train.yaml"
     threads: threads_for_run
@@ -85,16 +172,29 @@ rule check_merged:
         runtime=120,  # minutes
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(),
-        adapter=subpath(input.adapter, parent=True),
-        precision=trained_precision,
-        merge_base=merge_base,
+        adapter=merged_adapter,
         output_version=output_version("export/check_merged"),
     shell:
         "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
-        " --facts {input.facts:q} --adapter {params.adapter:q} --precision {params.precision}"
-        " --merge-base {params.merge_base:q} --tokenizer {input.tokenizer:q}"
+        " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"
+
+
+use rule check_merged as check_fetched_merged with:
+    # A model merged elsewhere: its folder, and that it computes.
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        merged="results/runs/{run}/merged",
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    wildcard_constraints:
+        run=any_of(MERGED_RUNS),
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        adapter=[],
+        output_version=output_version("export/check_merged"),
 
 
 rule convert_gguf:
@@ -104,7 +204,7 @@ rule convert_gguf:
         merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
     output:
-        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf=kept("f16", "results/runs/{run}/gguf/{run}-F16.gguf"),
     log:
         "logs/runs/{run}/convert_gguf.log",
     benchmark:
@@ -118,11 +218,12 @@ rule convert_gguf:
     params:
         name=lambda wildcards: wildcards.run,
         tokenizer=[],
+        published=lambda wildcards: published_json(wildcards.run),
         output_version=output_version("export/convert_gguf"),
     shell:
         "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
         " {params.tokenizer:q} --facts {input.facts:q} --name {params.name:q}"
-        " --gguf {output.gguf:q} > {log:q} 2>&1"
+        " --published {params.published:q} --gguf {output.gguf:q} > {log:q} 2>&1"
 
 
 use rule convert_gguf as convert_gguf_base with:
@@ -140,6 +241,7 @@ use rule convert_gguf as convert_gguf_base with:
     params:
         name=lambda wildcards: wildcards.model,
         tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
+        published="{}",
         output_version=output_version("export/convert_gguf"),
 
 
@@ -264,12 +366,12 @@ rule package_release:
     """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
     input:
         ggufs=lambda wildcards: expand(
-            "results/runs/{run}/gguf/{run}-{gguf}.gguf", run=wildcards.run, gguf=GGUF_TYPES
+            "results/runs/{run}/gguf/{run}-{gguf}.gguf", run=wildcards.run, gguf=RELEASED_TYPES
         ),
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         checkpoint=of_run("results/models/{model}/checkpoint"),
-        manifest="results/runs/{run}/adapter/training_manifest.json",
+        beginning=beginning,
         merged_check="results/runs/{run}/merged_check.json",
         gguf_check="results/runs/{run}/gguf_check.json",
         scores=lambda wildcards: run_scores(wildcards.run),
@@ -292,16 +394,16 @@ rule package_release:
     params:
         settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
         config=lambda wildcards: release_json(wildcards.run),
-        quantized_by=flagged("--quantized-by", [CONFIG.push.owner] if CONFIG.push.owner else []),
+        published=lambda wildcards: published_json(wildcards.run),
         benchmarks="benchmarks/runs/{run}",
         output_version=output_version("export/package_release"),
     shell:
         "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"
         " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
         " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
-        " --manifest {input.manifest:q} --checks {input.merged_check:q} {input.gguf_check:q}"
+        " --beginning {input.beginning:q} --checks {input.merged_check:q} {input.gguf_check:q}"
         " --scores {input.base_scores:q} {input.scores:q} --dataset {input.dataset:q}"
-        " --config {params.config:q} --benchmarks {params.benchmarks:q} {params.quantized_by:q}"
+        " --config {params.config:q} --benchmarks {params.benchmarks:q} --published {params.published:q}"
         " --release {output.release:q} > {log:q} 2>&1"
 
 

@@ -66,7 +66,9 @@ rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
         scores=lambda wildcards: evaluation_files(),
-        manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=RUNS),
+        manifests=expand(
+            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
+        ),
         choices=expand("results/runs/{run}/merge_base.json", run=MEASURED_MERGES),
         facts=lambda wildcards: sorted(
             {f"results/models/{run.model}/facts.json" for run in RUNS.values()}
@@ -136,7 +138,7 @@ rule report_chain:
 rule report_loss:
     """Loss curves of training, with the validation loss on the same axes."""
     input:
-        histories=expand("results/runs/{run}/adapter/history.json", run=RUNS),
+        histories=expand("results/runs/{run}/adapter/history.json", run=built(TRAINED_RUNS)),
     output:
         figure=report(
             "results/report/loss.svg",
@@ -153,18 +155,17 @@ rule report_loss:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=runs_json(),
         output_version=output_version("report/report_loss"),
     shell:
-        "python -m workflow_scripts.report.report_loss --runs {params.runs:q}"
-        " --results results --figure {output.figure:q} > {log:q} 2>&1"
+        "python -m workflow_scripts.report.report_loss --histories {input.histories:q}"
+        " --figure {output.figure:q} > {log:q} 2>&1"
 
 
 rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:
-        positions=expand("results/runs/{run}/evaluation/positions.json", run=RUNS),
-        recall=expand("results/runs/{run}/evaluation/recall.json", run=RUNS),
+        positions=expand("results/runs/{run}/evaluation/positions.json", run=built(TRAINED_RUNS)),
+        recall=expand("results/runs/{run}/evaluation/recall.json", run=built(TRAINED_RUNS)),
     output:
         tsv="results/report/experiment.tsv",
         markdown="results/report/experiment.md",

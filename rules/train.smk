@@ -9,6 +9,8 @@ rule plan_memory:
         "logs/runs/{run}/plan_memory.log",
     benchmark:
         "benchmarks/runs/{run}/plan_memory.tsv"
+    wildcard_constraints:
+        run=any_of(TRAINED_RUNS),
     conda:
         "../envs/train.yaml"
     resources:
@@ -44,6 +46,8 @@ rule train_adapter:
         "logs/runs/{run}/train_adapter.log",
     benchmark:
         "benchmarks/runs/{run}/train_adapter.tsv"
+    wildcard_constraints:
+        run=any_of(TRAINED_RUNS),
     conda:
         "../envs/train.yaml"
     threads: 8

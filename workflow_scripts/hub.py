@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError
+
+logger = logging.getLogger("hub")
 
 
 class HubUnreachable(StageError):
@@ -69,3 +73,52 @@ def refusals_explained(
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             to_fix=f"check the connection, or {otherwise}",
         ) from error
+
+
+def download(
+    repository: str,
+    revision: str | None,
+    folder: Path,
+    *,
+    kind: str,
+    key: str,
+    wanted: list[str],
+    unwanted: list[str] | None = None,
+) -> str:
+    """Files of a model repository at one commit.
+
+    Args:
+        kind: as in `refusals_explained`, as is `key`.
+        wanted: patterns of the files' paths, as are `unwanted`.
+    Returns:
+        The commit.
+    Raises:
+        StageError: gated, unknown, unknown revision, or no connection; each with its remedy.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    with refusals_explained(
+        kind,
+        repository,
+        page=f"https://huggingface.co/{repository}",
+        key=key,
+        revision=revision,
+        otherwise=f"download it elsewhere and set `{key.rpartition('.')[2]}` to the folder",
+    ):
+        commit = HfApi().model_info(repository, revision=revision).sha
+        if revision != commit:
+            logger.warning(
+                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only"
+                " name that cannot move",
+                repository,
+                revision,
+                commit,
+            )
+        snapshot_download(
+            repository,
+            revision=commit,
+            local_dir=folder,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
+        )
+    return commit

@@ -112,6 +112,11 @@ IGNORE_IMATRIX = frozenset(
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is a folder, not an id of the Hub."""
+    return source.startswith((".", "/", "~"))
+
+
 class DemoModelSettings(Settings):
     """`models.<name>.generate`: a small Mistral, pre-trained on the spot."""
 
@@ -177,7 +182,7 @@ class ModelSettings(Settings):
 
     @property
     def is_local(self) -> bool:
-        return self.source is not None and self.source.startswith((".", "/", "~"))
+        return self.source is not None and is_local(self.source)
 
 
 class DemoDatasetSettings(Settings):
@@ -529,20 +534,59 @@ class TrainingSettings(Settings):
 
 
 class RunSettings(Settings):
-    """`runs.<name>`: model × dataset × packing × recipe, each the name of an entry above."""
+    """`runs.<name>`: model × dataset × packing × recipe, each the name of an entry above. A run
+    with an `adapter` or a `merged` model of yours is not trained, but exported and measured."""
 
     model: str
-    """Name of an entry of `models`."""
+    """Name of an entry of `models`; of an adapter or merged model, the base that it was made of."""
     dataset: str
-    """Name of an entry of `datasets`."""
-    packing: str
-    """Name of an entry of `packings`."""
-    recipe: str
-    """Name of an entry of `recipes`."""
+    """Name of an entry of `datasets`; what is not trained is calibrated, gated and scored on it."""
+    packing: str | None = None
+    """Name of an entry of `packings`; training needs one."""
+    recipe: str | None = None
+    """Name of an entry of `recipes`; training needs one."""
+    adapter: str | None = None
+    """An adapter that is there already: a folder (absolute, or beginning with `.` or `~`) or a Hub
+    id."""
+    merged: str | None = None
+    """A fine-tuned model that is there already, whole: a folder or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of an `adapter` or `merged` model on the Hub."""
+    precision: Literal["native", "int8", "nf4"] = "native"
+    """How the base of an `adapter` was loaded when it was trained: in its own 16 bits, in 8 bits,
+    or in 4 (QLoRA)."""
     merge_base: Literal["original", "dequantized", "auto"] = "original"
-    """What an adapter of `method: qlora` is merged into: the `original` 16-bit weights; the 4-bit
-    ones it was trained against, `dequantized`; `auto` measures both on validation text and keeps
-    the better (`choose_merge_base`)."""
+    """What an adapter of `method: qlora`, or of `precision: nf4`, is merged into: the `original`
+    16-bit weights; the 4-bit ones it was trained against, `dequantized`; `auto` measures both on
+    validation text and keeps the better (`choose_merge_base`)."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> RunSettings:
+        given = self.adapter or self.merged
+        needed = ("packing", "recipe")
+        if self.adapter and self.merged:
+            raise ValueError("found both `adapter` and `merged`, expected one of them")
+        if given is None:
+            missing = [key for key in needed if getattr(self, key) is None]
+            if missing:
+                raise ValueError("\n".join(f"{key}: missing" for key in missing))
+        elif any(getattr(self, key) is not None for key in needed):
+            key = "adapter" if self.adapter else "merged"
+            raise ValueError(f"found `packing` or `recipe` beside `{key}`: nothing is trained")
+        elif not (is_local(given) or HUB_ID.fullmatch(given)):
+            raise ValueError(f"{given!r} is neither a Hub id (owner/name) nor a folder (./name)")
+        if self.revision and (given is None or is_local(given)):
+            raise ValueError("`revision` belongs to an adapter or merged model on the Hub")
+        if self.precision != "native" and not self.adapter:
+            raise ValueError("`precision` belongs to an `adapter`; a recipe's is its `method`")
+        if self.merged and self.merge_base != "original":
+            raise ValueError("`merge_base`: a merged model is not merged again")
+        return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run makes its adapter itself."""
+        return self.recipe is not None
 
 
 class ImatrixSettings(Settings):
@@ -638,6 +682,8 @@ class GgufSettings(Settings):
     quantizations: Annotated[list[Quantization], Field(min_length=1)] = ["Q8_0", "Q4_K_M"]
     """llama.cpp quantization types, and names of `mixes`; F16 is always made, it is their
     source."""
+    quantized_by: str | None = None
+    """User or organization that files and model card name as their maker."""
 
     @model_validator(mode="after")
     def _each_is_one(self) -> GgufSettings:
@@ -657,6 +703,16 @@ class GgufSettings(Settings):
         """Whether a quantization is made with the importance matrix."""
         mix = self.mix(name)
         return mix.needs_imatrix or (self.imatrix.use == "always" and mix.takes_imatrix)
+
+
+class RetentionSettings(Settings):
+    """`retention`: what large intermediates stay once nothing needs them any more. One that went is
+    made again when something new asks for it; figures, adapters and releases always stay."""
+
+    merged: bool = True
+    """Merged models in 16 bits (of a 7B 14.5 GB each)."""
+    f16: bool = True
+    """F16 GGUFs (as large), which are then in no release either."""
 
 
 class PushSettings(Settings):
@@ -749,6 +805,8 @@ class Config(Settings):
     """Names of the runs to build; in an overlay this list replaces the one before."""
     gguf: GgufSettings = GgufSettings()
     """GGUF files."""
+    retention: RetentionSettings = RetentionSettings()
+    """Large intermediates."""
     push: PushSettings = PushSettings()
     """Releases on the Hub."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -763,7 +821,7 @@ class Config(Settings):
         for run_name, run in self.runs.items():
             for field, table in RUN_TABLES.items():
                 entry, known = getattr(run, field), getattr(self, table)
-                if entry not in known:
+                if entry is not None and entry not in known:
                     problems.append(
                         f"runs.{run_name}.{field}: found {entry!r}, which is not in `{table}`"
                         f" ({_did_you_mean(entry, known)})"
@@ -778,14 +836,17 @@ class Config(Settings):
             problems.append("build: a run stands twice")
         for run_name in self.build:
             run = self.runs.get(run_name)
-            recipe = run and self.recipes.get(run.recipe)
-            if recipe and run.merge_base != "original" and recipe.method != "qlora":
+            if run and run.merge_base != "original" and self._trained_in(run) != "nf4":
+                reason = (
+                    f"recipes.{run.recipe}.method is {self.recipes[run.recipe].method!r}, whose"
+                    if run.recipe in self.recipes
+                    else f"runs.{run_name}.precision is {run.precision!r}: its"
+                )
                 problems.append(
                     f"runs.{run_name}.merge_base: found {run.merge_base!r}, expected 'original':"
-                    f" recipes.{run.recipe}.method is {recipe.method!r}, whose base has no 4-bit"
-                    " weights"
+                    f" {reason} base has no 4-bit weights"
                 )
-            packing = run and self.packings.get(run.packing)
+            packing = run and self.packings.get(run.packing or "")
             model = run and self.models.get(run.model)
             if packing and model and model.generate:
                 context, scaling = model.generate.context_tokens, model.rope_scaling
@@ -800,6 +861,16 @@ class Config(Settings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def trained_precision(self, run_name: str) -> str:
+        """How a run's base was loaded for training: `native` (16 bits), `int8` or `nf4`."""
+        return self._trained_in(self.runs[run_name])
+
+    def _trained_in(self, run: RunSettings) -> str:
+        recipe = self.recipes.get(run.recipe or "")
+        if recipe is None:
+            return run.precision
+        return {"qlora": "nf4", "lora_int8": "int8"}.get(recipe.method, "native")
 
     def entry(self, table: str, name: str) -> Settings:
         """An entry of one of the four tables, the smoke setting applied.
@@ -989,7 +1060,8 @@ def option_tables() -> str:
         SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
-        ImatrixSettings, EvaluationSettings, GateSettings, InferenceSettings, RecallSettings,
+        ImatrixSettings, RetentionSettings, PushSettings, EvaluationSettings, GateSettings,
+        InferenceSettings, RecallSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

@@ -63,6 +63,49 @@ def test_only_a_base_of_four_bits_can_be_merged_into_as_it_was_trained(base):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("given", [{"adapter": "./mine"}, {"merged": "owner/tuned"}])
+def test_a_run_may_begin_with_what_is_there_already(given):
+    config = copy.deepcopy(SMALLEST)
+    kept = {key: SMALLEST["runs"]["demo"][key] for key in ("model", "dataset")}
+    config["runs"]["demo"] = kept | given
+    run = load_config(config).runs["demo"]
+    assert not run.is_trained
+    assert load_config(SMALLEST).runs["demo"].is_trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"adapter": "./a", "merged": "./m"}, "found both `adapter` and `merged`"),
+        ({"adapter": "./a", "recipe": "qlora"}, "beside `adapter`: nothing is trained"),
+        ({"adapter": "mine"}, "'mine' is neither a Hub id (owner/name) nor a folder (./name)"),
+        ({"adapter": "./a", "revision": "v1"}, "`revision` belongs to"),
+        ({"merged": "./m", "merge_base": "auto"}, "a merged model is not merged again"),
+        ({"merged": "./m", "precision": "nf4"}, "`precision` belongs to an `adapter`"),
+        ({"adapter": "./a", "merge_base": "auto"}, "runs.demo.precision is 'native'"),
+        ({}, "recipe: missing"),
+    ],
+)
+def test_a_beginning_that_cannot_be_is_refused(changes, part):
+    config = copy.deepcopy(SMALLEST)
+    given = {key: SMALLEST["runs"]["demo"][key] for key in ("model", "dataset")}
+    config["runs"]["demo"] = given | changes
+    with pytest.raises(SettingsError) as caught:
+        load_config(config)
+    assert part in str(caught.value)
+
+
+def test_how_an_adapter_was_trained_is_said_by_its_recipe_or_by_itself():
+    config = copy.deepcopy(SMALLEST)
+    given = {key: SMALLEST["runs"]["demo"][key] for key in ("model", "dataset")}
+    config["runs"]["given"] = given | {"adapter": "./a", "precision": "nf4", "merge_base": "auto"}
+    config["recipes"]["other"] = {"method": "lora_int8"}
+    config["runs"]["int8"] = SMALLEST["runs"]["demo"] | {"recipe": "other"}
+    loaded = load_config(config)
+    found = {name: loaded.trained_precision(name) for name in loaded.runs}
+    assert found == {"demo": "nf4", "given": "nf4", "int8": "int8"}
+
+
 def test_the_smallest_config_loads_with_its_defaults():
     config = load_config(SMALLEST)
     assert config.recipes["qlora"] == RecipeSettings()

@@ -48,13 +48,13 @@ def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
     tiny: Path, tmp_path: Path
 ) -> None:
     jobs = changed(tiny, tmp_path, {"gguf": {"quantizations": ["Q8_0", "Q4_K_M", "Q6_K"]}})
-    assert jobs == {"quantize_gguf": 2, "report_loss": 1, **EVALUATED}
+    assert jobs == {"plan_disk": 1, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_a_new_mix_runs_what_a_new_quantization_runs(tiny: Path, tmp_path: Path) -> None:
     mix = {"mixes": {"Q4_K_L": {"type": "Q4_K_M", "output": "Q8_0"}}}
     jobs = changed(tiny, tmp_path, {"gguf": {**mix, "quantizations": ["Q8_0", "Q4_K_M", "Q4_K_L"]}})
-    assert jobs == {"quantize_gguf": 2, "report_loss": 1, **EVALUATED}
+    assert jobs == {"plan_disk": 1, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(
@@ -156,13 +156,20 @@ def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
     assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
 
 
-def test_who_publishes_is_in_the_card_and_how_runs_nothing_again(
-    tiny: Path, tmp_path: Path
+def test_how_a_release_is_published_runs_nothing_again(tiny: Path, tmp_path: Path) -> None:
+    publishing = {"push": {"owner": "me", "private": False, "dry_run": False}}
+    assert changed(tiny, tmp_path, publishing) == {}
+
+
+@pytest.mark.parametrize(
+    "overlay", [{"models": {"demo": {"license": "psfl"}}}, {"gguf": {"quantized_by": "me"}}]
+)
+def test_what_the_files_themselves_say_makes_them_anew_and_trains_nothing(
+    tiny: Path, tmp_path: Path, overlay: dict
 ) -> None:
-    assert changed(tiny, tmp_path, {"push": {"private": False, "dry_run": False}}) == {}
-    assert changed(tiny, tmp_path, {"push": {"owner": "me"}}) == {"package_release": 2}
-    licence = {"models": {"demo": {"license": "psfl"}}}
-    assert changed(tiny, tmp_path, licence) == {"package_release": 2}
+    jobs = changed(tiny, tmp_path, overlay)
+    assert jobs["convert_gguf"] == jobs["package_release"] == 2
+    assert not {"train_adapter", "merge_adapter", "check_merged"} & jobs.keys()
 
 
 @pytest.mark.parametrize("target", ["data", "train", "export", "evaluate", "report"])
@@ -184,3 +191,10 @@ def test_both_runs_share_one_tokenized_dataset(workflow) -> None:
     assert jobs["train_adapter"] == 2
     assert jobs["render_chats"] == jobs["clean_dataset"] == jobs["build_demo_model"] == 1
     assert jobs["pack_sequences"] == 2
+
+
+def test_a_build_with_fewer_runs_plans_the_disk_and_makes_nothing_of_theirs(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"build": ["mistral"]})
+    assert jobs == {"report_comparison": 1, "report_chain": 1, "report_loss": 1, "plan_disk": 1}

@@ -5,6 +5,8 @@ Arithmetic: merged against PEFT applying the same adapter live to the same base 
 its NF4 weights dequantized; a full fine-tune's in its place), both in float32; what remains is the
 one rounding of each weight to 16 bits. Quality: perplexity on validation text against the model
 that training saw, its base in the precision of training. The files judged are read, never changed.
+A model that was merged elsewhere comes without an adapter: its folder is judged, and its perplexity
+taken.
 
 python -m workflow_scripts.export.check_merged --checkpoint checkpoint/ --facts facts.json
     --adapter adapter/ --precision nf4 --merge-base original --tokenizer tokenizer/
@@ -15,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
@@ -25,6 +28,9 @@ from workflow_scripts.export import merge_base
 from workflow_scripts.models.checkpoint import check_shards
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import GateSettings, settings_from_json
+
+if TYPE_CHECKING:
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 OUTPUT_VERSION = 2
 TRAINED_AS = {
@@ -39,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--facts", type=Path, required=True, help="model facts")
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter")
+    parser.add_argument("--adapter", type=Path, help="what was merged; none for a model as given")
     parser.add_argument(
-        "--precision", choices=TRAINED_AS, required=True, help="of the base in training"
+        "--precision", choices=TRAINED_AS, default="native", help="of the base in training"
     )
     parser.add_argument("--merge-base", default="original", help=merge_base.HELP)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
@@ -53,7 +59,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(GateSettings, arguments.settings)
+    facts = files.read_json(arguments.facts)
+    documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
+    pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
+    check_folder(arguments.merged, arguments.tokenizer, facts)
+    measure = compared_with_adapter if arguments.adapter else scored_alone
+    report = {"n_conversations": len(documents), **measure(arguments, facts, pieces)}
+    logger.info("measured %s", log.fields(report))
+    judge(report, settings, arguments)
+    files.write_json(arguments.check, report)
 
+
+def compared_with_adapter(
+    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
+) -> dict[str, Any]:
+    """The merged model against what it was made of, on validation text."""
     import torch
 
     from workflow_scripts.export import merged_weights
@@ -70,26 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured_precision,
     )
 
-    facts = files.read_json(arguments.facts)
-    model_facts = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
-    documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
-    pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
-    check_folder(arguments.merged, arguments.tokenizer, facts)
+    shape = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
     base_name = merge_base.chosen(arguments.merge_base)
     device = roomy_device(facts)
-    live = TransformersModel(
-        arguments.checkpoint, **model_facts, precision="float32", device=device
-    )
+    live = TransformersModel(arguments.checkpoint, **shape, precision="float32", device=device)
     nf4_dtype = merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint)
     if nf4_dtype is not None:
         merged_weights.overwrite(live.model, BaseWeights(arguments.checkpoint, nf4_dtype))
     live.model = as_trained(live.model, arguments.adapter).eval()
     reference = [all_logits(live, piece) for piece in pieces]
     del live
-    # By its own config.json but for the window: the positions there are what its users get.
-    merged = TransformersModel(
-        arguments.merged, window=facts["sliding_window"], precision="float32", device=device
-    )
+    merged = as_users_get_it(arguments.merged, facts)
     compared = [
         divergence(expected, all_logits(merged, piece))
         for expected, piece in zip(reference, pieces, strict=True)
@@ -100,15 +111,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     del merged, reference
     precision = measured_precision(arguments.precision)
     trained = TransformersModel(
-        arguments.checkpoint,
-        **model_facts,
-        precision=precision,
-        adapter=arguments.adapter,
+        arguments.checkpoint, **shape, precision=precision, adapter=arguments.adapter
     )
     adapter_scores = summarize(score_documents(trained, pieces))
-    report = {
+    return {
         "merge_base": base_name,
-        "n_conversations": len(documents),
         "n_scored_tokens": merged_scores["n_scored_tokens"],
         "kl_divergence_nats": float(divergences.mean()),
         "max_kl_divergence_nats": float(divergences.max()),
@@ -119,8 +126,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         "perplexity_increase_fraction": merged_scores["perplexity"] / adapter_scores["perplexity"]
         - 1,
     }
-    logger.info("measured %s", log.fields(report))
-    # Written so that NaN, which compares as false, does not pass.
+
+
+def scored_alone(
+    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
+) -> dict[str, Any]:
+    """Of a model that was merged elsewhere: nothing to compare it with came along."""
+    from workflow_scripts.scoring.likelihood import score_documents, summarize
+
+    scores = summarize(score_documents(as_users_get_it(arguments.merged, facts), pieces))
+    return {
+        "n_scored_tokens": scores["n_scored_tokens"],
+        "merged_perplexity": scores["perplexity"],
+    }
+
+
+def as_users_get_it(merged: Path, facts: dict[str, Any]) -> TransformersModel:
+    """Loaded in float32, by its own config.json but for the window: the positions there are what
+    its users get."""
+    from workflow_scripts.scoring.transformers_model import TransformersModel
+
+    return TransformersModel(
+        merged, window=facts["sliding_window"], precision="float32", device=roomy_device(facts)
+    )
+
+
+def judge(report: dict[str, Any], settings: GateSettings, arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        StageError: a figure is beyond its gate; so is NaN, which compares as false.
+    """
+    if not math.isfinite(report["merged_perplexity"]):
+        raise log.StageError(
+            "the merged model computes no numbers",
+            where=arguments.merged,
+            found=f"perplexity {report['merged_perplexity']}",
+            expected="a finite one",
+        )
+    if arguments.adapter is None:
+        return
     if not report["kl_divergence_nats"] <= settings.merge_kl_divergence_nats:
         raise log.StageError(
             "the merged model differs from base + adapter",
@@ -133,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not report["perplexity_increase_fraction"] <= settings.merge_perplexity_increase_fraction:
         raise log.StageError(
             "the merged model is worse than the adapter it was made of",
-            where=f"{arguments.merged}, {len(documents)} validation conversations",
+            where=f"{arguments.merged}, {report['n_conversations']} validation conversations",
             found=f"perplexity {report['merged_perplexity']:.4f} against"
             f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}",
             expected=f"at most {settings.merge_perplexity_increase_fraction:.1%} more"
@@ -141,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix="set runs.<name>.merge_base: auto (a run trained in 4 bits), train longer, or"
             " raise the gate if you accept the loss",
         )
-    files.write_json(arguments.check, report)
 
 
 def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ python -m workflow_scripts.export.convert_gguf --merged merged/ --facts facts.js
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.export import llama_cpp_source, origin
 from workflow_scripts.export.merge_adapter import stretched_config
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import served_context
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("convert_gguf")
 
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--name", required=True, help="the model's name in the file's metadata")
+    parser.add_argument("--published", default="{}", help="JSON of `origin.published`")
     parser.add_argument("--gguf", type=Path, required=True, help="to write: F16 GGUF")
     arguments = parser.parse_args(argv)
     facts = files.read_json(arguments.facts)
@@ -51,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = [folder for folder in (arguments.merged, arguments.tokenizer) if folder]
         stage_model(folders, staged, config=config)
         command = [sys.executable, str(llama_cpp_source.converter()), str(staged)]
+        published = json.loads(arguments.published)
+        metadata = staged / "metadata.json"
+        files.write_json(metadata, origin.gguf_metadata(published))
+        if "license" in published:  # which the converter reads from a model card alone
+            files.write_text(staged / "README.md", f"---\nlicense: {published['license']}\n---\n")
         command += ["--outfile", str(gguf), "--outtype", "f16", "--model-name", arguments.name]
+        command += ["--metadata", str(metadata)]
         # The converter says why it fails on stderr, which is this stage's log.
         if subprocess.run(command, check=False).returncode or not gguf.is_file():
             # Of a full disk it says no more than how much it could not write.

@@ -42,16 +42,17 @@ def nf4_dtype(base: str, adapter: Path, checkpoint: Path) -> torch.dtype | None:
     """The dtype in which training quantized the base, and computed; None for the original base.
 
     Args:
-        adapter: its training manifest says it; an adapter without one was trained on a GPU in the
-            base's own dtype, as far as anyone can tell.
+        adapter: its training manifest says it, or source.json of one trained elsewhere; without
+            either it was trained on a GPU in the base's own dtype, as far as anyone can tell.
         checkpoint: folder of the base model.
     """
     if base == "original":
         return None
     import torch
 
-    manifest = adapter / "training_manifest.json"
-    recorded = files.read_json(manifest).get("compute_dtype") if manifest.is_file() else None
     config = files.read_json(checkpoint / "config.json")
-    own = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return getattr(torch, recorded or own)
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    for name in ("source.json", "training_manifest.json"):
+        if (adapter / name).is_file():
+            dtype = files.read_json(adapter / name).get("compute_dtype") or dtype
+    return getattr(torch, dtype)

@@ -41,7 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.is_local:
             link_folder(Path(settings.source).expanduser().resolve(), folder)
         else:
-            download(settings.source, settings.revision, folder)
+            commit = hub.download(
+                settings.source,
+                settings.revision,
+                folder,
+                kind="base model",
+                key="models.<name>.source",
+                wanted=WANTED,
+                unwanted=UNWANTED,
+            )
+            origin = {"source": settings.source, "commit": commit}
+            files.write_json(folder / "source.json", origin)
         # Fail here, not after the data stages, when something a later stage needs is not there.
         checkpoints.read_facts(folder)
         checkpoints.check_shards(folder)
@@ -62,41 +72,6 @@ def link_folder(source: Path, folder: Path) -> None:
         if path.is_file():
             (folder / path.name).symlink_to(path)
     files.write_json(folder / "source.json", {"source": str(source)})
-
-
-def download(repository: str, revision: str | None, folder: Path) -> None:
-    """The files of a Hub repository at one commit.
-
-    Raises:
-        StageError: gated, unknown, unknown revision, or no connection; each with its remedy.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    with hub.refusals_explained(
-        "base model",
-        repository,
-        page=f"https://huggingface.co/{repository}",
-        key="models.<name>.source",
-        revision=revision,
-        otherwise="download it elsewhere and set `source` to the folder",
-    ):
-        commit = HfApi().model_info(repository, revision=revision).sha
-        if revision != commit:
-            logger.warning(
-                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only"
-                " name that cannot move",
-                repository,
-                revision,
-                commit,
-            )
-        snapshot_download(
-            repository,
-            revision=commit,
-            local_dir=folder,
-            allow_patterns=WANTED,
-            ignore_patterns=UNWANTED,
-        )
-    files.write_json(folder / "source.json", {"source": repository, "commit": commit})
 
 
 if __name__ == "__main__":

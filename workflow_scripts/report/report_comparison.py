@@ -45,12 +45,12 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
         f"File, {smallest}": lambda run: mebibytes(run.link(smallest).speed["size_bytes"]),
         "Memory of training, predicted": lambda run: mebibytes(
-            run.manifest["predicted_peak_memory_bytes"]
+            trained(run, "predicted_peak_memory_bytes")
         ),
-        "Memory of training, measured": lambda run: mebibytes(run.manifest["peak_memory_bytes"]),
-        "Training, tokens/s": training_speed,
-        "Training, steps": lambda run: str(run.manifest["n_steps"]),
-        "Trainable parameters": lambda run: f"{run.manifest['n_trainable_parameters']:,}",
+        "Memory of training, measured": lambda run: mebibytes(trained(run, "peak_memory_bytes")),
+        "Training, tokens/s": lambda run: count(trained(run, "tokens_per_second")),
+        "Training, steps": lambda run: count(trained(run, "n_steps")),
+        "Trainable parameters": lambda run: count(trained(run, "n_trainable_parameters")),
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
         "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
     }
@@ -83,7 +83,10 @@ def comparison(runs: Sequence[RunResults]) -> Table:
 
 
 def merged_into(run: RunResults) -> str:
-    """The base of the merge, and whether the config or a measurement chose it."""
+    """The base of the merge, and whether the config or a measurement chose it; empty for a model
+    that was merged elsewhere."""
+    if run.settings["merged"]:
+        return ""
     if run.merge_base is None:
         return run.settings["merge_base"]
     return f"{run.merge_base['merge_base']} (measured)"
@@ -97,10 +100,14 @@ def candidate(run: RunResults, base: str) -> str:
     return f"{measured['perplexity']:.4f}, {measured['kl_divergence_nats']:.2g} nats"
 
 
-def training_speed(run: RunResults) -> str:
-    """Empty for a run that resumed at its last step: nothing was timed."""
-    measured = run.manifest["tokens_per_second"]
-    return "" if measured is None else f"{measured:.0f}"
+def trained(run: RunResults, key: str) -> float | None:
+    """A figure of training; None where nothing was trained here, or it was not measured: of a run
+    that resumed at its last step nothing was timed."""
+    return run.manifest[key] if run.manifest else None
+
+
+def count(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
 
 
 def change(run: RunResults, link: str) -> str:

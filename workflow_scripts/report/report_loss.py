@@ -1,13 +1,12 @@
 """Loss curves of training: every step of every run, and the validation loss beside them.
 
-python -m workflow_scripts.report.report_loss --runs '{"runs": …, "gguf_types": …}'
-    --results results --figure loss.svg
+python -m workflow_scripts.report.report_loss --histories results/runs/*/adapter/history.json
+    --figure loss.svg
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,16 +18,13 @@ logger = log.stage_logger("report_loss")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--histories", type=Path, nargs="+", required=True, help="history.json of each run"
+    )
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    names = json.loads(arguments.runs)["runs"]
-    folder = arguments.results / "runs"
-    histories = {
-        name: files.read_json(folder / name / "adapter" / "history.json") for name in names
-    }
+    histories = {path.parts[-3]: files.read_json(path) for path in arguments.histories}
     draw(histories, arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(histories), arguments.figure)
 

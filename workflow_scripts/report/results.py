@@ -27,12 +27,11 @@ class RunResults:
     """Everything measured of one run."""
 
     name: str
-    settings: dict[str, str]
-    """Model, dataset, packing and recipe by name."""
+    settings: dict[str, Any]
+    """Of `runs.<name>`."""
     facts: dict[str, Any]
-    manifest: dict[str, Any]
-    """Of train_adapter."""
-    history: dict[str, list[dict[str, float]]]
+    manifest: dict[str, Any] | None
+    """Of train_adapter; None where the run began with an adapter or a merged model."""
     merge_base: dict[str, Any] | None
     """Of choose_merge_base; None where the config names the base."""
     links: list[Link]
@@ -55,10 +54,11 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
             name=name,
             settings=settings,
             facts=files.read_json(results / "models" / settings["model"] / "facts.json"),
-            manifest=files.read_json(
-                results / "runs" / name / "adapter" / "training_manifest.json"
+            manifest=(
+                files.read_json(results / "runs" / name / "adapter" / "training_manifest.json")
+                if settings["recipe"]
+                else None
             ),
-            history=files.read_json(results / "runs" / name / "adapter" / "history.json"),
             merge_base=(
                 files.read_json(results / "runs" / name / "merge_base.json")
                 if settings["merge_base"] == "auto"
@@ -71,12 +71,13 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
 
 
 def _links(
-    run: str, settings: dict[str, str], gguf_types: list[str], results: Path
+    run: str, settings: dict[str, Any], gguf_types: list[str], results: Path
 ) -> Iterator[Link]:
     base = results / "evaluation" / settings["model"] / settings["dataset"]
     yield Link("base", files.read_json(base / "base.json"), None)
     yield Link("base NF4", files.read_json(base / "base-nf4.json"), None)
     folder = results / "runs" / run / "evaluation"
-    for name in ("adapter", "merged", *gguf_types):
+    adapter = () if settings["merged"] else ("adapter",)
+    for name in (*adapter, "merged", *gguf_types):
         scores = files.read_json(folder / f"{name}.json")
         yield Link(name, scores, files.read_json(folder / f"{name}.inference.json"))

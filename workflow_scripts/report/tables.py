@@ -63,8 +63,10 @@ class Table:
         )
 
 
-def mebibytes(n_bytes: float) -> str:
-    """`12.3 MiB` or `4.1 GiB`."""
+def mebibytes(n_bytes: float | None) -> str:
+    """`12.3 MiB` or `4.1 GiB`; empty where nothing was measured."""
+    if n_bytes is None:
+        return ""
     if n_bytes >= 2**30:
         return f"{n_bytes / 2**30:.2f} GiB"
     return f"{n_bytes / 2**20:.1f} MiB"

@@ -5,15 +5,21 @@ import subprocess
 import pytest
 
 from workflow_scripts import files
-from workflow_scripts.export import package_release
+from workflow_scripts.export import model_card, package_release
 from workflow_scripts.export.provenance import PACKAGES
 
 CONFIG = {
     "model": {"source": "owner/base", "license": "apache-2.0"},
     "dataset": {
         "sources": {"a": {"hub": "someone/chats"}, "b": {"files": ["/home/me/mine.jsonl"]}},
-        "cleaning": {"languages": ["en", "de"]},
     },
+    "gguf": {"quantizations": ["Q4_K_M"]},
+}
+PUBLISHED = {
+    "license": "apache-2.0",
+    "datasets": ["someone/chats"],
+    "languages": ["en", "de"],
+    "quantized_by": "me",
 }
 RUN = {"model": "m", "dataset": "chats", "packing": "apart", "recipe": "lora"}
 PERPLEXITIES = {"base": 10.0, "base-nf4": 10.5, "merged": 5.0, "F16": 5.001, "Q4_K_M": 5.5}
@@ -42,12 +48,13 @@ def inputs(chain, tmp_path_factory):
 def arguments(chain, inputs, release):
     paths = ["--name", "run", "--settings", package_release.json.dumps(RUN), "--ggufs"]
     paths += [inputs / "run-F16.gguf", inputs / "run-Q4_K_M.gguf", "--facts", chain.facts]
-    paths += ["--tokenizer", chain.tokenizer, "--checkpoint", chain.checkpoint, "--manifest"]
+    paths += ["--tokenizer", chain.tokenizer, "--checkpoint", chain.checkpoint, "--beginning"]
     paths += [inputs / "manifest.json", "--checks", inputs / "merged_check.json"]
     paths += [inputs / "gguf_check.json", "--scores"]
     paths += [inputs / f"{name}.json" for name in PERPLEXITIES]
     paths += ["--dataset", inputs / "train.parquet", inputs / "test.parquet"]
-    paths += ["--config", package_release.json.dumps(CONFIG), "--quantized-by", "me"]
+    paths += ["--config", package_release.json.dumps(CONFIG)]
+    paths += ["--published", package_release.json.dumps(PUBLISHED)]
     paths += ["--benchmarks", inputs / "benchmarks"]
     return [*map(str, paths), "--release", str(release)]
 
@@ -110,7 +117,32 @@ def test_the_card_has_a_line_a_link_against_the_base(release):
 def test_the_card_lists_every_file_with_its_size(release):
     card = (release / "README.md").read_text()
     for path in release.glob("*.gguf"):
-        assert f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} |" in card
+        imatrix = "yes" if "Q4_K_M" in path.name else "no"
+        assert f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {imatrix} |" in card
+    words = " ".join(card.split())
+    assert "computes: on 51,200 tokens of the training split of `chats`." in words
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_run_that_was_not_trained_here_says_what_it_began_with(chain, inputs, tmp_path, kind):
+    run = {"model": "m", "dataset": "chats", kind: "someone/thing"}
+    origin = {"source": "someone/thing", "commit": "abc"}
+    files.write_json(tmp_path / "source.json", origin | {"training": {"n_steps": 3}})
+    given = arguments(chain, inputs, tmp_path / "release")
+    given[given.index("--settings") + 1] = package_release.json.dumps(run)
+    at = given.index("--beginning") + 1
+    given[at] = str(tmp_path if kind == "merged" else tmp_path / "source.json")
+    package_release.main(given)
+    provenance = files.read_json(tmp_path / "release" / "provenance.json")
+    assert provenance["given"] == origin
+    assert provenance["training"] == {"n_steps": 3}
+    words = " ".join((tmp_path / "release" / "README.md").read_text().split())
+    told = {
+        "adapter": "m with the adapter someone/thing, merged, and converted to GGUF",
+        "merged": "someone/thing, a fine-tune of m, converted to GGUF",
+    }
+    assert told[kind] in words and "Measured on `chats`." in words
+    assert "None" not in words
 
 
 def test_the_hubs_library_reads_the_cards_front_matter(release):
@@ -132,8 +164,7 @@ def test_the_hubs_library_reads_the_cards_front_matter(release):
 
 
 def test_what_is_not_known_is_not_in_the_front_matter():
-    front = package_release.front_matter({"source": "demo"}, {}, quantized_by=None)
-    assert front.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert model_card.front_matter({}).keys() == {"library_name", "pipeline_tag", "tags"}
 
 
 def test_the_modelfile_runs_the_last_file_within_the_window(release):
@@ -178,17 +209,13 @@ def test_a_release_names_no_folder_of_this_machine(release, inputs):
 
 
 def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path):
-    import yaml
-
     checkpoint = tmp_path / "checkpoint"
     source = {"source": "mistralai/Mistral-7B-v0.1", "commit": "abc"}
     files.write_json(checkpoint / "source.json", source)
     moved = chain._replace(checkpoint=checkpoint)
     package_release.main(arguments(moved, inputs, tmp_path / "release"))
     assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
-    card = (tmp_path / "release" / "README.md").read_text()
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert (front["base_model"], front["base_model_relation"]) == (source["source"], "finetune")
+    assert f"\n{source['source']}, fine-tuned" in (tmp_path / "release" / "README.md").read_text()
 
 
 def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):

@@ -19,6 +19,7 @@ RUNS = {
         "dataset": "chats",
         "packing": packing,
         "recipe": name,
+        "merged": None,
         "merge_base": "original",
     }
     for name, packing in (("generic", "joined"), ("mistral", "apart"))

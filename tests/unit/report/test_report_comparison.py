@@ -34,12 +34,28 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
         ["File, Q4_K_M", "5.0 MiB", "5.0 MiB"],
         ["Memory of training, predicted", "1.25 GiB", "2.50 GiB"],
         ["Memory of training, measured", "1.50 GiB", "3.00 GiB"],
-        ["Training, tokens/s", "1234", "1234"],
+        ["Training, tokens/s", "1,234", "1,234"],
         ["Training, steps", "7", "8"],
         ["Trainable parameters", "1,234,567", "1,234,567"],
         ["Context, transformers", "2,048", "2,048"],
         ["Context, GGUF", "64", "64"],
     ]
+
+
+def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read_tsv):
+    runs = json.loads(results.runs)
+    runs["runs"]["mistral"] |= {"packing": None, "recipe": None, "merged": "owner/model"}
+    (results.folder / "runs" / "mistral" / "adapter" / "training_manifest.json").unlink()
+    paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
+    report_comparison.main(
+        ["--runs", json.dumps(runs), "--results", str(results.folder), "--tsv", str(paths[0])]
+        + ["--markdown", str(paths[1]), "--html", str(paths[2])]
+    )
+    cells = {name: figures for name, *figures in read_tsv(paths[0])}
+    for name in ("Training, steps", "Training, tokens/s", "Trainable parameters"):
+        assert cells[name][0] and not cells[name][1]
+    assert cells["Memory of training, measured"] == ["1.50 GiB", ""]
+    assert cells["Perplexity, merged"][1] == "6.05 ± 0.06"
 
 
 def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_path, read_tsv):

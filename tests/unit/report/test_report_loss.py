@@ -12,9 +12,8 @@ from workflow_scripts.report import report_loss
 def write(results, tmp_path):
     def run():
         figure = tmp_path / "loss.svg"
-        report_loss.main(
-            ["--runs", results.runs, "--results", str(results.folder), "--figure", str(figure)]
-        )
+        histories = sorted(map(str, results.folder.glob("runs/*/adapter/history.json")))
+        report_loss.main(["--histories", *histories, "--figure", str(figure)])
         return figure
 
     return run

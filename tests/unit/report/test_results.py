@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from workflow_scripts.log import StageError
@@ -21,7 +23,6 @@ def test_every_figure_comes_from_its_own_run(results):
     assert mistral.link("merged").scores["perplexity"] == 6.05
     assert generic.link("base").scores == mistral.link("base").scores
     assert (generic.manifest["n_steps"], mistral.manifest["n_steps"]) == (7, 8)
-    assert (len(generic.history["validation"]), len(mistral.history["validation"])) == (0, 1)
     assert mistral.settings["packing"] == "apart"
     assert mistral.facts["sliding_window"] == 64
 
@@ -32,3 +33,17 @@ def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(res
     with pytest.raises(StageError, match="a file is missing") as caught:
         read_results(results.runs, results.folder)
     assert str(path) in str(caught.value)
+
+
+def test_a_run_that_was_not_trained_here_has_no_manifest_and_a_model_no_adapter(results):
+    wanted = json.loads(results.runs)
+    given = {"packing": None, "recipe": None}
+    wanted["runs"]["generic"] |= given | {"adapter": "owner/adapter"}
+    wanted["runs"]["mistral"] |= given | {"merged": "owner/model"}
+    for name in ("generic", "mistral"):
+        (results.folder / "runs" / name / "adapter" / "training_manifest.json").unlink()
+    (results.folder / "runs" / "mistral" / "evaluation" / "adapter.json").unlink()
+    generic, mistral = read_results(json.dumps(wanted), results.folder)
+    assert generic.manifest is None and mistral.manifest is None
+    assert [link.name for link in generic.links][2:4] == ["adapter", "merged"]
+    assert [link.name for link in mistral.links][1:3] == ["base NF4", "merged"]

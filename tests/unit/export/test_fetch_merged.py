@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import hub_server
+from tests.hub_server import NOBODY_LISTENS, Repository
+from workflow_scripts import files
+from workflow_scripts.export import check_merged
+
+STAGE = "workflow_scripts.export.fetch_merged"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OWN = {"model.safetensors", "config.json", "generation_config.json"}
+
+
+@pytest.fixture
+def fetch(run_stage, chain, tmp_path):
+    def run(merged, endpoint=NOBODY_LISTENS):
+        environment = hub_server.environment(endpoint)
+        environment["HF_HUB_CACHE"] = str(tmp_path / "cache")
+        text = json.dumps({"model": "m", "dataset": "d", "merged": str(merged)})
+        arguments = ["--settings", text, "--facts", chain.facts, "--tokenizer", chain.tokenizer]
+        return run_stage(STAGE, *arguments, "--merged", tmp_path / "merged", **environment)
+
+    return run
+
+
+@pytest.fixture
+def given(chain, tmp_path):
+    """A model as another tool leaves it: without window, tokenizer and generation settings."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    shutil.copyfile(chain.merged / "model.safetensors", folder / "model.safetensors")
+    config = files.read_json(chain.merged / "config.json")
+    files.write_json(folder / "config.json", config)
+    return folder
+
+
+def test_a_local_model_is_linked_and_completed(fetch, given, chain, tmp_path):
+    done = fetch(given)
+    assert done.returncode == 0, done.stderr
+    merged = tmp_path / "merged"
+    expected = {path.name for path in chain.tokenizer.iterdir()} | OWN | {"source.json"}
+    assert {path.name for path in merged.iterdir()} == expected
+    assert (merged / "model.safetensors").resolve() == given / "model.safetensors"
+    assert files.read_json(merged / "source.json") == {"source": str(given)}
+    assert {path.name for path in given.iterdir()} == {"model.safetensors", "config.json"}
+    # The gate's first part, and what a user does with it.
+    check_merged.check_folder(merged, chain.tokenizer, files.read_json(chain.facts))
+    assert len(AutoTokenizer.from_pretrained(merged)) == 32_768
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    expected = AutoModelForCausalLM.from_pretrained(chain.merged)
+    tokens = torch.arange(3, 40)[None]
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sliding_window", 4096), ("num_hidden_layers", 3), ("vocab_size", 32_770)],
+)
+def test_a_model_of_another_shape_than_its_base_is_refused(fetch, given, tmp_path, key, value):
+    config = files.read_json(given / "config.json")
+    files.write_json(given / "config.json", config | {key: value})
+    done = fetch(given)
+    assert done.returncode == 1
+    for part in ("not of the shape of its base", f"={value}", "runs.<name>.model"):
+        assert part in done.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "half a shard"])
+def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
+    shard = given / "model.safetensors"
+    if damage == "half a shard":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    else:
+        (given / "config.json" if damage == "no config" else shard).unlink()
+    done = fetch(given)
+    assert done.returncode == 1
+    expected = {"half a shard": "a shard of the model is damaged"}
+    assert expected.get(damage, "the merged model is not there, or not whole") in done.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_comes_from_the_hub_at_a_commit(fetch, given, tmp_path):
+    content = {path.name: path.read_bytes() for path in given.iterdir()}
+    commits = {COMMIT: {**content, "README.md": b"a card", "tokenizer.json": b"another's"}}
+    with hub_server.serving({"models/owner/tuned": Repository(commits)}) as hub:
+        done = fetch("owner/tuned", endpoint=hub.address)
+    assert done.returncode == 0, done.stderr
+    merged = tmp_path / "merged"
+    origin = files.read_json(merged / "source.json")
+    assert origin == {"source": "owner/tuned", "commit": COMMIT}
+    assert (merged / "model.safetensors").read_bytes() == content["model.safetensors"]
+    assert (merged / "tokenizer.json").read_bytes() != b"another's"
+
+
+def test_the_gate_of_a_model_without_adapter_scores_it_alone(
+    fetch, given, chain, tmp_path, ends_with_message
+):
+    assert fetch(given).returncode == 0
+    merged, check = tmp_path / "merged", tmp_path / "check.json"
+    arguments = ["--checkpoint", chain.checkpoint, "--facts", chain.facts, "--merged", merged]
+    arguments += ["--tokenizer", chain.tokenizer, "--tokens", chain.tokens, "--settings", "{}"]
+    arguments = [str(argument) for argument in [*arguments, "--check", check]]
+    check_merged.main(arguments)
+    report = files.read_json(check)
+    assert report.keys() == {"n_conversations", "n_scored_tokens", "merged_perplexity"}
+    check.unlink()
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(merged / "model.safetensors")
+    weights["model.norm.weight"] *= torch.nan
+    (merged / "model.safetensors").unlink()
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    assert "computes no numbers" in ends_with_message(check_merged.main, arguments)
+    assert not check.exists()
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help(STAGE)
+    assert done.returncode == 0
+    assert imported.isdisjoint({"torch", "transformers"})

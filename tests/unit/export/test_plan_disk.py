@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from typing import get_args
+
+import pytest
+
+from workflow_scripts import files
+from workflow_scripts.export import plan_disk
+from workflow_scripts.settings import GgufSettings, QuantizationType, TensorType
+
+Usage = namedtuple("Usage", "total used free")
+# Mistral 7B v0.3: 7.248e9 weights in three files.
+MISTRAL = {
+    "dtype": "bfloat16",
+    "files": {
+        "config.json": {"size_bytes": 600},
+        **{f"model-{n}.safetensors": {"size_bytes": 14_496_078_512 // 3} for n in range(3)},
+    },
+}
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    def run(*, free_gb, runs=("one",), quantizations=("Q8_0", "Q5_K_M", "Q4_K_M"), **gguf):
+        files.write_json(tmp_path / "facts.json", MISTRAL)
+        (tmp_path / "results").mkdir(exist_ok=True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(free_gb * 1e9)))
+        settings = {
+            "runs": dict.fromkeys(runs, "m"),
+            "gguf": {"quantizations": quantizations, **gguf},
+        }
+        path = tmp_path / "disk_plan.json"
+        return plan_disk.main, [
+            *("--facts", f"m={tmp_path / 'facts.json'}", "--settings", json.dumps(settings)),
+            *("--results", tmp_path / "results", "--disk-plan", path),
+        ]
+
+    return run
+
+
+def test_a_7b_with_three_quantizations_takes_about_fifty_gigabytes(plan, tmp_path):
+    main, arguments = plan(free_gb=60)
+    main([str(argument) for argument in arguments])
+    needed = files.read_json(tmp_path / "disk_plan.json")["needed_bytes"]
+    assert 45e9 < needed < 50e9
+
+
+def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_with_message):
+    message = ends_with_message(*plan(free_gb=40, runs=("one", "two")))
+    for part in ("no room", "40.0 GB free", "expected: 9", "runs/one/merged 14.5", "retention"):
+        assert part in message
+    assert not (tmp_path / "disk_plan.json").exists()
+
+
+def test_what_is_there_already_is_not_counted_again(plan, tmp_path):
+    main, arguments = plan(free_gb=40)
+    (tmp_path / "results" / "runs" / "one" / "merged").mkdir(parents=True)
+    main([str(argument) for argument in arguments])
+    needed = files.read_json(tmp_path / "disk_plan.json")["needed_bytes"]
+    assert 30e9 < needed < 36e9
+
+
+def test_every_type_has_a_size_and_a_mix_that_of_its_largest():
+    assert {*get_args(QuantizationType), *get_args(TensorType)} <= plan_disk.BITS_PER_WEIGHT.keys()
+    mixed = GgufSettings(
+        mixes={"own": {"type": "Q2_K", "output": "Q8_0"}}, quantizations=["Q2_K", "own", "Q8_0"]
+    )
+    sizes = plan_disk.files_of("r", MISTRAL, mixed)
+    assert sizes["runs/r/gguf/r-Q2_K.gguf"] < sizes["runs/r/gguf/r-own.gguf"]
+    assert sizes["runs/r/gguf/r-own.gguf"] == sizes["runs/r/gguf/r-Q8_0.gguf"]
+
+
+def test_a_base_in_float32_is_merged_to_half_its_size():
+    sizes = plan_disk.files_of("r", MISTRAL | {"dtype": "float32"}, GgufSettings())
+    assert sizes["runs/r/merged"] == pytest.approx(14_496_078_512 / 2, rel=1e-6)
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.export.plan_disk")
+    assert done.returncode == 0
+    assert imported.isdisjoint({"torch", "transformers"})

@@ -1,0 +1,106 @@
+"""Bring in an adapter that was trained elsewhere: a local folder, or a repository of the Hub.
+
+It is copied, as it is small: what is merged stays what it is when the folder changes. Where it came
+from stands beside it in `source.json`. Set HF_TOKEN for a gated repository.
+
+python -m workflow_scripts.export.fetch_adapter --settings '{"adapter": "./my-adapter", …}'
+    --checkpoint checkpoint/ --adapter results/runs/my-run/adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, hub, log
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import RunSettings, is_local, settings_from_json
+
+OUTPUT_VERSION = 1
+NEEDED = ("adapter_model.safetensors", "adapter_config.json")
+# Of an adapter that Tramontane trained: in which dtype its base was quantized, among other things.
+MANIFEST = "training_manifest.json"
+logger = log.stage_logger("fetch_adapter")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of `runs.<name>`")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder to write into")
+    arguments = parser.parse_args(argv)
+    run = settings_from_json(RunSettings, arguments.settings)
+    if run.adapter is None:
+        raise StageError("no adapter to fetch", where="--settings, adapter", found=run.adapter)
+
+    with tempfile.TemporaryDirectory() as name:
+        source, origin = Path(name), {"source": run.adapter}
+        if is_local(run.adapter):
+            source = Path(run.adapter).expanduser()
+        else:
+            origin["commit"] = hub.download(
+                run.adapter,
+                run.revision,
+                source,
+                kind="adapter",
+                key="runs.<name>.adapter",
+                wanted=[*NEEDED, MANIFEST],
+            )
+        check_files(source)
+        check_fit(source, arguments.checkpoint)
+        manifest = files.read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+        arguments.adapter.mkdir(parents=True, exist_ok=True)
+        for file in NEEDED:
+            with files.atomic_file(arguments.adapter / file) as temporary:
+                shutil.copyfile(source / file, temporary)
+    files.write_json(arguments.adapter / "source.json", origin | described(manifest))
+    logger.info("wrote source=%s path=%s", run.adapter, arguments.adapter)
+
+
+def check_files(folder: Path) -> None:
+    """
+    Raises:
+        StageError: the folder holds no adapter as PEFT saves it.
+    """
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if not missing:
+        return
+    has_pickle = (folder / "adapter_model.bin").is_file()
+    raise StageError(
+        "the adapter is not there, or not whole",
+        where=f"runs.<name>.adapter: {folder}",
+        found=f"no {', '.join(missing)}",
+        expected=" and ".join(NEEDED),
+        to_fix="load it with PEFT and save it again: adapter_model.bin is a pickle, which is not"
+        " opened here"
+        if has_pickle
+        else "name the folder that PEFT's save_pretrained wrote",
+    )
+
+
+def check_fit(folder: Path, checkpoint: Path) -> None:
+    """Now, and not when all that comes before the merge is made.
+
+    Raises:
+        StageError: an adapter that is not merged here, or of another base.
+    """
+    from workflow_scripts.export import merged_weights
+    from workflow_scripts.export.adapter import Adapter
+    from workflow_scripts.export.base_weights import BaseWeights
+
+    merged_weights.check_fit(checkpoint, BaseWeights(checkpoint), Adapter(folder))
+
+
+def described(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the merge and a release want to know of a training of Tramontane's."""
+    if not manifest:
+        return {}
+    return {"compute_dtype": manifest.get("compute_dtype"), "training": manifest}
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

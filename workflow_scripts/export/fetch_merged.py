@@ -1,0 +1,126 @@
+"""Bring in a model that was fine-tuned and merged elsewhere: a local folder by links, or from the
+Hugging Face Hub.
+
+Tokenizer and chat template are those of its base, as of every merged model here: what a run renders
+its chats with. Where it came from stands in its folder as `source.json`.
+
+python -m workflow_scripts.export.fetch_merged --settings '{"merged": "./my-model", …}'
+    --facts facts.json --tokenizer tokenizer/ --merged results/runs/my-run/merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, hub, log
+from workflow_scripts.log import StageError
+from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.settings import RunSettings, is_local, settings_from_json
+
+OUTPUT_VERSION = 1
+WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
+# What decides how a model computes, beside its weights.
+SHAPE = (
+    "model_type", "n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads",
+    "head_dim", "vocabulary_size", "sliding_window", "layer_windows", "rope_theta", "n_experts",
+    "n_experts_per_token",
+)  # fmt: skip
+logger = log.stage_logger("fetch_merged")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--settings", required=True, help="JSON of `runs.<name>`")
+    parser.add_argument("--facts", type=Path, required=True, help="facts of the base model")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
+    parser.add_argument("--merged", type=Path, required=True, help="to write: folder")
+    arguments = parser.parse_args(argv)
+    run = settings_from_json(RunSettings, arguments.settings)
+    if run.merged is None:
+        raise StageError("no model to fetch", where="--settings, merged", found=run.merged)
+
+    origin = {"source": run.merged}
+    with files.atomic_folder(arguments.merged) as folder:
+        if is_local(run.merged):
+            link(Path(run.merged).expanduser().resolve(), folder)
+        else:
+            origin["commit"] = hub.download(
+                run.merged,
+                run.revision,
+                folder,
+                kind="merged model",
+                key="runs.<name>.merged",
+                wanted=WANTED,
+            )
+        facts = files.read_json(arguments.facts)
+        check_shape(folder, facts)
+        checkpoints.check_shards(folder)
+        complete(folder, arguments.tokenizer, facts)
+        files.write_json(folder / "source.json", origin)
+    logger.info("wrote source=%s path=%s", run.merged, arguments.merged)
+
+
+def local_files(source: Path) -> list[Path]:
+    """What is taken of a folder.
+
+    Raises:
+        StageError: it holds no model.
+    """
+    found = sorted(path for pattern in WANTED for path in source.glob(pattern))
+    suffixes = {path.suffix for path in found}
+    if not {".json", ".safetensors"} <= suffixes or not (source / "config.json").is_file():
+        raise StageError(
+            "the merged model is not there, or not whole",
+            where=f"runs.<name>.merged: {source}",
+            found=", ".join(path.name for path in found) or "none of its files",
+            expected="config.json and model*.safetensors, as transformers' save_pretrained writes"
+            " them",
+        )
+    return found
+
+
+def link(source: Path, folder: Path) -> None:
+    """Symbolic links to the weights; the small files are copied, as some are completed here."""
+    for path in local_files(source):
+        if path.suffix == ".safetensors":
+            (folder / path.name).symlink_to(path)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def check_shape(folder: Path, facts: dict[str, Any]) -> None:
+    """
+    Raises:
+        StageError: the model is no fine-tune of the base.
+    """
+    found = checkpoints.read_facts(folder)
+    differing = [key for key in SHAPE if found[key] != facts[key]]
+    if differing:
+        raise StageError(
+            "the merged model is not of the shape of its base",
+            where=f"config.json: {', '.join(differing)}",
+            found=log.fields({key: found[key] for key in differing}),
+            expected=log.fields({key: facts[key] for key in differing}),
+            to_fix="set runs.<name>.model to the base that it was made of; where there is none"
+            " (tokens added), name the model's own folder under `models` too",
+        )
+
+
+def complete(folder: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
+    """What plain `from_pretrained` wants beside the weights."""
+    config = files.read_json(folder / "config.json")
+    # Without the key MistralConfig would fill in a window of 4096.
+    files.write_json(folder / "config.json", config | {"sliding_window": facts["sliding_window"]})
+    if not (folder / "generation_config.json").is_file():
+        tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
+        files.write_json(folder / "generation_config.json", tokens)
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

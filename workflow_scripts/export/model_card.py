@@ -1,0 +1,172 @@
+"""The README of a release: what it is, how good each of its files measured, how to run it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import __version__
+from workflow_scripts.export import modelfile, provenance
+from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.settings import GgufSettings, RunSettings
+
+
+def front_matter(published: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub reads of a card.
+
+    Source: https://huggingface.co/docs/hub/model-cards; `quantized_by`: GGUF repositories.
+    """
+    front = {key: value for key, value in published.items() if key != "languages"}
+    if "languages" in published:
+        front["language"] = published["languages"]
+    return front | {
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", "llama.cpp", "mistral", "tramontane"],
+    }
+
+
+def model_card(
+    name: str,
+    run: RunSettings,
+    front: dict[str, Any],
+    *,
+    source: str,
+    facts: dict[str, Any],
+    manifest: dict[str, Any] | None,
+    scores: dict[str, dict[str, Any]],
+    ggufs: Sequence[Path],
+    gguf_settings: GgufSettings,
+) -> str:
+    """The whole card, in Markdown.
+
+    Args:
+        source: the base: a Hub id, or the name of its folder.
+        scores: by link, from the base on.
+    """
+    context = served_context(facts)
+    base = scores["base"]["perplexity"]
+    rows = [
+        f"| {link} | {measured['perplexity']:.3f} | {measured['perplexity'] / base - 1:+.1%} |"
+        for link, measured in scores.items()
+    ]
+    measured = scores["merged"]
+    window = facts["sliding_window"]
+    why_context = (
+        f"The model attends within a sliding window of {window} tokens, which llama.cpp does not"
+        f" apply to this architecture; so the GGUFs advertise {context} tokens. With transformers"
+        f" the context is {facts['context_tokens']}."
+        if window and window < facts["context_tokens"]
+        else f"Context: {context} tokens."
+    )
+    scaling = facts.get("rope_scaling")
+    if scaling:
+        why_context += (
+            f" Positions are stretched by {scaling['factor']:g} ({scaling['type']} RoPE scaling)"
+            f" over the base's {scaling['original_context_tokens']} tokens, in training and in"
+            " these files."
+        )
+    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    quantized = "\n".join(file_line(path, name, gguf_settings) for path in ggufs)
+    ollama = f"ollama create {name} -f Modelfile && ollama run {name}"
+    n_ctx = min(context, modelfile.DEFAULT_CONTEXT_TOKENS)
+    python = (
+        "from llama_cpp import Llama\n\n"
+        f'model = Llama("{ggufs[-1].name}", n_ctx={n_ctx})\n'
+        'messages = [{"role": "user", "content": "Hello"}]\n'
+        'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
+    )
+    return f"""---
+{header}
+---
+# {name}
+
+{what_it_is(run, source, manifest)}
+
+## Measured
+
+Perplexity on {measured["n_conversations"]} test conversations ({measured["n_scored_tokens"]}
+supervised tokens) in pieces of at most {measured["piece_tokens"]} tokens; lower is better. Every
+line scores the same tokens.
+
+| link | perplexity | against the base |
+| --- | ---: | ---: |
+{chr(10).join(rows)}
+
+| file | size, GB | importance matrix |
+| --- | ---: | --- |
+{quantized}
+
+{about_imatrix(run, ggufs, name, gguf_settings)}
+## Limits
+
+{why_context}
+
+Measured is perplexity on chats like those of training, and nothing else: not the truth of answers,
+not safety. What the base model cannot do, or does wrong, this one may inherit.
+
+## Run it
+
+```sh
+{ollama}
+```
+
+```python
+{python}
+```
+
+`provenance.json` holds the settings, the hashes of base and dataset, the gates' figures, versions,
+hardware and durations; `sha256sum -c SHA256SUMS` checks the files.
+"""
+
+
+def what_it_is(run: RunSettings, base: str, manifest: dict[str, Any] | None) -> str:
+    """The card's first paragraph."""
+    converted = f"converted to GGUF by Tramontane {__version__}."
+    if run.merged:
+        given = provenance.without_folders(run.merged)
+        return f"{given}, a fine-tune of {base}, {converted} Measured on `{run.dataset}`."
+    if run.adapter:
+        given = provenance.without_folders(run.adapter)
+        return (
+            f"{base} with the adapter {given}, merged, and {converted} Measured on `{run.dataset}`."
+        )
+    method = (manifest or {}).get("identity", {}).get("recipe", {}).get("method")
+    how = "as a whole" if method == "full" else "with LoRA"
+    return (
+        f"{base}, fine-tuned {how} on\n`{run.dataset}` (packing `{run.packing}`, recipe"
+        f" `{run.recipe}`), merged, and {converted}"
+    )
+
+
+def quantization(path: Path, run_name: str) -> str:
+    """The name of a quantization, from that of its file."""
+    return path.stem.removeprefix(f"{run_name}-")
+
+
+def file_line(path: Path, run_name: str, settings: GgufSettings) -> str:
+    name = quantization(path, run_name)
+    uses_imatrix = name != "F16" and settings.uses_imatrix(name)
+    return (
+        f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {'yes' if uses_imatrix else 'no'} |"
+    )
+
+
+def about_imatrix(
+    run: RunSettings, ggufs: Sequence[Path], run_name: str, settings: GgufSettings
+) -> str:
+    """What the importance matrix was computed on, where a file was made with it."""
+    names = [quantization(path, run_name) for path in ggufs]
+    if not any(name != "F16" and settings.uses_imatrix(name) for name in names):
+        return ""
+    texts = (
+        f", and as many of {len(settings.imatrix.files)} other texts"
+        if settings.imatrix.files
+        else ""
+    )
+    return (
+        f"The importance matrix weighs rounding errors by what the model computes: on\n"
+        f"{settings.imatrix.n_tokens:,} tokens of the training split of `{run.dataset}`{texts}.\n\n"
+    )

@@ -1,0 +1,104 @@
+"""Gate: the disk holds all that the runs of a build will write, or the sum of what is lacking.
+
+Merged model and F16 GGUF are the size of the base in 16 bits; a quantization takes the bits a
+weight that llama.cpp's own tool states of its type. Releases are hard links and take nothing. What
+is there already is not counted again.
+
+python -m workflow_scripts.export.plan_disk --facts m=results/models/m/facts.json
+    --settings '{"runs": {"my-run": "m"}, "gguf": {…}}' --results results
+    --disk-plan results/disk_plan.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log
+from workflow_scripts.log import StageError
+from workflow_scripts.settings import GgufSettings, settings_from_json
+
+OUTPUT_VERSION = 1
+# Of a whole file: the sizes of an 8B model in tools/quantize/quantize.cpp over its 8.03e9 weights,
+# or the bits named there.
+BITS_PER_WEIGHT = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.52, "Q6_K": 6.57, "Q5_1": 6.04, "Q5_K_M": 5.7,
+    "Q5_K_S": 5.57, "Q5_K": 5.7, "Q5_0": 5.57, "Q4_1": 5.11, "Q4_K_M": 4.9, "Q4_K_S": 4.67,
+    "Q4_K": 4.9, "IQ4_NL": 4.7, "Q4_0": 4.64, "MXFP4_MOE": 4.7, "MXFP4": 4.7, "IQ4_XS": 4.45,
+    "Q3_K_L": 4.31, "Q3_K_M": 4.0, "Q3_K": 4.0, "IQ3_M": 3.86, "IQ3_S": 3.64, "Q3_K_S": 3.65,
+    "IQ3_XS": 3.5, "IQ3_XXS": 3.26, "Q2_K": 3.17, "Q2_K_S": 3.17, "IQ2_M": 2.9, "IQ2_S": 2.7,
+    "IQ2_XS": 2.51, "Q2_0": 2.45, "IQ2_XXS": 2.26, "TQ2_0": 2.26, "IQ1_M": 1.95, "TQ1_0": 1.89,
+    "IQ1_S": 1.76, "Q1_0": 1.33,
+}  # fmt: skip
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Headers, tokenizer, adapter, scores, and what a filesystem keeps for itself.
+MARGIN = 1.03
+logger = log.stage_logger("plan_disk")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--facts", nargs="+", required=True, help="model=facts.json of each model")
+    parser.add_argument("--settings", required=True, help="JSON: runs with their models, `gguf`")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--disk-plan", type=Path, required=True, help="to write: JSON")
+    arguments = parser.parse_args(argv)
+    wanted = json.loads(arguments.settings)
+    gguf = settings_from_json(GgufSettings, json.dumps(wanted["gguf"]))
+    facts = {
+        name: files.read_json(Path(path))
+        for name, _, path in (model.partition("=") for model in arguments.facts)
+    }
+    planned = {
+        path: n_bytes
+        for run, model in wanted["runs"].items()
+        for path, n_bytes in files_of(run, facts[model], gguf).items()
+    }
+    missing = {
+        path: n_bytes
+        for path, n_bytes in planned.items()
+        if not (arguments.results / path).exists()
+    }
+    needed = round(MARGIN * sum(missing.values()))
+    free = shutil.disk_usage(arguments.results).free
+    if needed > free:
+        largest = sorted(missing, key=missing.__getitem__, reverse=True)[:6]
+        raise StageError(
+            "the disk has no room for what this build writes",
+            where=arguments.results.resolve(),
+            found=f"{free / 1e9:.1f} GB free",
+            expected=f"{needed / 1e9:.1f} GB: "
+            + ", ".join(f"{path} {missing[path] / 1e9:.1f}" for path in largest)
+            + (", …" if len(missing) > len(largest) else ""),
+            to_fix="make room, name fewer runs in `build` or fewer gguf.quantizations, or set"
+            " retention.merged and retention.f16 to false and build one run at a time",
+        )
+    report = {"needed_bytes": needed, "free_bytes": free, "planned_bytes": planned}
+    files.write_json(arguments.disk_plan, report)
+    logger.info("fits needed_gb=%.1f free_gb=%.1f", needed / 1e9, free / 1e9)
+
+
+def files_of(run: str, facts: dict[str, Any], gguf: GgufSettings) -> dict[str, int]:
+    """Path below `results/` → bytes, of the large files of a run.
+
+    Args:
+        facts: of its base model.
+    """
+    weights = [entry for name, entry in facts["files"].items() if name.endswith(".safetensors")]
+    n_weights = sum(entry["size_bytes"] for entry in weights) / WEIGHT_BYTES.get(facts["dtype"], 2)
+    sizes = {"merged": 16.0, f"gguf/{run}-F16.gguf": 16.0}
+    for name in gguf.quantizations:
+        mix = gguf.mix(name)
+        types = [mix.type, mix.output, mix.token_embd, *mix.tensors.values()]
+        # Of a mix the largest of its types: more than it takes.
+        bits = max(BITS_PER_WEIGHT[one] for one in types if one)
+        sizes[f"gguf/{run}-{name}.gguf"] = bits
+    return {f"runs/{run}/{path}": round(bits * n_weights / 8) for path, bits in sizes.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
