@@ -33,6 +33,7 @@ rule all:
     """The report, and a release of every run in `build`."""
     default_target: True
     input:
+        "results/disk_plan.json",
         report_files(),
         preview_files(),
         release_files(),
@@ -59,6 +60,7 @@ rule train:
 rule export:
     """Merged models and GGUFs of every run, their gates passed."""
     input:
+        "results/disk_plan.json",
         export_files(),
 
 

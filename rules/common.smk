@@ -391,7 +391,7 @@ def sweep_files():
 
 def disk_json():
     """What the large files of a build depend on."""
-    gguf = CONFIG.gguf.model_dump(include={"mixes", "imatrix", "quantizations"})
+    gguf = CONFIG.gguf.model_dump(include={"mixes", "quantizations"})
     return json.dumps({"runs": {name: run.model for name, run in RUNS.items()}, "gguf": gguf})
 
 

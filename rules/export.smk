@@ -1,5 +1,6 @@
 rule plan_disk:
-    """Gate: the disk holds what the build writes; before anything else, as soon as sizes are known."""
+    """Gate: the disk holds what the build writes. It stops the others by being first, when sizes are
+    known: as an input of theirs it would make their files anew with every new quantization."""
     input:
         facts=expand("results/models/{model}/facts.json", model=built_models()),
     output:
@@ -57,7 +58,6 @@ rule fetch_merged:
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         given=lambda wildcards: given_files(wildcards.run),
-        disk_plan=ancient("results/disk_plan.json"),  # gate, read by none
     output:
         merged=kept("merged", directory("results/runs/{run}/merged")),
     log:
@@ -120,7 +120,6 @@ rule merge_adapter:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
         choice=merge_base_choice,
-        disk_plan=ancient("results/disk_plan.json"),  # gate, read by none
     output:
         merged=kept("merged", directory("results/runs/{run}/merged")),
     log:

@@ -1065,7 +1065,7 @@ def option_tables() -> str:
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"
-        lines = [f"### {title}", "", (meaning or path).strip(), ""]
+        lines = [f"### {title}", "", _one_line(meaning or path), ""]
         lines += ["| option | default | meaning |", "| --- | --- | --- |"]
         for name, field in table.model_fields.items():
             lines.append(f"| `{name}` | {_default(field)} | {_one_line(field.description)} |")

@@ -86,7 +86,8 @@ def test_what_need_not_stay_is_gone_and_nothing_asks_for_it(
 
 def test_a_changed_adapter_is_fetched_again(built: Path, given: tuple[Path, Path]) -> None:
     adapter = yaml.safe_load(given[1].read_text())["runs"]["lora"]["adapter"]
-    (Path(adapter) / "adapter_config.json").touch()
+    config = Path(adapter) / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
     jobs = jobs_of(snakemake_in(built)("-n", "--cores", 8, "--configfile", TINY, given[1]))
     assert jobs["fetch_adapter"] == jobs["merge_adapter"] == jobs["package_release"] == 1
 
