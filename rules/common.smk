@@ -308,6 +308,17 @@ def run_scores(name):
     return [f"results/runs/{name}/evaluation/{link}.json" for link in links]
 
 
+def token_scores(scores):
+    """The losses of every token, which stand beside the scores made of them."""
+    return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
+
+
+def chain_token_scores():
+    """Of every link of every run."""
+    files = [file for name, run in RUNS.items() for file in base_scores(run) + run_scores(name)]
+    return token_scores(sorted(set(files)))
+
+
 def run_speeds(name):
     links = ["adapter", "merged", *GGUF_TYPES]
     return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links]

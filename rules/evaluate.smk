@@ -2,15 +2,17 @@
 
 
 rule evaluate_perplexity:
-    """Perplexity of a GGUF on the supervised tokens of the test conversations."""
+    """Perplexity of a GGUF on the supervised tokens of the test conversations, each one's kept."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
         gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/{gguf}.json",
+        token_scores="results/runs/{run}/evaluation/{gguf}.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/{gguf}.log",
     benchmark:
@@ -27,8 +29,9 @@ rule evaluate_perplexity:
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
         "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
-        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
-        " --threads {threads} --scores {output.scores:q} > {log:q} 2>&1"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --clean {input.clean:q}"
+        " --settings {params.settings:q} --threads {threads} --scores {output.scores:q}"
+        " --token-scores {output.token_scores:q} > {log:q} 2>&1"
 
 
 use rule evaluate_perplexity as evaluate_perplexity_merged with:
@@ -37,9 +40,11 @@ use rule evaluate_perplexity as evaluate_perplexity_merged with:
         merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/merged.json",
+        token_scores="results/runs/{run}/evaluation/merged.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/merged.log",
     benchmark:
@@ -60,9 +65,11 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/adapter.json",
+        token_scores="results/runs/{run}/evaluation/adapter.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/adapter.log",
     benchmark:
@@ -78,9 +85,11 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         checkpoint="results/models/{model}/checkpoint",
         facts="results/models/{model}/facts.json",
         tokens="results/data/{dataset}/{model}/tokens/test.arrow",
+        clean="results/data/{dataset}/clean/test.parquet",
         tokens_check="results/data/{dataset}/{model}/tokens/check.json",  # gate, read by none
     output:
         scores="results/evaluation/{model}/{dataset}/base{precision}.json",
+        token_scores="results/evaluation/{model}/{dataset}/base{precision}.tokens.parquet",
     log:
         "logs/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.log",
     benchmark:
@@ -238,15 +247,16 @@ use rule evaluate_perplexity_adapter as evaluate_validation with:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/validation.json",
+        token_scores="results/runs/{run}/evaluation/validation.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_validation.log",
     benchmark:
         "benchmarks/runs/{run}/evaluate_validation.tsv"
     params:
-        # What a paired comparison needs.
-        link=lambda wildcards, input: [*live_adapter(wildcards, input), "--by-conversation"],
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),

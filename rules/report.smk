@@ -101,6 +101,7 @@ rule report_chain:
     """Perplexity of every link from base to quantized file, as tables and a figure."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        token_scores=lambda wildcards: chain_token_scores(),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -201,6 +202,9 @@ rule report_sweep:
     """Which values of a recipe are best, by validation scores: a ranking of every sweep in `runs`."""
     input:
         scores=expand("results/runs/{run}/evaluation/validation.json", run=SWEEP_RUNS),
+        token_scores=expand(
+            "results/runs/{run}/evaluation/validation.tokens.parquet", run=SWEEP_RUNS
+        ),
         manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=SWEEP_RUNS),
     output:
         tsv="results/report/sweep.tsv",

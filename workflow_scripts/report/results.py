@@ -18,6 +18,8 @@ class Link:
     name: str
     scores: dict[str, Any]
     """Of evaluate_perplexity."""
+    token_scores: Path
+    """Of evaluate_perplexity: the loss of every token."""
     speed: dict[str, Any] | None
     """Of benchmark_inference; None for the base, which is scored alone."""
 
@@ -74,9 +76,18 @@ def _links(
     run: str, settings: dict[str, str], gguf_types: list[str], results: Path
 ) -> Iterator[Link]:
     base = results / "evaluation" / settings["model"] / settings["dataset"]
-    yield Link("base", files.read_json(base / "base.json"), None)
-    yield Link("base NF4", files.read_json(base / "base-nf4.json"), None)
+    yield _link("base", base / "base.json")
+    yield _link("base NF4", base / "base-nf4.json")
     folder = results / "runs" / run / "evaluation"
     for name in ("adapter", "merged", *gguf_types):
-        scores = files.read_json(folder / f"{name}.json")
-        yield Link(name, scores, files.read_json(folder / f"{name}.inference.json"))
+        yield _link(name, folder / f"{name}.json", folder / f"{name}.inference.json")
+
+
+def _link(name: str, scores: Path, speed: Path | None = None) -> Link:
+    """A link from the files of its scores, beside which the losses of its tokens lie."""
+    return Link(
+        name,
+        files.read_json(scores),
+        scores.with_suffix(".tokens.parquet"),
+        files.read_json(speed) if speed else None,
+    )

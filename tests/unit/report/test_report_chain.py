@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import statistics
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.unit.report.conftest import CHANGES, token_scores
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
 
@@ -24,7 +26,7 @@ def write(results, tmp_path):
 
 def test_each_link_stands_against_the_one_before(write, read_tsv):
     header, *rows = read_tsv(write()["tsv"])
-    assert header[:4] == ["Link", "Perplexity", "Step", "Whole conversations"]
+    assert header[:4] == ["Link", "Perplexity", "vs. the line above, %", "Whole conversations"]
     assert [row[0] for row in rows[:7]] == [
         "generic: base",
         "generic: base NF4",
@@ -34,9 +36,35 @@ def test_each_link_stands_against_the_one_before(write, read_tsv):
         "generic: Q4_K_M",
         "mistral: base",
     ]
-    steps = [row[2] for row in rows[:6]]
-    assert steps == ["", "+2.50%", "-51.22%", "+1.00%", "+0.02%", "+8.89%"]
+    # The paired error of conversations that are equally long: sd(CHANGES) ÷ √4, times the ratio.
+    error = 100 * statistics.stdev(CHANGES) / 2
+    expected = [2.5, -51.22, 1.0, 0.0198, 8.8893]
+    assert [row[2] for row in rows[:6]] == [
+        "",
+        *(
+            f"{'−' if one < 0 else '+'}{abs(one):.2f} ± {(1 + one / 100) * error:.2f}"
+            for one in expected
+        ),
+    ]
     assert rows[6][2] == ""  # another run's base is no step
+
+
+def test_a_difference_s_error_is_far_smaller_than_those_of_the_two_links(write, read_tsv):
+    """The conversations are hard or easy for every link: ± 0.18 nats alone, ± 0.012 paired."""
+    rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
+    change, _, error = rows["generic: Q4_K_M"][2].partition(" ± ")
+    assert float(change) > 5 * float(error)
+
+
+def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, ends_with_message):
+    path = results.folder / "runs" / "mistral" / "evaluation" / "F16.tokens.parquet"
+    token_scores([1.0, 2.0, 3.0]).write(path)
+    argv = ["--runs", results.runs, "--results", results.folder]
+    for flag in ("tsv", "markdown", "html", "figure"):
+        argv += [f"--{flag}", tmp_path / flag]
+    message = ends_with_message(report_chain.main, argv)
+    for part in ("different tokens", str(path), "merged.tokens.parquet", "30 of 3", "40 of 4"):
+        assert part in message
 
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
