@@ -324,10 +324,14 @@ def run_speeds(name):
     return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links]
 
 
+def run_divergences(name):
+    return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
+
+
 def evaluation_files():
     files = [file for run in RUNS.values() for file in base_scores(run)]
     for name in RUNS:
-        files += run_scores(name) + run_speeds(name)
+        files += run_scores(name) + run_speeds(name) + run_divergences(name)
     return sorted(set(files))
 
 

@@ -112,6 +112,38 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         output_version=output_version("evaluate/evaluate_perplexity"),
 
 
+rule evaluate_divergence:
+    """KL divergence and top-1 agreement of a quantization with F16, on the chain's own tokens."""
+    input:
+        reference="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
+    log:
+        "logs/runs/{run}/evaluate_divergence/{quant}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_divergence/{quant}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        # Both models; with less the program takes them in turns.
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_divergence"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_divergence --reference {input.reference:q}"
+        " --gguf {input.gguf:q} --facts {input.facts:q} --tokens {input.tokens:q}"
+        " --settings {params.settings:q} --threads {threads}"
+        " --divergence {output.divergence:q} > {log:q} 2>&1"
+
+
 rule benchmark_inference:
     """Speed, memory and size of a GGUF, alone on the machine: it takes all cores."""
     input:

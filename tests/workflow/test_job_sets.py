@@ -37,6 +37,7 @@ def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
 # What follows a quantization that is made, of both runs.
 EVALUATED = {
     "evaluate_perplexity": 2,
+    "evaluate_divergence": 2,
     "benchmark_inference": 2,
     "report_comparison": 1,
     "report_chain": 1,
@@ -116,6 +117,7 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "compute_imatrix": 1,
         "quantize_gguf": 2,
         "evaluate_perplexity": 3,
+        "evaluate_divergence": 2,
         "evaluate_perplexity_adapter": 1,
         "evaluate_perplexity_merged": 1,
         "benchmark_inference": 3,

@@ -47,7 +47,13 @@ def chain(runs: Sequence[RunResults]) -> Table:
     for run in runs:
         for link, step in zip(run.links, ["", *steps(run.links)], strict=True):
             rows.append(
-                [f"{run.name}: {link.name}", perplexity(link.scores), step, *measured(link)]
+                [
+                    f"{run.name}: {link.name}",
+                    perplexity(link.scores),
+                    step,
+                    *diverged(link),
+                    *measured(link),
+                ]
             )
     scores = runs[0].links[0].scores
     return Table(
@@ -58,13 +64,16 @@ def chain(runs: Sequence[RunResults]) -> Table:
             f" {scores['piece_tokens']} tokens; lower is better. “vs. the line above” is the"
             " change of perplexity with the standard error of the difference, paired token by"
             " token, so that what is hard for both drops out: a change smaller than twice its"
-            " error is none. “Whole conversations” are scored without cutting, by the links that"
-            " honour the sliding window."
+            " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
+            " likeliest next one is the same are over the same tokens. “Whole conversations” are"
+            " scored without cutting, by the links that honour the sliding window."
         ),
         header=[
             "Link",
             "Perplexity",
             "vs. the line above, %",
+            "KL divergence to F16, nats",
+            "Same top token as F16, %",
             "Whole conversations",
             "Prompt ms/token",
             "Decode ms/token",
@@ -96,6 +105,27 @@ def steps(links: Sequence[Link]) -> Iterator[str]:
                 " evaluate_perplexity_merged evaluate_perplexity_adapter evaluate_perplexity_base",
             )
         yield change_of_perplexity(*link_scores.difference(before_scores))
+
+
+def percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def diverged(link: Link) -> list[str]:
+    """KL divergence to F16 and how often the likeliest token is the same."""
+    if link.divergence is None:
+        return ["", ""]
+    return [
+        with_error(
+            link.divergence["kl_divergence_nats"],
+            link.divergence["kl_divergence_standard_error_nats"],
+            digits=5,
+        ),
+        with_error(
+            100 * link.divergence["top1_agreement_fraction"],
+            percent(link.divergence["top1_agreement_standard_error_fraction"]),
+        ),
+    ]
 
 
 def measured(link: Link) -> list[str]:

@@ -22,6 +22,8 @@ class Link:
     """Of evaluate_perplexity: the loss of every token."""
     speed: dict[str, Any] | None
     """Of benchmark_inference; None for the base, which is scored alone."""
+    divergence: dict[str, Any] | None = None
+    """Of evaluate_divergence, for the quantizations."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,19 @@ def _links(
     yield _link("base NF4", base / "base-nf4.json")
     folder = results / "runs" / run / "evaluation"
     for name in ("adapter", "merged", *gguf_types):
-        yield _link(name, folder / f"{name}.json", folder / f"{name}.inference.json")
+        speed, divergence = (folder / f"{name}.{what}.json" for what in ("inference", "divergence"))
+        is_quantization = name in gguf_types and name != "F16"
+        yield _link(name, folder / f"{name}.json", speed, divergence if is_quantization else None)
 
 
-def _link(name: str, scores: Path, speed: Path | None = None) -> Link:
+def _link(
+    name: str, scores: Path, speed: Path | None = None, divergence: Path | None = None
+) -> Link:
     """A link from the files of its scores, beside which the losses of its tokens lie."""
     return Link(
         name,
         files.read_json(scores),
         scores.with_suffix(".tokens.parquet"),
         files.read_json(speed) if speed else None,
+        files.read_json(divergence) if divergence else None,
     )

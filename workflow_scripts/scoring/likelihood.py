@@ -77,14 +77,23 @@ def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    divergences = []
-    # float64, as a good match is 1e-8 nats; a few positions at a time, as a copy of all would be
-    # slow.
-    for p, q in zip(reference.split(32), other.split(32), strict=True):
-        log_p = torch.log_softmax(p.double(), dim=-1)
-        log_q = torch.log_softmax(q.double(), dim=-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    divergences = [
+        (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        for log_p, log_q in log_probabilities(reference, other)
+    ]
     return torch.cat(divergences), reference.argmax(dim=-1) == other.argmax(dim=-1)
+
+
+def log_probabilities(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of both, (n, vocabulary) float64, some positions at a time.
+
+    In float64, as a divergence between good matches is 1e-8 nats; a copy of all would be slow.
+
+    Args:
+        reference: (n, vocabulary) float32 logits, as is `other`.
+    """
+    for p, q in zip(reference.split(32), other.split(32), strict=True):
+        yield p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
 
 
 def all_logits(model: LogitModel, piece: Piece) -> Tensor:

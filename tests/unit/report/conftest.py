@@ -125,6 +125,14 @@ def write_results(tmp_path) -> Callable[[], Results]:
                     "peak_memory_bytes": 3 * 2**30,
                 }
                 files.write_json(evaluation / f"{link}.inference.json", speed)
+                if link == "Q4_K_M":
+                    divergence = {
+                        "kl_divergence_nats": 0.01234,
+                        "kl_divergence_standard_error_nats": 0.00056,
+                        "top1_agreement_fraction": 0.925,
+                        "top1_agreement_standard_error_fraction": 0.0031,
+                    }
+                    files.write_json(evaluation / f"{link}.divergence.json", divergence)
         return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES}))
 
     return write

@@ -26,7 +26,14 @@ def write(results, tmp_path):
 
 def test_each_link_stands_against_the_one_before(write, read_tsv):
     header, *rows = read_tsv(write()["tsv"])
-    assert header[:4] == ["Link", "Perplexity", "vs. the line above, %", "Whole conversations"]
+    assert header[:6] == [
+        "Link",
+        "Perplexity",
+        "vs. the line above, %",
+        "KL divergence to F16, nats",
+        "Same top token as F16, %",
+        "Whole conversations",
+    ]
     assert [row[0] for row in rows[:7]] == [
         "generic: base",
         "generic: base NF4",
@@ -69,10 +76,13 @@ def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, e
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
-    assert rows["generic: base"][3:] == ["9.88", "", "", "", ""]
-    assert rows["generic: merged"][3:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+    assert rows["generic: Q4_K_M"][3:5] == ["0.01234 ± 0.00056", "92.50 ± 0.31"]
+    for link in ("base", "base NF4", "adapter", "merged", "F16"):
+        assert rows[f"generic: {link}"][3:5] == ["", ""]
+    assert rows["generic: base"][5:] == ["9.88", "", "", "", ""]
+    assert rows["generic: merged"][5:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
     # llama.cpp does not honour the window: no figure for whole conversations.
-    assert rows["generic: F16"][3:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+    assert rows["generic: F16"][5:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
 
 
 def test_the_figure_is_svg_that_names_links_and_runs(write):
