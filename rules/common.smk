@@ -49,6 +49,7 @@ wildcard_constraints:
     packing=any_of(CONFIG.packings),
     source=any_of(HUB_SOURCES),
     run=any_of(CONFIG.runs),
+    text=any_of(CONFIG.evaluation.texts),
     quant=any_of(QUANTIZATIONS),
     gguf=any_of(GGUF_TYPES),
 
@@ -99,6 +100,12 @@ def of_run(pattern):
         return pattern.format(run=wildcards.run, **names)
 
     return fill
+
+
+def text_of_run(wildcards):
+    """The chunks of a text, by the tokenizer of a run's model."""
+    model = CONFIG.runs[wildcards.run].model
+    return f"results/evaluation/{model}/texts/{wildcards.text}.arrow"
 
 
 def threads_of(table, name):
@@ -326,6 +333,17 @@ def run_speeds(name):
 
 def run_divergences(name):
     return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
+
+
+def text_scores():
+    """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
+    files = []
+    for text in CONFIG.evaluation.texts:
+        for name, run in RUNS.items():
+            files.append(f"results/evaluation/{run.model}/texts/{text}/base.json")
+            folder = f"results/runs/{name}/evaluation/texts/{text}"
+            files += [f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)]
+    return sorted(set(files))
 
 
 def evaluation_files():

@@ -112,6 +112,105 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         output_version=output_version("evaluate/evaluate_perplexity"),
 
 
+rule chunk_text:
+    """A text of the user's in chunks of one context, as llama-perplexity cuts it."""
+    input:
+        text=lambda wildcards: Path(CONFIG.evaluation.texts[wildcards.text]).expanduser(),
+        tokenizer="results/models/{model}/tokenizer",
+        facts="results/models/{model}/facts.json",
+    output:
+        tokens="results/evaluation/{model}/texts/{text}.arrow",
+    log:
+        "logs/evaluation/{model}/chunk_text/{text}.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/chunk_text/{text}.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        settings=CONFIG.evaluation.model_dump_json(include={"text_context_tokens"}),
+        output_version=output_version("evaluate/chunk_text"),
+    shell:
+        "python -m workflow_scripts.evaluate.chunk_text --text {input.text:q}"
+        " --tokenizer {input.tokenizer:q} --facts {input.facts:q} --settings {params.settings:q}"
+        " --tokens {output.tokens:q} > {log:q} 2>&1"
+
+
+rule evaluate_text:
+    """Perplexity of a GGUF on a text of the user's, as llama-perplexity has it."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=text_of_run,
+    output:
+        scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.json",
+        token_scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.tokens.parquet",
+    log:
+        "logs/runs/{run}/evaluate_text/{text}/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_text/{text}/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings="{}",  # every chunk, whole
+        output_version=output_version("evaluate/evaluate_perplexity"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --threads {threads} --scores {output.scores:q}"
+        " --token-scores {output.token_scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_text as evaluate_text_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=text_of_run,
+    output:
+        scores="results/runs/{run}/evaluation/texts/{text}/merged.json",
+        token_scores="results/runs/{run}/evaluation/texts/{text}/merged.tokens.parquet",
+    log:
+        "logs/runs/{run}/evaluate_text/{text}/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_text/{text}/merged.tsv"
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings="{}",
+        output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+use rule evaluate_text_merged as evaluate_text_base with:
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+        facts="results/models/{model}/facts.json",
+        tokens="results/evaluation/{model}/texts/{text}.arrow",
+    output:
+        scores="results/evaluation/{model}/texts/{text}/base.json",
+        token_scores="results/evaluation/{model}/texts/{text}/base.tokens.parquet",
+    log:
+        "logs/evaluation/{model}/evaluate_text/{text}/base.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/evaluate_text/{text}/base.tsv"
+    threads: threads_for_model
+    resources:
+        gpu=gpus_for_model,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+
+
 rule evaluate_divergence:
     """KL divergence and top-1 agreement of a quantization with F16, on the chain's own tokens."""
     input:

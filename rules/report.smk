@@ -102,6 +102,7 @@ rule report_chain:
     input:
         scores=lambda wildcards: evaluation_files(),
         token_scores=lambda wildcards: chain_token_scores(),
+        text_scores=text_scores(),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -126,11 +127,12 @@ rule report_chain:
         runtime=10,  # minutes
     params:
         runs=runs_json(),
+        texts=flagged("--texts", list(CONFIG.evaluation.texts)),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
         output_version=output_version("report/report_chain"),
     shell:
         "python -m workflow_scripts.report.report_chain --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " {params.texts:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 

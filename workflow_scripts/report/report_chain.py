@@ -28,6 +28,7 @@ logger = log.stage_logger("report_chain")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--texts", nargs="+", default=[], help="names of texts scored as well")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument("--tsv", type=Path, required=True, help="to write")
     parser.add_argument("--markdown", type=Path, required=True, help="to write")
@@ -35,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results)
-    chain(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    runs = read_results(arguments.runs, arguments.results, arguments.texts)
+    chain(runs, arguments.texts).write(
+        tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html
+    )
     draw(runs, arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
-def chain(runs: Sequence[RunResults]) -> Table:
-    """One row a run and link."""
+def chain(runs: Sequence[RunResults], texts: Sequence[str] = ()) -> Table:
+    """One row a run and link, and a column a text."""
     rows = []
     for run in runs:
         for link, step in zip(run.links, ["", *steps(run.links)], strict=True):
@@ -52,6 +55,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
                     perplexity(link.scores),
                     step,
                     *diverged(link),
+                    *(perplexity(link.texts[text]) if link.texts else "" for text in texts),
                     *measured(link),
                 ]
             )
@@ -67,6 +71,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
             " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
             " likeliest next one is the same are over the same tokens. “Whole conversations” are"
             " scored without cutting, by the links that honour the sliding window."
+            f"{note_on_texts(runs, texts)}"
         ),
         header=[
             "Link",
@@ -74,6 +79,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
             "vs. the line above, %",
             "KL divergence to F16, nats",
             "Same top token as F16, %",
+            *(f"Perplexity, {text}" for text in texts),
             "Whole conversations",
             "Prompt ms/token",
             "Decode ms/token",
@@ -81,6 +87,18 @@ def chain(runs: Sequence[RunResults]) -> Table:
             "Size",
         ],
         rows=rows,
+    )
+
+
+def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
+    """What the columns of texts are of."""
+    if not texts:
+        return ""
+    scored = runs[0].link("merged").texts
+    sizes = ", ".join(f"{text} {scored[text]['n_scored_tokens']:,}" for text in texts)
+    return (
+        f" Texts are scored as llama-perplexity scores them: the second half of chunks, {sizes}"
+        " tokens; ± is a standard error over chunks."
     )
 
 

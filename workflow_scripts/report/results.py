@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Link:
     """Of benchmark_inference; None for the base, which is scored alone."""
     divergence: dict[str, Any] | None = None
     """Of evaluate_divergence, for the quantizations."""
+    texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Of evaluate_text, by name, for the links that are scored on texts."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,13 @@ class RunResults:
         return next(link for link in self.links if link.name == name)
 
 
-def read_results(runs: str, results: Path) -> list[RunResults]:
+def read_results(runs: str, results: Path, texts: Sequence[str] = ()) -> list[RunResults]:
     """All runs of a report.
 
     Args:
         runs: JSON of the runs' settings and the GGUF types, as the rule hands it.
         results: the folder `results/`.
+        texts: names of texts whose scores are read too.
     """
     wanted = json.loads(runs)
     return [
@@ -68,7 +72,10 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
                 if settings["merge_base"] == "auto"
                 else None
             ),
-            links=list(_links(name, settings, wanted["gguf_types"], results)),
+            links=[
+                dataclasses.replace(link, texts=_texts(name, settings, link.name, results, texts))
+                for link in _links(name, settings, wanted["gguf_types"], results)
+            ],
         )
         for name, settings in wanted["runs"].items()
     ]
@@ -98,3 +105,14 @@ def _link(
         files.read_json(speed) if speed else None,
         files.read_json(divergence) if divergence else None,
     )
+
+
+def _texts(
+    run: str, settings: Mapping[str, str], link: str, results: Path, texts: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Scores of a link on the texts; the base is scored once a model, in its own precision."""
+    if link in ("base NF4", "adapter"):
+        return {}
+    base = results / "evaluation" / settings["model"] / "texts"
+    folder = base if link == "base" else results / "runs" / run / "evaluation" / "texts"
+    return {text: files.read_json(folder / text / f"{link}.json") for text in texts}

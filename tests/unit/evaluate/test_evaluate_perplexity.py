@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import evaluate_perplexity
-from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
 
 def score(chain, scores, *model, settings="{}"):
@@ -228,21 +226,3 @@ def test_help_starts_without_torch(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.evaluate.evaluate_perplexity")
     assert done.returncode == 0
     assert not imported & {"torch", "transformers", "llama_cpp"}
-
-
-def test_perplexity_is_llama_perplexitys_own_on_the_same_tokens(
-    chain, text, llama_tool, write_documents, tmp_path
-):
-    """It scores the second half of each chunk of its context."""
-    size = 256
-    with LlamaCppModel(chain.gguf, context_tokens=16, n_threads=1) as model:
-        ids = model.tokenize(text.read_text(), adds_bos=True, parses_control=False)
-    chunks = [[1, *ids[at * size + 1 : (at + 1) * size]] for at in range(4)]
-    documents = tmp_path / "documents.arrow"
-    write_documents(documents, chunks, [[(size // 2 + 1, size)]] * 4)
-    report = score(chain._replace(tokens=documents), tmp_path / "scores.json", "--gguf", chain.gguf)
-    options = ["-c", size, "--chunks", 4, "-t", 1, "-ngl", 0]
-    done = llama_tool("perplexity", "-m", chain.gguf, "-f", text, *options)
-    (expected,) = re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
-    assert report["n_scored_tokens"] == 4 * (size // 2 - 1)
-    assert report["perplexity"] == pytest.approx(float(expected), rel=1e-5)

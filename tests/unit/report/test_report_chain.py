@@ -5,19 +5,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.unit.report.conftest import CHANGES, token_scores
+from tests.unit.report.conftest import CHANGES, scores, token_scores
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
 
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run():
+    def run(*more):
         paths = {key: tmp_path / f"chain.{key}" for key in ("tsv", "md", "html", "svg")}
         report_chain.main(
             ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
             + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
-            + ["--figure", str(paths["svg"])]
+            + ["--figure", str(paths["svg"]), *more]
         )
         return paths
 
@@ -83,6 +83,25 @@ def test_what_was_not_measured_is_left_empty(write, read_tsv):
     assert rows["generic: merged"][5:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
     # llama.cpp does not honour the window: no figure for whole conversations.
     assert rows["generic: F16"][5:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+
+
+def test_texts_have_a_column_each(write, results, read_tsv):
+    base = results.folder / "evaluation" / "tiny" / "texts"
+    for number, text in enumerate(("wiki", "code")):
+        files.write_json(base / text / "base.json", scores(30.0 + number))
+        for run in ("generic", "mistral"):
+            folder = results.folder / "runs" / run / "evaluation" / "texts" / text
+            for link in ("merged", "F16", "Q4_K_M"):
+                files.write_json(folder / f"{link}.json", scores(20.0 + number))
+    paths = write("--texts", "wiki", "code")
+    header, *rows = read_tsv(paths["tsv"])
+    assert header[5:8] == ["Perplexity, wiki", "Perplexity, code", "Whole conversations"]
+    cells = {row[0]: row[5:7] for row in rows}
+    assert cells["generic: base"] == ["30.00 ± 0.30", "31.00 ± 0.31"]
+    assert cells["generic: base NF4"] == cells["generic: adapter"] == ["", ""]
+    for link in ("merged", "F16", "Q4_K_M"):
+        assert cells[f"mistral: {link}"] == ["20.00 ± 0.20", "21.00 ± 0.21"]
+    assert "chunks, wiki 34,567, code 34,567 tokens" in paths["md"].read_text()
 
 
 def test_the_figure_is_svg_that_names_links_and_runs(write):
