@@ -74,6 +74,7 @@ rule evaluate:
     """Scores and speed of every link of every run."""
     input:
         evaluation_files(),
+        text_scores(),
 
 
 rule report:

@@ -55,6 +55,7 @@ wildcard_constraints:
     packing=any_of(CONFIG.packings),
     source=any_of(HUB_SOURCES),
     run=any_of(CONFIG.runs),
+    text=any_of(CONFIG.evaluation.texts),
     quant=any_of(QUANTIZATIONS),
     gguf=any_of(GGUF_TYPES),
 
@@ -110,6 +111,12 @@ def of_run(pattern):
         return pattern.format(run=wildcards.run, **names)
 
     return fill
+
+
+def text_of_run(wildcards):
+    """The chunks of a text, by the tokenizer of a run's model."""
+    model = CONFIG.runs[wildcards.run].model
+    return f"results/evaluation/{model}/texts/{wildcards.text}.arrow"
 
 
 def threads_of(table, name):
@@ -353,14 +360,40 @@ def run_scores(name):
     return [f"results/runs/{name}/evaluation/{link}.json" for link in links_of(name)]
 
 
+def token_scores(scores):
+    """The losses of every token, which stand beside the scores made of them."""
+    return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
+
+
+def chain_token_scores():
+    """Of every link of every run."""
+    files = [file for name, run in RUNS.items() for file in base_scores(run) + run_scores(name)]
+    return token_scores(sorted(set(files)))
+
+
 def run_speeds(name):
     return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links_of(name)]
+
+
+def run_divergences(name):
+    return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
+
+
+def text_scores():
+    """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
+    files = []
+    for text in CONFIG.evaluation.texts:
+        for name, run in RUNS.items():
+            files.append(f"results/evaluation/{run.model}/texts/{text}/base.json")
+            folder = f"results/runs/{name}/evaluation/texts/{text}"
+            files += [f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)]
+    return sorted(set(files))
 
 
 def evaluation_files():
     files = [file for run in RUNS.values() for file in base_scores(run)]
     for name in RUNS:
-        files += run_scores(name) + run_speeds(name)
+        files += run_scores(name) + run_speeds(name) + run_divergences(name)
     return sorted(set(files))
 
 

@@ -2,15 +2,17 @@
 
 
 rule evaluate_perplexity:
-    """Perplexity of a GGUF on the supervised tokens of the test conversations."""
+    """Perplexity of a GGUF on the supervised tokens of the test conversations, each one's kept."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
         gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/{gguf}.json",
+        token_scores="results/runs/{run}/evaluation/{gguf}.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/{gguf}.log",
     benchmark:
@@ -27,8 +29,9 @@ rule evaluate_perplexity:
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
         "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
-        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
-        " --threads {threads} --scores {output.scores:q} > {log:q} 2>&1"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --clean {input.clean:q}"
+        " --settings {params.settings:q} --threads {threads} --scores {output.scores:q}"
+        " --token-scores {output.token_scores:q} > {log:q} 2>&1"
 
 
 use rule evaluate_perplexity as evaluate_perplexity_merged with:
@@ -37,9 +40,11 @@ use rule evaluate_perplexity as evaluate_perplexity_merged with:
         merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/merged.json",
+        token_scores="results/runs/{run}/evaluation/merged.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/merged.log",
     benchmark:
@@ -60,9 +65,11 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/adapter.json",
+        token_scores="results/runs/{run}/evaluation/adapter.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_perplexity/adapter.log",
     benchmark:
@@ -78,9 +85,11 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         checkpoint="results/models/{model}/checkpoint",
         facts="results/models/{model}/facts.json",
         tokens="results/data/{dataset}/{model}/tokens/test.arrow",
+        clean="results/data/{dataset}/clean/test.parquet",
         tokens_check="results/data/{dataset}/{model}/tokens/check.json",  # gate, read by none
     output:
         scores="results/evaluation/{model}/{dataset}/base{precision}.json",
+        token_scores="results/evaluation/{model}/{dataset}/base{precision}.tokens.parquet",
     log:
         "logs/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.log",
     benchmark:
@@ -101,6 +110,137 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         ],
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+rule chunk_text:
+    """A text of the user's in chunks of one context, as llama-perplexity cuts it."""
+    input:
+        text=lambda wildcards: Path(CONFIG.evaluation.texts[wildcards.text]).expanduser(),
+        tokenizer="results/models/{model}/tokenizer",
+        facts="results/models/{model}/facts.json",
+    output:
+        tokens="results/evaluation/{model}/texts/{text}.arrow",
+    log:
+        "logs/evaluation/{model}/chunk_text/{text}.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/chunk_text/{text}.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        settings=CONFIG.evaluation.model_dump_json(include={"text_context_tokens"}),
+        output_version=output_version("evaluate/chunk_text"),
+    shell:
+        "python -m workflow_scripts.evaluate.chunk_text --text {input.text:q}"
+        " --tokenizer {input.tokenizer:q} --facts {input.facts:q} --settings {params.settings:q}"
+        " --tokens {output.tokens:q} > {log:q} 2>&1"
+
+
+rule evaluate_text:
+    """Perplexity of a GGUF on a text of the user's, as llama-perplexity has it."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=text_of_run,
+    output:
+        scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.json",
+        token_scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.tokens.parquet",
+    log:
+        "logs/runs/{run}/evaluate_text/{text}/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_text/{text}/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings="{}",  # every chunk, whole
+        output_version=output_version("evaluate/evaluate_perplexity"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --threads {threads} --scores {output.scores:q}"
+        " --token-scores {output.token_scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_text as evaluate_text_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=text_of_run,
+    output:
+        scores="results/runs/{run}/evaluation/texts/{text}/merged.json",
+        token_scores="results/runs/{run}/evaluation/texts/{text}/merged.tokens.parquet",
+    log:
+        "logs/runs/{run}/evaluate_text/{text}/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_text/{text}/merged.tsv"
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings="{}",
+        output_version=output_version("evaluate/evaluate_perplexity"),
+
+
+use rule evaluate_text_merged as evaluate_text_base with:
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+        facts="results/models/{model}/facts.json",
+        tokens="results/evaluation/{model}/texts/{text}.arrow",
+    output:
+        scores="results/evaluation/{model}/texts/{text}/base.json",
+        token_scores="results/evaluation/{model}/texts/{text}/base.tokens.parquet",
+    log:
+        "logs/evaluation/{model}/evaluate_text/{text}/base.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/evaluate_text/{text}/base.tsv"
+    threads: threads_for_model
+    resources:
+        gpu=gpus_for_model,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+
+
+rule evaluate_divergence:
+    """KL divergence and top-1 agreement of a quantization with F16, on the chain's own tokens."""
+    input:
+        reference="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
+    log:
+        "logs/runs/{run}/evaluate_divergence/{quant}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_divergence/{quant}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        # Both models; with less the program takes them in turns.
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_divergence"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_divergence --reference {input.reference:q}"
+        " --gguf {input.gguf:q} --facts {input.facts:q} --tokens {input.tokens:q}"
+        " --settings {params.settings:q} --threads {threads}"
+        " --divergence {output.divergence:q} > {log:q} 2>&1"
 
 
 rule benchmark_inference:
@@ -238,15 +378,16 @@ use rule evaluate_perplexity_adapter as evaluate_validation with:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
         tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
     output:
         scores="results/runs/{run}/evaluation/validation.json",
+        token_scores="results/runs/{run}/evaluation/validation.tokens.parquet",
     log:
         "logs/runs/{run}/evaluate_validation.log",
     benchmark:
         "benchmarks/runs/{run}/evaluate_validation.tsv"
     params:
-        # What a paired comparison needs.
-        link=lambda wildcards, input: [*live_adapter(wildcards, input), "--by-conversation"],
+        link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),

@@ -103,6 +103,8 @@ rule report_chain:
     """Perplexity of every link from base to quantized file, as tables and a figure."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        token_scores=lambda wildcards: chain_token_scores(),
+        text_scores=text_scores(),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -127,11 +129,12 @@ rule report_chain:
         runtime=10,  # minutes
     params:
         runs=runs_json(),
+        texts=flagged("--texts", list(CONFIG.evaluation.texts)),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
         output_version=output_version("report/report_chain"),
     shell:
         "python -m workflow_scripts.report.report_chain --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " {params.texts:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -202,6 +205,9 @@ rule report_sweep:
     """Which values of a recipe are best, by validation scores: a ranking of every sweep in `runs`."""
     input:
         scores=expand("results/runs/{run}/evaluation/validation.json", run=SWEEP_RUNS),
+        token_scores=expand(
+            "results/runs/{run}/evaluation/validation.tokens.parquet", run=SWEEP_RUNS
+        ),
         manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=SWEEP_RUNS),
     output:
         tsv="results/report/sweep.tsv",

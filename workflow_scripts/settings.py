@@ -778,6 +778,11 @@ class EvaluationSettings(Settings):
     max_conversations: Count | None = None
     """Conversations scored, the first of the split's order (`test` along the chain, `validation`
     by position); null is all."""
+    texts: dict[Name, str] = {}
+    """Text files that the links are scored on as llama-perplexity scores them, by name:
+    `{wikitext: data/wiki.test.raw}`."""
+    text_context_tokens: Annotated[Count, Field(ge=16)] = 512
+    """Length of the chunks of `texts`, whose second half is scored; llama-perplexity's `-c`."""
     gates: GateSettings = GateSettings()
     """Thresholds of the gates."""
     inference: InferenceSettings = InferenceSettings()

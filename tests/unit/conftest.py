@@ -259,7 +259,15 @@ def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chai
         messages = [{"role": role, "content": content} for role, content in turns]
         rendering = renderer.render(messages)
         at = {"id": f"chat/{number}"}
-        chats.append({**at, "messages": messages, "source_file": "c", "source_line": number})
+        chats.append(
+            {
+                **at,
+                "source": "web" if number else "ours",
+                "messages": messages,
+                "source_file": "c",
+                "source_line": number,
+            }
+        )
         spans = list(itertools.chain(*rendering.supervised_spans))
         n_tokens = len(rendering.input_ids)
         rows.append({**at, "input_ids": rendering.input_ids, "supervised_spans": spans})

@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Document, Documents
@@ -23,11 +22,7 @@ from workflow_scripts.evaluate import links
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
 
-if TYPE_CHECKING:
-    import numpy as np
-
 OUTPUT_VERSION = 1
-FIRST_BUCKET_TOKENS = 256  # then 256–511, 512–1023, 1024–2047 …
 logger = log.stage_logger("evaluate_positions")
 
 
@@ -41,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = settings_from_json(EvaluationSettings, arguments.settings)
 
-    from workflow_scripts.scoring.likelihood import score_documents, summarize
+    from workflow_scripts.scoring.likelihood import score_documents
+    from workflow_scripts.scoring.token_scores import TokenScores
 
     facts = files.read_json(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
@@ -56,19 +52,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model = links.load_transformers(arguments, facts)
     shown = log.progress(pieces, logger, total=len(pieces), unit="conversations")
-    scores = score_documents(model, shown)
-    positions = {piece.document: piece.scored for piece in pieces}
+    scores = TokenScores.of(
+        documents,
+        score_documents(model, shown),
+        positions={piece.document: piece.scored for piece in pieces},
+    )
     report = {
         "precision": links.measured_precision(arguments.precision),
         "sliding_window": facts["sliding_window"],
         "n_tokens_beyond_context": sum(
             max(0, len(document.input_ids) - facts["context_tokens"]) for document in documents
         ),
-        **summarize(scores),
-        "buckets": [
-            {"first_position": first, "last_position": last, **summarize(part)}
-            for first, last, part in by_bucket(scores, positions)
-        ],
+        **scores.metrics(),
+        "buckets": scores.by_position(),
         "duration_seconds": time.perf_counter() - started,
     }
     files.write_json(arguments.scores, report)
@@ -85,30 +81,6 @@ def whole_pieces(documents: Sequence[Document], *, context_tokens: int) -> Itera
         if is_scored.any():
             input_ids = document.input_ids[:context_tokens]
             yield Piece(number, input_ids, np.flatnonzero(is_scored))
-
-
-def by_bucket(
-    scores: Mapping[int, np.ndarray], positions: Mapping[int, np.ndarray]
-) -> Iterator[tuple[int, int, dict[int, np.ndarray]]]:
-    """First and last position of each bucket that has a token, and its scores by document.
-
-    Args:
-        scores: nats of each scored token, by document.
-        positions: of the same tokens in their document, ascending.
-    """
-    import numpy as np
-
-    furthest = max(int(places[-1]) for places in positions.values())
-    first, end = 0, FIRST_BUCKET_TOKENS
-    while first <= furthest:
-        part: dict[int, Any] = {}
-        for document, places in positions.items():
-            start, stop = np.searchsorted(places, [first, end])
-            if start < stop:
-                part[document] = scores[document][start:stop]
-        if part:
-            yield first, end - 1, part
-        first, end = end, 2 * end
 
 
 if __name__ == "__main__":

@@ -7,20 +7,28 @@ python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.report.results import Link, RunResults, read_results
-from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+from workflow_scripts.report.tables import (
+    Table,
+    change_of_perplexity,
+    mebibytes,
+    perplexity,
+    with_error,
+)
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("report_chain")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--texts", nargs="+", default=[], help="names of texts scored as well")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument("--tsv", type=Path, required=True, help="to write")
     parser.add_argument("--markdown", type=Path, required=True, help="to write")
@@ -28,41 +36,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results)
-    chain(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    runs = read_results(arguments.runs, arguments.results, arguments.texts)
+    chain(runs, arguments.texts).write(
+        tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html
+    )
     draw(runs, arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
-def chain(runs: Sequence[RunResults]) -> Table:
-    """One row a run and link."""
+def chain(runs: Sequence[RunResults], texts: Sequence[str] = ()) -> Table:
+    """One row a run and link, and a column a text."""
     rows = []
     for run in runs:
-        previous: Link | None = None
-        for link in run.links:
-            step = (
-                f"{link.scores['perplexity'] / previous.scores['perplexity'] - 1:+.2%}"
-                if previous
-                else ""
-            )
+        for link, step in zip(run.links, ["", *steps(run.links)], strict=True):
             rows.append(
-                [f"{run.name}: {link.name}", perplexity(link.scores), step, *measured(link)]
+                [
+                    f"{run.name}: {link.name}",
+                    perplexity(link.scores),
+                    step,
+                    *diverged(link),
+                    *(perplexity(link.texts[text]) if link.texts else "" for text in texts),
+                    *measured(link),
+                ]
             )
-            previous = link
     scores = runs[0].links[0].scores
     return Table(
         title="Chain of perplexities",
         note=(
             f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the"
             f" same {scores['n_conversations']} test conversations, in pieces of at most"
-            f" {scores['piece_tokens']} tokens; lower is better. “Step” is the change against the"
-            " line above. “Whole conversations” are scored without cutting, by the links that"
-            " honour the sliding window."
+            f" {scores['piece_tokens']} tokens; lower is better. “vs. the line above” is the"
+            " change of perplexity with the standard error of the difference, paired token by"
+            " token, so that what is hard for both drops out: a change smaller than twice its"
+            " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
+            " likeliest next one is the same are over the same tokens. “Whole conversations” are"
+            " scored without cutting, by the links that honour the sliding window."
+            f"{note_on_texts(runs, texts)}"
         ),
         header=[
             "Link",
             "Perplexity",
-            "Step",
+            "vs. the line above, %",
+            "KL divergence to F16, nats",
+            "Same top token as F16, %",
+            *(f"Perplexity, {text}" for text in texts),
             "Whole conversations",
             "Prompt ms/token",
             "Decode ms/token",
@@ -73,8 +90,64 @@ def chain(runs: Sequence[RunResults]) -> Table:
     )
 
 
+def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
+    """What the columns of texts are of."""
+    if not texts:
+        return ""
+    scored = runs[0].link("merged").texts
+    sizes = ", ".join(f"{text} {scored[text]['n_scored_tokens']:,}" for text in texts)
+    return (
+        f" Texts are scored as llama-perplexity scores them: the second half of chunks, {sizes}"
+        " tokens; ± is a standard error over chunks."
+    )
+
+
+def steps(links: Sequence[Link]) -> Iterator[str]:
+    """Of every link but the first: its perplexity against that of the link before.
+
+    Raises:
+        StageError: the two were scored on different tokens.
+    """
+    from workflow_scripts.scoring.token_scores import TokenScores
+
+    scores = (TokenScores.read(link.token_scores) for link in links)
+    pairs = zip(itertools.pairwise(links), itertools.pairwise(scores), strict=True)
+    for (before, link), (before_scores, link_scores) in pairs:
+        if not link_scores.scores_the_same(before_scores):
+            raise log.StageError(
+                "two links were scored on different tokens",
+                where=f"{link.token_scores}, against {before.token_scores}",
+                found=f"{len(link_scores.nats)} of {len(link_scores.ids)} conversations",
+                expected=f"the same {len(before_scores.nats)} of {len(before_scores.ids)}",
+                to_fix="score them again: snakemake evaluate --forcerun evaluate_perplexity"
+                " evaluate_perplexity_merged evaluate_perplexity_adapter evaluate_perplexity_base",
+            )
+        yield change_of_perplexity(*link_scores.difference(before_scores))
+
+
+def percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def diverged(link: Link) -> list[str]:
+    """KL divergence to F16 and how often the likeliest token is the same."""
+    if link.divergence is None:
+        return ["", ""]
+    return [
+        with_error(
+            link.divergence["kl_divergence_nats"],
+            link.divergence["kl_divergence_standard_error_nats"],
+            digits=5,
+        ),
+        with_error(
+            100 * link.divergence["top1_agreement_fraction"],
+            percent(link.divergence["top1_agreement_standard_error_fraction"]),
+        ),
+    ]
+
+
 def measured(link: Link) -> list[str]:
-    """The cells after the step: full-length perplexity, speed, memory, size."""
+    """The cells after the change: full-length perplexity, speed, memory, size."""
     whole = link.scores.get("full_length_perplexity")
     cells = ["" if whole is None else f"{whole:.2f}"]
     if link.speed is None:

@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files, log, sweeps
 from workflow_scripts.report.arms import STUDENT_T
-from workflow_scripts.report.tables import Table, mebibytes, with_error
+from workflow_scripts.report.tables import Table, change_of_perplexity, mebibytes, with_error
 
-OUTPUT_VERSION = 1
+if TYPE_CHECKING:
+    from workflow_scripts.scoring.token_scores import TokenScores
+
+OUTPUT_VERSION = 2
 logger = log.stage_logger("report_sweep")
-
-SCORED_ON = ("n_conversations", "n_scored_tokens", "piece_tokens")
-"""Equal for all runs that are compared."""
-BY_CONVERSATION = ("loss_nats_by_conversation", "n_scored_tokens_by_conversation")
-"""Sums of each conversation; where evaluate_perplexity kept them, a difference is paired."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,8 @@ class Run:
     """Swept keys, as validated."""
     scores: Mapping[str, Any]
     """Of evaluate_perplexity, on the validation split."""
+    tokens: TokenScores
+    """The loss of every token, of which the scores are made."""
     manifest: Mapping[str, Any]
     """Of train_adapter."""
 
@@ -83,17 +82,15 @@ class Sweep:
         return self.runs[0]
 
     @property
-    def is_paired(self) -> bool:
-        return all(key in run.scores for run in self.runs for key in BY_CONVERSATION)
-
-    @property
     def keys(self) -> list[str]:
         return list(self.best.values)
 
     def difference(self, run: Run) -> Difference:
-        """To the best, paired by conversation where their losses are known."""
-        compare = paired if self.is_paired else unpaired
-        return compare(run.scores, self.best.scores)
+        """To the best, paired token by token, so that what is hard for both drops out."""
+        mean, error = run.tokens.difference(self.best.tokens)
+        if error is None:
+            return Difference(mean, None)
+        return Difference(mean, student(run.scores["n_conversations"]) * error)
 
     def ties(self) -> list[Run]:
         """Runs that the validation split does not tell apart from the best."""
@@ -155,24 +152,34 @@ def read_sweep(
     Raises:
         StageError: two runs were scored on different tokens.
     """
+    from workflow_scripts.scoring.token_scores import TokenScores
+
     folder = results / "runs"
-    runs = [
-        Run(
-            run,
-            swept,
-            files.read_json(folder / run / "evaluation" / "validation.json"),
-            files.read_json(folder / run / "adapter" / "training_manifest.json"),
+    runs = []
+    for run, swept in values.items():
+        evaluation = folder / run / "evaluation"
+        runs.append(
+            Run(
+                run,
+                swept,
+                files.read_json(evaluation / "validation.json"),
+                TokenScores.read(evaluation / "validation.tokens.parquet"),
+                files.read_json(folder / run / "adapter" / "training_manifest.json"),
+            )
         )
-        for run, swept in values.items()
-    ]
     for run in runs[1:]:
-        found, expected = ([one.scores[key] for key in SCORED_ON] for one in (run, runs[0]))
-        if found != expected:
+        is_cut_alike = run.scores["piece_tokens"] == runs[0].scores["piece_tokens"]
+        if not (is_cut_alike and run.tokens.scores_the_same(runs[0].tokens)):
+            found, expected = (
+                f"{len(one.tokens.nats)} tokens in pieces of {one.scores['piece_tokens']}"
+                for one in (run, runs[0])
+            )
             raise log.StageError(
                 "two runs of a sweep were scored on different tokens",
-                where=f"{folder}/{run.name}/evaluation/validation.json, against {runs[0].name}",
-                found=dict(zip(SCORED_ON, found, strict=True)),
-                expected=dict(zip(SCORED_ON, expected, strict=True)),
+                where=f"{folder}/{run.name}/evaluation/validation.tokens.parquet,"
+                f" against {runs[0].name}",
+                found=found,
+                expected=f"the same {expected}",
                 to_fix="score them again: snakemake sweep --forcerun evaluate_validation",
             )
     return Sweep(name, recipe, sorted(runs, key=lambda run: run.scores["loss_nats_per_token"]))
@@ -181,35 +188,6 @@ def read_sweep(
 def student(n: int) -> float:
     """97.5 % quantile of Student's t over n conversations; a little too wide above 21."""
     return STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
-
-
-def paired(scores: Mapping[str, Any], best: Mapping[str, Any]) -> Difference:
-    """Conversation by conversation, so that what is hard for both runs drops out.
-
-    The error is that of a ratio of sums over conversations, as the loss's own (Cochran, Sampling
-    Techniques, 1977, §6.3).
-    """
-    losses, tokens = BY_CONVERSATION
-    counts = scores[tokens]
-    changes = [one - other for one, other in zip(scores[losses], best[losses], strict=True)]
-    mean = sum(changes) / sum(counts)
-    n = len(counts)
-    if n < 2:
-        return Difference(mean, None)
-    residuals = [change - mean * count for change, count in zip(changes, counts, strict=True)]
-    squares = math.fsum(residual**2 for residual in residuals)
-    error = math.sqrt(n / (n - 1) * squares) / sum(counts)
-    return Difference(mean, student(n) * error)
-
-
-def unpaired(scores: Mapping[str, Any], best: Mapping[str, Any]) -> Difference:
-    """From the two standard errors alone, as if of different conversations: too wide, as what is
-    hard for one run is hard for the other."""
-    mean = scores["loss_nats_per_token"] - best["loss_nats_per_token"]
-    errors = [one["loss_standard_error_nats_per_token"] for one in (scores, best)]
-    if None in errors:
-        return Difference(mean, None)
-    return Difference(mean, student(scores["n_conversations"]) * math.hypot(*errors))
 
 
 def table(ranked: Sequence[Sweep]) -> Ranking:
@@ -232,7 +210,7 @@ def row(sweep: Sweep, run: Run, keys: Sequence[str]) -> list[str]:
         compared = ["best", ""]
     else:
         one = sweep.difference(run)
-        compared = [as_percentage(one), "yes" if one.is_shown else "no"]
+        compared = [change_of_perplexity(*one), "yes" if one.is_shown else "no"]
     speed = run.manifest["tokens_per_second"]
     return [
         run.name,
@@ -245,13 +223,6 @@ def row(sweep: Sweep, run: Run, keys: Sequence[str]) -> list[str]:
     ]
 
 
-def as_percentage(one: Difference) -> str:
-    """A difference of losses as one of perplexities: `+1.23 ± 0.45`."""
-    ratio = math.exp(one.mean)
-    half_width = None if one.half_width is None else 100 * ratio * one.half_width
-    return "+" + with_error(100 * (ratio - 1), half_width)
-
-
 def as_written(value: Any) -> str:
     """As it stands in a config: `2e-4`, `[q_proj, v_proj]`."""
     if isinstance(value, list):
@@ -261,18 +232,12 @@ def as_written(value: Any) -> str:
 
 def note(ranked: Sequence[Sweep]) -> str:
     first = ranked[0].best.scores
-    if all(sweep.is_paired for sweep in ranked):
-        how = "The difference to the best is paired by conversation."
-    else:
-        how = (
-            "The difference to the best is taken from the two runs' standard errors, not paired by"
-            " conversation: its interval is too wide rather than too narrow."
-        )
     return (
         f"Lower perplexity is better: {first['n_scored_tokens']:,} supervised tokens of"
         f" {first['n_conversations']:,} validation conversations, the live adapter on its base."
-        f" ± is a 95 % interval over conversations. {how} The test split is not used. The best was"
-        " chosen on these very conversations, so its own perplexity is a little flattered."
+        " ± is a 95 % interval over conversations; the difference to the best is paired token by"
+        " token. The test split is not used. The best was chosen on these very conversations, so"
+        " its own perplexity is a little flattered."
     )
 
 

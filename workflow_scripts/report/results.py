@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ class Link:
     name: str
     scores: dict[str, Any]
     """Of evaluate_perplexity."""
+    token_scores: Path
+    """Of evaluate_perplexity: the loss of every token."""
     speed: dict[str, Any] | None
     """Of benchmark_inference; None for the base, which is scored alone."""
+    divergence: dict[str, Any] | None = None
+    """Of evaluate_divergence, for the quantizations."""
+    texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Of evaluate_text, by name, for the links that are scored on texts."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,13 @@ class RunResults:
         return next(link for link in self.links if link.name == name)
 
 
-def read_results(runs: str, results: Path) -> list[RunResults]:
+def read_results(runs: str, results: Path, texts: Sequence[str] = ()) -> list[RunResults]:
     """All runs of a report.
 
     Args:
         runs: JSON of the runs' settings and the GGUF types, as the rule hands it.
         results: the folder `results/`.
+        texts: names of texts whose scores are read too.
     """
     wanted = json.loads(runs)
     return [
@@ -64,7 +72,10 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
                 if settings["merge_base"] == "auto"
                 else None
             ),
-            links=list(_links(name, settings, wanted["gguf_types"], results)),
+            links=[
+                dataclasses.replace(link, texts=_texts(name, settings, link.name, results, texts))
+                for link in _links(name, settings, wanted["gguf_types"], results)
+            ],
         )
         for name, settings in wanted["runs"].items()
     ]
@@ -74,10 +85,35 @@ def _links(
     run: str, settings: dict[str, Any], gguf_types: list[str], results: Path
 ) -> Iterator[Link]:
     base = results / "evaluation" / settings["model"] / settings["dataset"]
-    yield Link("base", files.read_json(base / "base.json"), None)
-    yield Link("base NF4", files.read_json(base / "base-nf4.json"), None)
+    yield _link("base", base / "base.json")
+    yield _link("base NF4", base / "base-nf4.json")
     folder = results / "runs" / run / "evaluation"
     adapter = () if settings["merged"] else ("adapter",)
     for name in (*adapter, "merged", *gguf_types):
-        scores = files.read_json(folder / f"{name}.json")
-        yield Link(name, scores, files.read_json(folder / f"{name}.inference.json"))
+        speed, divergence = (folder / f"{name}.{what}.json" for what in ("inference", "divergence"))
+        is_quantization = name in gguf_types and name != "F16"
+        yield _link(name, folder / f"{name}.json", speed, divergence if is_quantization else None)
+
+
+def _link(
+    name: str, scores: Path, speed: Path | None = None, divergence: Path | None = None
+) -> Link:
+    """A link from the files of its scores, beside which the losses of its tokens lie."""
+    return Link(
+        name,
+        files.read_json(scores),
+        scores.with_suffix(".tokens.parquet"),
+        files.read_json(speed) if speed else None,
+        files.read_json(divergence) if divergence else None,
+    )
+
+
+def _texts(
+    run: str, settings: Mapping[str, str], link: str, results: Path, texts: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Scores of a link on the texts; the base is scored once a model, in its own precision."""
+    if link in ("base NF4", "adapter"):
+        return {}
+    base = results / "evaluation" / settings["model"] / "texts"
+    folder = base if link == "base" else results / "runs" / run / "evaluation" / "texts"
+    return {text: files.read_json(folder / text / f"{link}.json") for text in texts}

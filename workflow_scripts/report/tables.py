@@ -4,6 +4,7 @@ report."""
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,15 @@ def perplexity(scores: dict) -> str:
     error = scores["loss_standard_error_nats_per_token"]
     value = scores["perplexity"]
     return with_error(value, None if error is None else value * error)
+
+
+def change_of_perplexity(mean: float, error: float | None) -> str:
+    """A difference of losses as one of perplexities, in per cent: `+1.23 ± 0.45`.
+
+    Args:
+        mean: nats per token.
+        error: of it: a standard error, or half of an interval; None where none is known.
+    """
+    ratio = math.exp(mean)
+    shown = with_error(100 * abs(ratio - 1), None if error is None else 100 * ratio * error)
+    return ("−" if ratio < 1 else "+") + shown

@@ -6,13 +6,13 @@ the same whichever link made it. All arithmetic on logits is float32, all sums o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from workflow_scripts.scoring.pieces import Piece
+from workflow_scripts.scoring.ratio import loss_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,36 +57,15 @@ def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> dict[int, np.
     return {document: np.concatenate(parts) for document, parts in by_document.items()}
 
 
-def by_conversation(scores: dict[int, np.ndarray]) -> dict[str, list[float]]:
-    """Loss and scored tokens of each conversation, in their order: what a comparison of two models
-    on the same conversations is paired by."""
-    return {
-        "loss_nats_by_conversation": [float(part.sum()) for part in scores.values()],
-        "n_scored_tokens_by_conversation": [len(part) for part in scores.values()],
-    }
-
-
 def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
     """Mean loss over all scored tokens with its standard error over documents, and perplexity.
 
-    Tokens of one document depend on each other, so the error is that of a ratio of sums over
-    documents (Cochran, Sampling Techniques, 1977, §6.3). It is null for a single document.
+    Args:
+        scores: nats of each scored token, by document.
     """
     sums = np.array([part.sum() for part in scores.values()])
     counts = np.array([len(part) for part in scores.values()])
-    loss = float(sums.sum() / counts.sum())
-    n = len(sums)
-    error = None
-    if n > 1:
-        residuals = sums - loss * counts
-        error = float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum())
-    return {
-        "n_conversations": n,
-        "n_scored_tokens": int(counts.sum()),
-        "loss_nats_per_token": loss,
-        "loss_standard_error_nats_per_token": error,
-        "perplexity": math.exp(loss),
-    }
+    return loss_metrics(sums, counts)
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,14 +77,23 @@ def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    divergences = []
-    # float64, as a good match is 1e-8 nats; a few positions at a time, as a copy of all would be
-    # slow.
-    for p, q in zip(reference.split(32), other.split(32), strict=True):
-        log_p = torch.log_softmax(p.double(), dim=-1)
-        log_q = torch.log_softmax(q.double(), dim=-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    divergences = [
+        (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        for log_p, log_q in log_probabilities(reference, other)
+    ]
     return torch.cat(divergences), reference.argmax(dim=-1) == other.argmax(dim=-1)
+
+
+def log_probabilities(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of both, (n, vocabulary) float64, some positions at a time.
+
+    In float64, as a divergence between good matches is 1e-8 nats; a copy of all would be slow.
+
+    Args:
+        reference: (n, vocabulary) float32 logits, as is `other`.
+    """
+    for p, q in zip(reference.split(32), other.split(32), strict=True):
+        yield p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
 
 
 def all_logits(model: LogitModel, piece: Piece) -> Tensor:

@@ -6,14 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import evaluate_positions
-from workflow_scripts.evaluate.evaluate_positions import by_bucket, whole_pieces
+from workflow_scripts.evaluate.evaluate_positions import whole_pieces
 from workflow_scripts.scoring.likelihood import summarize
 
 LENGTHS = [700, 40, 513, 300, 2]
@@ -105,31 +103,6 @@ def test_the_adapter_and_the_precision_change_the_loss(evaluate, uniform_adapter
         for more in ([], ["--adapter", uniform_adapter], ["--precision", "nf4"])
     }
     assert len(losses) == 3
-
-
-documents = st.dictionaries(
-    st.integers(0, 30),
-    st.lists(st.integers(1, 5000), min_size=1, max_size=20, unique=True).map(sorted),
-    min_size=1,
-)
-
-
-@given(positions=documents)
-def test_buckets_part_the_tokens_by_position(positions):
-    positions = {number: np.array(places) for number, places in positions.items()}
-    # The nats of a token are its position here, so that it is known where it went.
-    scores = {number: places.astype(float) for number, places in positions.items()}
-    n_tokens = 0
-    expected_first = 0
-    for first, last, part in by_bucket(scores, positions):
-        assert first >= expected_first and last + 1 in (256, 512, 1024, 2048, 4096, 8192)
-        assert first == (0 if last == 255 else (last + 1) // 2)
-        for number, nats in part.items():
-            inside = positions[number][(positions[number] >= first) & (positions[number] <= last)]
-            assert nats.tolist() == inside.tolist() != []
-            n_tokens += len(nats)
-        expected_first = last + 1
-    assert n_tokens == sum(map(len, positions.values()))
 
 
 def test_the_parts_make_up_the_whole(evaluate, uniform_adapter, long_facts):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from workflow_scripts import files
+from workflow_scripts.data.documents import Document
+from workflow_scripts.scoring.token_scores import TokenScores
 
 GGUF_TYPES = ["F16", "Q4_K_M"]
 PERPLEXITIES = {"adapter": 5.0, "merged": 5.05, "F16": 5.051, "Q4_K_M": 5.5}
@@ -43,6 +48,39 @@ def scores(perplexity: float, **more: object) -> dict:
     }
 
 
+HARDNESS = (0.5, -0.25, 0.0, -0.25)
+"""Of four equally long conversations, whatever the link."""
+CHANGES = (0.01, -0.02, 0.03, -0.02)
+"""Of the same, where a link scores them a little differently from the one before."""
+
+
+def token_scores(losses: Sequence[float], n_tokens: int = 10) -> TokenScores:
+    """Scores of conversations of equally many tokens.
+
+    Args:
+        losses: of each, nats per token.
+    """
+    document = Document("", np.zeros(n_tokens + 1, np.int32), np.ones(n_tokens + 1, bool))
+    return TokenScores.of(
+        [dataclasses.replace(document, id=f"chat/{number}") for number in range(len(losses))],
+        {number: np.full(n_tokens, loss) for number, loss in enumerate(losses)},
+    )
+
+
+def write_link(path: Path, perplexity: float, *, place: int, **more: object) -> None:
+    """Scores of a link and of its tokens.
+
+    Args:
+        place: in the chain: even ones differ from odd ones by `CHANGES`.
+    """
+    files.write_json(path, scores(perplexity, **more))
+    losses = [
+        math.log(perplexity) + hard + change * (place % 2)
+        for hard, change in zip(HARDNESS, CHANGES, strict=True)
+    ]
+    token_scores(losses).write(path.with_suffix(".tokens.parquet"))
+
+
 @pytest.fixture
 def write_results(tmp_path) -> Callable[[], Results]:
     def write() -> Results:
@@ -51,8 +89,8 @@ def write_results(tmp_path) -> Callable[[], Results]:
         files.write_json(folder / "models" / "tiny" / "facts.json", facts)
         base = folder / "evaluation" / "tiny" / "chats"
         whole = {"full_length_perplexity": 9.876}
-        files.write_json(base / "base.json", scores(10.0, **whole))
-        files.write_json(base / "base-nf4.json", scores(10.25, **whole))
+        write_link(base / "base.json", 10.0, place=0, **whole)
+        write_link(base / "base-nf4.json", 10.25, place=1, **whole)
         for number, run in enumerate(RUNS):
             adapter = folder / "runs" / run / "adapter"
             manifest = {
@@ -75,11 +113,10 @@ def write_results(tmp_path) -> Callable[[], Results]:
             validation = [{"step": 5, "loss_nats_per_token": 1.5}] if number else []
             history = {"train": steps, "validation": validation}
             files.write_json(adapter / "history.json", history)
-            for link, perplexity in PERPLEXITIES.items():
+            for place, (link, perplexity) in enumerate(PERPLEXITIES.items(), start=2):
                 evaluation = folder / "runs" / run / "evaluation"
                 more = whole if link in ("adapter", "merged") else {}
-                found = scores(perplexity + number, **more)
-                files.write_json(evaluation / f"{link}.json", found)
+                write_link(evaluation / f"{link}.json", perplexity + number, place=place, **more)
                 speed = {
                     "prompt_milliseconds_per_token": 0.1234,
                     "prompt_standard_deviation_milliseconds_per_token": 0.0056,
@@ -89,6 +126,14 @@ def write_results(tmp_path) -> Callable[[], Results]:
                     "peak_memory_bytes": 3 * 2**30,
                 }
                 files.write_json(evaluation / f"{link}.inference.json", speed)
+                if link == "Q4_K_M":
+                    divergence = {
+                        "kl_divergence_nats": 0.01234,
+                        "kl_divergence_standard_error_nats": 0.00056,
+                        "top1_agreement_fraction": 0.925,
+                        "top1_agreement_standard_error_fraction": 0.0031,
+                    }
+                    files.write_json(evaluation / f"{link}.divergence.json", divergence)
         return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES}))
 
     return write

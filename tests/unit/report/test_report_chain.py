@@ -1,21 +1,23 @@
 from __future__ import annotations
 
+import statistics
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.unit.report.conftest import CHANGES, scores, token_scores
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
 
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run():
+    def run(*more):
         paths = {key: tmp_path / f"chain.{key}" for key in ("tsv", "md", "html", "svg")}
         report_chain.main(
             ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
             + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
-            + ["--figure", str(paths["svg"])]
+            + ["--figure", str(paths["svg"]), *more]
         )
         return paths
 
@@ -24,7 +26,14 @@ def write(results, tmp_path):
 
 def test_each_link_stands_against_the_one_before(write, read_tsv):
     header, *rows = read_tsv(write()["tsv"])
-    assert header[:4] == ["Link", "Perplexity", "Step", "Whole conversations"]
+    assert header[:6] == [
+        "Link",
+        "Perplexity",
+        "vs. the line above, %",
+        "KL divergence to F16, nats",
+        "Same top token as F16, %",
+        "Whole conversations",
+    ]
     assert [row[0] for row in rows[:7]] == [
         "generic: base",
         "generic: base NF4",
@@ -34,17 +43,65 @@ def test_each_link_stands_against_the_one_before(write, read_tsv):
         "generic: Q4_K_M",
         "mistral: base",
     ]
-    steps = [row[2] for row in rows[:6]]
-    assert steps == ["", "+2.50%", "-51.22%", "+1.00%", "+0.02%", "+8.89%"]
+    # The paired error of conversations that are equally long: sd(CHANGES) ÷ √4, times the ratio.
+    error = 100 * statistics.stdev(CHANGES) / 2
+    expected = [2.5, -51.22, 1.0, 0.0198, 8.8893]
+    assert [row[2] for row in rows[:6]] == [
+        "",
+        *(
+            f"{'−' if one < 0 else '+'}{abs(one):.2f} ± {(1 + one / 100) * error:.2f}"
+            for one in expected
+        ),
+    ]
     assert rows[6][2] == ""  # another run's base is no step
+
+
+def test_a_difference_s_error_is_far_smaller_than_those_of_the_two_links(write, read_tsv):
+    """The conversations are hard or easy for every link: ± 0.18 nats alone, ± 0.012 paired."""
+    rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
+    change, _, error = rows["generic: Q4_K_M"][2].partition(" ± ")
+    assert float(change) > 5 * float(error)
+
+
+def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, ends_with_message):
+    path = results.folder / "runs" / "mistral" / "evaluation" / "F16.tokens.parquet"
+    token_scores([1.0, 2.0, 3.0]).write(path)
+    argv = ["--runs", results.runs, "--results", results.folder]
+    for flag in ("tsv", "markdown", "html", "figure"):
+        argv += [f"--{flag}", tmp_path / flag]
+    message = ends_with_message(report_chain.main, argv)
+    for part in ("different tokens", str(path), "merged.tokens.parquet", "30 of 3", "40 of 4"):
+        assert part in message
 
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
-    assert rows["generic: base"][3:] == ["9.88", "", "", "", ""]
-    assert rows["generic: merged"][3:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+    assert rows["generic: Q4_K_M"][3:5] == ["0.01234 ± 0.00056", "92.50 ± 0.31"]
+    for link in ("base", "base NF4", "adapter", "merged", "F16"):
+        assert rows[f"generic: {link}"][3:5] == ["", ""]
+    assert rows["generic: base"][5:] == ["9.88", "", "", "", ""]
+    assert rows["generic: merged"][5:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
     # llama.cpp does not honour the window: no figure for whole conversations.
-    assert rows["generic: F16"][3:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+    assert rows["generic: F16"][5:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
+
+
+def test_texts_have_a_column_each(write, results, read_tsv):
+    base = results.folder / "evaluation" / "tiny" / "texts"
+    for number, text in enumerate(("wiki", "code")):
+        files.write_json(base / text / "base.json", scores(30.0 + number))
+        for run in ("generic", "mistral"):
+            folder = results.folder / "runs" / run / "evaluation" / "texts" / text
+            for link in ("merged", "F16", "Q4_K_M"):
+                files.write_json(folder / f"{link}.json", scores(20.0 + number))
+    paths = write("--texts", "wiki", "code")
+    header, *rows = read_tsv(paths["tsv"])
+    assert header[5:8] == ["Perplexity, wiki", "Perplexity, code", "Whole conversations"]
+    cells = {row[0]: row[5:7] for row in rows}
+    assert cells["generic: base"] == ["30.00 ± 0.30", "31.00 ± 0.31"]
+    assert cells["generic: base NF4"] == cells["generic: adapter"] == ["", ""]
+    for link in ("merged", "F16", "Q4_K_M"):
+        assert cells[f"mistral: {link}"] == ["20.00 ± 0.20", "21.00 ± 0.21"]
+    assert "chunks, wiki 34,567, code 34,567 tokens" in paths["md"].read_text()
 
 
 def test_the_figure_is_svg_that_names_links_and_runs(write):

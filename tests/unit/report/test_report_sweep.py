@@ -2,52 +2,42 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import statistics
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from workflow_scripts import files
+from workflow_scripts.data.documents import Document
 from workflow_scripts.report import report_sweep
+from workflow_scripts.scoring.token_scores import TokenScores
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 N_CONVERSATIONS = 12
 
 
-def summary(losses: list[float], counts: list[int], *, by_conversation: bool) -> dict:
-    """As evaluate_perplexity writes it; the standard error is here the jackknife's."""
-    loss = sum(losses) / sum(counts)
-    n = len(losses)
-    error = None
-    if n > 1:
-        left_out = [(sum(losses) - losses[i]) / (sum(counts) - counts[i]) for i in range(n)]
-        mean = statistics.mean(left_out)
-        error = math.sqrt((n - 1) / n * sum((one - mean) ** 2 for one in left_out))
-    scores = {
-        "piece_tokens": 512,
-        "n_conversations": n,
-        "n_scored_tokens": sum(counts),
-        "loss_nats_per_token": loss,
-        "loss_standard_error_nats_per_token": error,
-        "perplexity": math.exp(loss),
-    }
-    if by_conversation:
-        scores["loss_nats_by_conversation"] = losses
-        scores["n_scored_tokens_by_conversation"] = counts
-    return scores
+def summary(tokens: TokenScores) -> dict:
+    """As evaluate_perplexity writes it."""
+    return {"piece_tokens": 512, **tokens.metrics()}
 
 
 def conversations(shift: float, *, n: int = N_CONVERSATIONS, seed: int = 0, noise: float = 0.01):
-    """Losses and tokens of conversations that differ much among each other: by 0.5 nats a token."""
-    hardness = random.Random(0)
-    drawn = random.Random(seed)
-    counts = [hardness.randint(20, 200) for _ in range(n)]
-    losses = [
-        count * (2 + hardness.gauss(0, 0.5) + shift + drawn.gauss(0, noise)) for count in counts
+    """Scores of conversations that differ much among each other: by 0.5 nats a token."""
+    hardness = np.random.default_rng(0)
+    drawn = np.random.default_rng(seed)
+    counts = hardness.integers(20, 200, size=n)
+    losses = 2 + hardness.normal(0, 0.5, size=n) + shift + drawn.normal(0, noise, size=n)
+    return scores_of([np.full(count, loss) for count, loss in zip(counts, losses, strict=True)])
+
+
+def scores_of(parts: list[np.ndarray]) -> TokenScores:
+    """Of conversations whose every token but the first is supervised."""
+    documents = [
+        Document(f"chat/{number}", np.zeros(len(part) + 1, np.int32), np.ones(len(part) + 1, bool))
+        for number, part in enumerate(parts)
     ]
-    return losses, counts
+    return TokenScores.of(documents, dict(enumerate(parts)))
 
 
 def manifest(number: int) -> dict:
@@ -67,17 +57,15 @@ def folder(tmp_path):
 def add_sweep(folder):
     """Results of a sweep: losses by run; returns what the rule hands over."""
 
-    def add(name, values, shifts, *, by_conversation=True, n=N_CONVERSATIONS, noise=0.01):
+    def add(name, values, shifts, *, n=N_CONVERSATIONS, noise=0.01):
         runs = {}
         for number, (swept, shift) in enumerate(zip(values, shifts, strict=True)):
             run = f"{name}.{number}"
             runs[run] = swept
             results = folder / "results" / "runs" / run
-            losses, counts = conversations(shift, n=n, seed=number, noise=noise)
-            files.write_json(
-                results / "evaluation" / "validation.json",
-                summary(losses, counts, by_conversation=by_conversation),
-            )
+            tokens = conversations(shift, n=n, seed=number, noise=noise)
+            tokens.write(results / "evaluation" / "validation.tokens.parquet")
+            files.write_json(results / "evaluation" / "validation.json", summary(tokens))
             files.write_json(results / "adapter" / "training_manifest.json", manifest(number))
         return {name: {"recipe": f"{name}-recipe", "runs": runs}}
 
@@ -144,51 +132,22 @@ def test_the_last_line_says_what_to_copy_and_what_does_as_well(write, rates):
         assert "rates.0" not in last
 
 
-def test_pairing_by_conversation_tells_apart_what_two_errors_cannot(write, rates, read_tsv):
-    paired = write(rates())
-    assert "is paired by conversation" in paired["md"].read_text()
-    assert [row[4] for row in read_tsv(paired["tsv"])[1:]] == ["", "no", "yes", "yes"]
-    alone = write(rates(by_conversation=False))
-    assert "not paired by conversation" in alone["md"].read_text()
-    # Conversations differ by 0.5 nats, over twelve: ± 0.4 hides even 0.2.
-    assert [row[4] for row in read_tsv(alone["tsv"])[1:]] == ["", "no", "no", "no"]
+def test_pairing_tells_apart_what_two_errors_cannot(write, rates, read_tsv):
+    paths = write(rates())
+    assert "is paired token by token" in paths["md"].read_text()
+    rows = read_tsv(paths["tsv"])[1:]
+    assert [row[4] for row in rows] == ["", "no", "yes", "yes"]
+    # Conversations differ by 0.5 nats, over twelve: the intervals of best and worst overlap.
+    best, worst = ([float(part) for part in row[2].split(" ± ")] for row in (rows[0], rows[-1]))
+    assert worst[0] - best[0] < worst[1] + best[1]
 
 
-def test_one_run_without_its_conversations_is_compared_by_errors(write, rates, folder):
-    swept = rates()
-    path = folder / "results" / "runs" / "rates.1" / "evaluation" / "validation.json"
-    scores = files.read_json(path)
-    del scores["loss_nats_by_conversation"]
-    files.write_json(path, scores)
-    assert "not paired by conversation" in write(swept)["md"].read_text()
-
-
-def test_a_paired_difference_of_equally_long_conversations_is_the_classic_one():
-    drawn = random.Random(3)
-    first, second = ([drawn.gauss(40, 5) for _ in range(9)] for _ in range(2))
-    found = report_sweep.paired(
-        summary(first, [20] * 9, by_conversation=True),
-        summary(second, [20] * 9, by_conversation=True),
-    )
-    changes = [(one - other) / 20 for one, other in zip(first, second, strict=True)]
-    assert found.mean == pytest.approx(statistics.mean(changes), rel=1e-12)
-    half_width = 2.306 * statistics.stdev(changes) / math.sqrt(9)  # t of 8 degrees of freedom
-    assert found.half_width == pytest.approx(half_width, rel=1e-12)
-
-
-def test_a_paired_difference_has_the_jackknife_s_error():
-    # 300 conversations: the two estimators part by 1/n; measured 0.6 %.
-    first, counts = conversations(0.05, n=300, seed=1, noise=0.2)
-    second, _ = conversations(0.0, n=300, seed=2, noise=0.2)
-    found = report_sweep.paired(
-        summary(first, counts, by_conversation=True),
-        summary(second, counts, by_conversation=True),
-    )
-    changes = [one - other for one, other in zip(first, second, strict=True)]
-    jackknife = summary(changes, counts, by_conversation=False)
-    error = jackknife["loss_standard_error_nats_per_token"]
-    assert found.mean == pytest.approx(jackknife["loss_nats_per_token"], rel=1e-9)
-    assert found.half_width == pytest.approx(2.086 * error, rel=0.02)
+def test_the_interval_of_a_difference_is_students_over_conversations(write, rates, read_tsv):
+    row = next(row for row in read_tsv(write(rates())["tsv"])[1:] if row[0] == "rates.0")
+    worst, best = conversations(0.2, seed=0), conversations(0.0, seed=2)
+    mean, error = worst.difference(best)
+    half_width = 100 * math.exp(mean) * 2.201 * error  # t of 11 degrees of freedom
+    assert row[3] == f"+{100 * (math.exp(mean) - 1):.2f} ± {half_width:.2f}"
 
 
 def test_one_conversation_tells_no_run_apart(write, rates, read_tsv):
@@ -197,12 +156,17 @@ def test_one_conversation_tells_no_run_apart(write, rates, read_tsv):
     assert "±" not in "".join(rows[1])
 
 
+@pytest.mark.parametrize("changed", ["tokens", "pieces"])
 def test_runs_scored_on_different_tokens_are_not_compared(
-    arguments, rates, folder, ends_with_message
+    arguments, rates, folder, ends_with_message, changed
 ):
     swept = rates()
-    path = folder / "results" / "runs" / "rates.2" / "evaluation" / "validation.json"
-    files.write_json(path, files.read_json(path) | {"n_scored_tokens": 1})
+    evaluation = folder / "results" / "runs" / "rates.2" / "evaluation"
+    if changed == "tokens":
+        conversations(0.0, n=11).write(evaluation / "validation.tokens.parquet")
+    else:
+        path = evaluation / "validation.json"
+        files.write_json(path, files.read_json(path) | {"piece_tokens": 256})
     message = ends_with_message(report_sweep.main, arguments(swept)[1])
     for part in ("different tokens", "rates.2", "rates.0", "evaluate_validation"):
         assert part in message

@@ -16,10 +16,10 @@ def available_bytes() -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    return _available_ram()
+    return available_ram_bytes()
 
 
-def _available_ram() -> int:
+def available_ram_bytes() -> int:
     """What Linux could give without swapping, less where a control group allows less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import kl_div
+
+from workflow_scripts import files
+from workflow_scripts.data.documents import Documents
+from workflow_scripts.evaluate import evaluate_divergence
+from workflow_scripts.evaluate.evaluate_divergence import rounds
+from workflow_scripts.scoring import divergences
+from workflow_scripts.scoring.likelihood import all_logits
+from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+from workflow_scripts.scoring.pieces import Piece, cut
+
+NOT_MEASURED = {"n_models_in_memory", "duration_seconds"}
+
+
+@pytest.fixture
+def compare(chain, tmp_path):
+    def run(gguf, *more, reference=chain.gguf, tokens=chain.tokens, settings="{}"):
+        path = tmp_path / "divergence" / "Q.divergence.json"
+        evaluate_divergence.main(
+            ["--reference", str(reference), "--gguf", str(gguf), "--facts", str(chain.facts)]
+            + ["--tokens", str(tokens), "--settings", settings, "--threads", "1"]
+            + [*map(str, more), "--divergence", str(path)]
+        )
+        assert list(path.parent.iterdir()) == [path]  # no logits are left
+        return files.read_json(path)
+
+    return run
+
+
+def plain(chain, gguf):
+    """(n, vocabulary) log-probabilities of both files and the tokens that come, by conversation;
+    every logit in memory."""
+    pieces = list(cut(Documents(chain.tokens), piece_tokens=300))
+    found = {}
+    for path in (chain.gguf, gguf):
+        with LlamaCppModel(path, context_tokens=300, n_threads=1) as model:
+            found[path] = [all_logits(model, piece).double().log_softmax(-1) for piece in pieces]
+    by_conversation: dict[int, list] = {}
+    for piece, p, q in zip(pieces, found[chain.gguf], found[gguf], strict=True):
+        targets = torch.from_numpy(piece.input_ids[piece.scored].astype("int64"))
+        by_conversation.setdefault(piece.document, []).append((p, q, targets))
+    return [
+        tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+        for pieces in by_conversation.values()
+    ]
+
+
+def test_every_figure_is_what_logits_in_memory_give(compare, chain, quantize):
+    report = compare(quantize(chain.gguf, "Q4_K_M"))
+    kl, agrees, change = [], [], []
+    for p, q, targets in plain(chain, quantize(chain.gguf, "Q4_K_M")):
+        kl.append(kl_div(q, p, reduction="none", log_target=True).sum(-1).numpy())
+        agrees.append((p.argmax(-1) == q.argmax(-1)).numpy().astype(float))
+        right = [part.gather(1, targets[:, None])[:, 0].exp().numpy() for part in (p, q)]
+        change.append(right[1] - right[0])
+    expected = {
+        "reference": "run-F16.gguf",
+        "piece_tokens": 300,
+        "n_pieces": 5,
+        "n_conversations": 3,
+        "n_scored_tokens": sum(map(len, kl)),
+    }
+    counts = np.array([len(part) for part in kl])
+    for name, parts in (
+        ("kl_divergence{}_nats", kl),
+        ("top1_agreement{}_fraction", agrees),
+        ("probability_change{}_fraction", change),
+        ("squared{}", [part**2 for part in change]),
+    ):
+        mean = np.concatenate(parts).mean()
+        sums = np.array([part.sum() for part in parts])
+        error = np.sqrt(3 / 2 * ((sums - mean * counts) ** 2).sum()) / counts.sum()
+        expected |= {name.format(""): mean, name.format("_standard_error"): error}
+    rms = np.sqrt(expected.pop("squared"))
+    expected["probability_change_rms_fraction"] = rms
+    error = expected.pop("squared_standard_error") / (2 * rms)
+    expected["probability_change_rms_standard_error_fraction"] = error
+    tokens = np.concatenate(kl)
+    for name, q in {"median": 50, "p90": 90, "p99": 99, "p99_9": 99.9, "max": 100}.items():
+        expected[f"{name}_kl_divergence_nats"] = np.percentile(tokens, q)
+    assert report.keys() - NOT_MEASURED == expected.keys()
+    for key, value in expected.items():
+        found = value if isinstance(value, str) else pytest.approx(value, rel=1e-6, abs=1e-12)
+        assert report[key] == found, key
+    assert report["n_models_in_memory"] == 2
+    # So that no figure above is right by being nothing.
+    assert report["kl_divergence_nats"] > 1e-4
+    assert 0 < report["top1_agreement_fraction"] < 1
+    assert report["probability_change_rms_fraction"] > 0
+
+
+@pytest.mark.parametrize("n_logits_on_disk", [10**9, 150 * 32_768, 1], ids=["all", "some", "one"])
+def test_models_that_take_turns_give_the_same_to_the_bit(
+    compare, chain, quantize, monkeypatch, n_logits_on_disk
+):
+    together = compare(quantize(chain.gguf, "Q4_K_M"))
+    monkeypatch.setattr(evaluate_divergence, "SCRATCH_BYTES", 4 * n_logits_on_disk)
+    in_turns = compare(quantize(chain.gguf, "Q4_K_M"), "--memory-gb", 0.001)
+    assert (together["n_models_in_memory"], in_turns["n_models_in_memory"]) == (2, 1)
+    for key in together.keys() - NOT_MEASURED:
+        assert in_turns[key] == together[key], key
+
+
+def test_memory_for_both_is_two_files_two_caches_and_what_is_computed_in(chain, quantize):
+    pair = evaluate_divergence.Pair(chain.gguf, quantize(chain.gguf, "Q8_0"), 300, 1)
+    needed = evaluate_divergence.needed_bytes(pair, files.read_json(chain.facts))
+    sizes = sum(path.stat().st_size for path in (chain.gguf, quantize(chain.gguf, "Q8_0")))
+    # Two layers of 2 heads of 32 numbers, keys and values in F16, for 300 tokens.
+    assert needed == sizes + 2 * (300 * 2 * 2 * 2 * 32 * 2) + evaluate_divergence.OTHER_BYTES
+    assert 0 < evaluate_divergence.available_bytes() < 2**50
+
+
+def test_a_file_does_not_diverge_from_itself(compare, chain):
+    report = compare(chain.gguf)
+    for key, value in report.items():
+        if "kl_divergence" in key or "change" in key:
+            assert value in (0.0, None), key
+    assert report["top1_agreement_fraction"] == 1.0
+
+
+def test_a_coarser_quantization_diverges_more(compare, chain, quantize):
+    fine, coarse = (compare(quantize(chain.gguf, kind)) for kind in ("Q8_0", "Q4_K_M"))
+    assert coarse["kl_divergence_nats"] > 5 * fine["kl_divergence_nats"] > 0
+    assert coarse["top1_agreement_fraction"] < fine["top1_agreement_fraction"]
+
+
+# What llama-perplexity calls each figure; its unit; how far the two may be apart. llama.cpp keeps
+# the reference's probabilities as 16-bit numbers and prints six decimals, or three of per cent:
+# measured 1.2e-6 nats, 5e-7 of which are printing; of the fractions nothing but printing.
+FIGURES = {
+    "kl_divergence_nats": ("Mean    KLD", 1.0, 3e-6),
+    "median_kl_divergence_nats": ("Median  KLD", 1.0, 3e-6),
+    "p90_kl_divergence_nats": ("90.0%   KLD", 1.0, 3e-6),
+    "p99_kl_divergence_nats": ("99.0%   KLD", 1.0, 3e-6),
+    "p99_9_kl_divergence_nats": ("99.9%   KLD", 1.0, 3e-6),
+    "max_kl_divergence_nats": ("Maximum KLD", 1.0, 3e-6),
+    "top1_agreement_fraction": ("Same top p", 0.01, 6e-6),
+    "probability_change_fraction": ("Mean    Δp", 0.01, 6e-6),
+    "probability_change_rms_fraction": ("RMS Δp    ", 0.01, 6e-6),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [("peaked", "Q8_0"), ("peaked", "Q2_K"), ("flat", "Q4_K_M")]
+)
+def test_figures_are_those_of_llama_perplexity_on_the_same_text(
+    compare, chain, peaked, text, chunk, quantize, llama_tool, tmp_path, model, kind
+):
+    f16, raw = {"peaked": (peaked.gguf, peaked.text), "flat": (chain.gguf, text)}[model]
+    quantized, base = quantize(f16, kind), tmp_path / "base.kld"
+    # One chunk at a time, as here: with more at once its own sums move in the fifth digit.
+    options = ["-f", raw, "-c", 256, "-b", 256, "-t", 1, "-ngl", 0, "--kl-divergence-base", base]
+    llama_tool("perplexity", "-m", f16, *options)
+    done = llama_tool("perplexity", "-m", quantized, *options, "--kl-divergence")
+    report = compare(quantized, reference=f16, tokens=chunk(raw))
+    for key, (name, unit, tolerance) in FIGURES.items():
+        (found,) = re.findall(rf"{re.escape(name)}: +(-?[\d.]+)", done.stdout)
+        assert report[key] == pytest.approx(float(found) * unit, abs=tolerance), key
+    # So that no figure agrees by being nothing: tokens are likely in one model, ties in the other.
+    if model == "peaked":
+        assert report["probability_change_rms_fraction"] > 1e-3
+    else:
+        assert 0.4 < report["top1_agreement_fraction"] < 0.6
+
+
+def test_models_of_different_vocabularies_are_not_compared(
+    ends_with_message,
+):
+    message = ends_with_message(
+        lambda _: divergences.compare(
+            [torch.zeros(2, 30)], [torch.zeros(2, 31)], np.zeros(2, np.int32)
+        ),
+        [],
+    )
+    for part in ("different vocabularies", "31 tokens", "30"):
+        assert part in message
+
+
+def test_a_split_without_a_supervised_token_is_a_stage_error(
+    chain, write_documents, tmp_path, ends_with_message
+):
+    write_documents(tmp_path / "test.arrow", [[1, 5, 6]], [[]])
+    message = ends_with_message(
+        evaluate_divergence.main,
+        ["--reference", chain.gguf, "--gguf", chain.gguf, "--facts", chain.facts, "--tokens"]
+        + [tmp_path / "test.arrow", "--settings", "{}", "--threads", 1]
+        + ["--divergence", tmp_path / "divergence.json"],
+    )
+    for part in ("nothing to compare on", "test.arrow", "1 documents", "test_fraction"):
+        assert part in message
+    assert [path.name for path in tmp_path.iterdir()] == ["test.arrow"]
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.evaluate.evaluate_divergence")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "llama_cpp", "numpy"}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=30),
+    n_positions=st.integers(0, 100),
+)
+def test_rounds_hold_every_piece_once_and_no_more_positions_than_asked(lengths, n_positions):
+    pieces = [
+        Piece(number, np.zeros(60, np.int32), np.arange(1, 1 + length))
+        for number, length in enumerate(lengths)
+    ]
+    parts = list(rounds(pieces, n_positions))
+    assert [piece for part in parts for piece in part] == pieces
+    for part in parts:
+        assert len(part) == 1 or sum(len(piece.scored) for piece in part) <= n_positions
+    for part, after in zip(parts, parts[1:], strict=False):
+        assert sum(len(piece.scored) for piece in [*part, after[0]]) > n_positions
