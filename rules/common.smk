@@ -399,6 +399,9 @@ def evaluation_files():
 
 def report_files():
     return [
+        "results/report/overview.html",
+        "results/report/all_metrics.parquet",
+        *expand("results/runs/{run}/report.html", run=RUNS),
         *expand("results/report/comparison.{form}", form=["tsv", "md", "html"]),
         *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
         *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
@@ -496,10 +499,19 @@ def beginning(wildcards):
     return f"results/runs/{wildcards.run}/adapter/{name}"
 
 
-def runs_json():
-    """What the report needs to know: the runs built, what each combines, and the quantizations."""
-    runs = {name: run.model_dump() for name, run in RUNS.items()}
+def runs_json(names=RUNS):
+    """What the report needs to know: the runs, what each combines, and the quantizations."""
+    runs = {name: CONFIG.runs[name].model_dump() for name in names}
     return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES})
+
+
+def training_files(name):
+    """What the page of a run draws of its training, where it was trained here."""
+    if name not in TRAINED_RUNS:
+        return []
+    folder = f"results/runs/{name}"
+    of_adapter = [f"{folder}/adapter/{file}.json" for file in ("history", "training_manifest")]
+    return [*of_adapter, f"{folder}/memory_plan.json"]
 
 
 def experiment_json():

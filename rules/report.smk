@@ -164,6 +164,106 @@ rule report_loss:
         " --figure {output.figure:q} > {log:q} 2>&1"
 
 
+rule report_overview:
+    """The first page: the runs side by side, their differences in words, published figures."""
+    input:
+        scores=lambda wildcards: evaluation_files(),
+        checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
+        manifests=expand(
+            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
+        ),
+        choices=expand("results/runs/{run}/merge_base.json", run=MEASURED_MERGES),
+        facts=expand("results/models/{model}/facts.json", model=built_models()),
+    output:
+        page=report(
+            "results/report/overview.html",
+            caption="../workflow_scripts/report/captions/overview.rst",
+            category="Overview",
+        ),
+        headline="results/report/headline.md",
+    log:
+        "logs/report/report_overview.log",
+    benchmark:
+        "benchmarks/report/report_overview.tsv"
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        output_version=output_version("report/report_overview"),
+    shell:
+        "python -m workflow_scripts.report.report_overview --runs {params.runs:q}"
+        " --results results --page {output.page:q} --headline {output.headline:q}"
+        " > {log:q} 2>&1"
+
+
+rule report_run:
+    """The page of a run: every figure of it, drawn and in tables."""
+    input:
+        scores=lambda wildcards: evaluation_files(),
+        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        training=lambda wildcards: training_files(wildcards.run),
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        page=report(
+            "results/runs/{run}/report.html",
+            caption="../workflow_scripts/report/captions/run.rst",
+            category="Runs",
+            labels={"run": "{run}"},
+        ),
+    log:
+        "logs/runs/{run}/report_run.log",
+    benchmark:
+        "benchmarks/report/report_run/{run}.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=lambda wildcards: runs_json([wildcards.run]),
+        texts=flagged("--texts", list(CONFIG.evaluation.texts)),
+        benchmarks="benchmarks/runs/{run}",
+        output_version=output_version("report/report_run"),
+    shell:
+        "python -m workflow_scripts.report.report_run --run {wildcards.run:q}"
+        " --runs {params.runs:q} {params.texts:q} --results results"
+        " --benchmarks {params.benchmarks:q} --page {output.page:q} > {log:q} 2>&1"
+
+
+rule collect_metrics:
+    """Every figure with its unit, error and place: a JSON a run, one table for all of them."""
+    input:
+        scores=lambda wildcards: evaluation_files(),
+        checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
+        manifests=expand(
+            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
+        ),
+        packings=sorted(f"{folder}/packing_report.json" for folder in packing_folders()),
+        facts=expand("results/models/{model}/facts.json", model=built_models()),
+    output:
+        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+        table="results/report/all_metrics.parquet",
+    log:
+        "logs/report/collect_metrics.log",
+    benchmark:
+        "benchmarks/report/collect_metrics.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        output_version=output_version("report/collect_metrics"),
+    shell:
+        "python -m workflow_scripts.report.collect_metrics --runs {params.runs:q}"
+        " --results results --metrics {output.metrics:q} --table {output.table:q}"
+        " > {log:q} 2>&1"
+
+
 rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:

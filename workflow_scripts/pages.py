@@ -7,7 +7,7 @@ markup, and no invisible character (a control, a turn of writing direction) acts
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -66,6 +66,30 @@ def facts(pairs: Mapping[str, str]) -> str:
         for name, value in pairs.items()
     )
     return f"<dl>{items}</dl>"
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, is_of_words: bool = False
+) -> str:
+    """HTML of a table of texts; the first cell of a row names it.
+
+    Args:
+        is_of_words: cells stand on the left and may break, where those of numbers do not.
+    """
+
+    def cells(texts: Sequence[str], *, of_body: bool) -> str:
+        first, *others = map(visible, texts)
+        scope = "row" if of_body else "col"
+        tag = "td" if of_body else "th"
+        inner = "".join(f"<{tag}>{other}</{tag}>" for other in others)
+        return f'<tr><th scope="{scope}">{first}</th>{inner}</tr>'
+
+    body = "\n".join(cells(row, of_body=True) for row in rows)
+    kind = ' class="words"' if is_of_words else ""
+    return (
+        f'<div class="wide"><table{kind}><thead>{cells(header, of_body=False)}</thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def counted(n: int, singular: str, plural: str | None = None) -> str:

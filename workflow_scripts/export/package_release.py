@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
+from workflow_scripts.durations import durations
 from workflow_scripts.export import model_card, modelfile, provenance
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.models.tokenizer_files import find_tokenizer
@@ -100,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "python": platform.python_version(),
             "git_revision": provenance.git_revision(),
             "hardware": provenance.hardware(),
-            "duration_seconds": (
-                provenance.durations(arguments.benchmarks) if arguments.benchmarks else {}
-            ),
+            "duration_seconds": (durations(arguments.benchmarks) if arguments.benchmarks else {}),
         }
         files.write_json(folder / "provenance.json", origin)
         released = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")

@@ -5,7 +5,6 @@ Nothing of it names a folder of the machine it was made on: a release may be pub
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 import subprocess
@@ -46,17 +45,6 @@ def hardware() -> dict[str, Any]:
         "n_cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
-
-
-def durations(benchmarks: Path) -> dict[str, float]:
-    """Seconds of a run's steps, from Snakemake's benchmark files: `quantize_gguf/Q8_0` → 12.3."""
-    seconds = {}
-    for path in sorted(benchmarks.rglob("*.tsv")):
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
-        step = path.relative_to(benchmarks).with_suffix("").as_posix()
-        seconds[step] = float(rows[-1]["s"])
-    return seconds
 
 
 def hashes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.report import figures, plots
 from workflow_scripts.report.results import Link, RunResults, read_results
 from workflow_scripts.report.tables import (
     Table,
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chain(runs, arguments.texts).write(
         tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html
     )
-    draw(runs, arguments.figure)
+    figures.save(plots.chain(runs), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
@@ -162,37 +163,6 @@ def measured(link: Link) -> list[str]:
         )
     memory, size = link.speed["peak_memory_bytes"], link.speed["size_bytes"]
     return [*cells, mebibytes(memory), mebibytes(size)]
-
-
-def draw(runs: Sequence[RunResults], path: Path) -> None:
-    """Perplexity by link, a line a run, bars of one standard error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Without a fixed salt and date the same data would give another file each time.
-    matplotlib.rcParams["svg.hashsalt"] = "tramontane"
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    for number, run in enumerate(runs):
-        names = [link.name for link in run.links]
-        values = [link.scores["perplexity"] for link in run.links]
-        errors = [
-            (link.scores["loss_standard_error_nats_per_token"] or 0) * value
-            for link, value in zip(run.links, values, strict=True)
-        ]
-        shifted = [at + 0.06 * number for at in range(len(names))]
-        axes.errorbar(shifted, values, yerr=errors, marker="o", capsize=3, label=run.name)
-        axes.set_xticks(range(len(names)), names, rotation=20)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.set_ylabel("perplexity, supervised test tokens (log scale)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
-    with files.atomic_file(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

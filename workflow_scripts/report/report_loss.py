@@ -7,10 +7,11 @@ python -m workflow_scripts.report.report_loss --histories results/runs/*/adapter
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
+from workflow_scripts.report import figures, plots
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("report_loss")
@@ -25,48 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     histories = {path.parts[-3]: files.read_json(path) for path in arguments.histories}
-    draw(histories, arguments.figure)
+    figures.save(plots.training_curves(histories), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(histories), arguments.figure)
-
-
-def draw(histories: Mapping[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
-    """Three panels: loss, gradient norm, learning rate, by optimizer step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "tramontane"
-    panels = {
-        "loss_nats_per_token": "loss, nats a token",
-        "gradient_norm": "gradient norm",
-        "learning_rate": "learning rate",
-    }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained")
-    for number, (run, history) in enumerate(histories.items()):
-        color = f"C{number}"
-        steps = [entry["step"] for entry in history["train"]]
-        for panel, key in zip(axes, panels, strict=True):
-            values = [entry[key] for entry in history["train"]]
-            panel.plot(steps, values, color=color, alpha=0.8, linewidth=1.2, label=run)
-        if history["validation"]:
-            axes[0].plot(
-                [entry["step"] for entry in history["validation"]],
-                [entry["loss_nats_per_token"] for entry in history["validation"]],
-                color=color,
-                marker="o",
-                linestyle="--",
-                linewidth=1,
-                label=f"{run}, validation",
-            )
-    for panel, title in zip(axes, panels.values(), strict=True):
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("optimizer step")
-        panel.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
-    with files.atomic_file(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

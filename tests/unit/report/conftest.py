@@ -14,6 +14,7 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document
+from workflow_scripts.report.plots import MEMORY_PARTS
 from workflow_scripts.scoring.token_scores import TokenScores
 
 GGUF_TYPES = ["F16", "Q4_K_M"]
@@ -38,12 +39,22 @@ class Results(NamedTuple):
 
 
 def scores(perplexity: float, **more: object) -> dict:
+    counts = {"n_conversations": 12, "n_scored_tokens": 34_567}
+    loss = {
+        "loss_nats_per_token": math.log(perplexity),
+        "loss_standard_error_nats_per_token": 0.01,
+        "perplexity": perplexity,
+    }
     return {
         "piece_tokens": 64,
-        "n_conversations": 12,
-        "n_scored_tokens": 34_567,
-        "perplexity": perplexity,
-        "loss_standard_error_nats_per_token": 0.01,
+        **counts,
+        **loss,
+        "by_position": [
+            {"first_position": first, "last_position": last, **counts, **loss}
+            for first, last in ((0, 255), (256, 511))
+        ],
+        "by_turn": [{"turn": turn, **counts, **loss} for turn in (1, 2)],
+        "by_source": [{"source": "forum", **counts, **loss}],
         **more,
     }
 
@@ -81,6 +92,17 @@ def write_link(path: Path, perplexity: float, *, place: int, **more: object) -> 
     token_scores(losses).write(path.with_suffix(".tokens.parquet"))
 
 
+def write_gates(folder: Path) -> None:
+    """What the gates of a run measured, and what its memory was planned to be."""
+    merged = {"kl_divergence_nats": 1.25e-7, "perplexity_increase_fraction": -0.0025}
+    gguf = {"kl_divergence_nats": 5.5e-9, "top1_agreement_fraction": 1.0}
+    for gate, measured in (("merged", merged), ("gguf", gguf)):
+        files.write_json(folder / f"{gate}_check.json", {"n_scored_tokens": 789, **measured})
+    parts = dict.fromkeys(MEMORY_PARTS, 0) | {"program": 5 * 10**8, "base_weights": 10**9}
+    plan = {"predicted_bytes": parts, "usable_bytes": 20 * 10**9}
+    files.write_json(folder / "memory_plan.json", plan)
+
+
 @pytest.fixture
 def write_results(tmp_path) -> Callable[[], Results]:
     def write() -> Results:
@@ -99,6 +121,9 @@ def write_results(tmp_path) -> Callable[[], Results]:
                 "tokens_per_second": 1234.4,
                 "n_steps": 7 + number,
                 "n_trainable_parameters": 1_234_567,
+                "duration_seconds": 12.5,
+                "final_loss_nats_per_token": 1.75,
+                "device": "cpu",
             }
             files.write_json(adapter / "training_manifest.json", manifest)
             steps = [
@@ -113,6 +138,10 @@ def write_results(tmp_path) -> Callable[[], Results]:
             validation = [{"step": 5, "loss_nats_per_token": 1.5}] if number else []
             history = {"train": steps, "validation": validation}
             files.write_json(adapter / "history.json", history)
+            write_gates(folder / "runs" / run)
+            packed = folder / "data" / "chats" / "tiny" / RUNS[run]["packing"]
+            packing = {"fill_fraction": 0.96875, "n_rows": 12, "n_documents": 34}
+            files.write_json(packed / "packing_report.json", packing)
             for place, (link, perplexity) in enumerate(PERPLEXITIES.items(), start=2):
                 evaluation = folder / "runs" / run / "evaluation"
                 more = whole if link in ("adapter", "merged") else {}

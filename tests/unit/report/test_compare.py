@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from workflow_scripts.report import collect_metrics, compare
+
+
+@pytest.fixture
+def collected(results):
+    paths = [results.folder / "runs" / name / "metrics.json" for name in ("generic", "mistral")]
+    collect_metrics.main(
+        ["--runs", results.runs, "--results", str(results.folder), "--metrics", *map(str, paths)]
+        + ["--table", str(results.folder / "all.parquet")]
+    )
+    return [path.parent for path in paths]
+
+
+def rows(text, link):
+    section = text.split(f"### {link}\n")[1].split("\n###")[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_two_runs_stand_side_by_side_with_their_differences(collected, capsys):
+    compare.main(list(map(str, collected)))
+    text = capsys.readouterr().out
+    merged = rows(text, "merged")
+    assert merged[""] == ["generic", "mistral", "difference"]
+    assert merged["perplexity, paired by token, %"][2] == "+19.80 ± 0.00"
+    assert merged["perplexity"][:2] == ["5.0500", "6.0500"]
+    assert merged["loss, nats/token"] == ["1.619 ± 0.010", "1.800 ± 0.010", "+0.181 ± 0.014"]
+    run = rows(text, "run")
+    assert run["steps of training"] == ["7", "8", "+1"]
+    assert run["rows"][2] == "0"
+
+
+def test_the_same_run_of_two_folders_is_named_by_them(collected, tmp_path, capsys):
+    import shutil
+
+    other = shutil.copytree(collected[0], tmp_path / "elsewhere" / "generic")
+    compare.main([str(collected[0]), str(other)])
+    assert str(other) in capsys.readouterr().out
+
+
+def test_a_run_without_metrics_is_named_with_the_remedy(collected, tmp_path, ends_with_message):
+    message = ends_with_message(compare.main, [collected[0], tmp_path])
+    assert "the run has no metrics" in message and "snakemake --cores 8 report" in message

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import browser
+from workflow_scripts import files
+from workflow_scripts.report import report_run
+
+
+@pytest.fixture
+def write(results, tmp_path):
+    benchmarks = tmp_path / "benchmarks"
+    (benchmarks / "quantize_gguf").mkdir(parents=True)
+    for step, seconds in (("train_adapter", 61.5), ("quantize_gguf/Q4_K_M", 3)):
+        (benchmarks / f"{step}.tsv").write_text(f"s\th:m:s\n{seconds}\t-\n")
+
+    def run(name="mistral", runs=results.runs):
+        page = tmp_path / f"{name}.html"
+        report_run.main(
+            ["--run", name, "--runs", runs, "--results", str(results.folder)]
+            + ["--benchmarks", str(benchmarks), "--page", str(page)]
+        )
+        return page
+
+    return run
+
+
+def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
+    page = write().read_text()
+    for part in (
+        "6.05 ± 0.06",
+        "1.2e-07 nats KL",
+        "5.5e-09 nats KL",
+        "0.01234",
+        "forum",
+        "1,234,567",
+    ):
+        assert part in page
+    assert "5.05 ± 0.05" not in page  # the other run's
+    assert page.count("<svg") == 6
+    assert "1.1 minutes" in page
+
+
+def test_every_file_of_it_moves_the_page(write, results):
+    before = write().read_text()
+    run = results.folder / "runs" / "mistral"
+    for path, changes in {
+        run / "merged_check.json": {"kl_divergence_nats": 0.5},
+        run / "gguf_check.json": {"kl_divergence_nats": 0.5},
+        run / "memory_plan.json": {"usable_bytes": 10**9},
+        run / "adapter" / "training_manifest.json": {"peak_memory_bytes": 1},
+        run / "evaluation" / "F16.inference.json": {"size_bytes": 10**10},
+        run / "evaluation" / "merged.json": {
+            "by_source": [{"source": "elsewhere", "n_scored_tokens": 1, "perplexity": 2.0}]
+        },
+    }.items():
+        kept = files.read_json(path)
+        files.write_json(path, kept | changes)
+        assert write().read_text() != before, path
+        files.write_json(path, kept)
+    assert write().read_text() == before
+
+
+def test_a_run_that_was_not_trained_here_has_no_training_on_its_page(write, results):
+    wanted = json.loads(results.runs)
+    wanted["runs"]["mistral"] |= {"packing": None, "recipe": None, "adapter": "owner/lora"}
+    for name in ("adapter/training_manifest.json", "adapter/history.json", "memory_plan.json"):
+        (results.folder / "runs" / "mistral" / name).unlink()
+    page = write(runs=json.dumps(wanted)).read_text()
+    assert "owner/lora" in page and "<h2>Training</h2>" not in page
+
+
+@pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
+def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+    seen = browser.see(write(), tmp_path, height=4300)
+    assert seen.requests == seen.console == []
+    assert seen.screenshot.stat().st_size > 50_000
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_run")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib"}

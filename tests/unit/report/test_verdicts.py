@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from tests.unit.report.conftest import CHANGES
+from workflow_scripts.report import verdicts
+from workflow_scripts.report.results import read_results
+from workflow_scripts.scoring.ratio import Ratio
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "parts"),
+    [
+        (
+            math.log(0.9),
+            0.01,
+            ["10.0% lower than that of b (± 0.9", "which is more than its error"],
+        ),
+        (math.log(1.1), 0.01, ["10.0% higher than that of b", "which is more than its error"]),
+        (0.0195, 0.01, ["higher", "no more than its error, so no difference is shown"]),
+        (0.0197, 0.01, ["higher", "which is more than its error"]),
+        (-0.5, None, ["lower", "of a single conversation no error is known"]),
+    ],
+)
+def test_a_difference_is_said_to_be_one_beyond_its_error(mean, error, parts):
+    sentence = verdicts.perplexity_change("a", "b", Ratio(mean, error))
+    assert sentence.startswith("The perplexity of a is ") and sentence.endswith(".")
+    for part in parts:
+        assert part in sentence
+
+
+def test_the_runs_are_compared_token_by_token(results):
+    runs = read_results(results.runs, results.folder)
+    difference = verdicts.paired(runs[1].link("merged"), runs[0].link("merged"))
+    assert difference.mean == pytest.approx(math.log(6.05 / 5.05), rel=1e-6)
+    # Both links have the same conversations, hard and easy alike: nothing is left of the error.
+    assert difference.standard_error == pytest.approx(0, abs=1e-6)
+    (sentence,) = verdicts.of_runs(runs)
+    assert "mistral, merged, is 19.8% higher than that of generic" in sentence
+
+
+def test_a_run_is_compared_with_its_base_and_its_smallest_file_with_f16(results):
+    run = read_results(results.runs, results.folder)[0]
+    merged, smallest = verdicts.of_run(run)
+    error = 100 * 0.505 * statistics.stdev(CHANGES) / 2
+    assert f"is 49.5% lower than that of the base (± {error:.1f}" in merged
+    assert "generic’s Q4_K_M is 8.9% higher than that of its F16 file" in smallest
+
+
+def test_runs_of_other_data_are_not_compared(results):
+    runs = read_results(results.runs, results.folder)
+    runs[1].settings["dataset"] = "others"
+    assert verdicts.of_runs(runs) == []

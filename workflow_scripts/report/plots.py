@@ -1,0 +1,192 @@
+"""What the report draws of measurements, each as a figure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from workflow_scripts.report.figures import COLORS, QUIET, log_ticks, panels, styles
+from workflow_scripts.report.results import Link, RunResults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+History = Mapping[str, Sequence[Mapping[str, float]]]
+# Of the memory plan, from below; `program` is what a process takes before any weight.
+MEMORY_PARTS = {
+    "program": "program and libraries",
+    "base_weights": "base weights",
+    "adapter": "adapter",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "communication": "communication",
+    "activations": "activations",
+    "workspace": "workspace",
+    "evaluation": "evaluation",
+}
+
+
+def training_curves(histories: Mapping[str, History]) -> Figure:
+    """Loss, gradient norm and learning rate by optimizer step.
+
+    Args:
+        histories: of train_adapter, by run.
+    """
+    wanted = {
+        "loss_nats_per_token": "loss, nats a token",
+        "gradient_norm": "gradient norm",
+        "learning_rate": "learning rate",
+    }
+    figure, axes = panels(len(wanted), width=12, height=3.6)
+    for (run, history), style in zip(histories.items(), styles(), strict=False):
+        color = style["color"]
+        steps = [entry["step"] for entry in history["train"]]
+        for axis, key in zip(axes, wanted, strict=True):
+            values = [entry[key] for entry in history["train"]]
+            axis.plot(steps, values, color=color, linewidth=1.2, label=run)
+        if history["validation"]:
+            axes[0].plot(
+                [entry["step"] for entry in history["validation"]],
+                [entry["loss_nats_per_token"] for entry in history["validation"]],
+                **style,
+                linestyle="--",
+                linewidth=1,
+                label=f"{run}, validation",
+            )
+    for axis, title in zip(axes, wanted.values(), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("optimizer step")
+    axes[0].legend()
+    return figure
+
+
+def chain(runs: Sequence[RunResults]) -> Figure:
+    """Perplexity by link, a line a run, bars of one standard error."""
+    names = list(dict.fromkeys(link.name for run in runs for link in run.links))
+    figure, (axis,) = panels(width=8, height=4.2)
+    for number, (run, style) in enumerate(zip(runs, styles(), strict=False)):
+        values = [link.scores["perplexity"] for link in run.links]
+        errors = [
+            (link.scores["loss_standard_error_nats_per_token"] or 0) * value
+            for link, value in zip(run.links, values, strict=True)
+        ]
+        # Beside each other, so that bars do not hide bars.
+        places = [names.index(link.name) + 0.08 * number for link in run.links]
+        axis.errorbar(places, values, yerr=errors, **style, label=run.name)
+    axis.set_xticks(range(len(names)), names, rotation=20)
+    axis.set_yscale("log")
+    log_ticks(axis.yaxis)
+    axis.set_ylabel("perplexity, supervised test tokens (log scale)")
+    axis.grid(axis="x", visible=False)
+    axis.legend()
+    return figure
+
+
+def trade_off(run: RunResults) -> Figure:
+    """Quality against size and against speed of the run's files."""
+    links = [link for link in run.links if link.speed is not None and link.name not in _OTHERS]
+    measures = (
+        ("size of the file, GB", lambda link: (link.speed["size_bytes"] / 1e9, None)),
+        ("decoding, ms a token", lambda link: _of_speed(link, "decode")),
+        ("reading the prompt, ms a token", lambda link: _of_speed(link, "prompt")),
+    )
+    figure, axes = panels(len(measures), width=12, height=3.6)
+    for axis, (label, place) in zip(axes, measures, strict=True):
+        for link, style in zip(links, styles(), strict=False):
+            loss = link.scores["loss_nats_per_token"]
+            value, error = place(link)
+            axis.errorbar([value], [loss], xerr=[error or 0], linestyle="", **style)
+            axis.annotate(link.name, (value, loss), textcoords="offset points", xytext=(6, 5))
+        axis.set_xlabel(f"{label} (less is better)")
+        axis.margins(0.25)
+        axis.locator_params(nbins=5)
+    axes[0].set_ylabel("loss, nats a token (less is better)")
+    return figure
+
+
+_OTHERS = ("base", "base NF4", "adapter", "merged")
+
+
+def _of_speed(link: Link, phase: str) -> tuple[float, float | None]:
+    assert link.speed is not None
+    return (
+        link.speed[f"{phase}_milliseconds_per_token"],
+        link.speed[f"{phase}_standard_deviation_milliseconds_per_token"],
+    )
+
+
+def by_position(run: RunResults, names: Sequence[str]) -> Figure:
+    """Loss by position in the conversation, a line a link, bars of one standard error.
+
+    Args:
+        names: of the links.
+    """
+    figure, (axis,) = panels(width=8, height=3.8)
+    for number, (name, style) in enumerate(zip(names, styles(), strict=False)):
+        buckets = run.link(name).scores["by_position"]
+        middles = [(one["first_position"] + one["last_position"] + 1) / 2 for one in buckets]
+        axis.errorbar(
+            [middle * 1.03**number for middle in middles],
+            [one["loss_nats_per_token"] for one in buckets],
+            yerr=[one["loss_standard_error_nats_per_token"] or 0 for one in buckets],
+            **style,
+            label=name,
+        )
+    window = run.facts["sliding_window"]
+    if window:
+        axis.axvline(window, color=QUIET, linestyle=":", linewidth=1, label="window")
+    axis.set_xscale("log", base=2)
+    log_ticks(axis.xaxis)
+    axis.set_xlabel("position in the conversation, tokens")
+    axis.set_ylabel("loss, nats a token")
+    axis.legend()
+    return figure
+
+
+def memory(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
+    """Memory of training by part as planned, and the peak that was measured.
+
+    Args:
+        manifest: of train_adapter.
+        plan: of plan_memory.
+    """
+    figure, (axis,) = panels(width=8, height=2.4)
+    left = 0.0
+    planned = {part: plan["predicted_bytes"][part] / 1e9 for part in MEMORY_PARTS}
+    parts = [part for part in MEMORY_PARTS if planned[part]]
+    for part, style in zip(parts, styles(), strict=False):
+        axis.barh(
+            ["planned"],
+            [planned[part]],
+            left=left,
+            color=style["color"],
+            edgecolor="white",
+            label=MEMORY_PARTS[part],
+        )
+        left += planned[part]
+    axis.barh(["measured"], [manifest["peak_memory_bytes"] / 1e9], color=QUIET)
+    axis.axvline(plan["usable_bytes"] / 1e9, color="0.2", linestyle=":", label="usable")
+    # The room there is may be far more than what is used.
+    axis.set_xlim(0, 1.15 * max(left, manifest["peak_memory_bytes"] / 1e9))
+    axis.set_xlabel("peak memory, GB")
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def durations(seconds: Mapping[str, float]) -> Figure:
+    """Time of every step of a run, the longest on top.
+
+    Args:
+        seconds: by step.
+    """
+    steps = sorted(seconds, key=seconds.__getitem__)[-25:]
+    figure, (axis,) = panels(width=8, height=0.6 + 0.24 * len(steps))
+    axis.barh(steps, [seconds[step] for step in steps], color=COLORS[0])
+    for place, step in enumerate(steps):
+        axis.annotate(f" {seconds[step]:,.0f} s", (seconds[step], place), va="center", fontsize=8)
+    axis.margins(x=0.12)
+    axis.set_xlabel("seconds")
+    axis.grid(axis="y", visible=False)
+    return figure

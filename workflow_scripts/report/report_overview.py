@@ -1,0 +1,116 @@
+"""The first page of the report: the runs side by side, what may be said of their differences, the
+hand-overs that were proven, and published figures beside what was measured here.
+
+python -m workflow_scripts.report.report_overview --runs '{"runs": …, "gguf_types": …}'
+    --results results --page overview.html --headline headline.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log, pages
+from workflow_scripts.report import figures, plots, verdicts
+from workflow_scripts.report.claims import Claim, claims
+from workflow_scripts.report.report_comparison import comparison
+from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.tables import Table
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("report_overview")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
+    parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
+    arguments = parser.parse_args(argv)
+
+    runs = read_results(arguments.runs, arguments.results)
+    said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
+    side_by_side, published = comparison(runs), published_figures(claims(runs))
+    checks = [
+        (run, *(files.read_json(arguments.results / "runs" / run.name / f"{gate}_check.json")
+                for gate in ("merged", "gguf")))
+        for run in runs
+    ]  # fmt: skip
+    body = "".join(f"<p>{pages.visible(sentence)}</p>" for sentence in said)
+    body += table_html(side_by_side)
+    body += "<h2>Nothing lost on the way</h2>" + handovers_html(checks)
+    body += figures.inline(
+        plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
+    )
+    body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
+    files.write_text(arguments.page, pages.page("Overview", body))
+    headline = [
+        "## Headline",
+        "\n".join(f"- {sentence}" for sentence in said),
+        side_by_side.as_markdown(),
+        published.as_markdown(),
+    ]
+    files.write_text(arguments.headline, "\n\n".join(headline) + "\n")
+    logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
+
+
+def table_html(table: Table, *, is_of_words: bool = False) -> str:
+    note = f'<p class="quiet">{pages.visible(table.note)}</p>'
+    return pages.table(table.header, table.rows, is_of_words=is_of_words) + note
+
+
+def published_figures(found: Sequence[Claim]) -> Table:
+    return Table(
+        title="Published figures, and what is known here",
+        note=(
+            "“Measured” is of the runs of this build, on this machine; “computed from shapes” needs"
+            " no run; what is “not measured here” is said to be so, not repeated."
+        ),
+        header=["", "published", "here", "how", "verdict"],
+        rows=[[one.what, one.published, one.here, one.kind, one.verdict] for one in found],
+    )
+
+
+def handovers_html(checks: Sequence[tuple[RunResults, dict[str, Any], dict[str, Any]]]) -> str:
+    """What each gate measured, run by run."""
+    rows = [
+        [
+            run.name,
+            nats(merged.get("kl_divergence_nats")),
+            change(merged.get("perplexity_increase_fraction")),
+            nats(gguf["kl_divergence_nats"]),
+            *(nats(quantization(run, link)) for link in quantizations(checks)),
+        ]
+        for run, merged, gguf in checks
+    ]
+    header = ["run", "base + adapter → merged", "trained → merged", "merged → F16 GGUF"]
+    header += [f"F16 → {link}" for link in quantizations(checks)]
+    note = (
+        "Each hand-over against an independent reference: KL divergence in nats a token, and for"
+        " the model as it was trained the change of perplexity on validation text."
+    )
+    return pages.table(header, rows) + f'<p class="quiet">{note}</p>'
+
+
+def quantizations(checks: Sequence[tuple[RunResults, Any, Any]]) -> list[str]:
+    return [link.name for link in checks[0][0].links if link.divergence is not None]
+
+
+def quantization(run: RunResults, link: str) -> float | None:
+    divergence = run.link(link).divergence
+    return divergence["kl_divergence_nats"] if divergence else None
+
+
+def nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def change(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:+.2%}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

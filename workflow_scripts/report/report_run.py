@@ -1,0 +1,172 @@
+"""The page of a run: what it is, what every step of it measured, what it took.
+
+python -m workflow_scripts.report.report_run --run mistral --runs '{"runs": …, "gguf_types": …}'
+    --results results --benchmarks benchmarks/runs/mistral --page results/runs/mistral/report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log, pages
+from workflow_scripts.durations import durations
+from workflow_scripts.report import figures, plots, verdicts
+from workflow_scripts.report.report_chain import chain
+from workflow_scripts.report.results import RunResults, read_results
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("report_run")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--texts", nargs="+", default=[], help="names of texts scored as well")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--benchmarks", type=Path, required=True, help="of the run's steps")
+    parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
+    arguments = parser.parse_args(argv)
+
+    every = read_results(arguments.runs, arguments.results, arguments.texts)
+    run = next(one for one in every if one.name == arguments.run)
+    folder = arguments.results / "runs" / run.name
+    sections = {
+        "What came out": outcome_html(run),
+        "The chain": chain_html(run, arguments.texts),
+        "Hand-overs": gates_html(folder),
+        "Quality, size and speed": trade_off_html(run),
+        "Where it is good, and where not": parts_html(run),
+        "Training": training_html(run, folder),
+        "Time": time_html(durations(arguments.benchmarks)),
+    }
+    body = "\n".join(
+        f"<h2>{title}</h2>\n{section}" for title, section in sections.items() if section
+    )
+    files.write_text(arguments.page, pages.page(f"Run {run.name}", about_html(run) + body))
+    logger.info("wrote path=%s", arguments.page)
+
+
+def about_html(run: RunResults) -> str:
+    """What was combined."""
+    window = run.facts["sliding_window"]
+    combined = {
+        key: str(value)
+        for key, value in run.settings.items()
+        if value and key not in ("revision", "precision")
+    }
+    return pages.facts(
+        combined
+        | {
+            "context": f"{run.facts['context_tokens']:,} tokens",
+            "sliding window": f"{window:,} tokens" if window else "none",
+        }
+    )
+
+
+def outcome_html(run: RunResults) -> str:
+    return "".join(f"<p>{pages.visible(sentence)}</p>" for sentence in verdicts.of_run(run))
+
+
+def chain_html(run: RunResults, texts: Sequence[str]) -> str:
+    table = chain([run], texts)
+    drawing = figures.inline(
+        plots.chain([run]),
+        "Perplexity of every link; bars are one standard error of the link alone",
+    )
+    rows = [[name.removeprefix(f"{run.name}: "), *cells] for name, *cells in table.rows]
+    return drawing + pages.table(table.header, rows) + paragraph(table.note)
+
+
+def gates_html(folder: Path) -> str:
+    """What the gates measured."""
+    merged = files.read_json(folder / "merged_check.json")
+    gguf = files.read_json(folder / "gguf_check.json")
+    rows = []
+    if "kl_divergence_nats" in merged:
+        rows += [
+            ["base + adapter → merged", f"{merged['kl_divergence_nats']:.2g} nats KL"],
+            [
+                "trained → merged",
+                f"{merged['perplexity_increase_fraction']:+.2%} perplexity on validation text",
+            ],
+        ]
+    rows.append(["merged → F16 GGUF", f"{gguf['kl_divergence_nats']:.2g} nats KL"])
+    return pages.table(["hand-over", "measured"], rows)
+
+
+def trade_off_html(run: RunResults) -> str:
+    return figures.inline(
+        plots.trade_off(run),
+        "Every file by its loss on the test conversations; what is further down and further left is"
+        " better. Bars are one standard deviation over repetitions",
+    )
+
+
+def parts_html(run: RunResults) -> str:
+    """Loss by position, turn and source."""
+    names = [name for name in ("base", "merged", run.links[-1].name) if name]
+    drawing = figures.inline(
+        plots.by_position(run, list(dict.fromkeys(names))),
+        "Loss by position of the token in its conversation; bars are one standard error",
+    )
+    scores = run.link("merged").scores
+    tables = "".join(
+        pages.table(
+            [part, "tokens", "perplexity, merged"],
+            [
+                [str(one[part] or "–"), f"{one['n_scored_tokens']:,}", f"{one['perplexity']:.2f}"]
+                for one in scores[f"by_{part}"][:20]
+            ],
+        )
+        for part in ("turn", "source")
+    )
+    return drawing + tables
+
+
+def training_html(run: RunResults, folder: Path) -> str:
+    """Curves, and memory as planned and as measured; empty for a run that was not trained here."""
+    if run.manifest is None:
+        return ""
+    history = files.read_json(folder / "adapter" / "history.json")
+    curves = figures.inline(
+        plots.training_curves({run.name: history}), "Loss, gradient norm and learning rate"
+    )
+    plan = files.read_json(folder / "memory_plan.json")
+    memory = figures.inline(
+        plots.memory(run.manifest, plan),
+        "Peak memory of training by part as plan_memory predicted it, and as measured (on a CPU:"
+        " of the whole process)",
+    )
+    return pages.facts(trained(run.manifest)) + curves + memory
+
+
+def trained(manifest: Mapping[str, Any]) -> dict[str, str]:
+    speed = manifest["tokens_per_second"]
+    return {
+        "steps": f"{manifest['n_steps']:,}",
+        "trainable parameters": f"{manifest['n_trainable_parameters']:,}",
+        "tokens a second": "–" if speed is None else f"{speed:,.0f}",
+        "device": manifest["device"],
+    }
+
+
+def time_html(seconds: Mapping[str, float]) -> str:
+    if not seconds:
+        return ""
+    return figures.inline(
+        plots.durations(seconds),
+        f"Wall time of every step, as Snakemake took it: {sum(seconds.values()) / 60:,.1f} minutes"
+        " in all, steps side by side counted each",
+    )
+
+
+def paragraph(text: str) -> str:
+    return f'<p class="quiet">{pages.visible(text)}</p>'
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))

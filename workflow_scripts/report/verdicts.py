@@ -1,0 +1,72 @@
+"""Sentences on differences: what was measured, and whether it is larger than its error."""
+
+from __future__ import annotations
+
+import math
+
+from workflow_scripts.report.results import Link, RunResults
+from workflow_scripts.scoring.ratio import Ratio
+
+# Beyond so many standard errors a difference is one: 5 % of those by chance alone are as large.
+STANDARD_ERRORS = 1.96
+
+
+def paired(link: Link, other: Link) -> Ratio:
+    """Loss of a link less that of another on the same tokens, nats a token.
+
+    Raises:
+        AssertionError: they were scored on different tokens.
+    """
+    from workflow_scripts.scoring.token_scores import TokenScores
+
+    return TokenScores.read(link.token_scores).difference(TokenScores.read(other.token_scores))
+
+
+def perplexity_change(name: str, other: str, difference: Ratio) -> str:
+    """One sentence on two perplexities.
+
+    Args:
+        difference: of the first less the second, nats a token.
+    """
+    ratio = math.exp(difference.mean)
+    change = f"{abs(ratio - 1):.1%} {'lower' if ratio < 1 else 'higher'} than"
+    if difference.standard_error is None:
+        return (
+            f"The perplexity of {name} is {change} that of {other}; of a single conversation no"
+            " error is known."
+        )
+    error = f"{100 * ratio * difference.standard_error:.1f}"
+    is_shown = abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
+    judged = (
+        "which is more than its error"
+        if is_shown
+        else "which is no more than its error, so no difference is shown"
+    )
+    return (
+        f"The perplexity of {name} is {change} that of {other}"
+        f" (± {error} percentage points, paired), {judged}."
+    )
+
+
+def of_run(run: RunResults) -> list[str]:
+    """What training, and quantizing, did to a run's perplexity."""
+    merged, smallest = run.link("merged"), run.links[-1]
+    said = [perplexity_change(f"{run.name}, merged,", "the base", paired(merged, run.link("base")))]
+    if smallest.name != "F16":
+        difference = paired(smallest, run.link("F16"))
+        name = f"{run.name}’s {smallest.name}"
+        said.append(perplexity_change(name, "its F16 file", difference))
+    return said
+
+
+def of_runs(runs: list[RunResults]) -> list[str]:
+    """Each run against the first, where they were scored on the same tokens."""
+    first, *others = runs
+    return [
+        perplexity_change(
+            f"{run.name}, merged,", first.name, paired(run.link("merged"), first.link("merged"))
+        )
+        for run in others
+        if (run.settings["model"], run.settings["dataset"])
+        == (first.settings["model"], first.settings["dataset"])
+    ]
