@@ -365,10 +365,10 @@ def token_scores(scores):
     return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
 
 
-def chain_token_scores():
-    """Of every link of every run."""
-    files = [file for name, run in RUNS.items() for file in base_scores(run) + run_scores(name)]
-    return token_scores(sorted(set(files)))
+def chain_token_scores(names=RUNS):
+    """Of every link of some runs."""
+    files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
+    return token_scores(sorted(files))
 
 
 def run_speeds(name):
@@ -379,22 +379,24 @@ def run_divergences(name):
     return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
 
 
-def text_scores():
+def text_scores(names=RUNS):
     """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
-    files = []
+    files = set()
     for text in CONFIG.evaluation.texts:
-        for name, run in RUNS.items():
-            files.append(f"results/evaluation/{run.model}/texts/{text}/base.json")
+        for name in names:
+            files.add(f"results/evaluation/{RUNS[name].model}/texts/{text}/base.json")
             folder = f"results/runs/{name}/evaluation/texts/{text}"
-            files += [f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)]
-    return sorted(set(files))
+            files |= {f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)}
+    return sorted(files)
 
 
-def evaluation_files():
-    files = [file for run in RUNS.values() for file in base_scores(run)]
-    for name in RUNS:
-        files += run_scores(name) + run_speeds(name) + run_divergences(name)
-    return sorted(set(files))
+def evaluation_files(names=RUNS):
+    """Scores, speed and divergence of every link of some runs."""
+    files = set()
+    for name in names:
+        files |= {*base_scores(RUNS[name]), *run_scores(name), *run_speeds(name)}
+        files |= {*run_divergences(name)}
+    return sorted(files)
 
 
 def report_files():

@@ -168,6 +168,7 @@ rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        token_scores=lambda wildcards: chain_token_scores(),
         checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
         manifests=expand(
             "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
@@ -202,7 +203,9 @@ rule report_overview:
 rule report_run:
     """The page of a run: every figure of it, drawn and in tables."""
     input:
-        scores=lambda wildcards: evaluation_files(),
+        scores=lambda wildcards: evaluation_files([wildcards.run]),
+        token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
+        texts=lambda wildcards: text_scores([wildcards.run]),
         checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
         training=lambda wildcards: training_files(wildcards.run),
         facts=of_run("results/models/{model}/facts.json"),

@@ -39,8 +39,11 @@ EVALUATED = {
     "evaluate_perplexity": 2,
     "evaluate_divergence": 2,
     "benchmark_inference": 2,
+    "report_overview": 1,
+    "report_run": 2,
     "report_comparison": 1,
     "report_chain": 1,
+    "collect_metrics": 1,
     "package_release": 2,
 }
 
@@ -68,6 +71,7 @@ def test_a_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
         "evaluate_text_merged": 2,
         "evaluate_text": 6,
         "report_chain": 1,
+        "report_run": 2,
     }
 
 
@@ -136,9 +140,12 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "benchmark_inference": 3,
         "benchmark_inference_adapter": 1,
         "benchmark_inference_merged": 1,
+        "report_overview": 1,
+        "report_run": 1,
         "report_comparison": 1,
         "report_chain": 1,
         "report_loss": 1,
+        "collect_metrics": 1,
         "package_release": 1,
     }
 
@@ -212,4 +219,5 @@ def test_a_build_with_fewer_runs_plans_the_disk_and_makes_nothing_of_theirs(
     tiny: Path, tmp_path: Path
 ) -> None:
     jobs = changed(tiny, tmp_path, {"build": ["mistral"]})
-    assert jobs == {"report_comparison": 1, "report_chain": 1, "report_loss": 1, "plan_disk": 1}
+    gathers = ("report_overview", "report_comparison", "report_chain", "report_loss")
+    assert jobs == dict.fromkeys([*gathers, "collect_metrics", "plan_disk"], 1)
