@@ -27,6 +27,7 @@ localrules:
     adapter_gguf,
     evaluate,
     report,
+    context,
     experiment,
     sweep,
     push_release,
@@ -85,6 +86,12 @@ rule report:
     input:
         report_files(),
         preview_files(),
+
+
+rule context:
+    """Usable context of every run: base, merged model and smallest file."""
+    input:
+        expand("results/report/context.{form}", form=["tsv", "md", "html"]),
 
 
 rule experiment:

@@ -399,6 +399,24 @@ def evaluation_files(names=RUNS):
     return sorted(files)
 
 
+def context_text_files():
+    return [str(Path(name).expanduser()) for name in CONFIG.evaluation.context.files]
+
+
+# One that honours the window, and the file that people run.
+CONTEXT_LINKS = ["merged", QUANTIZATIONS[-1]]
+
+
+def context_files():
+    files = {
+        f"results/evaluation/{run.model}/{run.dataset}/base.context.json" for run in RUNS.values()
+    }
+    of_runs = expand(
+        "results/runs/{run}/evaluation/{link}.context.json", run=RUNS, link=CONTEXT_LINKS
+    )
+    return sorted(files) + of_runs
+
+
 def report_files():
     return [
         "results/report/overview.html",

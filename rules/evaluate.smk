@@ -371,6 +371,86 @@ rule evaluate_recall:
         " --settings {params.settings:q} --scores {output.scores:q} > {log:q} 2>&1"
 
 
+rule evaluate_context:
+    """Usable context of a GGUF: questions on long texts, up to what it serves."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        texts=context_text_files(),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+    output:
+        scores="results/runs/{run}/evaluation/{gguf}.context.json",
+    log:
+        "logs/runs/{run}/evaluate_context/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_context/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=480,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        texts=flagged("--texts", context_text_files()),
+        output_version=output_version("evaluate/evaluate_context"),
+    shell:
+        "python -m workflow_scripts.evaluate.evaluate_context {params.link:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} {params.texts:q}"
+        " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
+        " --scores {output.scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_context as evaluate_context_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        texts=context_text_files(),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+    output:
+        scores="results/runs/{run}/evaluation/merged.context.json",
+    log:
+        "logs/runs/{run}/evaluate_context/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_context/merged.tsv"
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        texts=flagged("--texts", context_text_files()),
+        output_version=output_version("evaluate/evaluate_context"),
+
+
+use rule evaluate_context as evaluate_context_base with:
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+        facts="results/models/{model}/facts.json",
+        tokenizer="results/models/{model}/tokenizer",
+        texts=context_text_files(),
+        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
+    output:
+        scores="results/evaluation/{model}/{dataset}/base.context.json",
+    log:
+        "logs/evaluation/{model}/{dataset}/evaluate_context.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/{dataset}/evaluate_context.tsv"
+    threads: threads_for_model
+    resources:
+        gpu=gpus_for_model,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=480,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        texts=flagged("--texts", context_text_files()),
+        output_version=output_version("evaluate/evaluate_context"),
+
+
 use rule evaluate_perplexity_adapter as evaluate_validation with:
     # Sweeps choose by it: the test split stays unseen.
     input:

@@ -267,6 +267,37 @@ rule collect_metrics:
         " > {log:q} 2>&1"
 
 
+rule report_context:
+    """Usable context of base, merged model and smallest file, with heat maps."""
+    input:
+        scores=context_files(),
+    output:
+        tsv="results/report/context.tsv",
+        markdown="results/report/context.md",
+        html=report(
+            "results/report/context.html",
+            caption="../workflow_scripts/report/captions/context.rst",
+            category="Usable context",
+        ),
+    log:
+        "logs/report/report_context.log",
+    benchmark:
+        "benchmarks/report/report_context.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        links=CONTEXT_LINKS,
+        output_version=output_version("report/report_context"),
+    shell:
+        "python -m workflow_scripts.report.report_context --runs {params.runs:q}"
+        " --links {params.links:q} --results results --tsv {output.tsv:q}"
+        " --markdown {output.markdown:q} --html {output.html:q} > {log:q} 2>&1"
+
+
 rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:

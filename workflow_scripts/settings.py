@@ -769,6 +769,28 @@ class RecallSettings(Settings):
     """Which texts and facts."""
 
 
+class ContextSettings(Settings):
+    """`evaluation.context`: how much of the context is usable (`snakemake context`)."""
+
+    tasks: Annotated[
+        list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
+    ] = ["single", "multi_key", "variable_tracing"]
+    """After RULER: a fact in the text, one among others like it, a chain of variables."""
+    lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Lengths of the prompts with their answers, tokens; null doubles from 1/64 of the context to
+    the whole."""
+    depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Where in the text the fact stands."""
+    n_prompts: Count = 10
+    """Prompts of each task, length and depth."""
+    files: list[str] = []
+    """Text files that the prompts are filled with; none is Python's own documentation."""
+    short_tokens: Count = 2048
+    """Context against which the whole is held: what does a test conversation gain by the rest?"""
+    seed: NonNegative = 0
+    """Which texts and facts."""
+
+
 class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
@@ -789,6 +811,8 @@ class EvaluationSettings(Settings):
     """Speed and memory."""
     recall: RecallSettings = RecallSettings()
     """Facts found again."""
+    context: ContextSettings = ContextSettings()
+    """Usable context."""
 
 
 class Config(Settings):
@@ -1066,7 +1090,7 @@ def option_tables() -> str:
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
         ImatrixSettings, RetentionSettings, PushSettings, EvaluationSettings, GateSettings,
-        InferenceSettings, RecallSettings,
+        InferenceSettings, RecallSettings, ContextSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

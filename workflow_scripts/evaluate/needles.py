@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.data import recall
 from workflow_scripts.data.rendering import Renderer
+from workflow_scripts.evaluate.questions import TASKS, Question
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ WORD_END = re.compile(r"(?<=\S)(?=\s|$)")
 class Needle:
     """A prompt with the right answer to it."""
 
-    fact: recall.Fact
+    question: Question
     input_ids: np.ndarray
     """(n_tokens,) int32: prompt, answer, EOS."""
     answer: tuple[int, int]
@@ -74,24 +75,27 @@ class NeedlePrompts:
         self._seed = seed
         self._n_characters = sum(map(len, paragraphs))
 
-    def make(self, number: int, *, length_tokens: int, depth_fraction: float) -> Needle:
+    def make(
+        self, number: int, *, length_tokens: int, depth_fraction: float, task: str = "single"
+    ) -> Needle:
         """A prompt that is, with its answer, as long as it can be and no longer than asked.
 
         Args:
             number: which text and fact.
             length_tokens: of prompt and answer, by the model's tokenizer.
             depth_fraction: lines of text before the statement ÷ all lines of text.
+            task: of `questions.TASKS`.
         Raises:
             StageError: there is too little text for the length, or question and answer alone are
                 longer.
         """
         generator = random.Random(f"{self._seed} {number}")
-        (fact,) = recall.draw_facts(generator, 1)
+        question = TASKS[task](generator, depth_fraction)
         text = self._text(generator, MAX_CHARACTERS_A_TOKEN * length_tokens)
         ends = [0, *(match.start() for match in WORD_END.finditer(text))]
 
         def rendered(n_words: int) -> Needle:
-            return self._render(text[: ends[n_words]], fact, depth_fraction)
+            return self._render(text[: ends[n_words]], question)
 
         def length(n_words: int) -> int:
             return len(rendered(n_words).input_ids)
@@ -101,19 +105,19 @@ class NeedlePrompts:
         n_words = bisect.bisect_right(range(len(ends)), length_tokens, key=length) - 1
         if n_words < 0:
             raise StageError(
-                "a recall prompt has no room for its question",
-                where="evaluation.recall.lengths_tokens",
+                "a prompt has no room for its question",
+                where="lengths_tokens of evaluation.recall or evaluation.context",
                 found=length_tokens,
                 expected=f"at least {length(0)}",
             )
         if n_words == len(ends) - 1:
             raise StageError(
-                "the held-out text is too short for a recall prompt",
-                where="user messages of the validation split",
+                "the held-out text is too short for a prompt",
+                where="user messages of the validation split, or evaluation.context.files",
                 found=f"{self._n_characters} characters",
                 expected=f"enough for {length_tokens} tokens",
-                to_fix="raise datasets.<name>.cleaning.validation_fraction, or lower"
-                " evaluation.recall.lengths_tokens",
+                to_fix="raise datasets.<name>.cleaning.validation_fraction, name more files, or"
+                " lower the lengths_tokens of evaluation.recall or evaluation.context",
             )
         return rendered(n_words)
 
@@ -128,16 +132,21 @@ class NeedlePrompts:
             n_characters -= len(paragraph)
         return "\n\n".join(chosen)
 
-    def _render(self, text: str, fact: recall.Fact, depth_fraction: float) -> Needle:
+    def _render(self, text: str, question: Question) -> Needle:
         lines = text.split("\n")
-        lines.insert(round(depth_fraction * len(lines)), f"\n{fact.statement}\n")
+        places = [round(depth * len(lines)) for depth, _ in question.statements]
+        # From the last on, so that what is put in moves no place that is still to come; of two at
+        # one place the first stays in front.
+        order = sorted(range(len(places)), key=lambda at: (places[at], at), reverse=True)
+        for at in order:
+            lines.insert(places[at], f"\n{question.statements[at][1]}\n")
         messages = [
-            {"role": "user", "content": "\n".join([*lines, "", fact.question]).strip()},
-            {"role": "assistant", "content": fact.code},
+            {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()},
+            {"role": "assistant", "content": question.answer},
         ]
         rendering = self._renderer.render(messages)
         (answer,) = rendering.supervised_spans
-        return Needle(fact, rendering.input_ids, answer)
+        return Needle(question, rendering.input_ids, answer)
 
 
 def default_lengths(window: int | None, context_tokens: int) -> list[int]:

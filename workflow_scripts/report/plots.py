@@ -190,3 +190,41 @@ def durations(seconds: Mapping[str, float]) -> Figure:
     axis.set_xlabel("seconds")
     axis.grid(axis="y", visible=False)
     return figure
+
+
+def heat_maps(links: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Share of right answers by length and depth, a panel a link, over the tasks that have a depth.
+
+    Args:
+        links: report of evaluate_context by link.
+    """
+    figure, axes = panels(len(links), width=max(5.0, 4.2 * len(links)), height=3.8)
+    image = None
+    for axis, (name, report) in zip(axes, links.items(), strict=True):
+        cells = [cell for cell in report["cells"] if cell["depth_fraction"] is not None]
+        lengths = sorted({cell["length_tokens"] for cell in cells})
+        depths = sorted({cell["depth_fraction"] for cell in cells})
+        shares = [[100 * _share(cells, length, depth) for length in lengths] for depth in depths]
+        # Cividis reads the same for every color vision.
+        image = axis.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for row, line in enumerate(shares):
+            for column, share in enumerate(line):
+                color = "black" if share > 55 else "white"
+                axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=color)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        axis.set_title(name)
+        axis.set_xlabel("length of the prompt, tokens")
+        axis.grid(visible=False)
+    axes[0].set_ylabel("depth of the fact")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="right answers, %")
+    return figure
+
+
+def _share(cells: Sequence[Mapping[str, Any]], length: int, depth: float) -> float:
+    """Of right answers, over the tasks."""
+    found = [
+        cell for cell in cells if (cell["length_tokens"], cell["depth_fraction"]) == (length, depth)
+    ]
+    return sum(cell["n_exact"] for cell in found) / sum(cell["n_prompts"] for cell in found)

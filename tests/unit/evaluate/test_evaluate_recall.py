@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.data.conversations import clean_schema
-from workflow_scripts.data.recall import Fact
 from workflow_scripts.data.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_recall
-from workflow_scripts.evaluate.evaluate_recall import Answer, answer, summarize, wilson_interval
+from workflow_scripts.evaluate.answers import Answer, answer, summarize, wilson_interval
 from workflow_scripts.evaluate.needles import Needle
+from workflow_scripts.evaluate.questions import Question
 from workflow_scripts.scoring.transformers_model import TransformersModel
 
+QUESTION = Question(((0.5, "The code of Oslo is 1234."),), "What is the code of Oslo?", "1234")
 SETTINGS = '{"lengths_tokens": [120, 60], "depths": [1, 0], "n_prompts": 3}'
 
 
@@ -99,7 +100,7 @@ def greedy(model, prompt, n_tokens):
 
 def needle_of(prompt, right):
     input_ids = np.concatenate([prompt, right]).astype(np.int32)
-    return Needle(Fact("Oslo", "1234"), input_ids, (len(prompt), len(input_ids)))
+    return Needle(QUESTION, input_ids, (len(prompt), len(input_ids)))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -64,10 +64,13 @@ def test_a_prompt_is_as_long_as_asked_and_ends_with_question_and_code(
     assert needle.input_ids[0] == 1 and needle.answer[1] == len(needle.input_ids)
     assert needle.input_ids[-1] == 2
     start, end = needle.answer
-    assert tokenizer.decode(needle.input_ids[start : end - 1].tolist()).strip() == needle.fact.code
+    assert (
+        tokenizer.decode(needle.input_ids[start : end - 1].tolist()).strip()
+        == needle.question.answer
+    )
     text = text_of(needle, tokenizer)
-    assert text.count(needle.fact.statement) == text.count(needle.fact.question) == 1
-    assert text.index(needle.fact.statement) < text.index(needle.fact.question)
+    assert text.count(needle.question.statements[0][1]) == text.count(needle.question.text) == 1
+    assert text.index(needle.question.statements[0][1]) < text.index(needle.question.text)
 
 
 @pytest.mark.parametrize("length", [256, 2048])
@@ -76,7 +79,9 @@ def test_depth_runs_from_the_first_line_to_the_last(prompts, tokenizer, length):
     for depth in (0, 0.25, 0.5, 0.75, 1):
         needle = prompts.make(3, length_tokens=length, depth_fraction=depth)
         text = text_of(needle, tokenizer)
-        places.append(text.index(needle.fact.statement) / text.index(needle.fact.question))
+        places.append(
+            text.index(needle.question.statements[0][1]) / text.index(needle.question.text)
+        )
     assert places == sorted(places)
     assert places[0] == 0 and places[-1] > 0.7
     assert places[2] == pytest.approx(0.5, abs=0.25)
@@ -86,8 +91,9 @@ def test_a_number_has_its_text_and_fact_at_every_length_and_depth(prompts, token
     short = prompts.make(5, length_tokens=128, depth_fraction=0.5)
     long = prompts.make(5, length_tokens=1024, depth_fraction=1)
     other = prompts.make(6, length_tokens=128, depth_fraction=0.5)
-    assert short.fact == long.fact != other.fact
-    beginning = text_of(short, tokenizer).split(short.fact.statement)[0].strip()
+    said = [needle.question.statements[0][1] for needle in (short, long, other)]
+    assert said[0] == said[1] != said[2]
+    beginning = text_of(short, tokenizer).split(said[0])[0].strip()
     assert len(beginning) > 40 and text_of(long, tokenizer).startswith(beginning)
     assert not text_of(other, tokenizer).startswith(beginning)
 
@@ -105,10 +111,10 @@ def test_the_tokens_are_those_the_template_gives_the_same_chat(prompts, tokenize
 
     needle = prompts.make(2, length_tokens=300, depth_fraction=0.5)
     inside = text_of(needle, tokenizer)
-    user = inside.removesuffix(needle.fact.code).rstrip()
+    user = inside.removesuffix(needle.question.answer).rstrip()
     messages = [
         {"role": "user", "content": user},
-        {"role": "assistant", "content": needle.fact.code},
+        {"role": "assistant", "content": needle.question.answer},
     ]
     expected = tokenizer.encode_chat_completion(ChatCompletionRequest.from_openai(messages))
     assert needle.input_ids.tolist() == expected.tokens
@@ -142,3 +148,36 @@ def test_a_fact_says_what_it_is_asked_for():
         "The code of Oslo is 1234.",
         "What is the code of Oslo?",
     )
+
+
+@pytest.mark.parametrize("task", ["multi_key", "variable_tracing"])
+@pytest.mark.parametrize("length", [300, 1500])
+def test_every_statement_of_a_task_stands_once_in_its_order(prompts, tokenizer, task, length):
+    needle = prompts.make(5, length_tokens=length, depth_fraction=0.5, task=task)
+    assert length - 30 <= len(needle.input_ids) <= length
+    text = text_of(needle, tokenizer)
+    statements = sorted(needle.question.statements)
+    places = [text.index(statement) for _, statement in statements]
+    assert all(text.count(statement) == 1 for _, statement in statements)
+    assert places == sorted(places) and places[-1] < text.index(needle.question.text)
+
+
+def test_another_key_of_the_text_is_no_answer(prompts):
+    question = prompts.make(1, length_tokens=400, depth_fraction=0.5, task="multi_key").question
+    asked = question.text.removeprefix("What is the code of ").rstrip("?")
+    right = f"The code of {asked} is {question.answer}."
+    assert [text for _, text in question.statements].count(right) == 1
+    assert len({text for _, text in question.statements}) == 4
+
+
+def test_a_chain_of_variables_leads_to_its_answer(prompts):
+    question = prompts.make(
+        1, length_tokens=400, depth_fraction=0, task="variable_tracing"
+    ).question
+    values = {}
+    for _, text in sorted(question.statements):
+        name, value = text.removeprefix("The variable ").rstrip(".").split(" is ")
+        values[name] = values.get(value.removeprefix("the same as the variable "), value)
+    assert len(values) == 5
+    name = question.text.removeprefix("What number is the variable ").rstrip("?")
+    assert values[name] == question.answer and name == list(values)[-1]

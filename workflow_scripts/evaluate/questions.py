@@ -1,0 +1,73 @@
+"""Questions on a long text that only one who has read it answers, after RULER (arXiv:2404.06654).
+
+- `single`: a fact, somewhere in the text (its NIAH single).
+- `multi_key`: the same among facts of other keys, which one must not take for it (NIAH multi-key).
+- `variable_tracing`: a chain of variables, each set to the one before; asked for is the value of
+  the last.
+
+Answers are numbers of four digits that follow from nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workflow_scripts.data import recall
+
+N_DISTRACTORS = 3  # as RULER's default
+N_HOPS = 4  # as RULER's default
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is put into a text, what is asked, and the right answer."""
+
+    statements: tuple[tuple[float, str], ...]
+    """Where each stands (0 the beginning of the text, 1 its end), and its text."""
+    text: str
+    answer: str
+
+
+def single(generator: random.Random, depth_fraction: float) -> Question:
+    """The code of a city, stated at a depth."""
+    (fact,) = recall.draw_facts(generator, 1)
+    return Question(((depth_fraction, fact.statement),), fact.question, fact.code)
+
+
+def multi_key(generator: random.Random, depth_fraction: float) -> Question:
+    """The same, with the codes of other cities at random depths."""
+    fact, *others = recall.draw_facts(generator, 1 + N_DISTRACTORS)
+    distractors = tuple((generator.random(), other.statement) for other in others)
+    statements = ((depth_fraction, fact.statement), *distractors)
+    return Question(statements, fact.question, fact.code)
+
+
+def variable_tracing(generator: random.Random, depth_fraction: float) -> Question:
+    """Hops spread evenly over the text; there is no one depth, and the argument counts for
+    nothing."""
+    names: list[str] = []
+    while len(names) <= N_HOPS:
+        name = "".join(generator.choices(string.ascii_uppercase, k=5))
+        if name not in names:
+            names.append(name)
+    (fact,) = recall.draw_facts(generator, 1)
+    said = [f"The variable {names[0]} is {fact.code}."]
+    said += [
+        f"The variable {name} is the same as the variable {before}."
+        for before, name in zip(names, names[1:], strict=False)
+    ]
+    statements = tuple(
+        ((number + 0.5) / len(said), statement) for number, statement in enumerate(said)
+    )
+    return Question(statements, f"What number is the variable {names[-1]}?", fact.code)
+
+
+TASKS: dict[str, Callable[[random.Random, float], Question]] = {
+    "single": single,
+    "multi_key": multi_key,
+    "variable_tracing": variable_tracing,
+}
+WITHOUT_DEPTH = frozenset({"variable_tracing"})

@@ -1,0 +1,131 @@
+"""Usable context of every link: scores by length, effective lengths, what long context gains.
+
+python -m workflow_scripts.report.report_context --runs '{"runs": …}' --links merged Q4_K_M
+    --results results --tsv context.tsv --markdown context.md --html context.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log, pages
+from workflow_scripts.report import figures, plots
+from workflow_scripts.report.tables import Table, with_error
+
+OUTPUT_VERSION = 1
+Reports = Mapping[str, Mapping[str, Any]]
+logger = log.stage_logger("report_context")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs")
+    parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--tsv", type=Path, required=True, help="to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="to write")
+    parser.add_argument("--html", type=Path, required=True, help="to write")
+    arguments = parser.parse_args(argv)
+
+    runs = {
+        name: read(name, settings, arguments.links, arguments.results)
+        for name, settings in json.loads(arguments.runs)["runs"].items()
+    }
+    table = context(runs)
+    lines = ["\t".join(cells) for cells in (table.header, *table.rows)]
+    files.write_text(arguments.tsv, "\n".join(lines) + "\n")
+    files.write_text(arguments.markdown, table.as_markdown() + "\n")
+    body = pages.table(table.header, table.rows)
+    body += f'<p class="quiet">{pages.visible(table.note)}</p>'
+    for name, links in runs.items():
+        body += f"<h2>{pages.visible(name)}</h2>" + figures.inline(
+            plots.heat_maps(links),
+            f"{name}: right answers by length of the prompt and depth of the fact, of the tasks"
+            " that have a depth",
+        )
+    files.write_text(arguments.html, pages.page(table.title, body))
+    logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
+
+
+def read(run: str, settings: Mapping[str, Any], links: Sequence[str], results: Path) -> Reports:
+    """Reports of evaluate_context by link, the base's first."""
+    base = results / "evaluation" / settings["model"] / settings["dataset"]
+    folder = results / "runs" / run / "evaluation"
+    return {
+        "base": files.read_json(base / "base.context.json"),
+        **{link: files.read_json(folder / f"{link}.context.json") for link in links},
+    }
+
+
+def context(runs: Mapping[str, Reports]) -> Table:
+    """One row a run and link."""
+    lengths = sorted(
+        {
+            score["length_tokens"]
+            for links in runs.values()
+            for report in links.values()
+            for score in report["scores"]
+        }
+    )
+    rows = [
+        [
+            f"{run}: {link}",
+            effective(report, "effective_tokens_ruler"),
+            effective(report, "effective_tokens_nolima"),
+            gain(report),
+            *(score_at(report, length) for length in lengths),
+        ]
+        for run, links in runs.items()
+        for link, report in links.items()
+    ]
+    first = next(iter(next(iter(runs.values())).values()))
+    return Table(
+        title="Usable context",
+        note=(
+            "Scores are per cent of right answers over tasks made after RULER, each task weighing"
+            " the same. Effective ÷ advertised: the longest length up to which every score is at"
+            " least 85.6 (RULER), or at least 85 % of the best at up to 1,024 tokens (NoLiMa);"
+            " “not measurable” is a link that answers nothing even at the shortest length. The gain"
+            f" is what tokens beyond {first['short_tokens']:,} lose when no more context than that"
+            " is given, nats a token ± a standard error; a dash where no test conversation is so"
+            " long. GGUFs are asked up to the window, beyond which llama.cpp computes another"
+            " model."
+        ),
+        header=[
+            "Link",
+            "Effective (RULER)",
+            "Effective (NoLiMa)",
+            "Gain of long context",
+            *(f"{length:,}" for length in lengths),
+        ],
+        rows=rows,
+    )
+
+
+def effective(report: Mapping[str, Any], key: str) -> str:
+    """`2,048 / 32,768`."""
+    if not report["is_measurable"]:
+        return "not measurable"
+    return f"{report[key]:,} / {report['advertised_tokens']:,}"
+
+
+def gain(report: Mapping[str, Any]) -> str:
+    if report["long_gain_nats_per_token"] is None:
+        return "–"
+    error = report["long_gain_standard_error_nats_per_token"]
+    return with_error(report["long_gain_nats_per_token"], error, 4)
+
+
+def score_at(report: Mapping[str, Any], length: int) -> str:
+    found = [
+        score["score_percent"] for score in report["scores"] if score["length_tokens"] == length
+    ]
+    return f"{found[0]:.0f}" if found else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
