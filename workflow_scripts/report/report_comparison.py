@@ -75,7 +75,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
             f" supervised tokens, in pieces of at most {scores['piece_tokens']} tokens; lower"
             " perplexity is better; ± is a standard error (speed: standard deviation over"
             " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
-            " apply. How much of a context is usable is not measured here."
+            " apply. How much of a context is usable: `snakemake context`."
         ),
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
