@@ -369,6 +369,7 @@ def token_scores(scores):
 def chain_token_scores(names=RUNS):
     """Of every link of some runs."""
     files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
+    files |= {file for name in names for file in awq_scores(name)}
     return token_scores(sorted(files))
 
 

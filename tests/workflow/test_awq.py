@@ -30,9 +30,11 @@ def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) ->
     assert jobs == {
         "quantize_awq": 2,
         "evaluate_perplexity_awq": 2,
+        "report_overview": 1,
+        "report_run": 2,
         "report_comparison": 1,
         "report_chain": 1,
-        "report_loss": 1,
+        "collect_metrics": 1,
         "package_release": 2,
     }
 
@@ -71,14 +73,12 @@ def built(tiny: Path, tmp_path_factory) -> Path:
 
 def test_it_scores_the_same_tokens_and_is_close_to_the_merged_model(built: Path) -> None:
     evaluation = built / "results" / "runs" / "mistral" / "evaluation"
-    awq, merged, q4_k_m = (
-        files.read_json(evaluation / f"{link}.json") for link in ("awq", "merged", "Q4_K_M")
-    )
+    awq, merged = (files.read_json(evaluation / f"{link}.json") for link in ("awq", "merged"))
     for key in ("n_scored_tokens", "n_conversations", "piece_tokens"):
         assert awq[key] == merged[key]
-    print(awq["perplexity"] / merged["perplexity"], q4_k_m["perplexity"] / merged["perplexity"])
+    # Measured −0.004 %, Q4_K_M +0.16 %: twelve steps of pre-training leave little to lose.
     assert awq["perplexity"] != merged["perplexity"]
-    assert awq["perplexity"] == pytest.approx(merged["perplexity"], rel=0.02)
+    assert awq["perplexity"] == pytest.approx(merged["perplexity"], rel=0.01)
 
 
 def test_it_is_the_last_link_of_the_report_measured_against_the_merged_one(built: Path) -> None:
@@ -89,5 +89,7 @@ def test_it_is_the_last_link_of_the_report_measured_against_the_merged_one(built
     awq, merged = (
         files.read_json(evaluation / f"{link}.json")["perplexity"] for link in ("awq", "merged")
     )
-    assert rows[-1][2] == f"{awq / merged - 1:+.2%}"
-    assert rows[-1][4:] == ["", "", "", ""]  # its kernels are not what was run
+    # In %, with its paired error; a minus sign is typeset.
+    change = float(rows[-1][2].partition(" ± ")[0].replace("−", "-"))
+    assert change == pytest.approx(100 * (awq / merged - 1), abs=0.01)
+    assert rows[-1][-4:] == ["", "", "", ""]  # its kernels are not what was run

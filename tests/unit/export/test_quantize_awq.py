@@ -158,6 +158,7 @@ def test_its_perplexity_is_scored_as_a_link_of_the_chain(awq, chain, run_stage, 
             "workflow_scripts.evaluate.evaluate_perplexity",
             *("--checkpoint", folder, "--facts", chain.facts, "--tokens", chain.tokens),
             *("--settings", "{}", "--threads", 1, "--scores", path),
+            *("--token-scores", tmp_path / f"{name}.tokens.parquet"),
         )
         assert done.returncode == 0, done.stderr
         scores[name] = files.read_json(path)
