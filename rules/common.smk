@@ -328,6 +328,7 @@ def export_files():
         *expand("results/runs/{run}/merged_check.json", run=RUNS),
         *expand("results/runs/{run}/gguf_check.json", run=RUNS),
         *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=RUNS, gguf=GGUF_TYPES),
+        *(expand("results/runs/{run}/awq", run=RUNS) if CONFIG.awq.use else []),
     ]
 
 
@@ -368,6 +369,7 @@ def token_scores(scores):
 def chain_token_scores(names=RUNS):
     """Of every link of some runs."""
     files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
+    files |= {file for name in names for file in awq_scores(name)}
     return token_scores(sorted(files))
 
 
@@ -395,7 +397,7 @@ def evaluation_files(names=RUNS):
     files = set()
     for name in names:
         files |= {*base_scores(RUNS[name]), *run_scores(name), *run_speeds(name)}
-        files |= {*run_divergences(name)}
+        files |= {*run_divergences(name), *awq_scores(name)}
     return sorted(files)
 
 
@@ -426,6 +428,12 @@ def report_files():
         *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
         *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
     ]
+
+
+def awq_scores(name):
+    """Scores of a run's AWQ model, where it is made. No speed: what runs here are its weights,
+    without AWQ's kernels."""
+    return [f"results/runs/{name}/evaluation/awq.json"] if CONFIG.awq.use else []
 
 
 def experiment_files():
@@ -522,7 +530,7 @@ def beginning(wildcards):
 def runs_json(names=RUNS):
     """What the report needs to know: the runs, what each combines, and the quantizations."""
     runs = {name: CONFIG.runs[name].model_dump() for name in names}
-    return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES})
+    return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES, "awq": CONFIG.awq.use})
 
 
 def training_files(name):

@@ -59,6 +59,22 @@ use rule evaluate_perplexity as evaluate_perplexity_merged with:
         output_version=output_version("evaluate/evaluate_perplexity"),
 
 
+use rule evaluate_perplexity_merged as evaluate_perplexity_awq with:
+    input:
+        checkpoint="results/runs/{run}/awq",
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        scores="results/runs/{run}/evaluation/awq.json",
+        token_scores="results/runs/{run}/evaluation/awq.tokens.parquet",
+    log:
+        "logs/runs/{run}/evaluate_perplexity/awq.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_perplexity/awq.tsv"
+
+
 use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),

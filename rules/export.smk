@@ -361,6 +361,35 @@ rule quantize_gguf:
         " --quantized {output.quantized:q} > {log:q} 2>&1"
 
 
+rule quantize_awq:
+    """The merged model in AWQ's 4 bits, calibrated on chats of the training split."""
+    input:
+        merged="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+    output:
+        awq=directory("results/runs/{run}/awq"),
+    log:
+        "logs/runs/{run}/quantize_awq.log",
+    benchmark:
+        "benchmarks/runs/{run}/quantize_awq.tsv"
+    conda:
+        "../envs/awq.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 48_000 * attempt,
+        runtime=1440,  # minutes
+    params:
+        settings=CONFIG.awq.model_dump_json(exclude={"use"}),
+        output_version=output_version("export/quantize_awq"),
+    shell:
+        "python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --awq {output.awq:q} > {log:q} 2>&1"
+
+
 rule package_release:
     """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
     input:
@@ -373,7 +402,7 @@ rule package_release:
         beginning=beginning,
         merged_check="results/runs/{run}/merged_check.json",
         gguf_check="results/runs/{run}/gguf_check.json",
-        scores=lambda wildcards: run_scores(wildcards.run),
+        scores=lambda wildcards: run_scores(wildcards.run) + awq_scores(wildcards.run),
         base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
         dataset=lambda wildcards: expand(
             of_run("results/data/{dataset}/clean/{{split}}.parquet")(wildcards),

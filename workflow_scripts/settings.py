@@ -690,7 +690,7 @@ class GgufSettings(Settings):
         if len(set(self.quantizations)) != len(self.quantizations):
             raise ValueError("quantizations: a type stands twice")
         # Types, and the other links of the chain, whose files lie in the same folder.
-        taken = {"F16", "adapter", "merged", *get_args(QuantizationType)} & self.mixes.keys()
+        taken = {"F16", "adapter", "merged", "awq", *get_args(QuantizationType)} & self.mixes.keys()
         if taken:
             raise ValueError(f"mixes: the name {min(taken)!r} is taken; choose another")
         return self
@@ -713,6 +713,21 @@ class RetentionSettings(Settings):
     """Merged models in 16 bits (of a 7B 14.5 GB each)."""
     f16: bool = True
     """F16 GGUFs (as large), which are then in no release either."""
+
+
+class AwqSettings(Settings):
+    """`awq`: the merged model in AWQ's 4 bits as well, for engines that serve such a folder (vLLM,
+    SGLang)."""
+
+    use: bool = False
+    """Make it, for every run in `build`, and score it along the chain."""
+    group_size: Literal[32, 64, 128] = 128
+    """Weights that share a scale and a zero; fewer are more precise, and more bytes."""
+    n_tokens: Count = 65_536
+    """Tokens of the training split's chats that it is calibrated on; 128 times 512 is AWQ's
+    practice."""
+    sequence_tokens: Count = 512
+    """Longest piece of a chat to calibrate on, tokens; never longer than the window."""
 
 
 class PushSettings(Settings):
@@ -836,6 +851,8 @@ class Config(Settings):
     """GGUF files."""
     retention: RetentionSettings = RetentionSettings()
     """Large intermediates."""
+    awq: AwqSettings = AwqSettings()
+    """AWQ, beside the GGUFs."""
     push: PushSettings = PushSettings()
     """Releases on the Hub."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -1089,8 +1106,8 @@ def option_tables() -> str:
         SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
-        ImatrixSettings, RetentionSettings, PushSettings, EvaluationSettings, GateSettings,
-        InferenceSettings, RecallSettings, ContextSettings,
+        ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
+        GateSettings, InferenceSettings, RecallSettings, ContextSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

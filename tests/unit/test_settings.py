@@ -176,6 +176,8 @@ MIXES = {
     [
         ("gguf.mixes.Q8_0", {"type": "Q8_0"}, ["mixes: the name 'Q8_0' is taken"]),
         ("gguf.mixes.adapter", {"type": "Q8_0"}, ["mixes: the name 'adapter' is taken"]),
+        ("gguf.mixes.awq", {"type": "Q8_0"}, ["mixes: the name 'awq' is taken"]),
+        ("awq.group_size", 48, ["found 48, expected 32, 64 or 128"]),
         ("gguf.mixes.a", {"type": "Q4"}, ["gguf.mixes.a.type: found 'Q4'", "did you mean"]),
         ("gguf.mixes.a", {"type": "Q8_0", "output": "Q4_K_M"}, ["found 'Q4_K_M'", "'Q4_K'"]),
         ("gguf.mixes.a", {"type": "Q8_0", "output": "IQ1_S"}, ["output: IQ1_S needs an import"]),

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scores = TokenScores.of(documents, score_documents(model, shown), sources=sources)
         report |= scores.metrics()
     else:
-        report["precision"] = links.measured_precision(arguments.precision)
+        report["precision"] = links.measured_precision(arguments.precision, arguments.checkpoint)
         model = links.load_transformers(arguments, facts)
         nats = score_documents(model, shown)
         # A document within one piece has been scored whole already.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--checkpoint` (with `--adapter`, `--precision`) or `--gguf`, and `--threads`."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="folder of a base or merged model")
+    model.add_argument("--checkpoint", type=Path, help="folder of a base, merged or AWQ model")
     model.add_argument("--gguf", type=Path, help="GGUF file")
     _add_adapter_and_precision(parser)
     parser.add_argument("--threads", type=int, required=True, help="CPU threads of llama.cpp")
@@ -34,8 +34,8 @@ def _add_adapter_and_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["native", "int8", "nf4"],
         default="native",
-        help="native: float32 on a CPU, the 16-bit type on a GPU; int8, nf4: the 8-bit and the"
-        " 4-bit base of training",
+        help="native: float32 on a CPU, the 16-bit type on a GPU (of an AWQ model float16); int8,"
+        " nf4: the 8-bit and the 4-bit base of training",
     )
 
 
@@ -50,7 +50,7 @@ def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> T
     return TransformersModel(
         arguments.checkpoint,
         window=facts["sliding_window"],
-        precision=measured_precision(arguments.precision),
+        precision=measured_precision(arguments.precision, arguments.checkpoint),
         rope=facts["rope_parameters"],
         adapter=arguments.adapter,
     )

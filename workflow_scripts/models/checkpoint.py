@@ -229,6 +229,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model, on this process's GPU where there is one.
 
+    A model packed by quantize_awq is loaded as what its weights stand for (`awq_weights`).
     A mixture's experts are quantized too; on its way to NF4 the whole model is in the CPU's memory
     in 16 bits (Mixtral 8x7B: 93 GB).
 
@@ -254,6 +255,23 @@ def load_model(
         # transformers' YaRN and dynamic NTK stop at the null that Mixtral has here.
         if getattr(config, "head_dim", None) is None:
             config.head_dim = config.hidden_size // config.num_attention_heads
+    if is_packed(checkpoint):
+        from workflow_scripts.models import awq_weights
+
+        if precision in ("int8", "nf4"):
+            raise StageError(
+                "the model is quantized already",
+                where=f"{checkpoint / 'config.json'}, quantization_config",
+                found=f"precision {precision}",
+                expected="native",
+            )
+        return awq_weights.load(
+            config,
+            weight_files(checkpoint),
+            dtype=getattr(torch, precision),
+            attention=attention,
+            device=place,
+        )
     compute = compute_dtype(place)
     quantization = {
         "nf4": {
@@ -288,6 +306,12 @@ def load_model(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def is_packed(checkpoint: Path) -> bool:
+    """Whether the weights are packed in 4 bits already, as quantize_awq writes them."""
+    quantization = files.read_json(checkpoint / "config.json").get("quantization_config") or {}
+    return quantization.get("quant_method") == "awq"
 
 
 def compute_dtype(device: device) -> dtype:

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = json.loads(arguments.runs)
     found = []
     for path, (run, settings) in zip(arguments.metrics, wanted["runs"].items(), strict=True):
-        metrics = metrics_of(run, settings, wanted["gguf_types"], arguments.results)
+        metrics = metrics_of(
+            run, settings, wanted["gguf_types"], arguments.results, has_awq=wanted["awq"]
+        )
         files.write_json(path, {"run": run, "settings": settings, "links": by_link(metrics)})
         found += metrics
     write_table(found, arguments.table)

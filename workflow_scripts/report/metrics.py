@@ -99,13 +99,19 @@ SHAPE = (
 
 
 def metrics_of(
-    run: str, settings: dict[str, Any], gguf_types: Sequence[str], results: Path
+    run: str,
+    settings: dict[str, Any],
+    gguf_types: Sequence[str],
+    results: Path,
+    *,
+    has_awq: bool = False,
 ) -> list[Metric]:
     """Of one run, from the base's scores to the last file's.
 
     Args:
         settings: of `runs.<name>`.
         results: the folder `results/`.
+        has_awq: the merged model was quantized to AWQ too.
     Raises:
         StageError: a file that the run must have is missing.
     """
@@ -113,7 +119,11 @@ def metrics_of(
         metric
         for link, file, sources in _places(run, settings, gguf_types)
         for metric in _read(run, link, file, sources, results)
-    ]
+    ] + (
+        list(_read(run, "AWQ", f"runs/{run}/evaluation/awq.json", SCORES, results))
+        if has_awq
+        else []
+    )
 
 
 def _places(

@@ -1,6 +1,6 @@
 """Perplexity of every link, from the base to each quantized file: which hand-over cost what.
 
-python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …}'
+python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …, …}'
     --results results --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
 """
 
@@ -49,7 +49,11 @@ def chain(runs: Sequence[RunResults], texts: Sequence[str] = ()) -> Table:
     """One row a run and link, and a column a text."""
     rows = []
     for run in runs:
-        for link, step in zip(run.links, ["", *steps(run.links)], strict=True):
+        links, changes = list(run.links), ["", *steps(run.links)]
+        if run.awq:
+            links.append(run.awq)
+            changes += steps([run.link("merged"), run.awq])
+        for link, step in zip(links, changes, strict=True):
             rows.append(
                 [
                     f"{run.name}: {link.name}",
@@ -67,7 +71,8 @@ def chain(runs: Sequence[RunResults], texts: Sequence[str] = ()) -> Table:
             f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the"
             f" same {scores['n_conversations']} test conversations, in pieces of at most"
             f" {scores['piece_tokens']} tokens; lower is better. “vs. the line above” is the"
-            " change of perplexity with the standard error of the difference, paired token by"
+            " change of perplexity (of AWQ against merged, of which it is made) with the standard"
+            " error of the difference, paired token by"
             " token, so that what is hard for both drops out: a change smaller than twice its"
             " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
             " likeliest next one is the same are over the same tokens. “Whole conversations” are"

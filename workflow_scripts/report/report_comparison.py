@@ -1,6 +1,6 @@
 """The headline table: the runs side by side, each figure as it was measured on this run.
 
-python -m workflow_scripts.report.report_comparison --runs '{"runs": …, "gguf_types": …}'
+python -m workflow_scripts.report.report_comparison --runs '{"runs": …, "gguf_types": …, …}'
     --results results --tsv comparison.tsv --markdown comparison.md --html comparison.html
 """
 

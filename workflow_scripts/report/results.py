@@ -22,7 +22,7 @@ class Link:
     token_scores: Path
     """Of evaluate_perplexity: the loss of every token."""
     speed: dict[str, Any] | None
-    """Of benchmark_inference; None for the base, which is scored alone."""
+    """Of benchmark_inference; None for the base and AWQ, which are scored alone."""
     divergence: dict[str, Any] | None = None
     """Of evaluate_divergence, for the quantizations."""
     texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -43,6 +43,8 @@ class RunResults:
     """Of choose_merge_base; None where the config names the base."""
     links: list[Link]
     """From base to the smallest quantization."""
+    awq: Link | None
+    """Beside them, made of the merged model; None where it was not asked for."""
 
     def link(self, name: str) -> Link:
         return next(link for link in self.links if link.name == name)
@@ -76,6 +78,11 @@ def read_results(runs: str, results: Path, texts: Sequence[str] = ()) -> list[Ru
                 dataclasses.replace(link, texts=_texts(name, settings, link.name, results, texts))
                 for link in _links(name, settings, wanted["gguf_types"], results)
             ],
+            awq=(
+                _link("AWQ", results / "runs" / name / "evaluation" / "awq.json")
+                if wanted["awq"]
+                else None
+            ),
         )
         for name, settings in wanted["runs"].items()
     ]

@@ -12,6 +12,7 @@ from workflow_scripts.models.checkpoint import (
     Precision,
     compute_dtype,
     default_device,
+    is_packed,
     load_model,
 )
 
@@ -115,12 +116,17 @@ def _embedding_rows(path: Path) -> int | None:
     return None
 
 
-def measured_precision(name: str) -> Precision:
+def measured_precision(name: str, checkpoint: Path | None = None) -> Precision:
     """The precision that a link is measured in on this machine.
 
     Args:
         name: `native`, `int8` or `nf4`.
+        checkpoint: folder of the model, where it may be packed (quantize_awq).
     """
     if name != "native":
         return name
+    if checkpoint is not None and is_packed(checkpoint):
+        from workflow_scripts.models import awq_weights
+
+        return awq_weights.precision(default_device())
     return str(compute_dtype(default_device())).removeprefix("torch.")

@@ -163,7 +163,7 @@ def write_results(tmp_path) -> Callable[[], Results]:
                         "top1_agreement_standard_error_fraction": 0.0031,
                     }
                     files.write_json(evaluation / f"{link}.divergence.json", divergence)
-        return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES}))
+        return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES, "awq": False}))
 
     return write
 

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.report.conftest import write_link
 from workflow_scripts import files
 from workflow_scripts.log import StageError
 from workflow_scripts.report import collect_metrics
@@ -51,6 +52,15 @@ def test_each_link_of_each_run_has_its_figures(collect):
         (row["run"], row["link"]): row["value"] for row in rows if row["name"] == "perplexity"
     }
     assert (values["generic", "merged"], values["mistral", "merged"]) == (5.05, 6.05)
+
+
+def test_awq_has_its_scores_where_it_was_made(collect, results):
+    for run in ("generic", "mistral"):
+        write_link(results.folder / "runs" / run / "evaluation" / "awq.json", 5.25, place=4)
+    _, rows = collect(json.dumps(json.loads(results.runs) | {"awq": True}))
+    found = [row for row in rows if row["link"] == "AWQ" and row["name"] == "perplexity"]
+    assert [(row["run"], row["value"]) for row in found] == [("generic", 5.25), ("mistral", 5.25)]
+    assert found[0]["file"] == "runs/generic/evaluation/awq.json"
 
 
 def test_a_run_s_json_is_its_rows_by_link(collect):

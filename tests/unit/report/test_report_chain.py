@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 import statistics
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.unit.report.conftest import CHANGES, scores, token_scores
+from tests.unit.report.conftest import CHANGES, scores, token_scores, write_link
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
+from workflow_scripts.report.results import read_results
 
 
 @pytest.fixture
@@ -72,6 +74,21 @@ def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, e
     message = ends_with_message(report_chain.main, argv)
     for part in ("different tokens", str(path), "merged.tokens.parquet", "30 of 3", "40 of 4"):
         assert part in message
+
+
+def test_awq_stands_last_against_the_merged_model(results):
+    for run, perplexity in (("generic", 5.555), ("mistral", 6.05)):
+        path = results.folder / "runs" / run / "evaluation" / "awq.json"
+        write_link(path, perplexity, place=4)  # merged has place 3
+    wanted = json.dumps(json.loads(results.runs) | {"awq": True})
+    runs = read_results(wanted, results.folder)
+    # The smallest GGUF stays the last of them, which the comparison times.
+    assert runs[0].links[-1].name == "Q4_K_M"
+    rows = report_chain.chain(runs).rows
+    assert [row[0] for row in rows if "AWQ" in row[0]] == ["generic: AWQ", "mistral: AWQ"]
+    assert rows[6][0] == "generic: AWQ" and rows[6][2].startswith("+10.00 ± ")
+    assert rows[6][3:] == [""] * 7
+    assert rows[13][2].startswith("+0.00 ± ")
 
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
