@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests import llama_cpp_tools
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
 from workflow_scripts.data.packing import Row, Rows
 from workflow_scripts.data.plan import Plan
-from workflow_scripts.export import llama_cpp_source
 from workflow_scripts.models.checkpoint import read_facts
 
 WINDOW = 8
@@ -313,34 +311,13 @@ def ends_with_message(capsys) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def llama_tool(request) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`llama_tool("quantize", *arguments)`: llama.cpp's own program, run in one thread.
-
-    Compiled of the source that llama-cpp-python was built of, against its libraries, and kept.
-    """
-    libraries = Path(sysconfig.get_path("platlib")) / "lib"
+    """`llama_tool("quantize", *arguments)`: llama.cpp's own program, run in one thread."""
     kept = request.config.cache.mkdir(f"llama.cpp-{metadata.version('llama-cpp-python')}")
-
-    @cache
-    def compiled(name: str) -> Path:
-        program = Path(kept) / f"llama-{name}"
-        if program.exists():
-            return program
-        source = llama_cpp_source.source_folder()
-        with files.atomic_file(program) as temporary:  # other processes compile it too
-            command = ["c++", "-std=c++17", "-O1", "-o", temporary]
-            command += [f"-I{source / 'common'}", f"-I{libraries.parent / 'include'}"]
-            command += sorted((source / "tools" / name).glob("*.cpp"))
-            command += [f"-L{libraries}", "-pthread"]
-            command += [
-                f"-l{library}" for library in ("llama-common", "llama", "ggml", "ggml-base")
-            ]
-            subprocess.run(command, check=True)
-        return program
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [compiled(name), *map(str, arguments)],
-            env=os.environ | {"LD_LIBRARY_PATH": str(libraries)},
+            [llama_cpp_tools.compiled(name, Path(kept)), *map(str, arguments)],
+            env=os.environ | llama_cpp_tools.ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=120,

@@ -25,6 +25,8 @@ from tests.benchmarks import (
     packing_plans_table,
     peer_trainers,
     synthetic_chats,
+    text_perplexity,
+    text_perplexity_table,
     training_contestants,
     training_documents,
     training_meter,
@@ -675,3 +677,30 @@ def test_a_run_ends_when_it_has_measured_long_enough(ends, expected):
     """Five seconds after two steps to warm up, and two measured steps at least."""
     meter = training_meter.Meter(cost=None, n_warm_up=2, most_seconds=5, ends=list(ends))
     assert meter.has_measured_enough() == expected
+
+
+def test_what_llama_perplexity_says_is_read_off_its_log():
+    log = (
+        "0.00.551.067 I perplexity: 0.33 seconds per pass - ETA 0.00 minutes\n"
+        "[1]22633.6928,[2]27291.1881,[3]25798.4149,\n"
+        "12.07.756.792 I Final estimate: PPL = 25798.4149 +/- 1544.07130\n"
+    )
+    assert text_perplexity.FINAL.findall(log) == [("12", "07", "756", "25798.4149")]
+
+
+def test_a_perplexity_s_speed_is_taken_against_the_other_of_its_own_repetition():
+    def once(seconds):
+        return {
+            "duration_seconds": seconds + 3,
+            "scoring_seconds": seconds,
+            "peak_memory_bytes": 7e8,
+            "peak_anonymous_memory_bytes": 3e8,
+            "perplexity": 12.5,
+        }
+
+    theirs, ours = [once(10.0), once(30.0), once(20.0)], [once(8.0), once(30.0), once(25.0)]
+    row = text_perplexity_table.row("tramontane", ours, theirs)
+    assert row == (
+        "| tramontane | 28.0 (11.0–33.0) | 25.0 (8.0–30.0) | 1.00 (0.80–1.25) | 700 | 300 |"
+        " 12.5000 |"
+    )

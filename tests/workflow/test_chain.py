@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+from workflow_scripts.scoring.token_scores import TokenScores
 
 RUNS = ["generic", "mistral"]
 
@@ -25,6 +27,41 @@ def test_every_link_scores_the_same_tokens(tiny: Path, run: str) -> None:
         assert measured["n_scored_tokens"] == base["n_scored_tokens"]
         assert measured["n_conversations"] == base["n_conversations"] == 8
         assert measured["piece_tokens"] == 512
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_losses_of_tokens_make_up_a_link_s_score_and_pair_with_those_of_the_next(
+    tiny: Path, run: str
+) -> None:
+    folder = tiny / "results" / "runs" / run / "evaluation"
+    links = ["adapter", "merged", "F16", "Q8_0", "Q4_K_M"]
+    tokens = [TokenScores.read(folder / f"{link}.tokens.parquet") for link in links]
+    for link, one in zip(links, tokens, strict=True):
+        assert one.metrics()["perplexity"] == scores(tiny, run, link)["perplexity"]
+        assert set(one.sources) == {"demo"}
+    for before, one in itertools.pairwise(tokens):
+        assert one.scores_the_same(before)
+    # Rounding to 8 bits costs less than rounding to 4, and its error is known better.
+    q8_0, q4_k_m = (one.difference(tokens[2]) for one in tokens[3:])
+    assert abs(q8_0.mean) < 0.01 and q8_0.standard_error < q4_k_m.standard_error
+    divergences = [
+        files.read_json(folder / f"{link}.divergence.json")["kl_divergence_nats"]
+        for link in links[3:]
+    ]
+    assert 0 < divergences[0] < 0.1 * divergences[1]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_text_is_scored_alike_by_every_link(tiny: Path, run: str) -> None:
+    folder = tiny / "results" / "runs" / run / "evaluation" / "texts" / "options"
+    base = tiny / "results" / "evaluation" / "demo" / "texts" / "options" / "base.json"
+    links = [files.read_json(folder / f"{link}.json") for link in ("merged", "F16", "Q8_0")]
+    for found in (*links, files.read_json(base)):
+        assert found["n_scored_tokens"] == 255 * found["n_conversations"] > 1000
+        assert found["n_pieces"] == found["n_conversations"]
+    merged, f16, q8_0 = (found["perplexity"] for found in links)
+    assert f16 == pytest.approx(merged, rel=0.001)
+    assert q8_0 == pytest.approx(f16, rel=0.01)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import REPOSITORY, TINY, jobs_of, snakemake_in
+from tests.workflow.conftest import TINY, jobs_of, snakemake_in
 
 
 def changed(folder: Path, tmp_path: Path, overlay: dict) -> dict[str, int]:
@@ -38,6 +38,7 @@ def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
 EVALUATED = {
     "evaluate_perplexity": 2,
     "evaluate_divergence": 2,
+    "evaluate_text": 2,
     "benchmark_inference": 2,
     "report_overview": 1,
     "report_run": 2,
@@ -61,11 +62,10 @@ def test_a_new_mix_runs_what_a_new_quantization_runs(tiny: Path, tmp_path: Path)
     assert jobs == {"plan_disk": 1, "quantize_gguf": 2, **EVALUATED}
 
 
-def test_a_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
+def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
     tiny: Path, tmp_path: Path
 ) -> None:
-    overlay = {"evaluation": {"texts": {"readme": str(REPOSITORY / "README.md")}}}
-    assert changed(tiny, tmp_path, overlay) == {
+    scored = {
         "chunk_text": 1,
         "evaluate_text_base": 1,
         "evaluate_text_merged": 2,
@@ -73,6 +73,10 @@ def test_a_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
         "report_chain": 1,
         "report_run": 2,
     }
+    overlay = {"evaluation": {"texts": {"data": "data/README.md"}}}
+    assert changed(tiny, tmp_path, overlay) == scored
+    shorter = {"evaluation": {"text_context_tokens": 256}}
+    assert changed(tiny, tmp_path, shorter) == scored
 
 
 def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(
@@ -135,6 +139,8 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "quantize_gguf": 2,
         "evaluate_perplexity": 3,
         "evaluate_divergence": 2,
+        "evaluate_text": 3,
+        "evaluate_text_merged": 1,
         "evaluate_perplexity_adapter": 1,
         "evaluate_perplexity_merged": 1,
         "benchmark_inference": 3,

@@ -66,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = settings_from_json(EvaluationSettings, arguments.settings)
 
+    import torch
+
     from workflow_scripts.scoring import divergences
 
+    torch.set_num_threads(arguments.threads)  # sums over logits take no more than llama.cpp
     facts = files.read_json(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
     piece_tokens = cutting.comparable_tokens(facts, settings.piece_tokens)
@@ -79,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found=f"{len(documents)} documents, no supervised token",
             to_fix=f"raise datasets.<name>.cleaning.{arguments.tokens.stem}_fraction",
         )
-    pair = Pair(arguments.reference, arguments.gguf, piece_tokens, arguments.threads)
+    context_tokens = cutting.longest(pieces)
+    pair = Pair(arguments.reference, arguments.gguf, context_tokens, arguments.threads)
     needed = needed_bytes(pair, facts)
     available = arguments.memory_gb * 1e9 if arguments.memory_gb else available_bytes()
     holds_both = needed <= available

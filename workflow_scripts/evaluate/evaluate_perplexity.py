@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = settings_from_json(EvaluationSettings, arguments.settings)
 
+    import torch
+
     from workflow_scripts.scoring.likelihood import score_documents
     from workflow_scripts.scoring.token_scores import TokenScores
 
@@ -64,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.gguf:
         from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
+        torch.set_num_threads(arguments.threads)  # sums over logits take no more than llama.cpp
         with LlamaCppModel(
-            arguments.gguf, context_tokens=piece_tokens, n_threads=arguments.threads
+            arguments.gguf, context_tokens=cutting.longest(pieces), n_threads=arguments.threads
         ) as model:
             scores = TokenScores.of(documents, score_documents(model, shown), sources=sources)
         report |= scores.metrics()

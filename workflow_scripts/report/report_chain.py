@@ -17,6 +17,7 @@ from workflow_scripts.report.results import Link, RunResults, read_results
 from workflow_scripts.report.tables import (
     Table,
     change_of_perplexity,
+    digits_of,
     mebibytes,
     perplexity,
     with_error,
@@ -131,23 +132,17 @@ def steps(links: Sequence[Link]) -> Iterator[str]:
         yield change_of_perplexity(*link_scores.difference(before_scores))
 
 
-def percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
-
-
 def diverged(link: Link) -> list[str]:
     """KL divergence to F16 and how often the likeliest token is the same."""
     if link.divergence is None:
         return ["", ""]
+    kl_error = link.divergence["kl_divergence_standard_error_nats"]
+    error = link.divergence["top1_agreement_standard_error_fraction"]
     return [
-        with_error(
-            link.divergence["kl_divergence_nats"],
-            link.divergence["kl_divergence_standard_error_nats"],
-            digits=5,
-        ),
+        with_error(link.divergence["kl_divergence_nats"], kl_error, digits_of(kl_error, least=4)),
         with_error(
             100 * link.divergence["top1_agreement_fraction"],
-            percent(link.divergence["top1_agreement_standard_error_fraction"]),
+            None if error is None else 100 * error,
         ),
     ]
 

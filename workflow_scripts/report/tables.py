@@ -95,5 +95,11 @@ def change_of_perplexity(mean: float, error: float | None) -> str:
         error: of it: a standard error, or half of an interval; None where none is known.
     """
     ratio = math.exp(mean)
-    shown = with_error(100 * abs(ratio - 1), None if error is None else 100 * ratio * error)
+    error = None if error is None else 100 * ratio * error
+    shown = with_error(100 * abs(ratio - 1), error, digits_of(error))
     return ("−" if ratio < 1 else "+") + shown
+
+
+def digits_of(error: float | None, least: int = 2) -> int:
+    """Decimals that show two digits of an error, where that takes more than `least`."""
+    return least if not error else max(least, 1 - math.floor(math.log10(error)))

@@ -75,3 +75,8 @@ def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
     """Length of pieces that every link scores alike: what llama.cpp honours, or less if wanted."""
     limit = served_context(facts)
     return limit if wanted is None else min(limit, wanted)
+
+
+def longest(pieces: Sequence[Piece]) -> int:
+    """Tokens of the longest piece: a key-value cache need hold no more."""
+    return max((len(piece.input_ids) for piece in pieces), default=1)

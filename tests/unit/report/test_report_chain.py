@@ -102,6 +102,16 @@ def test_what_was_not_measured_is_left_empty(write, read_tsv):
     assert rows["generic: F16"][5:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
 
 
+def test_a_small_difference_is_shown_with_two_digits_of_its_error(write, results, read_tsv):
+    for path in results.folder.rglob("*.tokens.parquet"):
+        token_scores([1.0, 2.0]).write(path)
+    f16 = results.folder / "runs" / "generic" / "evaluation" / "F16.tokens.parquet"
+    token_scores([1.00002, 2.00003]).write(f16)
+    rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
+    assert rows["generic: merged"][2] == "+0.00 ± 0.00"
+    assert rows["generic: F16"][2] == "+0.00250 ± 0.00050"
+
+
 def test_texts_have_a_column_each(write, results, read_tsv):
     base = results.folder / "evaluation" / "tiny" / "texts"
     for number, text in enumerate(("wiki", "code")):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts.data.documents import Document
-from workflow_scripts.scoring.pieces import comparable_tokens, cut
+from workflow_scripts.scoring.pieces import comparable_tokens, cut, longest
 
 
 @st.composite
@@ -91,3 +91,9 @@ def test_a_document_no_longer_than_a_piece_stays_whole(document, extra):
 def test_pieces_end_at_the_window_else_the_context(window, context, wanted, expected):
     facts = {"sliding_window": window, "context_tokens": context}
     assert comparable_tokens(facts, wanted) == expected
+
+
+@given(documents=st.lists(rendered(), max_size=4), piece_tokens=st.none() | piece_lengths)
+def test_the_longest_piece_is_the_longest(documents, piece_tokens):
+    pieces = list(cut(documents, piece_tokens=piece_tokens))
+    assert longest(pieces) == max([1, *(len(piece.input_ids) for piece in pieces)])

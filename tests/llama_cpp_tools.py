@@ -1,0 +1,31 @@
+"""llama.cpp's own programs, compiled of the source that llama-cpp-python was built of, against its
+libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from workflow_scripts import files
+from workflow_scripts.export import llama_cpp_source
+
+LIBRARIES = Path(sysconfig.get_path("platlib")) / "lib"
+ENVIRONMENT = {"LD_LIBRARY_PATH": str(LIBRARIES)}
+"""What a program needs to be started."""
+
+
+def compiled(name: str, folder: Path, *, optimization: str = "-O1") -> Path:
+    """The program `llama-<name>`, in a folder that keeps it."""
+    program = folder / f"llama-{name}"
+    if program.exists():
+        return program
+    source = llama_cpp_source.source_folder()
+    with files.atomic_file(program) as temporary:  # other processes compile it too
+        command = ["c++", "-std=c++17", optimization, "-DNDEBUG", "-o", temporary]
+        command += [f"-I{source / 'common'}", f"-I{LIBRARIES.parent / 'include'}"]
+        command += sorted((source / "tools" / name).glob("*.cpp"))
+        command += [f"-L{LIBRARIES}", "-pthread"]
+        command += [f"-l{library}" for library in ("llama-common", "llama", "ggml", "ggml-base")]
+        subprocess.run(command, check=True)
+    return program
