@@ -767,6 +767,9 @@ class InferenceSettings(Settings):
     """Decoding, `tg64`."""
     repetitions: Count = 3
     """Measured passes after one to warm up; mean and standard deviation are kept."""
+    depths_tokens: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+    """Tokens of context before each pass, llama-bench's `-d`; those that leave no room in the
+    context are passed over. Tables show the first."""
 
 
 class RecallSettings(Settings):

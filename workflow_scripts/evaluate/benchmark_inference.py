@@ -1,8 +1,8 @@
 """Speed, memory and size of one link, alone on the machine, in llama-bench's terms.
 
-`pp`: reading a prompt; `tg`: writing tokens one by one after an empty context. Random tokens, as
-speed does not depend on which; one pass to warm up, then repetitions whose mean and standard
-deviation are kept.
+`pp`: reading a prompt; `tg`: writing tokens one by one; `-d`: after so many tokens of context.
+Random tokens, as speed does not depend on which; one pass to warm up, then repetitions whose mean
+and standard deviation are kept.
 
 python -m workflow_scripts.evaluate.benchmark_inference --gguf run-Q4_K_M.gguf --facts facts.json
     --settings '{"repetitions": 3}' --threads 2 --speed Q4_K_M.inference.json
@@ -16,9 +16,9 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files, log
 from workflow_scripts.evaluate import links
@@ -28,7 +28,9 @@ from workflow_scripts.settings import InferenceSettings, settings_from_json
 if TYPE_CHECKING:
     import numpy as np
 
-OUTPUT_VERSION = 1
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+
+OUTPUT_VERSION = 2
 logger = log.stage_logger("benchmark_inference")
 
 
@@ -47,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = comparable_tokens(facts, None)
     n_prompt = min(settings.prompt_tokens, context)
     n_generated = min(settings.generated_tokens, context)
+    longest = max(n_prompt, n_generated)
+    depths = [depth for depth in settings.depths_tokens if depth + longest <= context] or [0]
     tokens = np.random.default_rng(0).integers(
-        low=0, high=facts["vocabulary_size"], size=max(n_prompt, n_generated), dtype=np.int32
+        low=0, high=facts["vocabulary_size"], size=context, dtype=np.int32
     )
+
+    def tests_of(engine: Gguf | Transformers) -> dict[tuple[str, int], Test]:
+        return {
+            (phase, depth): engine.test(tokens, depth, n_tokens, is_prompt=phase == "prompt")
+            for depth in depths
+            for phase, n_tokens in (("prompt", n_prompt), ("decode", n_generated))
+        }
+
     if arguments.gguf:
         from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
@@ -58,22 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with LlamaCppModel(
             arguments.gguf, context_tokens=context, n_threads=arguments.threads
         ) as model:
-            seconds = measure(
-                lambda: read_gguf(model, tokens[:n_prompt]),
-                lambda: write_gguf(model, tokens[:n_generated]),
-                settings.repetitions,
-            )
+            seconds = measure(tests_of(Gguf(model)), settings.repetitions)
     else:
         from workflow_scripts.models.checkpoint import weight_files
 
         size_bytes = sum(path.stat().st_size for path in weight_files(arguments.checkpoint))
         scorer = links.load_transformers(arguments, facts)
         engine, device = "transformers", str(scorer.model.device)
-        seconds = measure(
-            lambda: run_transformers(scorer.model, tokens[:n_prompt], tokens_at_once=n_prompt),
-            lambda: run_transformers(scorer.model, tokens[:n_generated], tokens_at_once=1),
-            settings.repetitions,
-        )
+        seconds = measure(tests_of(Transformers(scorer.model)), settings.repetitions)
     report: dict[str, Any] = {
         "engine": engine,
         "device": device,
@@ -82,69 +86,163 @@ def main(argv: Sequence[str] | None = None) -> None:
         "prompt_tokens": n_prompt,
         "generated_tokens": n_generated,
         "n_repetitions": settings.repetitions,
+        **summary(seconds, depths[0], n_prompt=n_prompt, n_generated=n_generated),
+        "tests": [
+            llama_bench_row(phase, depth, n_prompt if phase == "prompt" else n_generated, times)
+            for (phase, depth), times in seconds.items()
+        ],
+        "size_bytes": size_bytes,
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
-    for phase, n_tokens in (("prompt", n_prompt), ("decode", n_generated)):
-        rates = [1000 * duration / n_tokens for duration in seconds[phase]]
-        report[f"{phase}_milliseconds_per_token"] = statistics.mean(rates)
-        report[f"{phase}_standard_deviation_milliseconds_per_token"] = (
-            statistics.stdev(rates) if len(rates) > 1 else None
-        )
-    report["size_bytes"] = size_bytes
-    report["peak_memory_bytes"] = peak_memory_bytes(device)
     files.write_json(arguments.speed, report)
-    logger.info("measured %s", log.fields(report))
+    logger.info("measured %s", log.fields({**report, "tests": len(report["tests"])}))
+
+
+class Test(NamedTuple):
+    """What is timed, and what comes before it."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
+    """Is handed what `prepare` returns."""
 
 
 def measure(
-    read_prompt: Callable[[], None], write_tokens: Callable[[], None], repetitions: int
-) -> dict[str, list[float]]:
-    """Seconds of each repetition of both phases, interleaved, after one pass of each."""
-    seconds: dict[str, list[float]] = {"prompt": [], "decode": []}
-    phases = {"prompt": read_prompt, "decode": write_tokens}
+    tests: Mapping[tuple[str, int], Test], repetitions: int
+) -> dict[tuple[str, int], list[float]]:
+    """Seconds of each repetition of each test, interleaved, after one pass of each."""
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in tests}
     for repetition in range(repetitions + 1):
-        for phase, run in phases.items():
+        for key, test in tests.items():
+            prepared = test.prepare()
             started = time.perf_counter()
-            run()
+            test.run(prepared)
             if repetition:
-                seconds[phase].append(time.perf_counter() - started)
+                seconds[key].append(time.perf_counter() - started)
     return seconds
 
 
-def read_gguf(model: Any, tokens: np.ndarray) -> None:
-    """Prompt processing: only the last token's logits are wanted."""
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """No deviation of a single repetition."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def summary(
+    seconds: Mapping[tuple[str, int], Sequence[float]],
+    depth: int,
+    *,
+    n_prompt: int,
+    n_generated: int,
+) -> dict[str, float | None]:
+    """Time a token of both phases at one depth, and time to the first token of an answer."""
+    found = {}
+    for phase, n_tokens in (("prompt", n_prompt), ("decode", n_generated)):
+        mean, deviation = mean_and_deviation(
+            [1000 * duration / n_tokens for duration in seconds[phase, depth]]
+        )
+        found[f"{phase}_milliseconds_per_token"] = mean
+        found[f"{phase}_standard_deviation_milliseconds_per_token"] = deviation
+    # Reading a prompt ends with the logits that the first token is drawn from.
+    first, deviation = mean_and_deviation([1000 * one for one in seconds["prompt", depth]])
+    return found | {
+        "first_token_milliseconds": first,
+        "first_token_standard_deviation_milliseconds": deviation,
+    }
+
+
+def llama_bench_row(
+    phase: str, depth: int, n_tokens: int, seconds: Sequence[float]
+) -> dict[str, Any]:
+    """As llama-bench names and counts it: `pp512 @ d4096`, tokens a second."""
+    mean, deviation = mean_and_deviation([n_tokens / duration for duration in seconds])
+    name = f"{'pp' if phase == 'prompt' else 'tg'}{n_tokens}"
+    return {
+        "test": f"{name} @ d{depth}" if depth else name,
+        "depth_tokens": depth,
+        "tokens_per_second": mean,
+        "standard_deviation_tokens_per_second": deviation,
+    }
+
+
+class Gguf:
+    """Tests of a GGUF, through llama.cpp."""
+
+    def __init__(self, model: LlamaCppModel) -> None:
+        self._model = model
+
+    def test(self, tokens: np.ndarray, depth: int, n_tokens: int, *, is_prompt: bool) -> Test:
+        """So many tokens after `depth` others: in batches, or one by one."""
+        timed = tokens[depth : depth + n_tokens]
+        run = read_gguf if is_prompt else write_gguf
+        return Test(
+            lambda: read_gguf(self._model, tokens[:depth]),
+            lambda _: run(self._model, timed, first=depth),
+        )
+
+
+class Transformers:
+    """Tests of a model that transformers holds."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def test(self, tokens: np.ndarray, depth: int, n_tokens: int, *, is_prompt: bool) -> Test:
+        timed = tokens[depth : depth + n_tokens]
+        at_once = n_tokens if is_prompt else 1
+        return Test(
+            lambda: run_transformers(self._model, tokens[:depth], tokens_at_once=depth or 1),
+            lambda cache: run_transformers(self._model, timed, tokens_at_once=at_once, cache=cache),
+        )
+
+
+def read_gguf(model: LlamaCppModel, tokens: np.ndarray, *, first: int = 0) -> None:
+    """Prompt processing: only the last token's logits are wanted.
+
+    Args:
+        first: position of the first token, after what is in the cache; 0 empties it.
+    """
     import numpy as np
 
     from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS
 
-    model.forget()
+    if not first:
+        model.forget()
     wants_logits = np.zeros(len(tokens), dtype=bool)
-    wants_logits[-1] = True
-    for first in range(0, len(tokens), BATCH_TOKENS):
-        stretch = slice(first, first + BATCH_TOKENS)
-        model.decode(tokens[stretch], first=first, wants_logits=wants_logits[stretch])
+    wants_logits[-1:] = True
+    for start in range(0, len(tokens), BATCH_TOKENS):
+        stretch = slice(start, start + BATCH_TOKENS)
+        model.decode(tokens[stretch], first=first + start, wants_logits=wants_logits[stretch])
 
 
-def write_gguf(model: Any, tokens: np.ndarray) -> None:
+def write_gguf(model: LlamaCppModel, tokens: np.ndarray, *, first: int = 0) -> None:
     """Decoding: a token at a time, each one's logits read."""
     import numpy as np
 
-    model.forget()
+    if not first:
+        model.forget()
     for at in range(len(tokens)):
-        model.decode(tokens[at : at + 1], first=at, wants_logits=np.ones(1, dtype=bool))
+        model.decode(tokens[at : at + 1], first=first + at, wants_logits=np.ones(1, dtype=bool))
 
 
-def run_transformers(model: Any, tokens: np.ndarray, *, tokens_at_once: int) -> None:
-    """Both phases: so many tokens a forward pass, with a key-value cache, the last one's logits."""
+def run_transformers(
+    model: Any, tokens: np.ndarray, *, tokens_at_once: int, cache: Any = None
+) -> Any:
+    """Both phases: so many tokens a forward pass, with a key-value cache, the last one's logits.
+
+    Args:
+        cache: of the tokens before.
+    Returns:
+        The cache of all tokens; None of none.
+    """
     import torch
 
     with torch.inference_mode():
         flat = torch.from_numpy(tokens.astype("int64"))[None].to(model.device)
-        cache = None
-        for stretch in flat.split(tokens_at_once, dim=1):
+        for stretch in flat.split(tokens_at_once, dim=1) if len(tokens) else ():
             output = model(stretch, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
         if model.device.type == "cuda":
             torch.cuda.synchronize()
+    return cache
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -13,11 +13,13 @@ from typing import Any
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.durations import durations
+from workflow_scripts.models.kv_cache import kv_cache_bytes
 from workflow_scripts.report import figures, plots, verdicts
 from workflow_scripts.report.report_chain import chain
 from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.tables import mebibytes, with_error
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("report_run")
 
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "The chain": chain_html(run, arguments.texts),
         "Hand-overs": gates_html(folder),
         "Quality, size and speed": trade_off_html(run),
+        "Speed, and memory of the context": speed_html(run),
         "Where it is good, and where not": parts_html(run),
         "Training": training_html(run, folder),
         "Time": time_html(durations(arguments.benchmarks)),
@@ -103,6 +106,54 @@ def trade_off_html(run: RunResults) -> str:
         plots.trade_off(run),
         "Every file by its loss on the test conversations; what is further down and further left is"
         " better. Bars are one standard deviation over repetitions",
+    )
+
+
+def speed_html(run: RunResults) -> str:
+    """Tests in llama-bench's terms, and the key-value cache by context."""
+    rows = [
+        [
+            link.name,
+            test["test"],
+            with_error(
+                test["tokens_per_second"], test["standard_deviation_tokens_per_second"], digits=1
+            ),
+        ]
+        for link in run.links
+        if link.speed is not None
+        for test in link.speed["tests"]
+    ]
+    first = [
+        [
+            link.name,
+            with_error(
+                link.speed["first_token_milliseconds"],
+                link.speed["first_token_standard_deviation_milliseconds"],
+                digits=1,
+            ),
+        ]
+        for link in run.links
+        if link.speed is not None
+    ]
+    context = run.facts["context_tokens"]
+    lengths = [context >> halvings for halvings in range(4, -1, -1)]
+    caches = [
+        [
+            f"{length:,}",
+            *(mebibytes(kv_cache_bytes(run.facts, length, rolls=rolls)) for rolls in (False, True)),
+        ]
+        for length in lengths
+    ]
+    speed = next(link.speed for link in run.links if link.speed is not None)
+    return (
+        pages.table(["link", "test", "tokens a second"], rows)
+        + pages.table(["link", f"first token after {speed['prompt_tokens']:,}, ms"], first)
+        + pages.table(["context, tokens", "key-value cache", "with a rolling window"], caches)
+        + paragraph(
+            "pp reads a prompt, tg writes token by token, d is the context before; ± is a standard"
+            " deviation over repetitions. The cache is computed from the model's shape, 16 bits a"
+            " value, one sequence."
+        )
     )
 
 

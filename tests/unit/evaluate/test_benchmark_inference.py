@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import statistics
+import time
 
 import numpy as np
 import pytest
@@ -48,17 +48,46 @@ def test_no_more_tokens_run_than_the_window_holds_and_one_pass_has_no_deviation(
 
 
 @pytest.mark.parametrize("repetitions", [1, 3])
-def test_phases_alternate_and_the_first_pass_of_each_is_not_counted(repetitions):
+def test_tests_alternate_and_the_first_pass_of_each_is_not_counted(repetitions):
     calls = []
-    seconds = benchmark_inference.measure(
-        lambda: calls.append("prompt"), lambda: calls.append("decode"), repetitions
-    )
-    assert calls == ["prompt", "decode"] * (repetitions + 1)
-    assert {phase: len(times) for phase, times in seconds.items()} == {
-        "prompt": repetitions,
-        "decode": repetitions,
+    tests = {
+        (phase, 0): benchmark_inference.Test(
+            lambda phase=phase: calls.append(f"before {phase}") or phase, calls.append
+        )
+        for phase in ("prompt", "decode")
     }
-    assert statistics.mean(seconds["prompt"]) >= 0
+    seconds = benchmark_inference.measure(tests, repetitions)
+    once = ["before prompt", "prompt", "before decode", "decode"]
+    assert calls == once * (repetitions + 1)
+    assert {key: len(times) for key, times in seconds.items()} == {
+        ("prompt", 0): repetitions,
+        ("decode", 0): repetitions,
+    }
+
+
+def test_what_comes_before_is_not_timed():
+    tests = {("prompt", 9): benchmark_inference.Test(lambda: time.sleep(0.05), lambda _: None)}
+    assert max(benchmark_inference.measure(tests, 2)["prompt", 9]) < 0.04
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
+def test_depths_are_told_as_llama_bench_tells_them(chain, tmp_path, engine):
+    settings = (
+        '{"prompt_tokens": 32, "generated_tokens": 4, "repetitions": 2,'
+        ' "depths_tokens": [0, 100, 290]}'
+    )
+    model = {
+        "transformers": ("--checkpoint", chain.merged),
+        "llama.cpp": ("--gguf", chain.gguf),
+    }[engine]
+    report = benchmark(chain, tmp_path / "s.json", *model, settings=settings)
+    # The window is 300: 290 and a prompt of 32 do not fit.
+    names = [test["test"] for test in report["tests"]]
+    assert names == ["pp32", "tg4", "pp32 @ d100", "tg4 @ d100"]
+    rate = report["tests"][0]["tokens_per_second"]
+    assert rate == pytest.approx(1000 / report["prompt_milliseconds_per_token"], rel=0.5)
+    first = report["first_token_milliseconds"]
+    assert first == pytest.approx(32 * report["prompt_milliseconds_per_token"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +108,27 @@ def test_both_phases_leave_the_cache_after_the_last_token(gguf_model, run):
     (expected,) = gguf_model.logit_blocks(tokens, np.array([len(tokens) - 1]))
     # One token a pass against all in one; measured 0.003, logits are of size 4.
     np.testing.assert_allclose(found, expected.numpy(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "run", [benchmark_inference.read_gguf, benchmark_inference.write_gguf], ids=["read", "write"]
+)
+def test_a_pass_after_others_goes_on_where_they_end(gguf_model, run):
+    benchmark_inference.read_gguf(gguf_model, TOKENS[:12])
+    run(gguf_model, TOKENS[12:-1], first=12)
+    wanted = np.ones(1, dtype=bool)
+    found = gguf_model.decode(TOKENS[-1:], first=len(TOKENS) - 1, wants_logits=wanted).copy()
+    (expected,) = gguf_model.logit_blocks(TOKENS, np.array([len(TOKENS) - 1]))
+    np.testing.assert_allclose(found, expected.numpy(), atol=0.03)
+
+
+def test_transformers_goes_on_from_a_cache(checkpoint):
+    model = load_model(checkpoint, window=8, precision="float32")
+    cache = benchmark_inference.run_transformers(model, TOKENS[:12], tokens_at_once=12)
+    cache = benchmark_inference.run_transformers(model, TOKENS[12:], tokens_at_once=1, cache=cache)
+    assert cache.get_seq_length() == len(TOKENS)
+    empty = benchmark_inference.run_transformers(model, TOKENS[:0], tokens_at_once=1)
+    assert empty is None
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 20])

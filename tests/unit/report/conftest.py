@@ -107,7 +107,8 @@ def write_gates(folder: Path) -> None:
 def write_results(tmp_path) -> Callable[[], Results]:
     def write() -> Results:
         folder = tmp_path / "results"
-        facts = {"context_tokens": 2048, "sliding_window": 64}
+        shape = {"n_kv_heads": 2, "head_dim": 32, "layer_windows": [64, 64]}
+        facts = {"context_tokens": 2048, "sliding_window": 64, **shape}
         files.write_json(folder / "models" / "tiny" / "facts.json", facts)
         base = folder / "evaluation" / "tiny" / "chats"
         whole = {"full_length_perplexity": 9.876}
@@ -151,6 +152,17 @@ def write_results(tmp_path) -> Callable[[], Results]:
                     "prompt_standard_deviation_milliseconds_per_token": 0.0056,
                     "decode_milliseconds_per_token": 2.5,
                     "decode_standard_deviation_milliseconds_per_token": None,
+                    "prompt_tokens": 512,
+                    "first_token_milliseconds": 63.2,
+                    "first_token_standard_deviation_milliseconds": 2.9,
+                    "tests": [
+                        {
+                            "test": "pp512",
+                            "depth_tokens": 0,
+                            "tokens_per_second": 8103.7,
+                            "standard_deviation_tokens_per_second": 12.5,
+                        }
+                    ],
                     "size_bytes": 5 * 2**20,
                     "peak_memory_bytes": 3 * 2**30,
                 }

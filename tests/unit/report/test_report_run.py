@@ -36,6 +36,10 @@ def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
         "0.01234",
         "forum",
         "1,234,567",
+        "8103.7 ± 12.5",
+        "63.2 ± 2.9",
+        # Two layers, two heads of 32, keys and values of two bytes: 512 bytes a token.
+        "1.0 MiB",
     ):
         assert part in page
     assert "5.05 ± 0.05" not in page  # the other run's
