@@ -28,6 +28,7 @@ localrules:
     evaluate,
     report,
     context,
+    samples,
     experiment,
     sweep,
     push_release,
@@ -92,6 +93,12 @@ rule context:
     """Usable context of every run: base, merged model and smallest file."""
     input:
         expand("results/report/context.{form}", form=["tsv", "md", "html"]),
+
+
+rule samples:
+    """Answers of every link to the same prompts, to be read."""
+    input:
+        "results/report/samples.html",
 
 
 rule experiment:

@@ -409,14 +409,25 @@ def context_text_files():
 CONTEXT_LINKS = ["merged", QUANTIZATIONS[-1]]
 
 
+def answer_files():
+    links = ["merged", *GGUF_TYPES]
+    of_runs = expand("results/runs/{run}/evaluation/{link}.answers.json", run=RUNS, link=links)
+    return base_files("answers") + of_runs
+
+
+def base_files(what):
+    """A JSON of the base of every run, made once a model and dataset."""
+    runs = RUNS.values()
+    return sorted(
+        {f"results/evaluation/{run.model}/{run.dataset}/base.{what}.json" for run in runs}
+    )
+
+
 def context_files():
-    files = {
-        f"results/evaluation/{run.model}/{run.dataset}/base.context.json" for run in RUNS.values()
-    }
     of_runs = expand(
         "results/runs/{run}/evaluation/{link}.context.json", run=RUNS, link=CONTEXT_LINKS
     )
-    return sorted(files) + of_runs
+    return base_files("context") + of_runs
 
 
 def report_files():

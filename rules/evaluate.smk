@@ -467,6 +467,80 @@ use rule evaluate_context as evaluate_context_base with:
         output_version=output_version("evaluate/evaluate_context"),
 
 
+rule answer_prompts:
+    """Greedy answers of a GGUF to the first prompts of the test split."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+    output:
+        answers="results/runs/{run}/evaluation/{gguf}.answers.json",
+    log:
+        "logs/runs/{run}/answer_prompts/{gguf}.log",
+    benchmark:
+        "benchmarks/runs/{run}/answer_prompts/{gguf}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        link=lambda wildcards, input: ["--gguf", input.gguf],
+        settings=CONFIG.evaluation.samples.model_dump_json(),
+        output_version=output_version("evaluate/answer_prompts"),
+    shell:
+        "python -m workflow_scripts.evaluate.answer_prompts {params.link:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --tokens {input.tokens:q}"
+        " --settings {params.settings:q} --threads {threads} --answers {output.answers:q}"
+        " > {log:q} 2>&1"
+
+
+use rule answer_prompts as answer_prompts_merged with:
+    input:
+        checkpoint="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+    output:
+        answers="results/runs/{run}/evaluation/merged.answers.json",
+    log:
+        "logs/runs/{run}/answer_prompts/merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/answer_prompts/merged.tsv"
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=CONFIG.evaluation.samples.model_dump_json(),
+        output_version=output_version("evaluate/answer_prompts"),
+
+
+use rule answer_prompts as answer_prompts_base with:
+    input:
+        checkpoint="results/models/{model}/checkpoint",
+        facts="results/models/{model}/facts.json",
+        tokenizer="results/models/{model}/tokenizer",
+        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
+    output:
+        answers="results/evaluation/{model}/{dataset}/base.answers.json",
+    log:
+        "logs/evaluation/{model}/{dataset}/answer_prompts.log",
+    benchmark:
+        "benchmarks/evaluation/{model}/{dataset}/answer_prompts.tsv"
+    threads: threads_for_model
+    resources:
+        gpu=gpus_for_model,
+        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
+        settings=CONFIG.evaluation.samples.model_dump_json(),
+        output_version=output_version("evaluate/answer_prompts"),
+
+
 use rule evaluate_perplexity_adapter as evaluate_validation with:
     # Sweeps choose by it: the test split stays unseen.
     input:

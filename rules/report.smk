@@ -298,6 +298,33 @@ rule report_context:
         " --markdown {output.markdown:q} --html {output.html:q} > {log:q} 2>&1"
 
 
+rule report_samples:
+    """Answers of every link to the same prompts, side by side."""
+    input:
+        answers=answer_files(),
+    output:
+        page=report(
+            "results/report/samples.html",
+            caption="../workflow_scripts/report/captions/samples.rst",
+            category="Answers",
+        ),
+    log:
+        "logs/report/report_samples.log",
+    benchmark:
+        "benchmarks/report/report_samples.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=10,  # minutes
+    params:
+        runs=runs_json(),
+        output_version=output_version("report/report_samples"),
+    shell:
+        "python -m workflow_scripts.report.report_samples --runs {params.runs:q}"
+        " --results results --page {output.page:q} > {log:q} 2>&1"
+
+
 rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:

@@ -809,6 +809,15 @@ class ContextSettings(Settings):
     """Which texts and facts."""
 
 
+class SampleSettings(Settings):
+    """`evaluation.samples`: answers to be read (`snakemake samples`)."""
+
+    n_prompts: Count = 5
+    """Prompts, the first of the test split that fit."""
+    max_tokens: Count = 128
+    """Longest answer, tokens."""
+
+
 class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
@@ -831,6 +840,8 @@ class EvaluationSettings(Settings):
     """Facts found again."""
     context: ContextSettings = ContextSettings()
     """Usable context."""
+    samples: SampleSettings = SampleSettings()
+    """Answers to be read."""
 
 
 class Config(Settings):
@@ -1111,6 +1122,7 @@ def option_tables() -> str:
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
         ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
         GateSettings, InferenceSettings, RecallSettings, ContextSettings,
+        SampleSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

@@ -61,6 +61,8 @@ SPEED = (
            "prompt_standard_deviation_milliseconds_per_token", STANDARD_DEVIATION, "n_repetitions"),
     Source("decode time", "decode_milliseconds_per_token", "ms/token",
            "decode_standard_deviation_milliseconds_per_token", STANDARD_DEVIATION, "n_repetitions"),
+    Source("time to first token", "first_token_milliseconds", "ms",
+           "first_token_standard_deviation_milliseconds", STANDARD_DEVIATION, "n_repetitions"),
     Source("peak memory", "peak_memory_bytes", "bytes"),
     Source("size", "size_bytes", "bytes"),
 )  # fmt: skip

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests import browser
+from workflow_scripts import files
+from workflow_scripts.report import report_samples
+
+
+@pytest.fixture
+def write(tmp_path):
+    results = tmp_path / "results"
+    folder = results / "runs" / "r" / "evaluation"
+    paths = {"base": results / "evaluation" / "tiny" / "chats" / "base.answers.json"}
+    paths |= {link: folder / f"{link}.answers.json" for link in ("merged", "F16", "Q4_K_M")}
+    for link, path in paths.items():
+        answers = [
+            {
+                "conversation": f"chat/{number}",
+                "prompt": f"Prompt {number} <b>",
+                "reference": f"Reference {number}",
+                "answer": f"{link} says {number}",
+                "is_ended": number == 0,
+            }
+            for number in (0, 1)
+        ]
+        files.write_json(path, {"answers": answers})
+
+    def run():
+        page = tmp_path / "samples.html"
+        runs = {"runs": {"r": {"model": "tiny", "dataset": "chats"}}}
+        report_samples.main(
+            ["--runs", json.dumps(runs | {"gguf_types": ["F16", "Q4_K_M"]})]
+            + ["--results", str(results), "--page", str(page)]
+        )
+        return page
+
+    run.paths = paths
+    return run
+
+
+def test_every_link_answers_every_prompt_on_one_page(write):
+    page = write().read_text()
+    for part in ("Reference 0", "base says 1", "merged says 0", "Q4_K_M says 1"):
+        assert part in page
+    assert "merged says 0</td>" in page and "merged says 1 … (not ended)</td>" in page
+    assert "Prompt 0 &lt;b&gt;" in page and "<b>" not in page
+
+
+def test_links_that_answered_other_prompts_are_not_shown_together(write, ends_with_message):
+    path = write.paths["Q4_K_M"]
+    answers = files.read_json(path)["answers"]
+    files.write_json(path, {"answers": answers[:1]})
+    message = ends_with_message(lambda _: write(), [])
+    assert "two links answered different prompts" in message and str(path) in message
+
+
+@pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
+def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+    seen = browser.see(write(), tmp_path, height=900)
+    assert seen.requests == seen.console == []
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_samples")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "matplotlib"}

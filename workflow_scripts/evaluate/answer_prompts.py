@@ -1,0 +1,171 @@
+"""What a link answers to the first prompts of the test split, greedily: to be read, not counted.
+
+A prompt is what stands before a conversation's first supervised answer, as token ids of training;
+that answer stands beside it as the reference.
+
+python -m workflow_scripts.evaluate.answer_prompts --gguf run-Q4_K_M.gguf --facts facts.json
+    --tokenizer tokenizer/ --tokens tokens/test.arrow --settings '{"n_prompts": 5}' --threads 8
+    --answers Q4_K_M.answers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from workflow_scripts import files, log
+from workflow_scripts.data.documents import Document, Documents
+from workflow_scripts.evaluate import links
+from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+from workflow_scripts.settings import SampleSettings, settings_from_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+
+OUTPUT_VERSION = 1
+logger = log.stage_logger("answer_prompts")
+# Prompt and most tokens → the tokens of the answer, the one that ends it among them.
+Greedy = Callable[["np.ndarray", int], list[int]]
+
+
+class Asked(NamedTuple):
+    """A prompt, and the answer that the conversation has."""
+
+    conversation: str
+    prompt: np.ndarray
+    """(n,) int32."""
+    reference: np.ndarray
+    """(n,) int32, EOS at its end."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    links.add_arguments(parser)
+    parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
+    parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.samples`")
+    parser.add_argument("--answers", type=Path, required=True, help="to write: JSON")
+    arguments = parser.parse_args(argv)
+    settings = settings_from_json(SampleSettings, arguments.settings)
+    facts = files.read_json(arguments.facts)
+    longest = served_context(facts) - settings.max_tokens
+    asked = list(
+        itertools.islice(prompts_of(Documents(arguments.tokens), longest), settings.n_prompts)
+    )
+    if not asked:
+        raise log.StageError(
+            "there is no prompt to answer",
+            where=arguments.tokens,
+            found="no conversation with an answer after a short enough prompt",
+            expected=f"one of at most {longest} tokens",
+            to_fix="lower evaluation.samples.max_tokens, or raise cleaning.test_fraction",
+        )
+    tokenizer = load_mistral_tokenizer(arguments.tokenizer, for_training=False)
+    eos = tokenizer.instruct_tokenizer.tokenizer.eos_id
+    started = time.perf_counter()
+    if arguments.gguf:
+        from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+
+        context = max(len(one.prompt) for one in asked) + settings.max_tokens
+        with LlamaCppModel(
+            arguments.gguf, context_tokens=context, n_threads=arguments.threads
+        ) as model:
+            given = [by_llama_cpp(model, eos)(one.prompt, settings.max_tokens) for one in asked]
+    else:
+        scorer = links.load_transformers(arguments, facts)
+        given = [
+            by_transformers(scorer.model, eos)(one.prompt, settings.max_tokens) for one in asked
+        ]
+
+    def text(tokens: Iterable[int]) -> str:
+        return tokenizer.decode([int(token) for token in tokens if token != eos]).strip()
+
+    answers = [
+        {
+            "conversation": one.conversation,
+            "prompt": text(one.prompt),
+            "reference": text(one.reference),
+            "answer": text(tokens),
+            "n_tokens": len(tokens),
+            "is_ended": bool(tokens) and tokens[-1] == eos,
+            "is_reference": tokens == one.reference.tolist(),
+        }
+        for one, tokens in zip(asked, given, strict=True)
+    ]
+    report = {"answers": answers, "duration_seconds": time.perf_counter() - started}
+    files.write_json(arguments.answers, report)
+    logger.info("answered n_prompts=%d path=%s", len(answers), arguments.answers)
+
+
+def prompts_of(documents: Sequence[Document], longest: int) -> Iterator[Asked]:
+    """The first answer of every conversation, after a prompt that is no longer than it may be."""
+    import numpy as np
+
+    for document in documents:
+        supervised = np.flatnonzero(document.is_supervised)
+        if not len(supervised) or not 0 < supervised[0] <= longest:
+            continue
+        first = supervised[0]
+        others = np.flatnonzero(~document.is_supervised[first:])
+        end = first + others[0] if len(others) else len(document.input_ids)
+        yield Asked(document.id, document.input_ids[:first], document.input_ids[first:end])
+
+
+def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
+    """Greedy decoding with llama.cpp's cache."""
+    import numpy as np
+
+    from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS
+
+    def answer(prompt: np.ndarray, max_tokens: int) -> list[int]:
+        model.forget()
+        wants_logits = np.zeros(len(prompt), dtype=bool)
+        wants_logits[-1] = True
+        logits = None
+        for start in range(0, len(prompt), BATCH_TOKENS):
+            stretch = slice(start, start + BATCH_TOKENS)
+            logits = model.decode(prompt[stretch], first=start, wants_logits=wants_logits[stretch])
+        tokens: list[int] = []
+        while True:
+            assert logits is not None
+            tokens.append(int(logits[-1].argmax()))
+            if tokens[-1] == eos or len(tokens) == max_tokens:
+                return tokens
+            place = len(prompt) + len(tokens) - 1
+            logits = model.decode(
+                np.array(tokens[-1:]), first=place, wants_logits=np.ones(1, dtype=bool)
+            )
+
+    return answer
+
+
+def by_transformers(model: Any, eos: int) -> Greedy:
+    """Greedy decoding with transformers' cache."""
+    import torch
+
+    def answer(prompt: np.ndarray, max_tokens: int) -> list[int]:
+        tokens = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
+        given: list[int] = []
+        cache = None
+        with torch.inference_mode():
+            while True:
+                output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = output.past_key_values
+                tokens = output.logits[:, -1:].argmax(dim=-1)
+                given.append(int(tokens))
+                if given[-1] == eos or len(given) == max_tokens:
+                    return given
+
+    return answer
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
