@@ -467,7 +467,8 @@ def sweep_files():
 def disk_json():
     """What the large files of a build depend on."""
     gguf = CONFIG.gguf.model_dump(include={"mixes", "quantizations"})
-    return json.dumps({"runs": {name: run.model for name, run in RUNS.items()}, "gguf": gguf})
+    runs = {name: run.model for name, run in RUNS.items()}
+    return json.dumps({"runs": runs, "gguf": gguf, "awq": CONFIG.awq.use})
 
 
 def published_json(name):

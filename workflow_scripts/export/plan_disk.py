@@ -5,7 +5,7 @@ weight that llama.cpp's own tool states of its type. Releases are hard links and
 is there already is not counted again.
 
 python -m workflow_scripts.export.plan_disk --facts m=results/models/m/facts.json
-    --settings '{"runs": {"my-run": "m"}, "gguf": {…}}' --results results
+    --settings '{"runs": {"my-run": "m"}, "gguf": {…}, "awq": false}' --results results
     --disk-plan results/disk_plan.json
 """
 
@@ -34,6 +34,8 @@ BITS_PER_WEIGHT = {
     "IQ2_XS": 2.51, "Q2_0": 2.45, "IQ2_XXS": 2.26, "TQ2_0": 2.26, "IQ1_M": 1.95, "TQ1_0": 1.89,
     "IQ1_S": 1.76, "Q1_0": 1.33,
 }  # fmt: skip
+# Of a 7B: 4 bits and a scale and a zero for every 128, embeddings and output layer in 16.
+AWQ_BITS = 4.6
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Headers, tokenizer, adapter, scores, and what a filesystem keeps for itself.
 MARGIN = 1.03
@@ -43,7 +45,9 @@ logger = log.stage_logger("plan_disk")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--facts", nargs="+", required=True, help="model=facts.json of each model")
-    parser.add_argument("--settings", required=True, help="JSON: runs with their models, `gguf`")
+    parser.add_argument(
+        "--settings", required=True, help="JSON: runs with their models, `gguf`, awq"
+    )
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument("--disk-plan", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     planned = {
         path: n_bytes
         for run, model in wanted["runs"].items()
-        for path, n_bytes in files_of(run, facts[model], gguf).items()
+        for path, n_bytes in files_of(run, facts[model], gguf, has_awq=wanted["awq"]).items()
     }
     missing = {
         path: n_bytes
@@ -82,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("fits needed_gb=%.1f free_gb=%.1f", needed / 1e9, free / 1e9)
 
 
-def files_of(run: str, facts: dict[str, Any], gguf: GgufSettings) -> dict[str, int]:
+def files_of(
+    run: str, facts: dict[str, Any], gguf: GgufSettings, *, has_awq: bool = False
+) -> dict[str, int]:
     """Path below `results/` → bytes, of the large files of a run.
 
     Args:
@@ -91,6 +97,8 @@ def files_of(run: str, facts: dict[str, Any], gguf: GgufSettings) -> dict[str, i
     weights = [entry for name, entry in facts["files"].items() if name.endswith(".safetensors")]
     n_weights = sum(entry["size_bytes"] for entry in weights) / WEIGHT_BYTES.get(facts["dtype"], 2)
     sizes = {"merged": 16.0, f"gguf/{run}-F16.gguf": 16.0}
+    if has_awq:
+        sizes["awq"] = AWQ_BITS
     for name in gguf.quantizations:
         mix = gguf.mix(name)
         types = [mix.type, mix.output, mix.token_embd, *mix.tensors.values()]

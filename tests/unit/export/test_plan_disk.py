@@ -24,13 +24,16 @@ MISTRAL = {
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    def run(*, free_gb, runs=("one",), quantizations=("Q8_0", "Q5_K_M", "Q4_K_M"), **gguf):
+    def run(
+        *, free_gb, runs=("one",), quantizations=("Q8_0", "Q5_K_M", "Q4_K_M"), awq=False, **gguf
+    ):
         files.write_json(tmp_path / "facts.json", MISTRAL)
         (tmp_path / "results").mkdir(exist_ok=True)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, int(free_gb * 1e9)))
         settings = {
             "runs": dict.fromkeys(runs, "m"),
             "gguf": {"quantizations": quantizations, **gguf},
+            "awq": awq,
         }
         path = tmp_path / "disk_plan.json"
         return plan_disk.main, [
@@ -46,6 +49,16 @@ def test_a_7b_with_three_quantizations_takes_about_fifty_gigabytes(plan, tmp_pat
     main([str(argument) for argument in arguments])
     needed = files.read_json(tmp_path / "disk_plan.json")["needed_bytes"]
     assert 45e9 < needed < 50e9
+
+
+def test_awq_takes_its_place_too(plan, tmp_path):
+    needed = []
+    for awq in (False, True):
+        main, arguments = plan(free_gb=60, awq=awq)
+        main([str(argument) for argument in arguments])
+        needed.append(files.read_json(tmp_path / "disk_plan.json")["needed_bytes"])
+    # Mistral 7B in AWQ is 4.15 GB on the Hub.
+    assert 4e9 < needed[1] - needed[0] < 4.5e9
 
 
 def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_with_message):
