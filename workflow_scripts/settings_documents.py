@@ -15,7 +15,7 @@ from workflow_scripts.settings import config_schema, option_tables
 
 SCHEMA = Path("config/config.schema.json")
 README = Path("config/README.md")
-BEGIN = "<!-- options: made by `make schema` from workflow_scripts/settings.py -->\n"
+BEGIN = "<!-- options: made by `make schema` from workflow_scripts/settings/ -->\n"
 END = "<!-- options end -->\n"
 
 

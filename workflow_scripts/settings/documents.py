@@ -1,0 +1,94 @@
+"""What is made from the settings: the JSON schema, and the tables of options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from workflow_scripts.settings.config import Config
+from workflow_scripts.settings.datasets import (
+    CleaningSettings,
+    DatasetSettings,
+    DecontaminationSettings,
+    DemoDatasetSettings,
+    NearDuplicateSettings,
+    PreviewSettings,
+    RenderingSettings,
+    SourceSettings,
+)
+from workflow_scripts.settings.evaluation import (
+    ContextSettings,
+    EvaluationSettings,
+    GateSettings,
+    InferenceSettings,
+    RecallSettings,
+    SampleSettings,
+)
+from workflow_scripts.settings.export import (
+    AwqSettings,
+    GgufSettings,
+    ImatrixSettings,
+    MixSettings,
+    PushSettings,
+    RetentionSettings,
+)
+from workflow_scripts.settings.fields import Settings
+from workflow_scripts.settings.models import DemoModelSettings, ModelSettings, RopeScalingSettings
+from workflow_scripts.settings.runs import RunSettings
+from workflow_scripts.settings.training import PackingSettings, RecipeSettings, TrainingSettings
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema that editors complete and check `config/*.yaml` with."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Tramontane config"
+    # An overlay holds only what it changes.
+    schema.pop("required", None)
+    # A sweep has lists of values; which of them are right is found out by expanding it.
+    recipe = schema["$defs"]["RecipeSettings"]["properties"]
+    for key in recipe.keys() - {"sweep"}:
+        recipe[key] = _value_or_list(recipe[key])
+    return schema
+
+
+def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an option, or of a list of its values."""
+    about = {key: value[key] for key in ("title", "description", "default") if key in value}
+    one = {key: part for key, part in value.items() if key not in about}
+    return about | {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+
+
+def option_tables() -> str:
+    """Markdown: every option with its meaning, unit and default, a table a settings class."""
+    sections = []
+    for table in (
+        Config, ModelSettings, RopeScalingSettings, DemoModelSettings, DatasetSettings,
+        SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
+        DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
+        RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
+        ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
+        GateSettings, InferenceSettings, RecallSettings, ContextSettings,
+        SampleSettings,
+    ):  # fmt: skip
+        path, _, meaning = (table.__doc__ or "").partition(": ")
+        title = path if table is not Config else "Top level"
+        lines = [f"### {title}", "", _one_line(meaning or path), ""]
+        lines += ["| option | default | meaning |", "| --- | --- | --- |"]
+        for name, field in table.model_fields.items():
+            lines.append(f"| `{name}` | {_default(field)} | {_one_line(field.description)} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, Settings):
+        return "see below"
+    return f"`{json.dumps(field.default)}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")

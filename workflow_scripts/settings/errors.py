@@ -1,0 +1,114 @@
+"""A config that cannot be built, told in the words of its keys."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from workflow_scripts import sweeps
+from workflow_scripts.log import StageError
+from workflow_scripts.settings.fields import Settings
+from workflow_scripts.settings.training import RecipeSettings
+
+
+class SettingsError(StageError):
+    """A config that cannot be built, with the path of the key at fault."""
+
+
+# What pydantic puts into a path that is no key of ours: types of a choice, `[key]` of a table.
+_NO_KEY = re.compile(r"constrained-str|\[key\]|(literal|list|dict)\[.*\]")
+
+
+def _written_path(
+    location: Sequence[int | str], swept: Mapping[str, sweeps.Combination]
+) -> tuple[int | str, ...]:
+    """Where a value stands in the config as written: `recipes.lora.rank[1]`."""
+    match tuple(location):
+        case ("recipes", str(name), str(key), *rest) if name in swept:
+            combination = swept[name]
+            is_one = key in combination.places and key in RecipeSettings.model_fields
+            place = f"[{combination.places[key]}]" if is_one else ""
+            return "recipes", combination.recipe, f"{key}{place}", *rest
+        case path:
+            return path
+
+
+def describe(
+    table: type[Settings],
+    problem: Mapping[str, Any],
+    swept: Mapping[str, sweeps.Combination],
+) -> Iterator[str]:
+    """One line or more a problem: the key's path, what was found, what would be right."""
+    path = ".".join(
+        str(part)
+        for part in _written_path(problem["loc"], swept)
+        if not _NO_KEY.fullmatch(str(part))
+    )
+    path = path or "top level"
+    found = problem["input"]
+    lines = _explain(table, problem, path)
+    if isinstance(found, list) and found and problem["loc"][:1] == ("recipes",):
+        name = problem["loc"][1]
+        if len(problem["loc"]) > 2 and name not in swept:
+            lines = (
+                f"{line}; for a run of each value set recipes.{name}.sweep: true" for line in lines
+            )
+    yield from lines
+
+
+def _explain(table: type[Settings], problem: Mapping[str, Any], path: str) -> Iterator[str]:
+    found = problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_beside(table, problem["loc"])
+            yield f"{path}: unknown key ({did_you_mean(str(problem['loc'][-1]), known)})"
+        case "missing":
+            yield f"{path}: missing"
+        case "value_error":
+            for line in str(problem["ctx"]["error"]).splitlines():
+                # A validator of the whole config writes its own paths.
+                yield line if path == "top level" else f"{path}: {line}"
+        case "literal_error":
+            expected = problem["ctx"]["expected"]
+            known = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+            remedy = did_you_mean(str(found), known)
+            yield f"{path}: found {found!r}, expected {expected} ({remedy})"
+        case _:
+            yield f"{path}: found {found!r}; {problem['msg']}"
+
+
+def _keys_beside(table: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that would have been known where `location` points to an unknown one."""
+    current: Any = table
+    for part in location[:-1]:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[str(part)].annotation
+        else:  # dict[Name, Table] and Optional: the table is the argument that is a model
+            current = _model_within(current)
+            continue
+        if _model_within(current) is not None and not _is_mapping(current):
+            current = _model_within(current)
+    model = _model_within(current)
+    return list(model.model_fields) if model else []
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    models = (_model_within(argument) for argument in get_args(annotation))
+    return next((model for model in models if model is not None), None)
+
+
+def did_you_mean(found: str, known: Any) -> str:
+    close = difflib.get_close_matches(found, list(known), n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(map(str, known)) or 'none'}"

@@ -1,0 +1,112 @@
+"""`evaluation`: what is measured, on how much, and what a hand-over may cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from workflow_scripts.settings.fields import Count, Fraction, Name, NonNegative, Positive, Settings
+
+
+class GateSettings(Settings):
+    """`evaluation.gates`: what a hand-over may differ by before the chain stops."""
+
+    merge_kl_divergence_nats: Positive = 1e-5
+    """Merged model against the same base with the adapter applied live, mean a token."""
+    merge_perplexity_increase_fraction: Fraction = 0.005
+    """Merged model against the run as it was trained (its base in 4, 8 or 16 bits); better is
+    always accepted."""
+    gguf_kl_divergence_nats: Positive = 1e-5
+    """F16 GGUF against the merged model, mean a token, within the window."""
+    n_conversations: Count = 20
+    """Validation conversations the gates score."""
+    parity_conversations: Count | None = 1000
+    """Conversations whose tokens are compared with mistral-common's, with those of the tokenizer
+    that ships and, at export, with the GGUF's own; null is all."""
+
+
+class InferenceSettings(Settings):
+    """`evaluation.inference`: how speed is measured, in llama-bench's terms."""
+
+    prompt_tokens: Count = 512
+    """Prompt processing, `pp512`."""
+    generated_tokens: Count = 64
+    """Decoding, `tg64`."""
+    repetitions: Count = 3
+    """Measured passes after one to warm up; mean and standard deviation are kept."""
+    depths_tokens: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+    """Tokens of context before each pass, llama-bench's `-d`; those that leave no room in the
+    context are passed over. Tables show the first."""
+
+
+class RecallSettings(Settings):
+    """`evaluation.recall`: facts to be found in prompts of held-out text (`snakemake
+    experiment`)."""
+
+    lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Lengths of the prompts with their answers, tokens; null is a quarter, a half, one, two and
+    four windows (a sixteenth to the whole of the context of a model without one)."""
+    depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Where in the text the fact stands: 0 is its beginning, 1 just before the question."""
+    n_prompts: Count = 20
+    """Prompts of each length and depth."""
+    seed: NonNegative = 0
+    """Which texts and facts."""
+
+
+class ContextSettings(Settings):
+    """`evaluation.context`: how much of the context is usable (`snakemake context`)."""
+
+    tasks: Annotated[
+        list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
+    ] = ["single", "multi_key", "variable_tracing"]
+    """After RULER: a fact in the text, one among others like it, a chain of variables."""
+    lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Lengths of the prompts with their answers, tokens; null doubles from 1/64 of the context to
+    the whole."""
+    depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Where in the text the fact stands."""
+    n_prompts: Count = 10
+    """Prompts of each task, length and depth."""
+    files: list[str] = []
+    """Text files that the prompts are filled with; none is Python's own documentation."""
+    short_tokens: Count = 2048
+    """Context against which the whole is held: what does a test conversation gain by the rest?"""
+    seed: NonNegative = 0
+    """Which texts and facts."""
+
+
+class SampleSettings(Settings):
+    """`evaluation.samples`: answers to be read (`snakemake samples`)."""
+
+    n_prompts: Count = 5
+    """Prompts, the first of the test split that fit."""
+    max_tokens: Count = 128
+    """Longest answer, tokens."""
+
+
+class EvaluationSettings(Settings):
+    """`evaluation`: what is measured, on how much."""
+
+    piece_tokens: Annotated[Count, Field(ge=16)] | None = None
+    """Longest piece scored along the chain, tokens; null is the sliding window, else the
+    context."""
+    max_conversations: Count | None = None
+    """Conversations scored, the first of the split's order (`test` along the chain, `validation`
+    by position); null is all."""
+    texts: dict[Name, str] = {}
+    """Text files that the links are scored on as llama-perplexity scores them, by name:
+    `{wikitext: data/wiki.test.raw}`."""
+    text_context_tokens: Annotated[Count, Field(ge=16)] = 512
+    """Length of the chunks of `texts`, whose second half is scored; llama-perplexity's `-c`."""
+    gates: GateSettings = GateSettings()
+    """Thresholds of the gates."""
+    inference: InferenceSettings = InferenceSettings()
+    """Speed and memory."""
+    recall: RecallSettings = RecallSettings()
+    """Facts found again."""
+    context: ContextSettings = ContextSettings()
+    """Usable context."""
+    samples: SampleSettings = SampleSettings()
+    """Answers to be read."""

@@ -1,0 +1,84 @@
+"""`models`: where base models come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from workflow_scripts.settings.fields import (
+    HUB_ID,
+    Count,
+    NonNegative,
+    Positive,
+    Settings,
+    is_local,
+)
+
+
+class DemoModelSettings(Settings):
+    """`models.<name>.generate`: a small Mistral, pre-trained on the spot."""
+
+    n_layers: Count = 4
+    """Transformer layers."""
+    hidden_size: Annotated[Count, Field(multiple_of=256)] = 256
+    """Width; k-quants need a multiple of 256. Always 8 query and 2 key/value heads."""
+    intermediate_size: Annotated[Count, Field(multiple_of=256)] = 1024
+    """Width of the feed-forward layer, a multiple of 256."""
+    sliding_window: Count | None = 512
+    """Keys a query sees, itself included; null is full causal attention."""
+    context_tokens: Count = 4096
+    """Longest input the model is advertised for, tokens."""
+    n_pretraining_steps: Count = 280
+    """Steps of 1,024 tokens; 280 take two to three minutes on 2 CPU cores."""
+    learning_rate: Positive = 0.02
+    """Peak of the pre-training schedule (Muon's)."""
+    seed: NonNegative = 0
+    """Initial weights and order of the text."""
+
+
+class RopeScalingSettings(Settings):
+    """`models.<name>.rope_scaling`: positions stretched, for a longer context than the base's."""
+
+    type: Literal["linear", "yarn", "dynamic"] = "yarn"
+    """`linear` (arXiv:2306.15595), `yarn` (arXiv:2309.00071), or `dynamic` NTK, which GGUF has no
+    form of: a run with it ends before `export`."""
+    factor: Annotated[Positive, Field(gt=1)]
+    """New context ÷ the context the base was trained on."""
+    original_context_tokens: Count | None = None
+    """Context the base was trained on; null is what its config.json says."""
+
+
+class ModelSettings(Settings):
+    """`models.<name>`: where a base model comes from; exactly one of `source` and `generate`."""
+
+    source: str | None = None
+    """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or
+    beginning with `.` or `~`)."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub; a commit is the only one that cannot move."""
+    generate: DemoModelSettings | None = None
+    """Build the demo's model instead of fetching one."""
+    tokenizer_version: Literal["v1", "v2", "v3", "v7", "tekken"] | None = None
+    """Version of the tokenizer and of the chat format; null reads it from the checkpoint's own
+    files."""
+    rope_scaling: RopeScalingSettings | None = None
+    """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
+    license: str | None = None
+    """Licence of the base model by the Hub's name (`apache-2.0`), for the model card."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if (self.source is None) == (self.generate is None):
+            raise ValueError("exactly one of `source` and `generate` is expected")
+        if self.is_local and self.revision is not None:
+            raise ValueError("`revision` belongs to a Hub id; a local folder has none")
+        if self.source is not None and not (self.is_local or HUB_ID.fullmatch(self.source)):
+            raise ValueError(
+                f"`source`: {self.source!r} is neither a Hub id (owner/name) nor a folder (./name)"
+            )
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        return self.source is not None and is_local(self.source)
