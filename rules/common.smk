@@ -11,7 +11,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import environment, sweeps
 from workflow_scripts.data import sources
-from workflow_scripts.export import fetch_adapter, fetch_merged, origin
+from workflow_scripts.export import given, origin
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -216,14 +216,11 @@ def held_out_files(dataset):
 def given_files(name):
     """The files of a run's adapter or merged model that lie on this machine already."""
     run = CONFIG.runs[name]
-    given = run.adapter or run.merged
-    if given is None or not is_local(given):
+    source = run.adapter or run.merged
+    if source is None or not is_local(source):
         return []
-    folder = Path(given).expanduser()
-    if run.merged:
-        return [str(path) for path in fetch_merged.local_files(folder)]
-    fetch_adapter.check_files(folder)
-    return [str(folder / file) for file in fetch_adapter.NEEDED]
+    find = given.model_files if run.merged else given.adapter_files
+    return [str(path) for path in find(Path(source).expanduser())]
 
 
 def given_json(name):

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, hub, log
+from workflow_scripts.export import given
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1
-NEEDED = ("adapter_model.safetensors", "adapter_config.json")
 # Of an adapter that Tramontane trained: in which dtype its base was quantized, among other things.
 MANIFEST = "training_manifest.json"
 logger = log.stage_logger("fetch_adapter")
@@ -48,38 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 source,
                 kind="adapter",
                 key="runs.<name>.adapter",
-                wanted=[*NEEDED, MANIFEST],
+                wanted=[*given.ADAPTER_FILES, MANIFEST],
             )
-        check_files(source)
+        needed = given.adapter_files(source)
         check_fit(source, arguments.checkpoint)
         manifest = files.read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
         arguments.adapter.mkdir(parents=True, exist_ok=True)
-        for file in NEEDED:
-            with files.atomic_file(arguments.adapter / file) as temporary:
-                shutil.copyfile(source / file, temporary)
+        for path in needed:
+            with files.atomic_file(arguments.adapter / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     files.write_json(arguments.adapter / "source.json", origin | described(manifest))
     logger.info("wrote source=%s path=%s", run.adapter, arguments.adapter)
-
-
-def check_files(folder: Path) -> None:
-    """
-    Raises:
-        StageError: the folder holds no adapter as PEFT saves it.
-    """
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if not missing:
-        return
-    has_pickle = (folder / "adapter_model.bin").is_file()
-    raise StageError(
-        "the adapter is not there, or not whole",
-        where=f"runs.<name>.adapter: {folder}",
-        found=f"no {', '.join(missing)}",
-        expected=" and ".join(NEEDED),
-        to_fix="load it with PEFT and save it again: adapter_model.bin is a pickle, which is not"
-        " opened here"
-        if has_pickle
-        else "name the folder that PEFT's save_pretrained wrote",
-    )
 
 
 def check_fit(folder: Path, checkpoint: Path) -> None:

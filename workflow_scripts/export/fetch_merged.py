@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, hub, log
+from workflow_scripts.export import given
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1
-WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
 # What decides how a model computes, beside its weights.
 SHAPE = (
     "model_type", "n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 folder,
                 kind="merged model",
                 key="runs.<name>.merged",
-                wanted=WANTED,
+                wanted=list(given.MODEL_FILES),
             )
         facts = files.read_json(arguments.facts)
         check_shape(folder, facts)
@@ -64,28 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote source=%s path=%s", run.merged, arguments.merged)
 
 
-def local_files(source: Path) -> list[Path]:
-    """What is taken of a folder.
-
-    Raises:
-        StageError: it holds no model.
-    """
-    found = sorted(path for pattern in WANTED for path in source.glob(pattern))
-    suffixes = {path.suffix for path in found}
-    if not {".json", ".safetensors"} <= suffixes or not (source / "config.json").is_file():
-        raise StageError(
-            "the merged model is not there, or not whole",
-            where=f"runs.<name>.merged: {source}",
-            found=", ".join(path.name for path in found) or "none of its files",
-            expected="config.json and model*.safetensors, as transformers' save_pretrained writes"
-            " them",
-        )
-    return found
-
-
 def link(source: Path, folder: Path) -> None:
     """Symbolic links to the weights; the small files are copied, as some are completed here."""
-    for path in local_files(source):
+    for path in given.model_files(source):
         if path.suffix == ".safetensors":
             (folder / path.name).symlink_to(path)
         else:

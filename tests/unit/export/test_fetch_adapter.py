@@ -8,7 +8,8 @@ import pytest
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
-from workflow_scripts.export import fetch_adapter, merge_base
+from workflow_scripts.export import merge_base
+from workflow_scripts.export.given import ADAPTER_FILES
 
 STAGE = "workflow_scripts.export.fetch_adapter"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -36,8 +37,8 @@ def test_a_local_adapter_is_copied_with_a_note_of_where_it_was(fetch, given, tmp
     done = fetch(adapter=str(given))
     assert done.returncode == 0, done.stderr
     fetched = tmp_path / "adapter"
-    assert {path.name for path in fetched.iterdir()} == {*fetch_adapter.NEEDED, "source.json"}
-    for name in fetch_adapter.NEEDED:
+    assert {path.name for path in fetched.iterdir()} == {*ADAPTER_FILES, "source.json"}
+    for name in ADAPTER_FILES:
         assert not (fetched / name).is_symlink()
         assert (fetched / name).read_bytes() == (given / name).read_bytes()
     assert files.read_json(fetched / "source.json") == {"source": str(given)}
@@ -52,7 +53,7 @@ def test_the_dtype_that_training_noted_reaches_the_merge(fetch, given, checkpoin
     assert str(dtype) == "torch.float16"
 
 
-@pytest.mark.parametrize("name", fetch_adapter.NEEDED)
+@pytest.mark.parametrize("name", ADAPTER_FILES)
 def test_what_is_missing_is_named_and_nothing_written(fetch, given, tmp_path, name):
     (given / name).unlink()
     done = fetch(adapter=str(given))
@@ -93,7 +94,7 @@ def test_an_adapter_comes_from_the_hub_at_a_commit(fetch, uniform_adapter, tmp_p
     assert done.returncode == 0, done.stderr
     noted = files.read_json(tmp_path / "adapter" / "source.json")
     assert noted == {"source": "owner/adapter", "commit": COMMIT}
-    for name in fetch_adapter.NEEDED:
+    for name in ADAPTER_FILES:
         assert (tmp_path / "adapter" / name).read_bytes() == content[name]
     assert refused.returncode == 1
     for part in ("the adapter is gated", "runs.<name>.adapter", "HF_TOKEN"):

@@ -160,6 +160,7 @@ def test_the_validation_loss_of_training_is_evaluate_perplexitys(
             *("--facts", str(prepared.facts), "--tokens"),
             *(str(prepared.tokens / "validation.arrow"), "--settings", "{}"),
             *("--threads", "1", "--scores", str(scores)),
+            *("--token-scores", str(tmp_path / "scores.tokens.parquet")),
         ]
     )
     last = whole_run.history["validation"][-1]
