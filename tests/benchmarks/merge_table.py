@@ -49,9 +49,9 @@ def _row(
         for run, copied in zip(runs, copies, strict=True)
     ]
     cells = [
-        _spread(seconds, ".1f"),
+        spread(seconds, ".1f"),
         f"{size_bytes / 1e6 / statistics.median(seconds):,.0f}",
-        _spread(speeds, ".2f"),
+        spread(speeds, ".2f"),
         f"{statistics.median(run['processor_seconds'] for run in runs):,.1f}",
         f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
         f"{max(run['peak_anonymous_memory_bytes'] for run in runs) / 1e6:,.0f}",
@@ -59,7 +59,8 @@ def _row(
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """Median and range: `12.6 (11.6–14.2)`."""
     median = f"{statistics.median(values):,{form}}"
     if len(values) == 1:
         return median

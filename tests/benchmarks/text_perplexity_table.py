@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tests.benchmarks.merge_table import spread
 
 COLUMNS = (
     "seconds, whole command | seconds, loading and scoring | × llama-perplexity |"
@@ -54,10 +55,3 @@ def row(name: str, runs: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[s
         f"{runs[0]['perplexity']:,.4f}",
     ]
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    median = f"{statistics.median(values):,{form}}"
-    if len(values) == 1:
-        return median
-    return f"{median} ({min(values):,{form}}–{max(values):,{form}})"
