@@ -329,7 +329,10 @@ rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:
         positions=expand("results/runs/{run}/evaluation/positions.json", run=built(TRAINED_RUNS)),
-        recall=expand("results/runs/{run}/evaluation/recall.json", run=built(TRAINED_RUNS)),
+        recall=expand(
+            "results/runs/{run}/evaluation/recall.json",
+            run=built(TRAINED_RUNS) if CONFIG.evaluation.recall.n_prompts else [],
+        ),
     output:
         tsv="results/report/experiment.tsv",
         markdown="results/report/experiment.md",
@@ -354,11 +357,11 @@ rule report_experiment:
         runtime=10,  # minutes
     params:
         runs=experiment_json(),
-        n_prompts=CONFIG.evaluation.recall.n_prompts,
+        recall=["--recall"] if CONFIG.evaluation.recall.n_prompts else [],
         output_version=output_version("report/report_experiment"),
     shell:
         "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " {params.recall:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
