@@ -100,7 +100,7 @@ rule report:
 rule context:
     """Usable context of every run: base, merged model and smallest file."""
     input:
-        expand("results/report/context.{form}", form=["tsv", "md", "html"]),
+        context_pages(),
 
 
 rule samples:

@@ -53,7 +53,7 @@ rule evaluate_context:
         runtime=480,  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
-        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        settings=context_json(),
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
     shell:
@@ -79,7 +79,7 @@ use rule evaluate_context as evaluate_context_merged with:
         "benchmarks/runs/{run}/evaluate_context/merged.tsv"
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        settings=context_json(),
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
 
@@ -104,7 +104,7 @@ use rule evaluate_context as evaluate_context_base with:
         runtime=480,  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
+        settings=context_json(),
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
 

@@ -20,6 +20,27 @@ def runs_json(names=RUNS):
     return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES, "awq": CONFIG.awq.use})
 
 
+def results_json(names=RUNS):
+    """The same with what else was measured of them: texts, and the links' usable context."""
+    measured = json.loads(runs_json(names))
+    context = ["base", *CONTEXT_LINKS] if CONFIG.evaluation.context.use else []
+    return json.dumps(measured | {"texts": list(CONFIG.evaluation.texts), "context": context})
+
+
+def context_json():
+    """What the answers on long texts depend on."""
+    return CONFIG.evaluation.context.model_dump_json(exclude={"files", "use"})
+
+
+def data_reports(name):
+    """What was counted of a run's conversations and, where it is trained here, of its rows."""
+    run = CONFIG.runs[name]
+    cleaned = f"results/data/{run.dataset}/clean/cleaning_report.json"
+    if name not in TRAINED_RUNS:
+        return [cleaned]
+    return [cleaned, f"results/data/{run.dataset}/{run.model}/{run.packing}/packing_report.json"]
+
+
 def training_files(name):
     """What the page of a run draws of its training, where it was trained here."""
     if name not in TRAINED_RUNS:

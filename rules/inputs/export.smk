@@ -100,9 +100,11 @@ def release_json(name):
         if getattr(run, field)
     }
     entries["dataset"].pop("preview")
+    awq = {"awq": CONFIG.awq.model_dump()} if CONFIG.awq.use else {}
     return json.dumps(
         {
             **entries,
+            **awq,
             "gguf": CONFIG.gguf.model_dump(),
             "evaluation": json.loads(scoring_json()),
         }

@@ -115,6 +115,8 @@ def evaluation_files(names=RUNS):
     for name in names:
         files |= {*base_scores(RUNS[name]), *run_scores(name), *run_speeds(name)}
         files |= {*run_divergences(name), *awq_scores(name)}
+        if CONFIG.evaluation.context.use:
+            files |= set(context_scores(name))
     return sorted(files)
 
 
@@ -130,17 +132,25 @@ def base_files(what):
 CONTEXT_LINKS = ["merged", QUANTIZATIONS[-1]]
 
 
+def context_scores(name):
+    """Usable context of a run's links, its base's first."""
+    run = RUNS[name]
+    of_run = expand(f"results/runs/{name}/evaluation/{{link}}.context.json", link=CONTEXT_LINKS)
+    return [f"results/evaluation/{run.model}/{run.dataset}/base.context.json", *of_run]
+
+
 def context_files():
-    of_runs = expand(
-        "results/runs/{run}/evaluation/{link}.context.json", run=RUNS, link=CONTEXT_LINKS
-    )
-    return base_files("context") + of_runs
+    return sorted({file for name in RUNS for file in context_scores(name)})
 
 
 def answer_files():
     links = ["merged", *GGUF_TYPES]
     of_runs = expand("results/runs/{run}/evaluation/{link}.answers.json", run=RUNS, link=links)
     return base_files("answers") + of_runs
+
+
+def context_pages():
+    return expand("results/report/context.{form}", form=["tsv", "md", "html"])
 
 
 def report_files():
@@ -151,6 +161,7 @@ def report_files():
         *expand("results/report/comparison.{form}", form=["tsv", "md", "html"]),
         *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
         *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
+        *(context_pages() if CONFIG.evaluation.context.use else []),
     ]
 
 

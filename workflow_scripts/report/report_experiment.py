@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workflow_scripts import files, log
-from workflow_scripts.report import figures
+from workflow_scripts.report import figures, tables
 from workflow_scripts.report.arms import Arm, Difference, Seeds, difference, find_arms
 from workflow_scripts.report.tables import Table, with_error
 
@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", required=True, help="JSON of the runs' settings, by name")
     parser.add_argument("--recall", action="store_true", help="recall of facts was measured too")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     check_same_questions(positions, recall)
     results = Results(factors, arms, positions, recall)
-    table(results).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    table(results).write(arguments)
     draw(results, arguments.figure)
     logger.info("wrote n_arms=%d n_seeds=%d path=%s", len(arms), results.n_seeds, arguments.html)
 

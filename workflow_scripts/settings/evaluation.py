@@ -58,6 +58,9 @@ class RecallSettings(Settings):
 class ContextSettings(Settings):
     """`evaluation.context`: how much of the context is usable (`snakemake context`)."""
 
+    use: bool = False
+    """Measured by `snakemake` alone as well, for the headline table and each run's page; on a 7B
+    that is more prompts than everything else together."""
     tasks: Annotated[
         list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
     ] = ["single", "multi_key", "variable_tracing"]
