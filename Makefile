@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check-demo lint schema clean help
+.PHONY: run test check-demo lint schema doctor clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
@@ -37,6 +37,10 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?
 	python -m pytest tests/demo
+
+# Without a set-up too: it says what is missing.
+doctor:  ## what this machine has and lacks; CONFIG=my-data.yaml for an overlay
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m workflow_scripts.doctor $(if $(CONFIG),--configfile $(CONFIG))
 
 clean:  ## remove what was built; the environment stays
 	rm -rf results checkpoints logs benchmarks .snakemake

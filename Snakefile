@@ -42,6 +42,15 @@ localrules:
     push_release,
 
 
+# Of the main process alone: not of a cluster's jobs, nor of a dry run.
+onerror:
+    print(
+        "A step failed; its log is in logs/, and named above. What this machine may lack:"
+        " python -m workflow_scripts.doctor (with your --configfile)",
+        file=sys.stderr,
+    )
+
+
 rule all:
     """The report, and a release of every run in `build`."""
     default_target: True

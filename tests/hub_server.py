@@ -93,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         served = repository.commits[commit]
         match action:
             case "" | "revision":
-                siblings = [{"rfilename": path} for path in served]
+                siblings = [
+                    {"rfilename": path, "size": len(content)} for path, content in served.items()
+                ]
                 gated = "auto" if repository.is_gated else False
                 self.json({"id": name, "sha": commit, "gated": gated, "siblings": siblings})
             case "tree":

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.log import StageError
+from workflow_scripts.log import DOCTOR, StageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,7 @@ def _full_disk_named(path: Path) -> Iterator[None]:
             where=path,
             found=f"{error}; {free / 1e9:.1f} GB free, with what was half written",
             expected="room for the whole of it",
-            to_fix="make room and start again; what was half written is removed",
+            to_fix=f"make room and start again; what was half written is removed; {DOCTOR}",
         ) from error
 
 

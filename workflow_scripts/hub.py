@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from workflow_scripts import files
-from workflow_scripts.log import StageError
+from workflow_scripts.log import DOCTOR, StageError
 
 logger = logging.getLogger("hub")
 
@@ -49,7 +49,8 @@ def refusals_explained(
             f"the {kind} is gated",
             where=where,
             found="access refused",
-            to_fix="accept the licence on that page, then set HF_TOKEN (or run `hf auth login`)",
+            to_fix="accept the licence on that page, then set HF_TOKEN (or run `hf auth login`);"
+            f" {DOCTOR}",
         ) from error
     except RevisionNotFoundError as error:
         raise StageError(
@@ -71,7 +72,7 @@ def refusals_explained(
             "the Hub cannot be reached",
             where=where,
             found=f"{type(error).__name__}: {error}".splitlines()[0],
-            to_fix=f"check the connection, or {otherwise}",
+            to_fix=f"check the connection, or {otherwise}; {DOCTOR}",
         ) from error
 
 

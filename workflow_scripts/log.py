@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
+# In the remedy of what a machine lacks.
+DOCTOR = "`python -m workflow_scripts.doctor` says what else this machine lacks"
 
 
 class StageError(Exception):
@@ -43,7 +45,9 @@ class StageError(Exception):
         to_fix: str | None = None,
     ) -> None:
         parts = {"where": where, "found": found, "expected": expected, "to fix": to_fix}
-        lines = [f"  {key + ':':<10}{value}" for key, value in parts.items() if value is not None]
+        self.what = what
+        self.parts = {key: value for key, value in parts.items() if value is not None}
+        lines = [f"  {key + ':':<10}{value}" for key, value in self.parts.items()]
         super().__init__("\n".join([what, *lines]))
 
 

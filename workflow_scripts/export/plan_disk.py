@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         for run, model in wanted["runs"].items()
         for path, n_bytes in files_of(run, facts[model], gguf, has_awq=wanted["awq"]).items()
     }
-    missing = {
-        path: n_bytes
-        for path, n_bytes in planned.items()
-        if not (arguments.results / path).exists()
-    }
-    needed = round(MARGIN * sum(missing.values()))
+    lacking = missing(planned, arguments.results)
+    needed = needed_bytes(lacking)
     free = shutil.disk_usage(arguments.results).free
     if needed > free:
-        largest = sorted(missing, key=missing.__getitem__, reverse=True)[:6]
+        largest = sorted(lacking, key=lacking.__getitem__, reverse=True)[:6]
         raise StageError(
             "the disk has no room for what this build writes",
             where=arguments.results.resolve(),
             found=f"{free / 1e9:.1f} GB free",
             expected=f"{needed / 1e9:.1f} GB: "
-            + ", ".join(f"{path} {missing[path] / 1e9:.1f}" for path in largest)
-            + (", …" if len(missing) > len(largest) else ""),
+            + ", ".join(f"{path} {lacking[path] / 1e9:.1f}" for path in largest)
+            + (", …" if len(lacking) > len(largest) else ""),
             to_fix="make room, name fewer runs in `build` or fewer gguf.quantizations, or set"
-            " retention.merged and retention.f16 to false and build one run at a time",
+            " retention.merged and retention.f16 to false and build one run at a time;"
+            f" {log.DOCTOR}",
         )
     report = {"needed_bytes": needed, "free_bytes": free, "planned_bytes": planned}
     files.write_json(arguments.disk_plan, report)
@@ -106,6 +103,16 @@ def files_of(
         bits = max(BITS_PER_WEIGHT[one] for one in types if one)
         sizes[f"gguf/{run}-{name}.gguf"] = bits
     return {f"runs/{run}/{path}": round(bits * n_weights / 8) for path, bits in sizes.items()}
+
+
+def missing(planned: Mapping[str, int], results: Path) -> dict[str, int]:
+    """Those of the planned files that are not there yet."""
+    return {path: n_bytes for path, n_bytes in planned.items() if not (results / path).exists()}
+
+
+def needed_bytes(lacking: Mapping[str, int]) -> int:
+    """Room for files, with the margin."""
+    return round(MARGIN * sum(lacking.values()))
 
 
 if __name__ == "__main__":

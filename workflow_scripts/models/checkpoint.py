@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workflow_scripts import files
-from workflow_scripts.log import StageError
+from workflow_scripts.log import DOCTOR, StageError
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -216,12 +216,43 @@ def check_shards(checkpoint: Path) -> None:
 
 
 def default_device() -> device:
-    """This process's CUDA device (torchrun counts processes in `LOCAL_RANK`), else the CPU."""
+    """This process's CUDA device (torchrun counts processes in `LOCAL_RANK`), else the CPU.
+
+    Raises:
+        StageError: the job was given a GPU that PyTorch, built for CUDA, cannot use. On the CPU it
+            would take days and say nothing.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and given not in ("", "-1", "NoDevFiles"):
+        raise StageError(
+            "the job was given a GPU, and PyTorch cannot use it",
+            where="CUDA_VISIBLE_DEVICES",
+            found=f"{given}; torch {torch.__version__}",
+            expected="a driver for its CUDA; a number that nvidia-smi lists",
+            to_fix=DOCTOR,
+        )
     return torch.device("cpu")
+
+
+def check_bitsandbytes(device: device) -> None:
+    """
+    Raises:
+        StageError: bitsandbytes has no library for this kind of device.
+    """
+    from bitsandbytes.cextension import lib
+
+    if device.type == "cuda" and not getattr(lib, "compiled_with_cuda", False):
+        raise StageError(
+            "bitsandbytes cannot quantize on this GPU",
+            where="bitsandbytes",
+            found="its library for CUDA is not loaded",
+            expected="one for the CUDA that PyTorch was built with",
+            to_fix=DOCTOR,
+        )
 
 
 def load_model(
@@ -279,6 +310,8 @@ def load_model(
             device=place,
         )
     compute = compute_dtype(place)
+    if precision in ("nf4", "int8"):
+        check_bitsandbytes(place)
     quantization = {
         "nf4": {
             "load_in_4bit": True,

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from tests.unit.doctor.conftest import by_name, model_overlay
+from tests.unit.doctor.test_hub_access import CONFIG
+from workflow_scripts.doctor import machine
+
+# Mistral 7B: 7.248e9 weights of 16 bits.
+WEIGHT_BYTES = 14_496_078_512
+
+
+@pytest.fixture
+def mistral_7b(tmp_path):
+    """A folder with the shape and the size of Mistral 7B; the file has a hole for its weights."""
+    folder = tmp_path / "mistral"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with open(folder / "model.safetensors", "wb") as file:
+        file.truncate(WEIGHT_BYTES)
+    return folder
+
+
+def test_the_demo_fits_here(wanted):
+    found = by_name(machine.findings(wanted(), gpu_bytes=None))
+    assert {found[name].status for name in ("disk", "memory")} == {"ok"}
+
+
+def test_a_7b_fits_a_gpu_of_24_gb_and_not_one_of_4(wanted, mistral_7b):
+    config = wanted(model_overlay(str(mistral_7b)))
+    fits = by_name(machine.findings(config, gpu_bytes=int(24e9)))["memory, r"]
+    assert fits.status == "ok", fits
+    fails = by_name(machine.findings(config, gpu_bytes=int(4e9)))["memory, r"]
+    assert fails.status == "missing"
+    assert "4.0 GB free" in fails.found and fails.to_fix
+
+
+def test_without_a_gpu_it_is_said_how_large_one_must_be(wanted, mistral_7b):
+    found = by_name(machine.findings(wanted(model_overlay(str(mistral_7b))), gpu_bytes=None))
+    assert found["memory, r"].status == "ok"
+    assert "at least" in found["memory, r"].found and "of a GPU" in found["memory, r"].found
+
+
+def test_the_disk_must_hold_what_plan_disk_counts_and_the_download(wanted, mistral_7b):
+    config = wanted(model_overlay(str(mistral_7b)))
+    needs = by_name(machine.findings(config, gpu_bytes=None))["disk"]
+    # Merged and F16 of 14.5 GB, Q8_0 of 7.7, Q4_K_M of 4.4, 3 % more.
+    assert "writes 42.4" in needs.found, needs
+    config.download_bytes["m"] = int(1e15)
+    found = by_name(machine.findings(config, gpu_bytes=None))["disk"]
+    assert found.status == "missing" and "1000042.4 GB" in found.expected
+    assert "gguf.quantizations" in found.to_fix
+
+
+def test_a_full_file_system_is_missing(wanted, mistral_7b, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", results], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        found = by_name(machine.findings(wanted(), gpu_bytes=None))["disk"]
+    finally:
+        subprocess.run(["umount", results], check=True)
+    assert found.status == "missing" and "0.0 GB free" in found.found
+
+
+def test_a_model_that_is_not_there_yet_leaves_memory_and_disk_open(wanted):
+    found = by_name(machine.findings(wanted(model_overlay("owner/model")), gpu_bytes=int(24e9)))
+    assert found["memory, r"].status == found["disk"].status == "warning"
+    assert "not known" in found["disk"].found
+
+
+def test_cores_are_those_that_this_process_may_use(wanted):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert by_name(machine.findings(wanted(), gpu_bytes=None))["CPU"].found.startswith("1 core")
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,1 @@
+"""What this machine has and lacks for what a config builds. `python -m workflow_scripts.doctor`."""
