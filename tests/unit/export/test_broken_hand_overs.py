@@ -56,6 +56,7 @@ def test_a_disk_that_fills_while_merging_leaves_no_folder(chain, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "merge_adapter: the disk is full" in done.stderr
     assert "File too large" in done.stderr and "to fix:   make room" in done.stderr
+    assert "workflow_scripts.doctor" in done.stderr
     assert "Traceback" not in done.stderr
     assert everything_in(tmp_path / "out") == []
 

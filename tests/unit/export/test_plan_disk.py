@@ -63,7 +63,15 @@ def test_awq_takes_its_place_too(plan, tmp_path):
 
 def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_with_message):
     message = ends_with_message(*plan(free_gb=40, runs=("one", "two")))
-    for part in ("no room", "40.0 GB free", "expected: 9", "runs/one/merged 14.5", "retention"):
+    parts = (
+        "no room",
+        "40.0 GB free",
+        "expected: 9",
+        "runs/one/merged 14.5",
+        "retention",
+        "doctor",
+    )
+    for part in parts:
         assert part in message
     assert not (tmp_path / "disk_plan.json").exists()
 

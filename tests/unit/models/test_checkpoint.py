@@ -324,3 +324,30 @@ def test_arithmetic_on_a_cpu_is_float32():
     import torch
 
     assert checkpoint.compute_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_a_gpu_that_was_given_and_cannot_be_used_is_no_reason_to_take_the_cpu(monkeypatch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU that can be used is here")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(StageError, match="was given a GPU") as error:
+        checkpoint.default_device()
+    assert "workflow_scripts.doctor" in str(error.value)
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert checkpoint.default_device().type == "cpu"
+
+
+def test_bitsandbytes_without_its_library_for_cuda_is_told_before_a_model_is_loaded():
+    import torch
+    from bitsandbytes.cextension import lib
+
+    checkpoint.check_bitsandbytes(torch.device("cpu"))
+    if getattr(lib, "compiled_with_cuda", False):
+        pytest.skip("it has one here")
+    with pytest.raises(StageError, match="bitsandbytes cannot quantize") as error:
+        checkpoint.check_bitsandbytes(torch.device("cuda"))
+    assert "workflow_scripts.doctor" in str(error.value)

@@ -165,6 +165,7 @@ def test_what_the_hub_refuses_comes_with_a_remedy(fetch, hub, tmp_path, settings
 def test_a_hub_out_of_reach_is_said_so(fetch, offline):
     done = fetch(source="owner/model", offline=offline)
     assert done.returncode == 1
-    for part in ("the Hub cannot be reached", "owner/model", "check the connection"):
+    parts = ("the Hub cannot be reached", "owner/model", "check the connection", "doctor")
+    for part in parts:
         assert part in done.stderr
     assert "Traceback" not in done.stderr
