@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from tests.workflow.conftest import REPOSITORY
 from workflow_scripts.doctor.packages import locked
+from workflow_scripts.export import provenance
 
 ENVIRONMENTS = sorted((REPOSITORY / "envs").glob("*.yaml"))
 RULES = sorted((REPOSITORY / "rules").rglob("*.smk"))
@@ -23,7 +24,6 @@ NAMED = re.compile(r"conda:\n +\"\.\./envs/(\w+)\.yaml\"")
 # kernels where they are installed.
 NOT_CALLED = {
     "data": {"torch", "bitsandbytes"},
-    "export": {"bitsandbytes"},
     "train": {"liger_kernel"},
 }
 # Module → the packages that bring it.
@@ -78,6 +78,15 @@ def test_an_environment_has_what_its_programs_import(environment):
         if not distributions_of(package) & there
     }
     assert lacking == set()
+
+
+def test_a_release_is_packaged_where_its_provenance_finds_every_package():
+    (environment,) = (
+        path
+        for path in ENVIRONMENTS
+        if "workflow_scripts.export.package_release" in programs_in(path.stem)
+    )
+    assert set(provenance.PACKAGES) <= pins_of(environment).keys()
 
 
 def programs_in(environment: str) -> set[str]:
