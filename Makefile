@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check-demo lint schema doctor clean help
+.PHONY: run test check-demo lint schema doctor wheelhouse clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
@@ -34,6 +34,14 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 .venv/.tests-installed: .venv/.installed requirements-test.lock
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
 	touch $@
+
+# For machines without internet, of this system and this Python. llama-cpp-python comes as its source
+# as well, with what builds it: the wheel is for this CPU, and has no converter.
+wheelhouse: .venv/bin/python requirements.lock  ## gather requirements.lock (and PACKAGES=…) in wheelhouse/
+	python -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse -r requirements.lock \
+	    $(PACKAGES) 'scikit-build-core[pyproject]' cmake ninja
+	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
+	    --no-binary llama-cpp-python $$(grep -i '^llama.cpp.python==' requirements.lock)
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?
 	python -m pytest tests/demo
