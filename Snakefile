@@ -6,6 +6,10 @@ min_version("9.27")
 configfile: "config/config.yaml"
 
 
+# With `--sdm apptainer`, and then alone: made of envs/tramontane.def.
+container: str(Path(workflow.basedir, "envs", "tramontane.sif"))
+
+
 report: "workflow_scripts/report/captions/workflow.rst"
 
 
