@@ -65,7 +65,9 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("config", "missing", f"not read: {error}", None, "install the packages first")
 
     found, answer = cluster.partitions()
+    torch = probes.answers_of("torch")
     gpus, driver, failed = devices.nvidia_smi()
+    gpus = gpus or devices.seen_by(torch)
     needs_gpu = wanted is not None and wanted.needs_gpu
     yield from devices.gpu_findings(
         gpus,
@@ -74,10 +76,12 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         cluster_gpus=cluster.offered_gpus(found),
     )
     yield from devices.torch_findings(
-        probes.answers_of("torch"), driver, needs_gpu=needs_gpu, locked=locked["torch"]
+        torch, driver, needs_gpu=needs_gpu, locked=locked.get("torch", "")
     )
     yield from devices.llama_cpp_findings(
-        probes.answers_of("llama_cpp"), has_gpu=bool(gpus), locked=locked["llama_cpp_python"]
+        probes.answers_of("llama_cpp"),
+        has_gpu=bool(gpus),
+        locked=locked.get("llama_cpp_python", ""),
     )
     if wanted is not None:
         hub = list(hub_access.findings(wanted))  # before the disk: it tells sizes

@@ -60,6 +60,19 @@ def nvidia_smi() -> tuple[list[Gpu], Driver | None, str | None]:
     return gpus, Driver(rows[0][4], _version(cuda[1] if cuda else "")), None
 
 
+def seen_by(torch: Mapping[str, Any]) -> list[Gpu]:
+    """As PyTorch lists them: containers may come without nvidia-smi."""
+    return [
+        Gpu(
+            device["name"],
+            ".".join(map(str, device["capability"])),
+            device["total_bytes"],
+            device["free_bytes"],
+        )
+        for device in torch.get("devices", ())
+    ]
+
+
 def _mebibytes(text: str) -> int:
     """0 for what nvidia-smi does not know (`[N/A]`)."""
     return int(text) << 20 if text.isdigit() else 0
@@ -162,17 +175,16 @@ def _cuda_finding(
     found += f"; driver {driver.version}, for CUDA up to {newest}"
     status = "missing" if needs_gpu else "warning"
     if torch["cuda"] is None:
-        tag = f"cu{''.join(map(str, driver.cuda[:2]))}"
         return Finding(
             "PyTorch",
             status,
             found,
             "a build with CUDA",
             f"pip install torch=={locked} --index-url https://download.pytorch.org/whl/cu130"
-            + ("" if driver.cuda >= (13,) else f"; the driver is older: update it ({tag} has it)"),
+            + ("" if driver.cuda >= (13,) else ", with a driver for CUDA 13"),
         )
     # A driver serves every minor version of its CUDA, and all before.
-    if driver.cuda[:1] < _version(torch["cuda"])[:1]:
+    if driver.cuda and driver.cuda[:1] < _version(torch["cuda"])[:1]:
         return Finding(
             "PyTorch",
             status,

@@ -32,13 +32,12 @@ def findings(wanted: Wanted) -> Iterator[Finding]:
     from workflow_scripts.log import StageError
 
     repositories = wanted.repositories
-    token = "a token is set" if huggingface_hub.get_token() else "no token"
     if not repositories:
-        yield Finding("Hub", "ok", f"not asked: nothing is to be fetched from it; {token}")
+        yield Finding("Hub", "ok", "not asked: nothing is to be fetched from it")
         return
     cache = Path(constants.HF_HOME).expanduser()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         yield Finding(
             "Hub's cache",
             "missing",
@@ -46,6 +45,8 @@ def findings(wanted: Wanted) -> Iterator[Finding]:
             "a folder of yours",
             "set HF_HOME to one",
         )
+        return
+    token = "a token is set" if huggingface_hub.get_token() else "no token"
     if constants.HF_HUB_OFFLINE:
         names = ", ".join(repository.name for repository in repositories)
         yield Finding(

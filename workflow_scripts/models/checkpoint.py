@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from workflow_scripts.settings import RopeScalingSettings
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
+# `CUDA_VISIBLE_DEVICES` of a job without a GPU; the last is Slurm's.
+NO_GPUS = ("", "-1", "NoDevFiles")
 MODEL_TYPES = ("mistral", "mixtral", "ministral")
 
 
@@ -227,7 +229,7 @@ def default_device() -> device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and given not in ("", "-1", "NoDevFiles"):
+    if torch.version.cuda and given not in NO_GPUS:
         raise StageError(
             "the job was given a GPU, and PyTorch cannot use it",
             where="CUDA_VISIBLE_DEVICES",

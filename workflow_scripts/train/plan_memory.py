@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.data.documents import Documents
     from workflow_scripts.data.plan import read_plan
-    from workflow_scripts.models.checkpoint import default_device, without_window
+    from workflow_scripts.models.checkpoint import NO_GPUS, default_device, without_window
     from workflow_scripts.train.memory import device, fit, layouts
     from workflow_scripts.train.memory.shape import PlannedRun
     from workflow_scripts.train.validation import longest_row
@@ -58,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         device_type = default_device().type
         available = device.available_bytes()
         device_name = torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if device_type == "cpu" and given not in NO_GPUS:
+            logger.warning(
+                "found a torch without CUDA: CUDA_VISIBLE_DEVICES=%s is not used, the CPU is; %s",
+                given,
+                log.DOCTOR,
+            )
     else:
         device_type, available = "cuda", int(arguments.memory_gb * 1e9)
         training = training.model_copy(update={"memory_gb": None})

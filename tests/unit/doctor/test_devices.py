@@ -16,7 +16,14 @@ ON_A10 = {
     "version": "2.13.0+cu130",
     "cuda": "13.0",
     "cuda_error": None,
-    "devices": [{"name": "NVIDIA A10", "capability": [8, 6]}],
+    "devices": [
+        {
+            "name": "NVIDIA A10",
+            "capability": [8, 6],
+            "total_bytes": 23028 << 20,
+            "free_bytes": 22500 << 20,
+        }
+    ],
     "has_bf16": True,
     "attention": {"kernel": "varlen_attn", "error": 0.004},
     "bitsandbytes": {"version": "0.50.2", "error": 0.091},
@@ -107,6 +114,13 @@ def test_attention_with_a_window_and_a_4_bit_product_are_computed_here(torch_her
     # float32 on a CPU: 7e-7 measured. NF4's rounding of normal weights: 9.1 %.
     assert 0 < torch_here["attention"]["error"] < (0.03 if torch_here["devices"] else 1e-5)
     assert 0.05 < torch_here["bitsandbytes"]["error"] < 0.13
+
+
+def test_without_nvidia_smi_the_gpus_are_those_of_pytorch(command):
+    assert devices.seen_by(ON_A10) == [devices.Gpu("NVIDIA A10", "8.6", 23028 << 20, 22500 << 20)]
+    assert devices.seen_by({"error": "No module named 'torch'"}) == []
+    command("nvidia-smi", SMI.format(driver="580.82.07", cuda="13.0"))
+    assert devices.nvidia_smi()[0] == devices.seen_by(ON_A10)
 
 
 def test_a_wrong_product_is_missing_though_it_was_computed():

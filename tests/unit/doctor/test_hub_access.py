@@ -36,14 +36,14 @@ print(json.dumps([found, wanted.download_bytes, wanted.facts]))
 def ask_hub(run_python, tmp_path):
     """The Hub's findings for an overlay, in a process that speaks with that Hub alone."""
 
-    def ask(endpoint, overlay, *, is_offline=False):
+    def ask(endpoint, overlay, *, is_offline=False, cache=tmp_path / "cache"):
         path = tmp_path / "overlay.yaml"
         path.write_text(json.dumps(overlay))
         code = ASK.format(
             root=str(REPOSITORY), overlay=str(path), results=str(tmp_path / "results")
         )
         environment = hub_server.environment(endpoint, offline=is_offline)
-        done = run_python(code, **environment, HF_HOME=str(tmp_path / "cache"))
+        done = run_python(code, **environment, HF_HOME=str(cache))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -112,6 +112,15 @@ def test_offline_mode_says_what_to_fetch_elsewhere(ask_hub):
     assert found["status"] == "missing"
     assert "HF_HUB_OFFLINE" in found["found"] and "owner/model" in found["found"]
     assert "source: ./folder" in found["to_fix"]
+
+
+def test_a_cache_that_cannot_be_written_is_missing(ask_hub, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    ((found,), _, _) = ask_hub(
+        hub_server.NOBODY_LISTENS, model_overlay("owner/model"), cache=tmp_path / "file" / "cache"
+    )
+    assert found["name"] == "Hub's cache"
+    assert found["status"] == "missing" and "HF_HOME" in found["to_fix"]
 
 
 def test_what_was_fetched_is_not_asked_for_again(ask_hub, tmp_path):

@@ -90,3 +90,21 @@ def test_help_starts_without_torch(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.train.plan_memory")
     assert done.returncode == 0 and "--memory-gb" in done.stdout
     assert not {"torch", "transformers", "peft"} & imported
+
+
+def test_a_gpu_that_was_given_to_a_torch_without_cuda_is_told(prepared, monkeypatch, caplog):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU that can be used is here")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    if torch.version.cuda:
+        pytest.skip("torch is built for CUDA: `default_device` stops")
+    arguments = ["--facts", str(prepared.facts), "--plan", str(prepared.plan)]
+    plan_memory.main(arguments)
+    assert "CUDA_VISIBLE_DEVICES=0 is not used" in caplog.text
+    assert "workflow_scripts.doctor" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plan_memory.main(arguments)
+    assert "CUDA_VISIBLE_DEVICES" not in caplog.text
