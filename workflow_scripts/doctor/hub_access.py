@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts.doctor.finding import Finding, of_error
@@ -48,14 +48,7 @@ def findings(wanted: Wanted) -> Iterator[Finding]:
         return
     token = "a token is set" if huggingface_hub.get_token() else "no token"
     if constants.HF_HUB_OFFLINE:
-        names = ", ".join(repository.name for repository in repositories)
-        yield Finding(
-            "Hub",
-            "missing",
-            f"HF_HUB_OFFLINE is set; to be fetched: {names}",
-            None,
-            FETCH_ELSEWHERE,
-        )
+        yield from _offline(repositories)
         return
     for number, repository in enumerate(repositories):
         name = f"Hub, {repository.name}"
@@ -73,6 +66,18 @@ def findings(wanted: Wanted) -> Iterator[Finding]:
             continue
         volume = f", {size / 1e9:.1f} GB" if size else ""
         yield Finding(name, "ok", f"may be read{volume}; {token}")
+
+
+def _offline(repositories: Sequence[Repository]) -> Iterator[Finding]:
+    """A dataset may be in the cache of an earlier run; a model would not be looked for there."""
+    datasets = [one.name for one in repositories if one.kind == "dataset"]
+    models = [one.name for one in repositories if one.kind != "dataset"]
+    for status, names in (("missing", models), ("warning", datasets)):
+        if names:
+            found = f"HF_HUB_OFFLINE is set; to be fetched: {', '.join(names)}"
+            if status == "warning":
+                found += ", unless the cache has it"
+            yield Finding("Hub", status, found, None, FETCH_ELSEWHERE)
 
 
 def _ask(repository: Repository, wanted: Wanted) -> int:

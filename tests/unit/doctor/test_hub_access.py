@@ -20,6 +20,7 @@ FILES = {
     "config.json": json.dumps(CONFIG).encode(),
     "model.safetensors": bytes(7000),
     "consolidated.safetensors": bytes(9000),
+    "consolidated.safetensors.index.json": bytes(900),
 }
 ASK = """
 import dataclasses, json, sys
@@ -71,15 +72,17 @@ def test_a_gated_model_says_where_its_licence_is_accepted(ask_hub):
     assert "doctor" not in found["to_fix"]
 
 
+CHATS = {
+    "datasets": {"chats": {"hub": "owner/chats", "revision": COMMIT}},
+    "runs": {"mistral": {"dataset": "chats"}},
+    "build": ["mistral"],
+}
+
+
 def test_a_gated_dataset_is_seen_though_anyone_may_read_about_it(ask_hub):
     repository = hub_server.Repository({COMMIT: {"a.jsonl": b"{}"}}, is_gated=True)
-    overlay = {
-        "datasets": {"chats": {"hub": "owner/chats", "revision": COMMIT}},
-        "runs": {"mistral": {"dataset": "chats"}},
-        "build": ["mistral"],
-    }
     with hub_server.serving({"datasets/owner/chats": repository}) as hub:
-        ((found,), _, _) = ask_hub(hub.address, overlay)
+        ((found,), _, _) = ask_hub(hub.address, CHATS)
     assert found["status"] == "missing" and "datasets.chats.hub" in found["found"]
     assert "accept the licence" in found["to_fix"]
 
@@ -112,6 +115,11 @@ def test_offline_mode_says_what_to_fetch_elsewhere(ask_hub):
     assert found["status"] == "missing"
     assert "HF_HUB_OFFLINE" in found["found"] and "owner/model" in found["found"]
     assert "source: ./folder" in found["to_fix"]
+
+
+def test_offline_a_dataset_may_be_in_the_cache(ask_hub):
+    ((found,), _, _) = ask_hub(hub_server.NOBODY_LISTENS, CHATS, is_offline=True)
+    assert found["status"] == "warning" and "owner/chats, unless the cache" in found["found"]
 
 
 def test_a_cache_that_cannot_be_written_is_missing(ask_hub, tmp_path):
