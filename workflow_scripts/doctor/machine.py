@@ -6,13 +6,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts.doctor import probes
 from workflow_scripts.doctor.finding import Finding
 from workflow_scripts.doctor.wanted import Wanted
 
-# Of train_adapter's first attempt, its `mem_mb`; the demo's largest job takes 1.3 GB.
-RAM_BYTES, DEMO_RAM_BYTES = 16e9, 2e9
+# Beside a model's weights, on their way to the GPU or while they are scored; the demo's largest job
+# takes 1.3 GB in all.
+BESIDE_BYTES, DEMO_RAM_BYTES = 4e9, 2e9
 # What the demo writes.
 DEMO_DISK_BYTES = 0.3e9
 
@@ -25,7 +27,8 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
     from workflow_scripts.train.memory.device import available_ram_bytes
 
     ram = available_ram_bytes()
-    needed = RAM_BYTES if wanted.needs_gpu else DEMO_RAM_BYTES
+    weights = [sum(_sizes(facts)) for facts in wanted.facts.values()]
+    needed = max(weights, default=0) + BESIDE_BYTES if wanted.needs_gpu else DEMO_RAM_BYTES
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(
         "memory",
@@ -38,6 +41,12 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
         yield from _training(name, wanted, gpu_bytes=gpu_bytes, ram_bytes=ram)
     yield _cores()
     yield _disk(wanted)
+
+
+def _sizes(facts: Mapping[str, Any]) -> list[int]:
+    """Of the files with weights, bytes, as far as they are known."""
+    files = facts.get("files", {})
+    return [one["size_bytes"] for name, one in files.items() if name.endswith(".safetensors")]
 
 
 def _training(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 # `CUDA_VISIBLE_DEVICES` of a job without a GPU; the last is Slurm's.
 NO_GPUS = ("", "-1", "NoDevFiles")
+# There where NVIDIA's driver is: Linux, and Windows' subsystem for it.
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 MODEL_TYPES = ("mistral", "mixtral", "ministral")
 
 
@@ -221,7 +223,7 @@ def default_device() -> device:
     """This process's CUDA device (torchrun counts processes in `LOCAL_RANK`), else the CPU.
 
     Raises:
-        StageError: the job was given a GPU that PyTorch, built for CUDA, cannot use. On the CPU it
+        StageError: the job was given a GPU that PyTorch, built for CUDA, cannot use. On a CPU it
             would take days and say nothing.
     """
     import torch
@@ -229,7 +231,8 @@ def default_device() -> device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and given not in NO_GPUS:
+    has_driver = any(path.exists() for path in DRIVERS)
+    if torch.version.cuda and has_driver and given not in NO_GPUS:
         raise StageError(
             "the job was given a GPU, and PyTorch cannot use it",
             where="CUDA_VISIBLE_DEVICES",

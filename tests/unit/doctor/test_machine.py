@@ -32,8 +32,11 @@ def test_the_demo_fits_here(wanted):
 
 def test_a_7b_fits_a_gpu_of_24_gb_and_not_one_of_4(wanted, mistral_7b):
     config = wanted(model_overlay(str(mistral_7b)))
-    fits = by_name(machine.findings(config, gpu_bytes=int(24e9)))["memory, r"]
+    found = by_name(machine.findings(config, gpu_bytes=int(24e9)))
+    fits = found["memory, r"]
     assert fits.status == "ok", fits
+    # Weights of 14.5 GB, and 4 beside them.
+    assert found["memory"].expected.startswith("18 GB")
     fails = by_name(machine.findings(config, gpu_bytes=int(4e9)))["memory, r"]
     assert fails.status == "missing"
     assert "4.0 GB free" in fails.found and fails.to_fix

@@ -326,13 +326,19 @@ def test_arithmetic_on_a_cpu_is_float32():
     assert checkpoint.compute_dtype(torch.device("cpu")) == torch.float32
 
 
-def test_a_gpu_that_was_given_and_cannot_be_used_is_no_reason_to_take_the_cpu(monkeypatch):
+def test_a_gpu_that_was_given_and_cannot_be_used_is_no_reason_to_take_the_cpu(
+    monkeypatch, tmp_path
+):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("a GPU that can be used is here")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(checkpoint, "DRIVERS", [tmp_path / "nvidiactl"])
+    # A cluster's name for a GPU that is none, as its tests have.
+    assert checkpoint.default_device().type == "cpu"
+    (tmp_path / "nvidiactl").touch()
     with pytest.raises(StageError, match="was given a GPU") as error:
         checkpoint.default_device()
     assert "workflow_scripts.doctor" in str(error.value)
