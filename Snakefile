@@ -10,12 +10,20 @@ report: "workflow_scripts/report/captions/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/inputs/data.smk"
+include: "rules/inputs/export.smk"
+include: "rules/inputs/evaluate.smk"
+include: "rules/inputs/targets.smk"
 include: "rules/models.smk"
 include: "rules/data.smk"
 include: "rules/train.smk"
-include: "rules/export.smk"
+include: "rules/merge.smk"
+include: "rules/quantize.smk"
 include: "rules/evaluate.smk"
+include: "rules/questions.smk"
+include: "rules/inference.smk"
 include: "rules/report.smk"
+include: "rules/release.smk"
 
 
 localrules:
@@ -92,7 +100,7 @@ rule report:
 rule context:
     """Usable context of every run: base, merged model and smallest file."""
     input:
-        expand("results/report/context.{form}", form=["tsv", "md", "html"]),
+        context_pages(),
 
 
 rule samples:

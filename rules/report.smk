@@ -66,6 +66,7 @@ rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        texts=text_scores(),
         manifests=expand(
             "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
         ),
@@ -91,7 +92,7 @@ rule report_comparison:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=runs_json(),
+        runs=results_json(),
         output_version=output_version("report/report_comparison"),
     shell:
         "python -m workflow_scripts.report.report_comparison --runs {params.runs:q}"
@@ -104,7 +105,7 @@ rule report_chain:
     input:
         scores=lambda wildcards: evaluation_files(),
         token_scores=lambda wildcards: chain_token_scores(),
-        text_scores=text_scores(),
+        texts=text_scores(),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -128,13 +129,12 @@ rule report_chain:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=runs_json(),
-        texts=flagged("--texts", list(CONFIG.evaluation.texts)),
+        runs=results_json(),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
         output_version=output_version("report/report_chain"),
     shell:
         "python -m workflow_scripts.report.report_chain --runs {params.runs:q}"
-        " {params.texts:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -168,6 +168,7 @@ rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        texts=text_scores(),
         token_scores=lambda wildcards: chain_token_scores(),
         checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
         manifests=expand(
@@ -192,7 +193,7 @@ rule report_overview:
         mem_mb=lambda wildcards, attempt: 2_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=runs_json(),
+        runs=results_json(),
         output_version=output_version("report/report_overview"),
     shell:
         "python -m workflow_scripts.report.report_overview --runs {params.runs:q}"
@@ -207,6 +208,7 @@ rule report_run:
         token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
         texts=lambda wildcards: text_scores([wildcards.run]),
         checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        data=lambda wildcards: data_reports(wildcards.run),
         training=lambda wildcards: training_files(wildcards.run),
         facts=of_run("results/models/{model}/facts.json"),
     output:
@@ -226,13 +228,12 @@ rule report_run:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=lambda wildcards: runs_json([wildcards.run]),
-        texts=flagged("--texts", list(CONFIG.evaluation.texts)),
+        runs=lambda wildcards: results_json([wildcards.run]),
         benchmarks="benchmarks/runs/{run}",
         output_version=output_version("report/report_run"),
     shell:
         "python -m workflow_scripts.report.report_run --run {wildcards.run:q}"
-        " --runs {params.runs:q} {params.texts:q} --results results"
+        " --runs {params.runs:q} --results results"
         " --benchmarks {params.benchmarks:q} --page {output.page:q} > {log:q} 2>&1"
 
 
@@ -240,6 +241,7 @@ rule collect_metrics:
     """Every figure with its unit, error and place: a JSON a run, one table for all of them."""
     input:
         scores=lambda wildcards: evaluation_files(),
+        texts=text_scores(),
         checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
         manifests=expand(
             "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
@@ -259,7 +261,7 @@ rule collect_metrics:
         mem_mb=lambda wildcards, attempt: 1_000 * attempt,
         runtime=10,  # minutes
     params:
-        runs=runs_json(),
+        runs=results_json(),
         output_version=output_version("report/collect_metrics"),
     shell:
         "python -m workflow_scripts.report.collect_metrics --runs {params.runs:q}"
@@ -329,7 +331,10 @@ rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:
         positions=expand("results/runs/{run}/evaluation/positions.json", run=built(TRAINED_RUNS)),
-        recall=expand("results/runs/{run}/evaluation/recall.json", run=built(TRAINED_RUNS)),
+        recall=expand(
+            "results/runs/{run}/evaluation/recall.json",
+            run=built(TRAINED_RUNS) if CONFIG.evaluation.recall.n_prompts else [],
+        ),
     output:
         tsv="results/report/experiment.tsv",
         markdown="results/report/experiment.md",
@@ -354,11 +359,11 @@ rule report_experiment:
         runtime=10,  # minutes
     params:
         runs=experiment_json(),
-        n_prompts=CONFIG.evaluation.recall.n_prompts,
+        recall=["--recall"] if CONFIG.evaluation.recall.n_prompts else [],
         output_version=output_version("report/report_experiment"),
     shell:
         "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " {params.recall:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 

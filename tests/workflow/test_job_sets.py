@@ -71,12 +71,32 @@ def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
         "evaluate_text_merged": 2,
         "evaluate_text": 6,
         "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
         "report_run": 2,
+        "collect_metrics": 1,
     }
     overlay = {"evaluation": {"texts": {"data": "data/README.md"}}}
     assert changed(tiny, tmp_path, overlay) == scored
     shorter = {"evaluation": {"text_context_tokens": 256}}
     assert changed(tiny, tmp_path, shorter) == scored
+
+
+def test_usable_context_is_measured_with_the_rest_where_it_is_asked_for(
+    tiny: Path, tmp_path: Path
+) -> None:
+    assert changed(tiny, tmp_path, {"evaluation": {"context": {"use": True}}}) == {
+        "evaluate_context": 2,
+        "evaluate_context_merged": 2,
+        "evaluate_context_base": 1,
+        "report_context": 1,
+        "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
+        "report_run": 2,
+        "collect_metrics": 1,
+    }
+    assert changed(tiny, tmp_path, {"evaluation": {"context": {"n_prompts": 3}}}) == {}
 
 
 def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("benchmark_inference")
 
 
@@ -65,16 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.gguf:
         from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
-        size_bytes = arguments.gguf.stat().st_size
         engine, device = "llama.cpp", "cpu"
         with LlamaCppModel(
             arguments.gguf, context_tokens=context, n_threads=arguments.threads
         ) as model:
             seconds = measure(tests_of(Gguf(model)), settings.repetitions)
     else:
-        from workflow_scripts.models.checkpoint import weight_files
-
-        size_bytes = sum(path.stat().st_size for path in weight_files(arguments.checkpoint))
         scorer = links.load_transformers(arguments, facts)
         engine, device = "transformers", str(scorer.model.device)
         seconds = measure(tests_of(Transformers(scorer.model)), settings.repetitions)
@@ -91,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             llama_bench_row(phase, depth, n_prompt if phase == "prompt" else n_generated, times)
             for (phase, depth), times in seconds.items()
         ],
-        "size_bytes": size_bytes,
+        "size_bytes": links.size_bytes(arguments),
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     files.write_json(arguments.speed, report)

@@ -38,12 +38,14 @@ from workflow_scripts.settings import ContextSettings, settings_from_json
 if TYPE_CHECKING:
     from workflow_scripts.scoring.likelihood import LogitModel
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 RULER_PERCENT = 85.6
 NOLIMA_FRACTION = 0.85
 NOLIMA_SHORT_TOKENS = 1024  # its base score is the best up to here
 SHORTEST_TOKENS = 128
 MAX_LONG_CONVERSATIONS = 50
+N_DRAWS = 2000
+INTERVAL_PERCENT = (2.5, 97.5)
 logger = log.stage_logger("evaluate_context")
 
 
@@ -92,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scores": [
             {"length_tokens": length, "score_percent": score} for length, score in scores.items()
         ],
+        "n_prompts": sum(cell["n_prompts"] for cell in cells),
         **effective_lengths(scores),
+        **effective_intervals(cells, seed=settings.seed),
         "short_tokens": settings.short_tokens,
         **gain,
         "duration_seconds": time.perf_counter() - started,
@@ -203,6 +207,44 @@ def effective_lengths(scores: Mapping[int, float]) -> dict[str, Any]:
         "effective_tokens_ruler": longest(RULER_PERCENT),
         "effective_tokens_nolima": longest(NOLIMA_FRACTION * base),
     }
+
+
+def effective_intervals(cells: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
+    """95 % of the effective lengths that so many prompts leave possible, by both definitions.
+
+    Each cell's share of right answers is drawn from its Jeffreys posterior, Beta(right + ½,
+    wrong + ½) (Brown, Cai and DasGupta 2001, doi:10.1214/ss/1009213286): a cell without a wrong
+    answer has an error too. Null where nothing is measurable.
+    """
+    import numpy as np
+
+    found: dict[str, Any] = {
+        f"effective_tokens_{name}_{end}": None
+        for name in ("ruler", "nolima")
+        for end in ("low", "high")
+    }
+    if not effective_lengths(scores_by_length(cells))["is_measurable"]:
+        return found
+    generator = np.random.default_rng(seed)
+    n_right = np.array([cell["n_exact"] for cell in cells])
+    n_wrong = np.array([cell["n_prompts"] for cell in cells]) - n_right
+    shares = generator.beta(n_right + 0.5, n_wrong + 0.5, size=(N_DRAWS, len(cells)))
+    drawn: dict[str, list[int]] = {"ruler": [], "nolima": []}
+    for draw in shares:
+        of_draw = [
+            {**cell, "n_exact": share * cell["n_prompts"]}
+            for cell, share in zip(cells, draw, strict=True)
+        ]
+        lengths = effective_lengths(scores_by_length(of_draw))
+        for name, values in drawn.items():
+            values.append(lengths[f"effective_tokens_{name}"])
+    for name, values in drawn.items():
+        low, high = np.percentile(values, INTERVAL_PERCENT, method="closest_observation")
+        found |= {
+            f"effective_tokens_{name}_low": int(low),
+            f"effective_tokens_{name}_high": int(high),
+        }
+    return found
 
 
 def long_gain(

@@ -25,7 +25,7 @@ from workflow_scripts.evaluate import links
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("evaluate_perplexity")
 
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = sources_of(arguments.clean) if arguments.clean else None
     started = time.perf_counter()
     report: dict[str, Any] = {"piece_tokens": piece_tokens, "n_pieces": len(pieces)}
+    report["size_bytes"] = links.size_bytes(arguments)
     shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
     if arguments.gguf:
         from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel

@@ -39,6 +39,21 @@ def _add_adapter_and_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def size_bytes(arguments: argparse.Namespace) -> int | None:
+    """Of the link's weights on the disk, an adapter's beside its base's; None for a base that is
+    quantized as it is loaded."""
+    if arguments.gguf:
+        return arguments.gguf.stat().st_size
+    if arguments.precision != "native":
+        return None
+    from workflow_scripts.models.checkpoint import weight_files
+
+    files = list(weight_files(arguments.checkpoint))
+    if arguments.adapter:
+        files.append(arguments.adapter / "adapter_model.safetensors")
+    return sum(path.stat().st_size for path in files)
+
+
 def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> TransformersModel:
     """The model that `--checkpoint`, `--adapter` and `--precision` name.
 

@@ -155,6 +155,12 @@ def layer_windows(config: Mapping[str, Any]) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def without_window(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the same model with full causal attention in every layer."""
+    no_windows = [None] * len(facts["layer_windows"])
+    return {**facts, "sliding_window": None, "layer_windows": no_windows}
+
+
 def served_context(facts: dict[str, Any]) -> int:
     """Tokens over which llama.cpp computes as the model was trained: the context, up to the window.
 

@@ -8,6 +8,7 @@ out; its interval is Student's, over seeds.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ class Arm:
     """Runs of one setting."""
 
     name: str
-    """The values that set it apart: `best_fit`."""
+    """What its runs' names begin with: `best-fit` of `best-fit-0` and `best-fit-1`."""
+    values: Mapping[str, str]
+    """Of the settings that differ, by their paths: `{packing.strategy: best_fit}`."""
     runs: Mapping[Seeds, str]
     """Names of the runs, by their seeds."""
 
@@ -75,7 +78,11 @@ def find_arms(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[Ar
                 "two runs of an experiment are the same", where=f"{replicates[seeds]}, {name}"
             )
         replicates[seeds] = name
-    arms = [Arm(", ".join(values), replicates) for values, replicates in by_arm.items()]
+    names = _names([list(replicates.values()) for replicates in by_arm.values()])
+    arms = [
+        Arm(name, dict(zip(factors, values, strict=True)), replicates)
+        for name, (values, replicates) in zip(names, by_arm.items(), strict=True)
+    ]
     if len(arms) < 2:
         raise StageError(
             "an experiment compares runs that differ in something",
@@ -106,6 +113,16 @@ def difference(arm: Mapping[Seeds, float], first: Mapping[Seeds, float]) -> Diff
     student = STUDENT_T[min(len(pairs) - 1, len(STUDENT_T)) - 1]
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
     return Difference(statistics.mean(pairs), student * error)
+
+
+def _names(runs: Sequence[Sequence[str]]) -> list[str]:
+    """What the names of each arm's runs have in common; their first run's where that is nothing, or
+    another arm's too."""
+    common = [os.path.commonprefix(names).rstrip("-_") for names in runs]
+    return [
+        name if name and common.count(name) == 1 else first
+        for name, (first, *_) in zip(common, runs, strict=True)
+    ]
 
 
 def _flat(tables: Mapping[str, Any], path: str = "") -> Sequence[tuple[str, Any]]:

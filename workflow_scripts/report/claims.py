@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.export.plan_disk import BITS_PER_WEIGHT
+from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.results import RunResults
 from workflow_scripts.report.tables import with_error
 from workflow_scripts.report.verdicts import STANDARD_ERRORS, paired
@@ -43,7 +44,7 @@ class Claim:
 
 def claims(runs: Sequence[RunResults]) -> list[Claim]:
     """All of them; those on a tuned recipe compare the last run with the first."""
-    return [*tuned(runs), *computed(), *unmeasured()]
+    return [*tuned(runs), usable_context(runs[-1]), *computed(), *unmeasured()]
 
 
 def tuned(runs: Sequence[RunResults]) -> list[Claim]:
@@ -106,6 +107,24 @@ def _memory(first: RunResults, last: RunResults) -> tuple[str, str]:
     return f"{change:+.1f} %", "as much or more" if change <= -23 else verdict
 
 
+def usable_context(run: RunResults) -> Claim:
+    """Of the smallest file of a run whose usable context was measured."""
+    what, published = "Tuned recipe: usable context", "30k of 32k tokens"
+    link = next((link for link in reversed(run.links) if link.context is not None), None)
+    if link is None:
+        why = "evaluation.context.use measures it; it wants a 7B on a GPU"
+        return Claim(what, published, "–", NOT_MEASURED, why)
+    report = link.context
+    assert report is not None
+    said = f"{effective(report, 'ruler')}, {run.name}’s {link.name} on {run.settings['model']}"
+    if not report["is_measurable"]:
+        verdict = "this model answers nothing even in the shortest prompts"
+    else:
+        share = report["effective_tokens_ruler"] / report["advertised_tokens"]
+        verdict = f"{share:.0%} of what is advertised, where {30 / 32:.0%} was published"
+    return Claim(what, published, said, MEASURED, verdict)
+
+
 def computed() -> list[Claim]:
     """Of a 7B, from its shape alone."""
     found = []
@@ -150,7 +169,6 @@ def unmeasured() -> list[Claim]:
     return [
         Claim(what, published, "–", NOT_MEASURED, why)
         for what, published, why in (
-            ("Tuned recipe: usable context", "30k of 32k tokens", "wants a 7B on a GPU"),
             ("7B, training on 5k–50k examples", "1–3 h", "wants a GPU"),
             ("7B base, MMLU (5-shot)", "60.1", "wants lm-evaluation-harness and a GPU"),
             ("7B base, HellaSwag", "81.3", "wants lm-evaluation-harness and a GPU"),

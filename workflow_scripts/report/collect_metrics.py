@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.report.metrics import Metric, metrics_of
+from workflow_scripts.report.results import Wanted
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("collect_metrics")
 
 
@@ -31,12 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, required=True, help="to write: Parquet")
     arguments = parser.parse_args(argv)
 
-    wanted = json.loads(arguments.runs)
+    wanted = Wanted.read(arguments.runs)
     found = []
-    for path, (run, settings) in zip(arguments.metrics, wanted["runs"].items(), strict=True):
-        metrics = metrics_of(
-            run, settings, wanted["gguf_types"], arguments.results, has_awq=wanted["awq"]
-        )
+    for path, (run, settings) in zip(arguments.metrics, wanted.runs.items(), strict=True):
+        metrics = metrics_of(run, wanted, arguments.results)
         files.write_json(path, {"run": run, "settings": settings, "links": by_link(metrics)})
         found += metrics
     write_table(found, arguments.table)

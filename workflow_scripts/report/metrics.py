@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from workflow_scripts import files
+from workflow_scripts.report.results import Wanted
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ SCORES = (
            "full_length_loss_standard_error_nats_per_token", STANDARD_ERROR, N_TOKENS),
     Source("full-length perplexity", "full_length_perplexity", "", n_key=N_TOKENS),
 )  # fmt: skip
+TEXT = SCORES[:2]
+SIZE = Source("size", "size_bytes", "bytes")
 SPEED = (
     Source("prompt time", "prompt_milliseconds_per_token", "ms/token",
            "prompt_standard_deviation_milliseconds_per_token", STANDARD_DEVIATION, "n_repetitions"),
@@ -64,7 +67,7 @@ SPEED = (
     Source("time to first token", "first_token_milliseconds", "ms",
            "first_token_standard_deviation_milliseconds", STANDARD_DEVIATION, "n_repetitions"),
     Source("peak memory", "peak_memory_bytes", "bytes"),
-    Source("size", "size_bytes", "bytes"),
+    SIZE,
 )  # fmt: skip
 DIVERGENCE = (
     Source("KL divergence to F16", "kl_divergence_nats", "nats/token",
@@ -94,73 +97,95 @@ PACKING = (
     Source("rows", "n_rows", ""),
     Source("training documents", "n_documents", ""),
 )
+N_PROMPTS = "n_prompts"
+CONTEXT = (
+    Source("effective context, RULER", "effective_tokens_ruler", "tokens", n_key=N_PROMPTS),
+    Source("effective context, RULER, 2.5 %", "effective_tokens_ruler_low", "tokens"),
+    Source("effective context, RULER, 97.5 %", "effective_tokens_ruler_high", "tokens"),
+    Source("effective context, NoLiMa", "effective_tokens_nolima", "tokens", n_key=N_PROMPTS),
+    Source("effective context, NoLiMa, 2.5 %", "effective_tokens_nolima_low", "tokens"),
+    Source("effective context, NoLiMa, 97.5 %", "effective_tokens_nolima_high", "tokens"),
+    Source("gain of long context", "long_gain_nats_per_token", "nats/token",
+           "long_gain_standard_error_nats_per_token", STANDARD_ERROR, "n_long_tokens"),
+)  # fmt: skip
 SHAPE = (
     Source("context", "context_tokens", "tokens"),
     Source("sliding window", "sliding_window", "tokens"),
 )
 
 
-def metrics_of(
-    run: str,
-    settings: dict[str, Any],
-    gguf_types: Sequence[str],
-    results: Path,
-    *,
-    has_awq: bool = False,
-) -> list[Metric]:
+def metrics_of(run: str, wanted: Wanted, results: Path) -> list[Metric]:
     """Of one run, from the base's scores to the last file's.
 
     Args:
-        settings: of `runs.<name>`.
+        wanted: what was measured.
         results: the folder `results/`.
-        has_awq: the merged model was quantized to AWQ too.
     Raises:
         StageError: a file that the run must have is missing.
     """
-    return [
-        metric
-        for link, file, sources in _places(run, settings, gguf_types)
-        for metric in _read(run, link, file, sources, results)
-    ] + (
-        list(_read(run, "AWQ", f"runs/{run}/evaluation/awq.json", SCORES, results))
-        if has_awq
-        else []
-    )
+    return [metric for place in _places(run, wanted) for metric in _read(run, place, results)]
 
 
-def _places(
-    run: str, settings: dict[str, Any], gguf_types: Sequence[str]
-) -> Iterator[tuple[str, str, Sequence[Source]]]:
-    """Link, file and what stands in it."""
+class Place(NamedTuple):
+    """A file of a link, and what stands in it."""
+
+    link: str
+    file: str
+    sources: Sequence[Source]
+    prefix: str = ""
+    """Of the metrics' names: what a link's text is called."""
+
+
+def _places(run: str, wanted: Wanted) -> Iterator[Place]:
+    settings = wanted.runs[run]
     model, dataset = settings["model"], settings["dataset"]
-    folder = f"runs/{run}"
-    yield "", f"models/{model}/facts.json", SHAPE
+    folder, base = f"runs/{run}", f"evaluation/{model}/{dataset}"
+    yield Place("", f"models/{model}/facts.json", SHAPE)
     if settings["packing"]:
-        yield "", f"data/{dataset}/{model}/{settings['packing']}/packing_report.json", PACKING
+        packed = f"data/{dataset}/{model}/{settings['packing']}"
+        yield Place("", f"{packed}/packing_report.json", PACKING)
     if settings["recipe"]:
-        yield "", f"{folder}/adapter/training_manifest.json", TRAINING
-    yield "", f"{folder}/merged_check.json", MERGED_GATE
-    yield "", f"{folder}/gguf_check.json", GGUF_GATE
-    yield "base", f"evaluation/{model}/{dataset}/base.json", SCORES
-    yield "base NF4", f"evaluation/{model}/{dataset}/base-nf4.json", SCORES
+        yield Place("", f"{folder}/adapter/training_manifest.json", TRAINING)
+    yield Place("", f"{folder}/merged_check.json", MERGED_GATE)
+    yield Place("", f"{folder}/gguf_check.json", GGUF_GATE)
+    yield Place("base", f"{base}/base.json", SCORES)
+    yield Place("base NF4", f"{base}/base-nf4.json", SCORES)
     adapter = () if settings["merged"] else ("adapter",)
-    for link in (*adapter, "merged", *gguf_types):
-        yield link, f"{folder}/evaluation/{link}.json", SCORES
-        yield link, f"{folder}/evaluation/{link}.inference.json", SPEED
-        if link in gguf_types and link != "F16":
-            yield link, f"{folder}/evaluation/{link}.divergence.json", DIVERGENCE
+    for link in (*adapter, "merged", *wanted.gguf_types):
+        yield Place(link, f"{folder}/evaluation/{link}.json", SCORES)
+        yield Place(link, f"{folder}/evaluation/{link}.inference.json", SPEED)
+        if link in wanted.gguf_types and link != "F16":
+            yield Place(link, f"{folder}/evaluation/{link}.divergence.json", DIVERGENCE)
+    if wanted.awq:
+        yield Place("AWQ", f"{folder}/evaluation/awq.json", (*SCORES, SIZE))
+    for text in wanted.texts:
+        scored = f"evaluation/{model}/texts/{text}/base.json"
+        yield Place("base", scored, TEXT, f"{text}: ")
+        for link in ("merged", *wanted.gguf_types):
+            scored = f"{folder}/evaluation/texts/{text}/{link}.json"
+            yield Place(link, scored, TEXT, f"{text}: ")
+    for link in wanted.context:
+        place = base if link == "base" else f"{folder}/evaluation"
+        yield Place(link, f"{place}/{link}.context.json", CONTEXT)
 
 
-def _read(
-    run: str, link: str, file: str, sources: Sequence[Source], results: Path
-) -> Iterator[Metric]:
+def _read(run: str, place: Place, results: Path) -> Iterator[Metric]:
     """The metrics of a file; what it has not, or has as null, was not measured."""
-    content = files.read_json(results / file)
-    for source in sources:
+    content = files.read_json(results / place.file)
+    for source in place.sources:
         value = content.get(source.key)
         if value is None:
             continue
         error = content.get(source.error_key) if source.error_key else None
-        n = content.get(source.n_key) if source.n_key else None
-        kind = source.error_is if error is not None else None
-        yield Metric(run, link, source.name, value, source.unit, error, kind, n, file, source.key)
+        yield Metric(
+            run=run,
+            link=place.link,
+            name=place.prefix + source.name,
+            value=value,
+            unit=source.unit,
+            error=error,
+            error_is=source.error_is if error is not None else None,
+            n=content.get(source.n_key) if source.n_key else None,
+            file=place.file,
+            key=source.key,
+        )

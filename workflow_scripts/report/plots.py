@@ -61,18 +61,20 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
 
 
 def chain(runs: Sequence[RunResults]) -> Figure:
-    """Perplexity by link, a line a run, bars of one standard error."""
+    """Perplexity by link, a line a run, bars of one standard error; AWQ, which is no link after
+    the last but made of the merged model, by itself."""
     names = list(dict.fromkeys(link.name for run in runs for link in run.links))
+    if any(run.awq for run in runs):
+        names.append("AWQ")
     figure, (axis,) = panels(width=8, height=4.2)
     for number, (run, style) in enumerate(zip(runs, styles(), strict=False)):
-        values = [link.scores["perplexity"] for link in run.links]
-        errors = [
-            (link.scores["loss_standard_error_nats_per_token"] or 0) * value
-            for link, value in zip(run.links, values, strict=True)
-        ]
-        # Beside each other, so that bars do not hide bars.
-        places = [names.index(link.name) + 0.08 * number for link in run.links]
-        axis.errorbar(places, values, yerr=errors, **style, label=run.name)
+        for links, how in ((run.links, {"label": run.name}), ([run.awq], {"linestyle": ""})):
+            points = [_perplexity(link) for link in links if link]
+            # Beside each other, so that bars do not hide bars.
+            places = [names.index(link.name) + 0.08 * number for link in links if link]
+            if points:
+                values, errors = zip(*points, strict=True)
+                axis.errorbar(places, values, yerr=errors, **style, **how)
     axis.set_xticks(range(len(names)), names, rotation=20)
     axis.set_yscale("log")
     log_ticks(axis.yaxis)
@@ -82,11 +84,18 @@ def chain(runs: Sequence[RunResults]) -> Figure:
     return figure
 
 
+def _perplexity(link: Link) -> tuple[float, float]:
+    """With its standard error, 0 where none is known."""
+    value = link.scores["perplexity"]
+    return value, (link.scores["loss_standard_error_nats_per_token"] or 0) * value
+
+
 def trade_off(run: RunResults) -> Figure:
-    """Quality against size and against speed of the run's files."""
+    """Quality against size and against speed of the run's files; AWQ's speed is not measured."""
     links = [link for link in run.links if link.speed is not None and link.name not in _OTHERS]
+    links += [run.awq] if run.awq else []
     measures = (
-        ("size of the file, GB", lambda link: (link.speed["size_bytes"] / 1e9, None)),
+        ("size of the file, GB", lambda link: (link.scores["size_bytes"] / 1e9, None)),
         ("decoding, ms a token", lambda link: _of_speed(link, "decode")),
         ("reading the prompt, ms a token", lambda link: _of_speed(link, "prompt")),
     )
@@ -94,6 +103,8 @@ def trade_off(run: RunResults) -> Figure:
     for axis, (label, place) in zip(axes, measures, strict=True):
         for link, style in zip(links, styles(), strict=False):
             loss = link.scores["loss_nats_per_token"]
+            if link.speed is None and axis is not axes[0]:
+                continue
             value, error = place(link)
             axis.errorbar([value], [loss], xerr=[error or 0], linestyle="", **style)
             axis.annotate(link.name, (value, loss), textcoords="offset points", xytext=(6, 5))

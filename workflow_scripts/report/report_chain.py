@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.report import figures, plots
+from workflow_scripts.report import figures, plots, tables
 from workflow_scripts.report.results import Link, RunResults, read_results
 from workflow_scripts.report.tables import (
     Table,
@@ -23,31 +23,27 @@ from workflow_scripts.report.tables import (
     with_error,
 )
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("report_chain")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--texts", nargs="+", default=[], help="names of texts scored as well")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results, arguments.texts)
-    chain(runs, arguments.texts).write(
-        tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html
-    )
+    runs = read_results(arguments.runs, arguments.results)
+    chain(runs).write(arguments)
     figures.save(plots.chain(runs), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
-def chain(runs: Sequence[RunResults], texts: Sequence[str] = ()) -> Table:
+def chain(runs: Sequence[RunResults]) -> Table:
     """One row a run and link, and a column a text."""
+    texts = list(runs[0].link("merged").texts)
     rows = []
     for run in runs:
         links, changes = list(run.links), ["", *steps(run.links)]
@@ -152,7 +148,7 @@ def measured(link: Link) -> list[str]:
     whole = link.scores.get("full_length_perplexity")
     cells = ["" if whole is None else f"{whole:.2f}"]
     if link.speed is None:
-        return [*cells, "", "", "", ""]
+        return [*cells, "", "", "", mebibytes(link.scores["size_bytes"])]
     for phase in ("prompt", "decode"):
         cells.append(
             with_error(

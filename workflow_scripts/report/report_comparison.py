@@ -12,10 +12,12 @@ from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.report import tables
+from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("report_comparison")
 
 
@@ -23,13 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     runs = read_results(arguments.runs, arguments.results)
-    comparison(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    comparison(runs).write(arguments)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
@@ -40,10 +40,14 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Perplexity, base": lambda run: perplexity(run.link("base").scores),
         "Perplexity, merged": lambda run: perplexity(run.link("merged").scores),
         f"Perplexity, {smallest}": lambda run: perplexity(run.link(smallest).scores),
+        **texts(runs, smallest),
         "Change against the base": lambda run: change(run, "merged"),
         f"Prompt, {smallest}, ms/token": lambda run: speed(run, smallest, "prompt"),
         f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
-        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).speed["size_bytes"]),
+        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).scores["size_bytes"]),
+        f"Memory of inference, {smallest}": lambda run: mebibytes(
+            run.link(smallest).speed["peak_memory_bytes"]
+        ),
         "Memory of training, predicted": lambda run: mebibytes(
             trained(run, "predicted_peak_memory_bytes")
         ),
@@ -53,6 +57,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Trainable parameters": lambda run: count(trained(run, "n_trainable_parameters")),
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
         "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
+        **usable(runs[0]),
     }
     if any(run.merge_base for run in runs):
         figures |= {
@@ -75,10 +80,44 @@ def comparison(runs: Sequence[RunResults]) -> Table:
             f" supervised tokens, in pieces of at most {scores['piece_tokens']} tokens; lower"
             " perplexity is better; ± is a standard error (speed: standard deviation over"
             " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
-            " apply. How much of a context is usable: `snakemake context`."
+            f" apply.{note_on_context(runs)}"
         ),
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
+    )
+
+
+def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the texts that were scored."""
+    return {
+        f"Perplexity on {text}, {link}": lambda run, text=text, link=link: perplexity(
+            run.link(link).texts[text]
+        )
+        for text in runs[0].link("merged").texts
+        for link in ("base", "merged", smallest)
+    }
+
+
+def usable(run: RunResults) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the links whose usable context was measured."""
+    return {
+        f"Usable context, {link.name}": lambda run, name=link.name: effective(
+            run.link(name).context, "ruler"
+        )
+        for link in run.links
+        if link.context is not None
+    }
+
+
+def note_on_context(runs: Sequence[RunResults]) -> str:
+    measured = [link.context for run in runs for link in run.links if link.context is not None]
+    if not measured:
+        return " How much of a context is usable: `snakemake context`."
+    n_prompts = sorted({report["n_prompts"] for report in measured})
+    return (
+        " Usable context: the longest length up to which 85.6 % of the questions on a text are"
+        " answered (RULER), and 95 % of what so many prompts leave possible;"
+        f" {' or '.join(f'{n:,}' for n in n_prompts)} prompts a link."
     )
 
 

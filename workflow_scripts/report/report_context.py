@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.report import figures, plots
+from workflow_scripts.report import figures, plots, tables
 from workflow_scripts.report.tables import Table, with_error
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 Reports = Mapping[str, Mapping[str, Any]]
 logger = log.stage_logger("report_context")
 
@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", required=True, help="JSON of the runs")
     parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     runs = {
@@ -36,18 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, settings in json.loads(arguments.runs)["runs"].items()
     }
     table = context(runs)
-    lines = ["\t".join(cells) for cells in (table.header, *table.rows)]
-    files.write_text(arguments.tsv, "\n".join(lines) + "\n")
-    files.write_text(arguments.markdown, table.as_markdown() + "\n")
-    body = pages.table(table.header, table.rows)
-    body += f'<p class="quiet">{pages.visible(table.note)}</p>'
+    below = ""
     for name, links in runs.items():
-        body += f"<h2>{pages.visible(name)}</h2>" + figures.inline(
+        below += f"<h2>{pages.visible(name)}</h2>" + figures.inline(
             plots.heat_maps(links),
             f"{name}: right answers by length of the prompt and depth of the fact, of the tasks"
             " that have a depth",
         )
-    files.write_text(arguments.html, pages.page(table.title, body))
+    table.write(arguments, below=below)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
@@ -74,8 +68,8 @@ def context(runs: Mapping[str, Reports]) -> Table:
     rows = [
         [
             f"{run}: {link}",
-            effective(report, "effective_tokens_ruler"),
-            effective(report, "effective_tokens_nolima"),
+            effective(report, "ruler"),
+            effective(report, "nolima"),
             gain(report),
             *(score_at(report, length) for length in lengths),
         ]
@@ -89,6 +83,7 @@ def context(runs: Mapping[str, Reports]) -> Table:
             "Scores are per cent of right answers over tasks made after RULER, each task weighing"
             " the same. Effective ÷ advertised: the longest length up to which every score is at"
             " least 85.6 (RULER), or at least 85 % of the best at up to 1,024 tokens (NoLiMa);"
+            " in brackets 95 % of what so many prompts leave possible (Jeffreys);"
             " “not measurable” is a link that answers nothing even at the shortest length. The gain"
             f" is what tokens beyond {first['short_tokens']:,} lose when no more context than that"
             " is given, nats a token ± a standard error; a dash where no test conversation is so"
@@ -106,11 +101,18 @@ def context(runs: Mapping[str, Reports]) -> Table:
     )
 
 
-def effective(report: Mapping[str, Any], key: str) -> str:
-    """`2,048 / 32,768`."""
+def effective(report: Mapping[str, Any], definition: str) -> str:
+    """`2,048 / 32,768 (1,024–4,096)`.
+
+    Args:
+        definition: `ruler` or `nolima`.
+    """
     if not report["is_measurable"]:
         return "not measurable"
-    return f"{report[key]:,} / {report['advertised_tokens']:,}"
+    length, low, high = (
+        report[f"effective_tokens_{definition}{end}"] for end in ("", "_low", "_high")
+    )
+    return f"{length:,} / {report['advertised_tokens']:,} ({low:,}–{high:,})"
 
 
 def gain(report: Mapping[str, Any]) -> str:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from workflow_scripts import files, log
+from workflow_scripts.report import figures, tables
 from workflow_scripts.report.arms import Arm, Difference, Seeds, difference, find_arms
 from workflow_scripts.report.tables import Table, with_error
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 NOT_MEASURABLE = "not measurable"
 logger = log.stage_logger("report_experiment")
 
@@ -49,7 +50,7 @@ class Results:
     positions: Mapping[str, Scores]
     """Of evaluate_positions, by run."""
     recall: Mapping[str, Scores]
-    """Of evaluate_recall, by run."""
+    """Of evaluate_recall, by run; empty where it was left out."""
 
     @property
     def first(self) -> Scores:
@@ -62,13 +63,14 @@ class Results:
 
     def lengths(self) -> list[int]:
         """Of the recall prompts, tokens, ascending."""
-        cells = next(iter(self.recall.values()))["cells"]
-        return sorted({cell["length_tokens"] for cell in cells})
+        return sorted(
+            {cell["length_tokens"] for scores in self.recall.values() for cell in scores["cells"]}
+        )
 
     def recalls(self) -> bool:
         """Whether any run found any fact in the shortest prompts: else 0 % says nothing of how far
         the models see."""
-        shortest = self.lengths()[0]
+        shortest = min(self.lengths(), default=None)
         return any(
             cell["n_exact"]
             for scores in self.recall.values()
@@ -89,10 +91,9 @@ class Results:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs' settings, by name")
+    parser.add_argument("--recall", action="store_true", help="recall of facts was measured too")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
@@ -101,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     positions, recall = (
         {
             run: files.read_json(arguments.results / "runs" / run / "evaluation" / f"{name}.json")
-            for run in runs
+            for run in (runs if is_wanted else ())
         }
-        for name in ("positions", "recall")
+        for name, is_wanted in (("positions", True), ("recall", arguments.recall))
     )
     check_same_questions(positions, recall)
     results = Results(factors, arms, positions, recall)
-    table(results).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    table(results).write(arguments)
     draw(results, arguments.figure)
     logger.info("wrote n_arms=%d n_seeds=%d path=%s", len(arms), results.n_seeds, arguments.html)
 
@@ -122,7 +123,7 @@ def check_same_questions(positions: Mapping[str, Scores], recall: Mapping[str, S
             *((part["first_position"], part["n_scored_tokens"]) for part in scores["buckets"]),
             *(
                 (cell["length_tokens"], cell["depth_fraction"], cell["n_prompts"])
-                for cell in recall[run]["cells"]
+                for cell in (recall[run]["cells"] if recall else ())
             ),
         ]
         for run, scores in positions.items()
@@ -140,40 +141,41 @@ def check_same_questions(positions: Mapping[str, Scores], recall: Mapping[str, S
 
 
 def table(results: Results) -> Table:
-    """A row a figure; a column an arm, then what each further arm differs by from the first."""
-    first, *others = results.arms
-    whose = {arm.name: f"{arm.name}: " if len(others) > 1 else "" for arm in others}
-    recalled = recall_figures(results)
-    rows = [row(results, figure) for figure in (perplexity(results), *position_figures(results))]
-    if results.recalls():
-        rows += [row(results, figure) for figure in recalled]
-    else:
-        cells = [NOT_MEASURABLE] * len(results.arms) + [""] * 2 * len(others)
-        rows += [[figure.title, *cells] for figure in recalled]
-    rows += [row(results, figure) for figure in cost_figures(results)]
+    """A row a figure and arm: long and narrow, however many arms there are."""
+    figures = [perplexity(results), *position_figures(results)]
+    rows = [row for figure in figures for row in rows_of(results, figure)]
+    for figure in recall_figures(results):
+        if results.recalls():
+            rows += rows_of(results, figure)
+        else:
+            rows += [[figure.title, arm.name, NOT_MEASURABLE, "", ""] for arm in results.arms]
+    rows += [row for figure in cost_figures(results) for row in rows_of(results, figure)]
     return Table(
         title=f"Experiment: {', '.join(results.factors)}",
         note=" ".join([*verdicts(results), note(results)]),
         header=[
             "",
-            *(arm.name for arm in results.arms),
-            *(f"{arm.name} − {first.name}" for arm in others),
-            *(f"{whose[arm.name]}larger than its error" for arm in others),
+            "arm",
+            "mean ± sd",
+            f"difference from {results.arms[0].name}, 95 %",
+            "larger than its error",
         ],
         rows=rows,
     )
 
 
-def row(results: Results, figure: Figure) -> list[str]:
-    """Mean and standard deviation over the seeds of each arm, and the differences."""
-    by_arm = [results.values(arm, figure) for arm in results.arms]
-    differences = [difference(values, by_arm[0]) for values in by_arm[1:]]
-    return [
-        figure.title,
-        *(with_error(*mean_and_deviation(values), figure.digits) for values in by_arm),
-        *(signed(one, figure.digits) for one in differences),
-        *("yes" if one.is_shown else "no" for one in differences),
-    ]
+def rows_of(results: Results, figure: Figure) -> Iterator[list[str]]:
+    """Of each arm the mean and standard deviation over its seeds; of all but the first the
+    difference from that."""
+    by_arm = {arm.name: results.values(arm, figure) for arm in results.arms}
+    first = next(iter(by_arm.values()))
+    for name, values in by_arm.items():
+        cells = [figure.title, name, with_error(*mean_and_deviation(values), figure.digits)]
+        if values is first:
+            yield [*cells, "", ""]
+            continue
+        one = difference(values, first)
+        yield [*cells, signed(one, figure.digits), "yes" if one.is_shown else "no"]
 
 
 def perplexity(results: Results) -> Figure:
@@ -265,39 +267,53 @@ def verdicts(results: Results) -> list[str]:
         said.append(
             f"The perplexity of {arm.name} is {change} than that of {first.name}; {judged}."
         )
-    if not results.recalls():
+    if results.recall and not results.recalls():
         said.append("No run finds a fact even in the shortest prompts: recall is not measurable.")
     return said
 
 
 def note(results: Results) -> str:
-    recall = next(iter(results.recall.values()))
-    n_prompts = sum(
-        cell["n_prompts"]
-        for cell in recall["cells"]
-        if cell["length_tokens"] == results.lengths()[0]
-    )
     window = results.first["sliding_window"]
-    return (
+    said = [
+        f"Arms: {'; '.join(described(results))}.",
         f"Lower perplexity is better: {results.first['n_scored_tokens']:,} supervised tokens of"
         f" {results.first['n_conversations']} validation conversations, each whole and alone, with"
-        f" {f'a window of {window:,} tokens' if window else 'full attention'}. Recall:"
-        f" {n_prompts} prompts a length, spread over depths; guessing costs"
-        f" {results.chance_nats:.1f} nats. {results.n_seeds} seeds an arm: ± is the"
-        " standard deviation over seeds; a difference is paired by seed, its ± a 95 % interval"
-        " (Student) over seeds, for these conversations and prompts."
+        f" {f'a window of {window:,} tokens' if window else 'full attention'}.",
+    ]
+    if results.recall:
+        shortest = results.lengths()[0]
+        cells = next(iter(results.recall.values()))["cells"]
+        n_prompts = sum(cell["n_prompts"] for cell in cells if cell["length_tokens"] == shortest)
+        said.append(
+            f"Recall: {n_prompts} prompts a length, spread over depths; guessing costs"
+            f" {results.chance_nats:.1f} nats."
+        )
+    said.append(
+        f"{results.n_seeds} seeds an arm: ± is the standard deviation over seeds; a difference is"
+        " paired by seed, its ± a 95 % interval (Student) over seeds, for these conversations"
+        f"{' and prompts' if results.recall else ''}. Of twenty differences that are none, one is"
+        " larger than its error by chance."
     )
+    return " ".join(said)
+
+
+def described(results: Results) -> list[str]:
+    """Each arm by its values; those after the first by what differs from it."""
+    first = results.arms[0].values
+    return [
+        f"{arm.name}: "
+        + ", ".join(
+            f"{key} {value}"
+            for key, value in arm.values.items()
+            if arm.values is first or value != first[key]
+        )
+        for arm in results.arms
+    ]
 
 
 def draw(results: Results, path: Path) -> None:
     """Perplexity by position, facts recalled and cost of the answer by length of the prompt; a line
     an arm, bars of one standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "tramontane"
     buckets = results.first["buckets"]
     middles = [(bucket["first_position"] + bucket["last_position"] + 1) / 2 for bucket in buckets]
     lengths = results.lengths()
@@ -305,42 +321,49 @@ def draw(results: Results, path: Path) -> None:
     recalled = recall_figures(results) if results.recalls() else []
     panels = [
         ("Perplexity (lower is better)", by_position, middles, position_figures(results)),
-        ("Facts recalled, %", by_length, lengths, recalled),
-        ("Nats of the right answer (lower is better)", by_length, lengths, cost_figures(results)),
     ]
+    if results.recall:
+        panels += [
+            ("Facts recalled, %", by_length, lengths, recalled),
+            (
+                "Nats of the right answer (lower is better)",
+                by_length,
+                lengths,
+                cost_figures(results),
+            ),
+        ]
     window = results.first["sliding_window"]
-    drawing, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
-    for panel, (title, label, places, figures) in zip(axes, panels, strict=True):
+    drawing, axes = figures.panels(len(panels), width=1.5 + 4.2 * len(panels), height=4)
+    for panel, (title, label, places, drawn) in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)
         panel.set_xlim(places[0] / 1.3, places[-1] * 1.3)
-        panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-        panel.set_title(title, fontsize=10)
+        figures.log_ticks(panel.xaxis)
+        panel.set_title(title)
         panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-        if not figures:
+        if not drawn:
             panel.text(0.5, 0.5, NOT_MEASURABLE, ha="center", transform=panel.transAxes)
             continue
-        for number, arm in enumerate(results.arms):
-            summaries = [mean_and_deviation(results.values(arm, figure)) for figure in figures]
+        for number, (arm, style) in enumerate(zip(results.arms, figures.styles(), strict=False)):
+            summaries = [mean_and_deviation(results.values(arm, figure)) for figure in drawn]
             panel.errorbar(
                 # Beside each other, so that bars do not hide bars.
                 [place * 1.03**number for place in places],
                 [mean for mean, _ in summaries],
                 yerr=[deviation or 0 for _, deviation in summaries],
-                marker="o",
-                capsize=3,
+                **style,
                 label=arm.name,
             )
         if window:
-            panel.axvline(window, color="0.5", linestyle=":", linewidth=1, label="window")
-    axes[1].set_ylim(-3, 103)
-    axes[2].axhline(results.chance_nats, color="0.5", linestyle="--", linewidth=1, label="guessed")
+            panel.axvline(window, color=figures.QUIET, linestyle=":", linewidth=1, label="window")
+    if results.recall:
+        axes[1].set_ylim(-3, 103)
+        axes[2].axhline(
+            results.chance_nats, color=figures.QUIET, linestyle="--", linewidth=1, label="guessed"
+        )
     for panel in axes:
         if panel.lines:
-            panel.legend(frameon=False, fontsize=8)
-    with files.atomic_file(path) as temporary:
-        drawing.savefig(temporary, metadata={"Date": None})
-    pyplot.close(drawing)
+            panel.legend()
+    figures.save(drawing, path)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from workflow_scripts.durations import durations
 from workflow_scripts.models.kv_cache import kv_cache_bytes
 from workflow_scripts.report import figures, plots, verdicts
 from workflow_scripts.report.report_chain import chain
+from workflow_scripts.report.report_cleaning import funnel_html
+from workflow_scripts.report.report_context import context
+from workflow_scripts.report.report_packing import rows_html
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import mebibytes, with_error
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("report_run")
 
 
@@ -27,22 +30,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--run", required=True, help="name of the run")
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--texts", nargs="+", default=[], help="names of texts scored as well")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument("--benchmarks", type=Path, required=True, help="of the run's steps")
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
-    every = read_results(arguments.runs, arguments.results, arguments.texts)
+    every = read_results(arguments.runs, arguments.results)
     run = next(one for one in every if one.name == arguments.run)
     folder = arguments.results / "runs" / run.name
     sections = {
         "What came out": outcome_html(run),
-        "The chain": chain_html(run, arguments.texts),
+        "The chain": chain_html(run),
         "Hand-overs": gates_html(folder),
         "Quality, size and speed": trade_off_html(run),
         "Speed, and memory of the context": speed_html(run),
         "Where it is good, and where not": parts_html(run),
+        "Usable context": context_html(run),
+        "Data": data_html(run, arguments.results),
         "Training": training_html(run, folder),
         "Time": time_html(durations(arguments.benchmarks)),
     }
@@ -74,8 +78,8 @@ def outcome_html(run: RunResults) -> str:
     return "".join(f"<p>{pages.visible(sentence)}</p>" for sentence in verdicts.of_run(run))
 
 
-def chain_html(run: RunResults, texts: Sequence[str]) -> str:
-    table = chain([run], texts)
+def chain_html(run: RunResults) -> str:
+    table = chain([run])
     drawing = figures.inline(
         plots.chain([run]),
         "Perplexity of every link; bars are one standard error of the link alone",
@@ -176,6 +180,31 @@ def parts_html(run: RunResults) -> str:
         for part in ("turn", "source")
     )
     return drawing + tables
+
+
+def context_html(run: RunResults) -> str:
+    """Where it was measured: effective lengths, and right answers by length and depth."""
+    reports = {link.name: link.context for link in run.links if link.context is not None}
+    if not reports:
+        return ""
+    table = context({run.name: reports})
+    rows = [[name.removeprefix(f"{run.name}: "), *cells] for name, *cells in table.rows]
+    drawing = figures.inline(
+        plots.heat_maps(reports),
+        "Right answers by length of the prompt and depth of the fact, of the tasks that have a"
+        " depth",
+    )
+    return drawing + pages.table(table.header, rows) + paragraph(table.note)
+
+
+def data_html(run: RunResults, results: Path) -> str:
+    """What became of the conversations, and of the rows they were packed into."""
+    dataset = results / "data" / run.settings["dataset"]
+    cleaned = funnel_html(files.read_json(dataset / "clean" / "cleaning_report.json"))
+    if run.manifest is None:
+        return cleaned
+    folder = dataset / run.settings["model"] / run.settings["packing"]
+    return cleaned + rows_html(files.read_json(folder / "packing_report.json"))
 
 
 def training_html(run: RunResults, folder: Path) -> str:

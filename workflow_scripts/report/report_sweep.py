@@ -11,7 +11,6 @@ python -m workflow_scripts.report.report_sweep --results results --tsv sweep.tsv
 from __future__ import annotations
 
 import argparse
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files, log, sweeps
+from workflow_scripts.report import tables
 from workflow_scripts.report.arms import STUDENT_T
 from workflow_scripts.report.tables import Table, change_of_perplexity, mebibytes, with_error
 
@@ -97,29 +97,11 @@ class Sweep:
         return [run for run in self.runs[1:] if not self.difference(run).is_shown]
 
 
-@dataclass(frozen=True)
-class Ranking(Table):
-    """A table whose last line is what to do with it."""
-
-    conclusions: Sequence[str]
-    """A paragraph each."""
-
-    def as_markdown(self) -> str:
-        return "\n\n".join([super().as_markdown(), *self.conclusions])
-
-    def as_html(self) -> str:
-        before, end, after = super().as_html().rpartition("</html>")
-        paragraphs = "".join(f"<p>{html.escape(text)}</p>\n" for text in self.conclusions)
-        return f"{before}{paragraphs}{end}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--sweeps", required=True, help="JSON: recipe, runs and values by sweep")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
@@ -133,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             where="--sweeps",
             to_fix="give a recipe `sweep: true` and a list of values, and a run that uses it",
         )
-    table(ranked).write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    table(ranked).write(arguments)
     draw(ranked, arguments.figure)
     for sweep in ranked:
         logger.info(
@@ -190,10 +172,10 @@ def student(n: int) -> float:
     return STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
 
 
-def table(ranked: Sequence[Sweep]) -> Ranking:
+def table(ranked: Sequence[Sweep]) -> Table:
     """A row a run, best first within its sweep."""
     keys = list(dict.fromkeys(key for sweep in ranked for key in sweep.keys))
-    return Ranking(
+    return Table(
         title=f"Sweep: {', '.join(keys)}",
         note=note(ranked),
         header=[

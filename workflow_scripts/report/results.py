@@ -27,6 +27,8 @@ class Link:
     """Of evaluate_divergence, for the quantizations."""
     texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Of evaluate_text, by name, for the links that are scored on texts."""
+    context: dict[str, Any] | None = None
+    """Of evaluate_context; None where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,33 @@ class RunResults:
         return next(link for link in self.links if link.name == name)
 
 
-def read_results(runs: str, results: Path, texts: Sequence[str] = ()) -> list[RunResults]:
+@dataclass(frozen=True)
+class Wanted:
+    """What was measured, as the rules say it."""
+
+    runs: Mapping[str, dict[str, Any]]
+    """Settings of each, by name."""
+    gguf_types: Sequence[str]
+    awq: bool
+    texts: Sequence[str] = ()
+    """Names of the texts that links are scored on."""
+    context: Sequence[str] = ()
+    """Links whose usable context was measured."""
+
+    @classmethod
+    def read(cls, text: str) -> Wanted:
+        """Of its JSON."""
+        return cls(**json.loads(text))
+
+
+def read_results(runs: str, results: Path) -> list[RunResults]:
     """All runs of a report.
 
     Args:
-        runs: JSON of the runs' settings and the GGUF types, as the rule hands it.
+        runs: JSON of `Wanted`, as the rule hands it.
         results: the folder `results/`.
-        texts: names of texts whose scores are read too.
     """
-    wanted = json.loads(runs)
+    wanted = Wanted.read(runs)
     return [
         RunResults(
             name=name,
@@ -74,32 +94,41 @@ def read_results(runs: str, results: Path, texts: Sequence[str] = ()) -> list[Ru
                 if settings["merge_base"] == "auto"
                 else None
             ),
-            links=[
-                dataclasses.replace(link, texts=_texts(name, settings, link.name, results, texts))
-                for link in _links(name, settings, wanted["gguf_types"], results)
-            ],
+            links=list(_links(name, settings, wanted, results)),
             awq=(
                 _link("AWQ", results / "runs" / name / "evaluation" / "awq.json")
-                if wanted["awq"]
+                if wanted.awq
                 else None
             ),
         )
-        for name, settings in wanted["runs"].items()
+        for name, settings in wanted.runs.items()
     ]
 
 
-def _links(
-    run: str, settings: dict[str, Any], gguf_types: list[str], results: Path
-) -> Iterator[Link]:
+def _links(run: str, settings: dict[str, Any], wanted: Wanted, results: Path) -> Iterator[Link]:
     base = results / "evaluation" / settings["model"] / settings["dataset"]
-    yield _link("base", base / "base.json")
-    yield _link("base NF4", base / "base-nf4.json")
     folder = results / "runs" / run / "evaluation"
+
+    def link(name: str, place: Path, **files_of: Path | None) -> Link:
+        context = place / f"{place_name(name)}.context.json"
+        return dataclasses.replace(
+            _link(name, place / f"{place_name(name)}.json", **files_of),
+            texts=_texts(run, settings, name, results, wanted.texts),
+            context=files.read_json(context) if name in wanted.context else None,
+        )
+
+    yield link("base", base)
+    yield link("base NF4", base)
     adapter = () if settings["merged"] else ("adapter",)
-    for name in (*adapter, "merged", *gguf_types):
+    for name in (*adapter, "merged", *wanted.gguf_types):
         speed, divergence = (folder / f"{name}.{what}.json" for what in ("inference", "divergence"))
-        is_quantization = name in gguf_types and name != "F16"
-        yield _link(name, folder / f"{name}.json", speed, divergence if is_quantization else None)
+        is_quantization = name in wanted.gguf_types and name != "F16"
+        yield link(name, folder, speed=speed, divergence=divergence if is_quantization else None)
+
+
+def place_name(link: str) -> str:
+    """How the files of a link are called: `base-nf4` of `base NF4`."""
+    return link.lower().replace(" ", "-") if link.startswith("base") else link
 
 
 def _link(

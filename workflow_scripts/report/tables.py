@@ -3,25 +3,20 @@ report."""
 
 from __future__ import annotations
 
-import html
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflow_scripts import files
+from workflow_scripts import files, pages
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; margin: 1.5rem; }
-h1 { font-size: 1.2rem; margin: 0 0 .2rem; }
-p { max-width: 60rem; color: #51606f; margin: .4rem 0 1rem; }
-table { border-collapse: collapse; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid #dde3e9; text-align: right;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #51606f; }
-tbody tr:hover { background: #f3f6f9; }
-"""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three files of a table."""
+    parser.add_argument("--tsv", type=Path, required=True, help="to write")
+    parser.add_argument("--markdown", type=Path, required=True, help="to write")
+    parser.add_argument("--html", type=Path, required=True, help="to write")
 
 
 @dataclass(frozen=True)
@@ -34,12 +29,19 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def write(self, *, tsv: Path, markdown: Path, page: Path) -> None:
-        """Write all three forms."""
+    conclusions: Sequence[str] = ()
+    """Below the table, a paragraph each."""
+
+    def write(self, arguments: argparse.Namespace, *, below: str = "") -> None:
+        """All three forms, as `add_arguments` names them.
+
+        Args:
+            below: HTML of what the page shows after the table.
+        """
         lines = ["\t".join(cells) for cells in (self.header, *self.rows)]
-        files.write_text(tsv, "\n".join(lines) + "\n")
-        files.write_text(markdown, self.as_markdown() + "\n")
-        files.write_text(page, self.as_html())
+        files.write_text(arguments.tsv, "\n".join(lines) + "\n")
+        files.write_text(arguments.markdown, self.as_markdown() + "\n")
+        files.write_text(arguments.html, pages.page(self.title, self.as_html() + below))
 
     def as_markdown(self) -> str:
         ruler = ["---", *["---:"] * (len(self.header) - 1)]
@@ -47,21 +49,15 @@ class Table:
             "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
             for cells in (self.header, ruler, *self.rows)
         ]
-        return "\n".join([f"### {self.title}", "", self.note, "", *rows])
+        table = "\n".join([f"### {self.title}", "", self.note, "", *rows])
+        return "\n\n".join([table, *self.conclusions])
 
     def as_html(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
-
-        body = "\n".join(row(cells, "td") for cells in self.rows)
-        return (
-            f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{STYLE}</style>\n"
-            f"<h1>{html.escape(self.title)}</h1>\n<p>{html.escape(self.note)}</p>\n"
-            f"<table>\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n"
-            "</table>\n</html>\n"
+        """Note, table and conclusions, without the title."""
+        note, *conclusions = (
+            f"<p>{pages.visible(text)}</p>" for text in (self.note, *self.conclusions)
         )
+        return "\n".join([note, pages.table(self.header, self.rows), *conclusions])
 
 
 def mebibytes(n_bytes: float | None) -> str:

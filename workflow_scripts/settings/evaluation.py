@@ -49,8 +49,8 @@ class RecallSettings(Settings):
     four windows (a sixteenth to the whole of the context of a model without one)."""
     depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
     """Where in the text the fact stands: 0 is its beginning, 1 just before the question."""
-    n_prompts: Count = 20
-    """Prompts of each length and depth."""
+    n_prompts: NonNegative = 20
+    """Prompts of each length and depth; 0 leaves recall out."""
     seed: NonNegative = 0
     """Which texts and facts."""
 
@@ -58,6 +58,9 @@ class RecallSettings(Settings):
 class ContextSettings(Settings):
     """`evaluation.context`: how much of the context is usable (`snakemake context`)."""
 
+    use: bool = False
+    """Measured by `snakemake` alone as well, for the headline table and each run's page; on a 7B
+    that is more prompts than everything else together."""
     tasks: Annotated[
         list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
     ] = ["single", "multi_key", "variable_tracing"]

@@ -119,6 +119,9 @@ class RecipeSettings(Settings):
     """Decoupled weight decay, on what trains."""
     max_gradient_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
+    honours_window: bool = True
+    """Attention in training ends at the model's sliding window; false trains as scripts do that
+    ignore it, to see what that costs. Every score still honours it."""
     epochs: Positive = 1.0
     """Passes over the packed rows."""
     max_steps: Count | None = None

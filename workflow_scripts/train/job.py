@@ -9,7 +9,7 @@ from typing import Any
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import Plan, read_plan
-from workflow_scripts.models.checkpoint import default_device
+from workflow_scripts.models.checkpoint import default_device, without_window
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train.memory.shape import PlannedRun
 from workflow_scripts.train.validation import longest_row
@@ -22,6 +22,7 @@ class Job:
     recipe: RecipeSettings
     training: TrainingSettings
     facts: dict[str, Any]
+    """As the model trains: without its window where the recipe does not honour it."""
     plan: Plan
     train: Documents
     validation: Documents
@@ -47,6 +48,8 @@ class Job:
         """
         train, validation = tokens / "train.arrow", tokens / "validation.arrow"
         model = files.read_json(facts)
+        if not recipe.honours_window:
+            model = without_window(model)
         return cls(
             recipe=recipe,
             training=training,

@@ -47,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.data.documents import Documents
     from workflow_scripts.data.plan import read_plan
-    from workflow_scripts.models.checkpoint import default_device
+    from workflow_scripts.models.checkpoint import default_device, without_window
     from workflow_scripts.train.memory import device, fit, layouts
     from workflow_scripts.train.memory.shape import PlannedRun
     from workflow_scripts.train.validation import longest_row
 
+    if not recipe.honours_window:
+        facts = without_window(facts)
     if arguments.memory_gb is None:
         device_type = default_device().type
         available = device.available_bytes()

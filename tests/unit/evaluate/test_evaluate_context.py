@@ -119,6 +119,57 @@ def test_the_effective_length_by_both_definitions(scores, ruler, nolima):
     assert (found["effective_tokens_ruler"], found["effective_tokens_nolima"]) == (ruler, nolima)
 
 
+def cells_of(shares, n_prompts):
+    """One task, one depth a length; so many right answers of so many."""
+    return [
+        {"task": "single", "length_tokens": 512 << at, "n_prompts": n_prompts,
+         "n_exact": round(share * n_prompts)}
+        for at, share in enumerate(shares)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shares", "n_prompts", "low", "high"),
+    [
+        ((1, 1, 1, 1), 500, 4096, 4096),
+        ((1, 1, 0, 0), 500, 1024, 1024),
+        # 9 of 10 is above 85.6 % as likely as not: from none to the last length that can be.
+        ((1, 0.9, 0.2), 10, 0, 1024),
+        ((1, 0.9, 0.2), 2000, 1024, 1024),
+    ],
+)
+def test_the_interval_of_the_effective_length_narrows_with_the_prompts(
+    shares, n_prompts, low, high
+):
+    found = evaluate_context.effective_intervals(cells_of(shares, n_prompts), seed=0)
+    assert found["effective_tokens_ruler_low"] == low
+    assert found["effective_tokens_ruler_high"] == high
+
+
+def test_the_interval_is_left_out_as_often_as_it_says():
+    # Of answers drawn with a known chance of being right, the interval holds the true effective
+    # length in 95 of 100 cases or more: lengths are few, so it is wider than it need be.
+    shares = (0.97, 0.92, 0.80, 0.5)
+    truth = 1024
+    generator = np.random.default_rng(3)
+    n_held = 0
+    for trial in range(100):
+        cells = [
+            cell | {"n_exact": int(generator.binomial(40, share))}
+            for cell, share in zip(cells_of(shares, 40), shares, strict=True)
+        ]
+        found = evaluate_context.effective_intervals(cells, seed=trial)
+        n_held += (
+            found["effective_tokens_ruler_low"] <= truth <= found["effective_tokens_ruler_high"]
+        )
+    assert n_held >= 92
+
+
+def test_what_is_not_measurable_has_no_interval():
+    found = evaluate_context.effective_intervals(cells_of((0, 1), 10), seed=0)
+    assert len(found) == 4 and set(found.values()) == {None}
+
+
 def test_lengths_double_up_to_the_context():
     assert evaluate_context.lengths_of(ContextSettings(), 32_768) == [
         512, 1024, 2048, 4096, 8192, 16_384, 32_768,

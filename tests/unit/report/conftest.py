@@ -32,6 +32,40 @@ RUNS = {
 }
 
 
+CLEANING = {
+    "n_read": 60,
+    "rejected_by_reason": {"duplicate": 8, "too short": 3},
+    "n_corrected": 5,
+    "n_train": 40,
+    "n_train_weighted": 40,
+    "n_validation": 4,
+    "n_test": 5,
+}
+PACKING = {
+    "strategy": "best_fit",
+    "row_tokens": 256,
+    "fill_fraction": 0.96875,
+    "n_rows": 12,
+    "n_documents": 34,
+    "n_documents_placed": 34,
+    "n_documents_cut": 1,
+    "n_documents_split": 1,
+    "n_documents_truncated": 0,
+    "n_documents_dropped": 0,
+    "n_documents_beyond_window": 2,
+    "n_pieces": 35,
+    "n_pieces_without_supervision": 0,
+    "n_cuts_at_turn": 1,
+    "n_cuts_at_sentence": 0,
+    "n_cuts_at_token": 0,
+    "n_tokens": 2976,
+    "n_tokens_left_out": 0,
+    "n_supervised_tokens": 1234,
+    "n_context_tokens": 0,
+    "sliding_window": 64,
+}
+
+
 class Results(NamedTuple):
     folder: Path
     runs: str
@@ -47,6 +81,7 @@ def scores(perplexity: float, **more: object) -> dict:
     }
     return {
         "piece_tokens": 64,
+        "size_bytes": 7 * 2**20,
         **counts,
         **loss,
         "by_position": [
@@ -110,6 +145,8 @@ def write_results(tmp_path) -> Callable[[], Results]:
         shape = {"n_kv_heads": 2, "head_dim": 32, "layer_windows": [64, 64]}
         facts = {"context_tokens": 2048, "sliding_window": 64, **shape}
         files.write_json(folder / "models" / "tiny" / "facts.json", facts)
+        clean = folder / "data" / "chats" / "clean"
+        files.write_json(clean / "cleaning_report.json", CLEANING)
         base = folder / "evaluation" / "tiny" / "chats"
         whole = {"full_length_perplexity": 9.876}
         write_link(base / "base.json", 10.0, place=0, **whole)
@@ -141,8 +178,7 @@ def write_results(tmp_path) -> Callable[[], Results]:
             files.write_json(adapter / "history.json", history)
             write_gates(folder / "runs" / run)
             packed = folder / "data" / "chats" / "tiny" / RUNS[run]["packing"]
-            packing = {"fill_fraction": 0.96875, "n_rows": 12, "n_documents": 34}
-            files.write_json(packed / "packing_report.json", packing)
+            files.write_json(packed / "packing_report.json", PACKING)
             for place, (link, perplexity) in enumerate(PERPLEXITIES.items(), start=2):
                 evaluation = folder / "runs" / run / "evaluation"
                 more = whole if link in ("adapter", "merged") else {}
@@ -183,6 +219,72 @@ def write_results(tmp_path) -> Callable[[], Results]:
 @pytest.fixture
 def results(write_results) -> Results:
     return write_results()
+
+
+def context_report(scores: Sequence[int], **more: object) -> dict:
+    """A report of evaluate_context, with these scores at 512, 1024 … tokens."""
+    lengths = [512 << number for number in range(len(scores))]
+    is_measurable = scores[0] > 0
+    cells = [
+        {
+            "task": "single",
+            "length_tokens": length,
+            "depth_fraction": depth,
+            "n_prompts": 10,
+            "n_exact": score // 10,
+        }
+        for length, score in zip(lengths, scores, strict=True)
+        for depth in (0.0, 1.0)
+    ]
+    return {
+        "advertised_tokens": 4096,
+        "cells": cells,
+        "scores": [
+            {"length_tokens": length, "score_percent": score}
+            for length, score in zip(lengths, scores, strict=True)
+        ],
+        "n_prompts": 10 * len(cells),
+        "is_measurable": is_measurable,
+        "effective_tokens_ruler": 1024 if is_measurable else None,
+        "effective_tokens_ruler_low": 512 if is_measurable else None,
+        "effective_tokens_ruler_high": 2048 if is_measurable else None,
+        "effective_tokens_nolima": 2048 if is_measurable else None,
+        "effective_tokens_nolima_low": 1024 if is_measurable else None,
+        "effective_tokens_nolima_high": 2048 if is_measurable else None,
+        "short_tokens": 256,
+        "n_long_tokens": 900,
+        "long_gain_nats_per_token": None,
+        "long_gain_standard_error_nats_per_token": None,
+        **more,
+    }
+
+
+GAIN = {
+    "long_gain_nats_per_token": 0.0123,
+    "long_gain_standard_error_nats_per_token": 0.0045,
+}
+
+
+@pytest.fixture
+def all_measured(results) -> Results:
+    """The same results with what is measured where the config asks for it: a text, AWQ, and the
+    usable context of base, merged model and smallest file (the second run's not measurable)."""
+    folder = results.folder
+    texts = folder / "evaluation" / "tiny" / "texts" / "wiki"
+    files.write_json(texts / "base.json", scores(20.0))
+    base = folder / "evaluation" / "tiny" / "chats"
+    files.write_json(base / "base.context.json", context_report([100, 90, 80]))
+    for number, run in enumerate(RUNS):
+        evaluation = folder / "runs" / run / "evaluation"
+        write_link(evaluation / "awq.json", 5.25 + number, place=4, size_bytes=3 * 2**20)
+        for place, link in enumerate(("merged", *GGUF_TYPES)):
+            scored = scores(21.0 + number + 0.1 * place)
+            files.write_json(evaluation / "texts" / "wiki" / f"{link}.json", scored)
+        for link, found in (("merged", [100, 90, 80]), ("Q4_K_M", [0, 0] if number else [90, 70])):
+            report = context_report(found, **(GAIN if link == "merged" else {}))
+            files.write_json(evaluation / f"{link}.context.json", report)
+    more = {"awq": True, "texts": ["wiki"], "context": ["base", "merged", "Q4_K_M"]}
+    return Results(folder, json.dumps(json.loads(results.runs) | more))
 
 
 @pytest.fixture

@@ -48,7 +48,31 @@ def test_several_things_that_differ_are_all_named():
     runs = {"a": run(rank=8), "b": run("concatenate", rank=16), "c": run("concatenate", rank=8)}
     factors, arms = find_arms(runs)
     assert factors == ["packing.strategy", "recipe.rank"]
-    assert [arm.name for arm in arms] == ["best_fit, 8", "concatenate, 16", "concatenate, 8"]
+    assert [arm.name for arm in arms] == ["a", "b", "c"]
+    assert [list(arm.values.values()) for arm in arms] == [
+        ["best_fit", "8"],
+        ["concatenate", "16"],
+        ["concatenate", "8"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("low-0", "low-1", "high-0", "high-1"), ["low", "high"]),
+        (("a-0", "a-1", "a-2", "a-3"), ["a-0", "a-2"]),  # both would be called `a`
+        (("0-low", "1-low", "high_0", "high_1"), ["0-low", "high"]),
+    ],
+)
+def test_an_arm_has_the_name_its_runs_begin_with(names, expected):
+    one, two, three, four = names
+    runs = {
+        one: run(recipe_seed=0),
+        two: run(recipe_seed=1),
+        three: run(rank=8, recipe_seed=0),
+        four: run(rank=8, recipe_seed=1),
+    }
+    assert [arm.name for arm in find_arms(runs)[1]] == expected
 
 
 def test_a_setting_that_one_run_lacks_is_a_difference():
@@ -155,12 +179,16 @@ def test_an_experiment_changes_one_thing_and_repeats_it_with_three_seeds(overlay
         }
         for name in config.build
     }
-    factors, arms = find_arms(runs)
-    assert len(factors) == 1 and len(arms) >= 2
-    for arm in arms:
+    factors, (first, *others) = find_arms(runs)
+    assert others
+    for arm in others:
+        differing = {key for key in factors if arm.values[key] != first.values[key]}
+        # The adapter's scale is alpha ÷ rank: one thing.
+        assert len(differing - {"recipe.alpha"}) == (1 if arm.name != "all" else len(factors) - 1)
+    for arm in (first, *others):
         for place in ("packing.seed", "recipe.seed"):
             assert len({dict(seeds)[place] for seeds in arm.runs}) >= 3
 
 
-def test_there_is_an_experiment_on_packing():
-    assert "packing" in {path.stem for path in EXPERIMENTS}
+def test_there_are_experiments_on_what_the_demo_compares():
+    assert {path.stem for path in EXPERIMENTS} == {"packing", "recipe", "window"}

@@ -5,7 +5,6 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.report.conftest import write_link
 from workflow_scripts import files
 from workflow_scripts.log import StageError
 from workflow_scripts.report import collect_metrics
@@ -26,8 +25,15 @@ def collect(results, tmp_path):
     return run
 
 
-def test_every_number_stands_in_its_file_under_its_key(collect, results):
-    _, rows = collect()
+@pytest.fixture(params=["results", "all_measured"])
+def described(request):
+    """What every build has, and with all that a config may ask for."""
+    return request.getfixturevalue(request.param)
+
+
+def test_every_number_stands_in_its_file_under_its_key(collect, described):
+    results = described
+    _, rows = collect(described.runs)
     assert len(rows) > 80
     for row in rows:
         content = files.read_json(results.folder / row["file"])
@@ -54,13 +60,24 @@ def test_each_link_of_each_run_has_its_figures(collect):
     assert (values["generic", "merged"], values["mistral", "merged"]) == (5.05, 6.05)
 
 
-def test_awq_has_its_scores_where_it_was_made(collect, results):
-    for run in ("generic", "mistral"):
-        write_link(results.folder / "runs" / run / "evaluation" / "awq.json", 5.25, place=4)
-    _, rows = collect(json.dumps(json.loads(results.runs) | {"awq": True}))
-    found = [row for row in rows if row["link"] == "AWQ" and row["name"] == "perplexity"]
-    assert [(row["run"], row["value"]) for row in found] == [("generic", 5.25), ("mistral", 5.25)]
-    assert found[0]["file"] == "runs/generic/evaluation/awq.json"
+def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
+    _, rows = collect(all_measured.runs)
+    found = {
+        (row["run"], row["link"], row["name"]): (row["value"], row["n"], row["file"])
+        for row in rows
+    }
+    assert len(found) == len(rows)
+    place = "runs/mistral/evaluation"
+    assert found["mistral", "AWQ", "perplexity"] == (6.25, 34_567, f"{place}/awq.json")
+    assert found["mistral", "AWQ", "size"][0] == 3 * 2**20
+    wiki = (22.1, 34_567, f"{place}/texts/wiki/F16.json")
+    assert found["mistral", "F16", "wiki: perplexity"] == wiki
+    base = (1024, 60, "evaluation/tiny/chats/base.context.json")
+    assert found["mistral", "base", "effective context, RULER"] == base
+    assert found["generic", "merged", "gain of long context"][0] == 0.0123
+    # What is not measurable is no row.
+    assert ("generic", "Q4_K_M", "effective context, RULER") in found
+    assert ("mistral", "Q4_K_M", "effective context, RULER") not in found
 
 
 def test_a_run_s_json_is_its_rows_by_link(collect):

@@ -10,7 +10,7 @@ from workflow_scripts.report import report_comparison
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run():
+    def run(results=results):
         paths = {key: tmp_path / f"comparison.{key}" for key in ("tsv", "md", "html")}
         report_comparison.main(
             ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
@@ -31,7 +31,8 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
         ["Change against the base", "-49.5%", "-39.5%"],
         ["Prompt, Q4_K_M, ms/token", "0.123 ± 0.006", "0.123 ± 0.006"],
         ["Decode, Q4_K_M, ms/token", "2.500", "2.500"],
-        ["File, Q4_K_M", "5.0 MiB", "5.0 MiB"],
+        ["File, Q4_K_M", "7.0 MiB", "7.0 MiB"],
+        ["Memory of inference, Q4_K_M", "3.00 GiB", "3.00 GiB"],
         ["Memory of training, predicted", "1.25 GiB", "2.50 GiB"],
         ["Memory of training, measured", "1.50 GiB", "3.00 GiB"],
         ["Training, tokens/s", "1,234", "1,234"],
@@ -40,6 +41,17 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
         ["Context, transformers", "2,048", "2,048"],
         ["Context, GGUF", "64", "64"],
     ]
+
+
+def test_texts_and_usable_context_have_rows_where_they_were_measured(write, all_measured, read_tsv):
+    paths = write(all_measured)
+    cells = {name: figures for name, *figures in read_tsv(paths["tsv"])}
+    assert cells["Perplexity on wiki, base"] == ["20.00 ± 0.20"] * 2
+    assert cells["Perplexity on wiki, Q4_K_M"] == ["21.20 ± 0.21", "22.20 ± 0.22"]
+    assert cells["Usable context, base"] == ["1,024 / 4,096 (512–2,048)"] * 2
+    assert cells["Usable context, Q4_K_M"] == ["1,024 / 4,096 (512–2,048)", "not measurable"]
+    text = paths["md"].read_text()
+    assert "40 or 60 prompts a link" in text and "`snakemake context`" not in text
 
 
 def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read_tsv):

@@ -5,47 +5,18 @@ import json
 import pytest
 
 from tests import browser
+from tests.unit.report.conftest import GAIN, context_report
 from workflow_scripts import files
 from workflow_scripts.report import report_context
-
-
-def reported(scores, **more):
-    """A report of evaluate_context, with these scores at 512, 1024 … tokens."""
-    lengths = [512 << number for number in range(len(scores))]
-    cells = [
-        {"task": "single", "length_tokens": length, "depth_fraction": depth, "n_prompts": 10,
-         "n_exact": score // 10}
-        for length, score in zip(lengths, scores, strict=True)
-        for depth in (0.0, 1.0)
-    ]  # fmt: skip
-    return {
-        "advertised_tokens": 4096,
-        "cells": cells,
-        "scores": [
-            {"length_tokens": length, "score_percent": score}
-            for length, score in zip(lengths, scores, strict=True)
-        ],
-        "is_measurable": scores[0] > 0,
-        "effective_tokens_ruler": 1024 if scores[0] else None,
-        "effective_tokens_nolima": 2048 if scores[0] else None,
-        "short_tokens": 256,
-        "long_gain_nats_per_token": None,
-        "long_gain_standard_error_nats_per_token": None,
-        **more,
-    }
 
 
 @pytest.fixture
 def write(tmp_path):
     results = tmp_path / "results"
-    gain = {
-        "long_gain_nats_per_token": 0.0123,
-        "long_gain_standard_error_nats_per_token": 0.0045,
-    }
     for path, report in {
-        "evaluation/tiny/chats/base.context.json": reported([0, 0, 0]),
-        "runs/r/evaluation/merged.context.json": reported([100, 90, 80], **gain),
-        "runs/r/evaluation/Q4_K_M.context.json": reported([90, 70]),
+        "evaluation/tiny/chats/base.context.json": context_report([0, 0, 0]),
+        "runs/r/evaluation/merged.context.json": context_report([100, 90, 80], **GAIN),
+        "runs/r/evaluation/Q4_K_M.context.json": context_report([90, 70]),
     }.items():
         files.write_json(results / path, report)
     runs = json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})
@@ -58,12 +29,13 @@ def write(tmp_path):
 
 
 def test_a_row_a_link_with_both_effective_lengths_and_its_scores(write, read_tsv):
+    effective = ["1,024 / 4,096 (512–2,048)", "2,048 / 4,096 (1,024–2,048)"]
     assert read_tsv(write[0]) == [
         ["Link", "Effective (RULER)", "Effective (NoLiMa)", "Gain of long context"]
         + ["512", "1,024", "2,048"],
         ["r: base", "not measurable", "not measurable", "–", "0", "0", "0"],
-        ["r: merged", "1,024 / 4,096", "2,048 / 4,096", "0.0123 ± 0.0045", "100", "90", "80"],
-        ["r: Q4_K_M", "1,024 / 4,096", "2,048 / 4,096", "–", "90", "70", ""],
+        ["r: merged", *effective, "0.0123 ± 0.0045", "100", "90", "80"],
+        ["r: Q4_K_M", *effective, "–", "90", "70", ""],
     ]
 
 

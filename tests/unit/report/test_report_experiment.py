@@ -75,7 +75,7 @@ def arguments(folder):
     def make(runs=RUNS):
         paths = {key: folder / f"experiment.{key}" for key in ("tsv", "md", "html", "svg")}
         return paths, [
-            *("--runs", json.dumps(runs), "--results", str(folder / "results")),
+            *("--runs", json.dumps(runs), "--results", str(folder / "results"), "--recall"),
             *("--tsv", str(paths["tsv"]), "--markdown", str(paths["md"])),
             *("--html", str(paths["html"]), "--figure", str(paths["svg"])),
         ]
@@ -101,17 +101,21 @@ def change(folder, name, edit, runs=RUNS):
         files.write_json(path, content)
 
 
-def test_arms_stand_side_by_side_with_their_difference_by_seed(write, read_tsv):
+def cells_of(rows):
+    """Cells behind the figure and the arm, by both."""
+    return {(figure, arm): cells for figure, arm, *cells in rows}
+
+
+def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
     header, *rows = read_tsv(write()["tsv"])
     assert header == [
         "",
-        "concatenate",
-        "best_fit",
-        "best_fit − concatenate",
+        "arm",
+        "mean ± sd",
+        "difference from concatenate, 95 %",
         "larger than its error",
     ]
-    by_name = {row[0]: row[1:] for row in rows}
-    assert list(by_name) == [
+    assert [row[0] for row in rows if row[1] == "best_fit"] == [
         "Perplexity",
         "Perplexity, positions 0–255",
         "Perplexity, positions 256–511",
@@ -121,20 +125,37 @@ def test_arms_stand_side_by_side_with_their_difference_by_seed(write, read_tsv):
         "Cost of the right answer, 128 tokens, nats",
         "Cost of the right answer, 1,024 tokens, nats",
     ]
+    found = cells_of(rows)
     # Pairs −1, −0.9, −1.1: mean −1, deviation 0.1, t 4.303, three of them. The deviation of each
     # arm alone is ten times that.
     half_width = 4.303 * 0.1 / math.sqrt(3)
-    expected = ["9.000 ± 1.000", "8.000 ± 0.954", f"−1.000 ± {half_width:.3f}", "yes"]
-    assert by_name["Perplexity"] == expected
-    assert by_name["Perplexity, positions 512–1,023"][0] == "11.000 ± 1.000"
+    assert found["Perplexity", "concatenate"] == ["9.000 ± 1.000", "", ""]
+    expected = ["8.000 ± 0.954", f"−1.000 ± {half_width:.3f}", "yes"]
+    assert found["Perplexity", "best_fit"] == expected
+    assert found["Perplexity, positions 512–1,023", "concatenate"][0] == "11.000 ± 1.000"
     # (9 + 10) of 40 and (0 + 1) of 40, whatever the seed.
-    assert by_name["Facts recalled, 128 tokens, %"][:2] == ["47.5 ± 0.0"] * 2
-    assert by_name["Facts recalled, 1,024 tokens, %"] == [
-        *["2.5 ± 0.0"] * 2,
-        "+0.0 ± 0.0",
-        "no",
-    ]
-    assert by_name["Cost of the right answer, 128 tokens, nats"][0] == "9.50 ± 1.00"
+    for arm in ("concatenate", "best_fit"):
+        assert found["Facts recalled, 128 tokens, %", arm][0] == "47.5 ± 0.0"
+    expected = ["2.5 ± 0.0", "+0.0 ± 0.0", "no"]
+    assert found["Facts recalled, 1,024 tokens, %", "best_fit"] == expected
+    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    assert cost[0] == "9.50 ± 1.00"
+
+
+def test_what_an_arm_is_stands_beside_the_table(write):
+    text = write()["md"].read_text()
+    said = "concatenate: packing.strategy concatenate; best_fit: packing.strategy best_fit."
+    assert f"Arms: {said}" in text
+
+
+def test_without_recall_there_is_none_and_the_rest_stands(arguments, write, read_tsv):
+    paths, argv = arguments()
+    report_experiment.main([argument for argument in argv if argument != "--recall"])
+    figures = {row[0] for row in read_tsv(paths["tsv"])[1:]}
+    assert len(figures) == 4 and all(name.startswith("Perplexity") for name in figures)
+    text = paths["md"].read_text()
+    assert "Recall" not in text and "prompts" not in text
+    assert "<!-- Facts recalled" not in paths["svg"].read_text()
 
 
 def test_the_answer_is_a_sentence(write, folder):
@@ -154,7 +175,7 @@ def test_the_answer_is_a_sentence(write, folder):
 def test_one_seed_says_that_no_error_is_known(write):
     paths = write({run: RUNS[run] for run in ("concatenate-0", "best_fit-0")})
     assert "with one seed no error is known" in paths["md"].read_text()
-    assert "| Perplexity | 8.000 | 7.000 | −1.000 | no |" in paths["md"].read_text()
+    assert "| Perplexity | best_fit-0 | 7.000 | −1.000 | no |" in paths["md"].read_text()
 
 
 def test_three_arms_are_each_compared_with_the_first(write, folder, read_tsv):
@@ -167,14 +188,9 @@ def test_three_arms_are_each_compared_with_the_first(write, folder, read_tsv):
         files.write_json(evaluation / "positions.json", positions(9.0 + seed))
         files.write_json(evaluation / "recall.json", recall(9.0))
     paths = write(runs)
-    header, row, *_ = read_tsv(paths["tsv"])
-    assert header[4:] == [
-        "best_fit − concatenate",
-        "none − concatenate",
-        "best_fit: larger than its error",
-        "none: larger than its error",
-    ]
-    assert row[5] == "+1.000 ± 0.000" and row[6:] == ["yes", "yes"]
+    found = cells_of(read_tsv(paths["tsv"])[1:])
+    assert found["Perplexity", "none"] == ["10.000 ± 1.000", "+1.000 ± 0.000", "yes"]
+    assert found["Perplexity", "best_fit"][1].startswith("−1.000")
     text = paths["md"].read_text()
     assert "The perplexity of none is 11.1% higher than that of concatenate" in text
 
@@ -187,10 +203,13 @@ def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, fo
     change(folder, "recall", forget)
     paths = write()
     assert "No run finds a fact even in the shortest prompts" in paths["md"].read_text()
-    rows = {row[0]: row[1:] for row in read_tsv(paths["tsv"])}
+    found = cells_of(read_tsv(paths["tsv"])[1:])
     for length in ("128", "1,024"):
-        assert rows[f"Facts recalled, {length} tokens, %"] == ["not measurable"] * 2 + [""] * 2
-    assert rows["Cost of the right answer, 128 tokens, nats"][0] == "9.50 ± 1.00"
+        for arm in ("concatenate", "best_fit"):
+            cells = found[f"Facts recalled, {length} tokens, %", arm]
+            assert cells == ["not measurable", "", ""]
+    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    assert cost[0] == "9.50 ± 1.00"
 
     def recall_one(scores):
         scores["cells"][0]["n_exact"] = 1
@@ -198,8 +217,9 @@ def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, fo
     change(folder, "recall", recall_one, ["best_fit-2"])  # one run that finds one is enough
     paths = write()
     assert "No run finds" not in paths["md"].read_text()
-    rows = {row[0]: row[1:] for row in read_tsv(paths["tsv"])}
-    assert rows["Facts recalled, 128 tokens, %"][:2] == ["0.0 ± 0.0", "0.8 ± 1.4"]
+    found = cells_of(read_tsv(paths["tsv"])[1:])
+    assert found["Facts recalled, 128 tokens, %", "concatenate"][0] == "0.0 ± 0.0"
+    assert found["Facts recalled, 128 tokens, %", "best_fit"][0] == "0.8 ± 1.4"
 
 
 @pytest.mark.parametrize(

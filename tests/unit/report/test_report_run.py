@@ -47,6 +47,22 @@ def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
     assert "1.1 minutes" in page
 
 
+def test_it_says_what_became_of_the_data(write):
+    page = write().read_text()
+    section = page.partition("<h2>Data</h2>")[2].partition("<h2>")[0]
+    for part in ("too short", "60", "96.875%", "documents beyond the window of 64"):
+        assert part in section
+
+
+def test_usable_context_has_a_section_where_it_was_measured(write, all_measured):
+    assert "<h2>Usable context</h2>" not in write().read_text()
+    page = write(runs=all_measured.runs).read_text()
+    section = page.partition("<h2>Usable context</h2>")[2].partition("<h2>")[0]
+    assert section.count("<svg") == 1
+    assert "1,024 / 4,096 (512–2,048)" in section and "not measurable" in section
+    assert "Perplexity, wiki" in page and "AWQ" in page
+
+
 def test_every_file_of_it_moves_the_page(write, results):
     before = write().read_text()
     run = results.folder / "runs" / "mistral"
@@ -55,7 +71,10 @@ def test_every_file_of_it_moves_the_page(write, results):
         run / "gguf_check.json": {"kl_divergence_nats": 0.5},
         run / "memory_plan.json": {"usable_bytes": 10**9},
         run / "adapter" / "training_manifest.json": {"peak_memory_bytes": 1},
-        run / "evaluation" / "F16.inference.json": {"size_bytes": 10**10},
+        results.folder / "data" / "chats" / "clean" / "cleaning_report.json": {"n_read": 61},
+        results.folder / "data" / "chats" / "tiny" / "apart" / "packing_report.json": {"n_rows": 9},
+        run / "evaluation" / "F16.inference.json": {"decode_milliseconds_per_token": 10},
+        run / "evaluation" / "F16.json": {"size_bytes": 10**10},
         run / "evaluation" / "merged.json": {
             "by_source": [{"source": "elsewhere", "n_scored_tokens": 1, "perplexity": 2.0}]
         },

@@ -47,3 +47,16 @@ def test_a_run_that_was_not_trained_here_has_no_manifest_and_a_model_no_adapter(
     assert generic.manifest is None and mistral.manifest is None
     assert [link.name for link in generic.links][2:4] == ["adapter", "merged"]
     assert [link.name for link in mistral.links][1:3] == ["base NF4", "merged"]
+
+
+def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
+    _, mistral = read_results(all_measured.runs, all_measured.folder)
+    by_link = {link.name: link for link in mistral.links}
+    with_text = [name for name, link in by_link.items() if link.texts]
+    assert with_text == ["base", "merged", "F16", "Q4_K_M"]
+    with_context = [name for name, link in by_link.items() if link.context]
+    assert with_context == ["base", "merged", "Q4_K_M"]
+    assert by_link["F16"].texts["wiki"]["perplexity"] == 22.1
+    assert by_link["base"].context["n_prompts"] == 60
+    assert by_link["Q4_K_M"].context["is_measurable"] is False
+    assert mistral.awq.scores["perplexity"] == 6.25

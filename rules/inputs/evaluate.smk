@@ -1,0 +1,87 @@
+# What scores and the report depend on; no rules.
+def scoring_json():
+    """The keys of `evaluation` that change a score; gates and timing are others'."""
+    return CONFIG.evaluation.model_dump_json(include={"piece_tokens", "max_conversations"})
+
+
+def text_of_run(wildcards):
+    """The chunks of a text, by the tokenizer of a run's model."""
+    model = CONFIG.runs[wildcards.run].model
+    return f"results/evaluation/{model}/texts/{wildcards.text}.arrow"
+
+
+def context_text_files():
+    return [str(Path(name).expanduser()) for name in CONFIG.evaluation.context.files]
+
+
+def runs_json(names=RUNS):
+    """What the report needs to know: the runs, what each combines, and the quantizations."""
+    runs = {name: CONFIG.runs[name].model_dump() for name in names}
+    return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES, "awq": CONFIG.awq.use})
+
+
+def results_json(names=RUNS):
+    """The same with what else was measured of them: texts, and the links' usable context."""
+    measured = json.loads(runs_json(names))
+    context = ["base", *CONTEXT_LINKS] if CONFIG.evaluation.context.use else []
+    return json.dumps(measured | {"texts": list(CONFIG.evaluation.texts), "context": context})
+
+
+def context_json():
+    """What the answers on long texts depend on."""
+    return CONFIG.evaluation.context.model_dump_json(exclude={"files", "use"})
+
+
+def data_reports(name):
+    """What was counted of a run's conversations and, where it is trained here, of its rows."""
+    run = CONFIG.runs[name]
+    cleaned = f"results/data/{run.dataset}/clean/cleaning_report.json"
+    if name not in TRAINED_RUNS:
+        return [cleaned]
+    return [cleaned, f"results/data/{run.dataset}/{run.model}/{run.packing}/packing_report.json"]
+
+
+def training_files(name):
+    """What the page of a run draws of its training, where it was trained here."""
+    if name not in TRAINED_RUNS:
+        return []
+    folder = f"results/runs/{name}"
+    of_adapter = [f"{folder}/adapter/{file}.json" for file in ("history", "training_manifest")]
+    return [*of_adapter, f"{folder}/memory_plan.json"]
+
+
+def experiment_json():
+    """Every run trained and built with its settings; arms and seeds are found in these."""
+    tables = ("packing", "recipe")
+    return json.dumps(
+        {
+            name: {"model": run.model, "dataset": run.dataset}
+            | {
+                table: json.loads(settings_json(f"{table}s", getattr(run, table)))
+                for table in tables
+            }
+            for name, run in RUNS.items()
+            if run.is_trained
+        }
+    )
+
+
+def sweep_json():
+    """Every sweep with what its runs share, and the swept values of each."""
+    combinations = sweeps.expand(config).recipes
+    return json.dumps(
+        {
+            sweep: {
+                "recipe": combinations[CONFIG.runs[runs[0]].recipe].recipe,
+                "runs": {name: swept_values(name, combinations) for name in runs},
+            }
+            for sweep, runs in SWEEPS.items()
+        }
+    )
+
+
+def swept_values(name, combinations):
+    """The swept keys of a run with the values as validated: `2e-4` is a number."""
+    recipe = CONFIG.runs[name].recipe
+    settings = CONFIG.recipes[recipe].model_dump(mode="json")
+    return {key: settings[key] for key in combinations[recipe].values}

@@ -1,0 +1,186 @@
+# The files that each target asks for, and that the report and releases gather; no rules.
+def built(runs):
+    """Those of some runs that `build` names, in its order."""
+    return [name for name in RUNS if name in runs]
+
+
+def built_models():
+    return sorted({run.model for run in RUNS.values()})
+
+
+def packing_folders():
+    return {
+        f"results/data/{run.dataset}/{run.model}/{run.packing}"
+        for run in RUNS.values()
+        if run.is_trained
+    }
+
+
+def data_files():
+    """Tokens of every run that passed their gate, and the plan of what is trained."""
+    checks = {f"results/data/{run.dataset}/{run.model}/tokens/check.json" for run in RUNS.values()}
+    plans = {f"{folder}/plan.parquet" for folder in packing_folders()}
+    return sorted(checks | plans)
+
+
+def preview_files():
+    """The pages on the data: what was kept and why, conversations as tokens, how they are packed."""
+    cleaned = {f"results/data/{run.dataset}/clean/cleaning_report.html" for run in RUNS.values()}
+    pages = ("preview.html", "packing.html")
+    return sorted(cleaned | {f"{folder}/{page}" for folder in packing_folders() for page in pages})
+
+
+def adapter_files():
+    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=built(TRAINED_RUNS))
+
+
+def export_files():
+    return [
+        *expand("results/runs/{run}/merged_check.json", run=RUNS),
+        *expand("results/runs/{run}/gguf_check.json", run=RUNS),
+        *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=RUNS, gguf=GGUF_TYPES),
+        *(expand("results/runs/{run}/awq", run=RUNS) if CONFIG.awq.use else []),
+    ]
+
+
+def adapter_gguf_files():
+    """The adapters of runs that have one, and the bases that they go on."""
+    runs = {
+        name: run
+        for name, run in RUNS.items()
+        if run.adapter or (run.is_trained and CONFIG.recipes[run.recipe].method != "full")
+    }
+    bases = sorted({run.model for run in runs.values()})
+    return [
+        *expand("results/runs/{run}/gguf/{run}-adapter.gguf", run=runs),
+        *expand("results/models/{model}/gguf/{model}-F16.gguf", model=bases),
+    ]
+
+
+def links_of(name):
+    """The links of a run's chain after its base; a model merged elsewhere comes without adapter."""
+    return [*([] if name in MERGED_RUNS else ["adapter"]), "merged", *GGUF_TYPES]
+
+
+def base_scores(run):
+    """Scores of a run's base model, 16-bit and 4-bit: made once for all runs that share it."""
+    folder = f"results/evaluation/{run.model}/{run.dataset}"
+    return [f"{folder}/base.json", f"{folder}/base-nf4.json"]
+
+
+def run_scores(name):
+    return [f"results/runs/{name}/evaluation/{link}.json" for link in links_of(name)]
+
+
+def awq_scores(name):
+    """Scores of a run's AWQ model, where it is made. No speed: what runs here are its weights,
+    without AWQ's kernels."""
+    return [f"results/runs/{name}/evaluation/awq.json"] if CONFIG.awq.use else []
+
+
+def token_scores(scores):
+    """The losses of every token, which stand beside the scores made of them."""
+    return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
+
+
+def chain_token_scores(names=RUNS):
+    """Of every link of some runs."""
+    files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
+    files |= {file for name in names for file in awq_scores(name)}
+    return token_scores(sorted(files))
+
+
+def run_speeds(name):
+    return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links_of(name)]
+
+
+def run_divergences(name):
+    return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
+
+
+def text_scores(names=RUNS):
+    """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
+    files = set()
+    for text in CONFIG.evaluation.texts:
+        for name in names:
+            files.add(f"results/evaluation/{RUNS[name].model}/texts/{text}/base.json")
+            folder = f"results/runs/{name}/evaluation/texts/{text}"
+            files |= {f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)}
+    return sorted(files)
+
+
+def evaluation_files(names=RUNS):
+    """Scores, speed and divergence of every link of some runs."""
+    files = set()
+    for name in names:
+        files |= {*base_scores(RUNS[name]), *run_scores(name), *run_speeds(name)}
+        files |= {*run_divergences(name), *awq_scores(name)}
+        if CONFIG.evaluation.context.use:
+            files |= set(context_scores(name))
+    return sorted(files)
+
+
+def base_files(what):
+    """A JSON of the base of every run, made once a model and dataset."""
+    runs = RUNS.values()
+    return sorted(
+        {f"results/evaluation/{run.model}/{run.dataset}/base.{what}.json" for run in runs}
+    )
+
+
+# One that honours the window, and the file that people run.
+CONTEXT_LINKS = ["merged", QUANTIZATIONS[-1]]
+
+
+def context_scores(name):
+    """Usable context of a run's links, its base's first."""
+    run = RUNS[name]
+    of_run = expand(f"results/runs/{name}/evaluation/{{link}}.context.json", link=CONTEXT_LINKS)
+    return [f"results/evaluation/{run.model}/{run.dataset}/base.context.json", *of_run]
+
+
+def context_files():
+    return sorted({file for name in RUNS for file in context_scores(name)})
+
+
+def answer_files():
+    links = ["merged", *GGUF_TYPES]
+    of_runs = expand("results/runs/{run}/evaluation/{link}.answers.json", run=RUNS, link=links)
+    return base_files("answers") + of_runs
+
+
+def context_pages():
+    return expand("results/report/context.{form}", form=["tsv", "md", "html"])
+
+
+def report_files():
+    return [
+        "results/report/overview.html",
+        "results/report/all_metrics.parquet",
+        *expand("results/runs/{run}/report.html", run=RUNS),
+        *expand("results/report/comparison.{form}", form=["tsv", "md", "html"]),
+        *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
+        *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
+        *(context_pages() if CONFIG.evaluation.context.use else []),
+    ]
+
+
+def release_files():
+    return expand("results/runs/{run}/release", run=RUNS)
+
+
+def experiment_files():
+    """Of an overlay in `config/experiments/`: its runs trained and compared, nothing exported."""
+    return expand("results/report/experiment.{form}", form=["tsv", "md", "html", "svg"])
+
+
+def sweep_files():
+    """Of the sweeps in `runs`: every combination trained, scored on validation and ranked."""
+    if not SWEEPS:
+        raise WorkflowError(
+            "no run of this config is a sweep\n"
+            "  where:    runs.<name>.recipe\n"
+            "  to fix:   --configfile config/sweeps/learning_rate.yaml shows one: a recipe with"
+            " `sweep: true` and a list of values"
+        )
+    return expand("results/report/sweep.{form}", form=["tsv", "md", "html", "svg"])

@@ -1,0 +1,171 @@
+rule fetch_adapter:
+    """An adapter of the user's (`runs.<name>.adapter`), by a copy, once it is known to fit its base."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        given=lambda wildcards: given_files(wildcards.run),
+    output:
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        config="results/runs/{run}/adapter/adapter_config.json",
+        source="results/runs/{run}/adapter/source.json",
+    log:
+        "logs/runs/{run}/fetch_adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/fetch_adapter.tsv"
+    wildcard_constraints:
+        run=any_of(ADAPTER_RUNS),
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        settings=lambda wildcards: given_json(wildcards.run),
+        adapter=subpath(output.adapter, parent=True),
+        output_version=output_version("export/fetch_adapter"),
+    shell:
+        "python -m workflow_scripts.export.fetch_adapter --settings {params.settings:q}"
+        " --checkpoint {input.checkpoint:q} --adapter {params.adapter:q} > {log:q} 2>&1"
+
+
+rule fetch_merged:
+    """A fine-tuned model of the user's (`runs.<name>.merged`): a local folder by links, or the Hub."""
+    input:
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        given=lambda wildcards: given_files(wildcards.run),
+    output:
+        merged=kept("merged", directory("results/runs/{run}/merged")),
+    log:
+        "logs/runs/{run}/fetch_merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/fetch_merged.tsv"
+    wildcard_constraints:
+        run=any_of(MERGED_RUNS),
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
+    params:
+        settings=lambda wildcards: given_json(wildcards.run),
+        output_version=output_version("export/fetch_merged"),
+    shell:
+        "python -m workflow_scripts.export.fetch_merged --settings {params.settings:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --merged {output.merged:q}"
+        " > {log:q} 2>&1"
+
+
+rule choose_merge_base:
+    """Which weights the adapter is merged into, for `merge_base: auto`: both are scored in memory."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+    output:
+        choice="results/runs/{run}/merge_base.json",
+    log:
+        "logs/runs/{run}/choose_merge_base.log",
+    benchmark:
+        "benchmarks/runs/{run}/choose_merge_base.tsv"
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(include={"n_conversations"}),
+        adapter=subpath(input.adapter, parent=True),
+        output_version=output_version("export/choose_merge_base"),
+    shell:
+        "python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
+        " --facts {input.facts:q} --adapter {params.adapter:q} --tokens {input.tokens:q}"
+        " --settings {params.settings:q} --choice {output.choice:q} > {log:q} 2>&1"
+
+
+rule merge_adapter:
+    """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        config="results/runs/{run}/adapter/adapter_config.json",
+        choice=merge_base_choice,
+    output:
+        merged=kept("merged", directory("results/runs/{run}/merged")),
+    log:
+        "logs/runs/{run}/merge_adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/merge_adapter.tsv"
+    wildcard_constraints:
+        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        adapter=subpath(input.adapter, parent=True),
+        merge_base=merge_base,
+        output_version=output_version("export/merge_adapter"),
+    shell:
+        "python -m workflow_scripts.export.merge_adapter --checkpoint {input.checkpoint:q}"
+        " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
+        " --merge-base {params.merge_base:q} --merged {output.merged:q} > {log:q} 2>&1"
+
+
+rule check_merged:
+    """Gate: merged = base + adapter, and no worse than the adapter on the base it was trained on."""
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        choice=merge_base_choice,
+        merged="results/runs/{run}/merged",
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    output:
+        check="results/runs/{run}/merged_check.json",
+    log:
+        "logs/runs/{run}/check_merged.log",
+    benchmark:
+        "benchmarks/runs/{run}/check_merged.tsv"
+    wildcard_constraints:
+        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+    conda:
+        "../envs/train.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        adapter=merged_adapter,
+        output_version=output_version("export/check_merged"),
+    shell:
+        "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
+        " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
+        " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --check {output.check:q} > {log:q} 2>&1"
+
+
+use rule check_merged as check_fetched_merged with:
+    # A model merged elsewhere: its folder, and that it computes.
+    input:
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        facts=of_run("results/models/{model}/facts.json"),
+        merged="results/runs/{run}/merged",
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    wildcard_constraints:
+        run=any_of(MERGED_RUNS),
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        adapter=[],
+        output_version=output_version("export/check_merged"),

@@ -1,0 +1,192 @@
+rule convert_gguf:
+    """F16 GGUF by llama.cpp's own converter."""
+    input:
+        merged="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        gguf=kept("f16", "results/runs/{run}/gguf/{run}-F16.gguf"),
+    log:
+        "logs/runs/{run}/convert_gguf.log",
+    benchmark:
+        "benchmarks/runs/{run}/convert_gguf.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        name=lambda wildcards: wildcards.run,
+        tokenizer=[],
+        published=lambda wildcards: published_json(wildcards.run),
+        output_version=output_version("export/convert_gguf"),
+    shell:
+        "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
+        " {params.tokenizer:q} --facts {input.facts:q} --name {params.name:q}"
+        " --published {params.published:q} --gguf {output.gguf:q} > {log:q} 2>&1"
+
+
+use rule convert_gguf as convert_gguf_base with:
+    input:
+        merged="results/models/{model}/checkpoint",
+        tokenizer="results/models/{model}/tokenizer",
+        facts="results/models/{model}/facts.json",
+    output:
+        gguf="results/models/{model}/gguf/{model}-F16.gguf",
+    log:
+        "logs/models/{model}/convert_gguf.log",
+    benchmark:
+        "benchmarks/models/{model}/convert_gguf.tsv"
+    threads: threads_for_model
+    params:
+        name=lambda wildcards: wildcards.model,
+        tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
+        published="{}",
+        output_version=output_version("export/convert_gguf"),
+
+
+rule convert_adapter:
+    """The adapter alone as a GGUF LoRA, for the GGUF of its base."""
+    input:
+        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
+        config="results/runs/{run}/adapter/adapter_config.json",
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+    output:
+        gguf="results/runs/{run}/gguf/{run}-adapter.gguf",
+    log:
+        "logs/runs/{run}/convert_adapter.log",
+    benchmark:
+        "benchmarks/runs/{run}/convert_adapter.tsv"
+    conda:
+        "../envs/export.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        adapter=subpath(input.adapter, parent=True),
+        output_version=output_version("export/convert_adapter"),
+    shell:
+        "python -m workflow_scripts.export.convert_adapter --adapter {params.adapter:q}"
+        " --checkpoint {input.checkpoint:q} --name {wildcards.run:q} --gguf {output.gguf:q}"
+        " > {log:q} 2>&1"
+
+
+rule check_gguf:
+    """Gate: the F16 GGUF reads the same tokens and computes the same logits as the merged model."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        merged="results/runs/{run}/merged",
+        facts=of_run("results/models/{model}/facts.json"),
+        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+    output:
+        check="results/runs/{run}/gguf_check.json",
+    log:
+        "logs/runs/{run}/check_gguf.log",
+    benchmark:
+        "benchmarks/runs/{run}/check_gguf.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
+        runtime=120,  # minutes
+    params:
+        settings=CONFIG.evaluation.gates.model_dump_json(),
+        output_version=output_version("export/check_gguf"),
+    shell:
+        "python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
+        " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
+        " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
+        " --check {output.check:q} > {log:q} 2>&1"
+
+
+rule compute_imatrix:
+    """Importance matrix of the F16 GGUF, on chats of the training split and files the user names."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+        texts=calibration_text_files(),
+    output:
+        imatrix="results/runs/{run}/gguf/imatrix.gguf",
+    log:
+        "logs/runs/{run}/compute_imatrix.log",
+    benchmark:
+        "benchmarks/runs/{run}/compute_imatrix.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 20_000 * attempt,
+        runtime=240,  # minutes
+    params:
+        settings=imatrix_json(),
+        texts=lambda wildcards, input: flagged("--texts", input.texts),
+        output_version=output_version("export/compute_imatrix"),
+    shell:
+        "python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} {params.texts:q}"
+        " --settings {params.settings:q} --threads {threads} --imatrix {output.imatrix:q}"
+        " > {log:q} 2>&1"
+
+
+rule quantize_gguf:
+    """One quantization of the F16 GGUF by llama.cpp's own quantizer; several run side by side."""
+    input:
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        imatrix=imatrix_of_quantization,
+    output:
+        quantized="results/runs/{run}/gguf/{run}-{quant}.gguf",
+    log:
+        "logs/runs/{run}/quantize_gguf/{quant}.log",
+    benchmark:
+        "benchmarks/runs/{run}/quantize_gguf/{quant}.tsv"
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_quantizing
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=60,  # minutes
+    params:
+        settings=lambda wildcards: CONFIG.gguf.mix(wildcards.quant).model_dump_json(),
+        imatrix=lambda wildcards, input: flagged("--imatrix", input.imatrix),
+        output_version=output_version("export/quantize_gguf"),
+    shell:
+        "python -m workflow_scripts.export.quantize_gguf --gguf {input.gguf:q}"
+        " --settings {params.settings:q} {params.imatrix:q} --threads {threads}"
+        " --quantized {output.quantized:q} > {log:q} 2>&1"
+
+
+rule quantize_awq:
+    """The merged model in AWQ's 4 bits, calibrated on chats of the training split."""
+    input:
+        merged="results/runs/{run}/merged",
+        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+    output:
+        awq=directory("results/runs/{run}/awq"),
+    log:
+        "logs/runs/{run}/quantize_awq.log",
+    benchmark:
+        "benchmarks/runs/{run}/quantize_awq.tsv"
+    conda:
+        "../envs/awq.yaml"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=lambda wildcards, attempt: 48_000 * attempt,
+        runtime=1440,  # minutes
+    params:
+        settings=CONFIG.awq.model_dump_json(exclude={"use"}),
+        output_version=output_version("export/quantize_awq"),
+    shell:
+        "python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
+        " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
+        " --awq {output.awq:q} > {log:q} 2>&1"

@@ -1,0 +1,83 @@
+rule plan_disk:
+    """Gate: the disk holds what the build writes. It stops the others by being first, when sizes are
+    known: as an input of theirs it would make their files anew with every new quantization."""
+    input:
+        facts=expand("results/models/{model}/facts.json", model=built_models()),
+    output:
+        disk_plan="results/disk_plan.json",
+    log:
+        "logs/plan_disk.log",
+    priority: 100
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 500 * attempt,
+        runtime=5,  # minutes
+    params:
+        facts=[f"{name}=results/models/{name}/facts.json" for name in built_models()],
+        settings=disk_json(),
+        output_version=output_version("export/plan_disk"),
+    shell:
+        "python -m workflow_scripts.export.plan_disk --facts {params.facts:q}"
+        " --settings {params.settings:q} --results results --disk-plan {output.disk_plan:q}"
+        " > {log:q} 2>&1"
+
+
+rule package_release:
+    """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
+    input:
+        ggufs=lambda wildcards: expand(
+            "results/runs/{run}/gguf/{run}-{gguf}.gguf", run=wildcards.run, gguf=RELEASED_TYPES
+        ),
+        facts=of_run("results/models/{model}/facts.json"),
+        tokenizer=of_run("results/models/{model}/tokenizer"),
+        checkpoint=of_run("results/models/{model}/checkpoint"),
+        beginning=beginning,
+        merged_check="results/runs/{run}/merged_check.json",
+        gguf_check="results/runs/{run}/gguf_check.json",
+        scores=lambda wildcards: run_scores(wildcards.run) + awq_scores(wildcards.run),
+        base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
+        dataset=lambda wildcards: expand(
+            of_run("results/data/{dataset}/clean/{{split}}.parquet")(wildcards),
+            split=["train", "validation", "test"],
+        ),
+    output:
+        release=directory("results/runs/{run}/release"),
+    log:
+        "logs/runs/{run}/package_release.log",
+    benchmark:
+        "benchmarks/runs/{run}/package_release.tsv"
+    conda:
+        "../envs/export.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
+        runtime=30,  # minutes
+    params:
+        settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
+        config=lambda wildcards: release_json(wildcards.run),
+        published=lambda wildcards: published_json(wildcards.run),
+        benchmarks="benchmarks/runs/{run}",
+        output_version=output_version("export/package_release"),
+    shell:
+        "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"
+        " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
+        " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
+        " --beginning {input.beginning:q} --checks {input.merged_check:q} {input.gguf_check:q}"
+        " --scores {input.base_scores:q} {input.scores:q} --dataset {input.dataset:q}"
+        " --config {params.config:q} --benchmarks {params.benchmarks:q} --published {params.published:q}"
+        " --release {output.release:q} > {log:q} 2>&1"
+
+
+rule push_release:
+    """Releases to the Hub; a dry run unless `push.dry_run` is false. Has no file: it asks the Hub."""
+    input:
+        releases=release_files(),
+    log:
+        "logs/push_release.log",
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=CONFIG.push.model_dump_json(),
+    shell:
+        "python -m workflow_scripts.export.push_release --releases {input.releases:q}"
+        " --settings {params.settings:q} 2>&1 | tee {log:q}"
