@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files
@@ -63,7 +64,8 @@ def manager_of(settings: TaskSettings) -> TaskManager:
     """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=settings.include)
+    folder = settings.include and str(Path(settings.include).expanduser())
+    manager = TaskManager(include_path=folder)
     unknown = [task for task, _ in map(asked, settings.names) if task not in manager.task_index]
     if unknown:
         close = [difflib.get_close_matches(task, list(manager.task_index), n=3) for task in unknown]

@@ -99,7 +99,8 @@ def prompts_of(
 
     for document in documents:
         supervised = np.flatnonzero(document.is_supervised)
-        if document.id not in references or not len(supervised):
+        # The last answer is the one that the reference is of; one of weight 0 is not looked for.
+        if document.id not in references or not document.is_supervised[-1]:
             continue
         begins = supervised[np.flatnonzero(np.diff(supervised, prepend=-2) > 1)[-1]]
         if begins:

@@ -102,7 +102,7 @@ class TaskSettings(Settings):
     """Documents of each task, the first; null is all, which published scores need."""
     chat_template: bool = False
     """Whether prompts become chats, examples turns; published scores of base models are without."""
-    max_answer_tokens: Count = 32
+    max_answer_tokens: Count = 64
     """Longest answer to a prompt whose chat marks a reference answer, tokens."""
 
     @model_validator(mode="after")
