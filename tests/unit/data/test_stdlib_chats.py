@@ -35,6 +35,17 @@ def test_cleaning_keeps_every_chat_as_it_is(chats):
         assert conversation.fields["group"] == chat["group"]
 
 
+def test_a_reference_is_the_last_answer_where_a_fact_is_asked_for(chats):
+    marked = [chat for chat in chats if "reference" in chat]
+    assert len(marked) > 300
+    for chat in chats:
+        question, answer = (message["content"] for message in chat["messages"][-2:])
+        asks_for_fact = "signature" in question.split("`")[0] or "Which parameters" in question
+        assert chat.get("reference") == (answer if asks_for_fact else None)
+        conversation = conversations.parse(chat, ReadingSettings(), str.strip)
+        assert conversation.references == ([answer] if asks_for_fact else None)
+
+
 def test_no_chat_stands_twice(chats):
     assert max(Counter(map(first_turn, chats)).values()) == 1
 
