@@ -84,12 +84,12 @@ def _link(name: str, paths: Mapping[str, Path]) -> Link:
 
 def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
     """A row a task, metric, run and link."""
-    rows = [
-        [f"{task_of(score)}: {run}: {link.name}", *cells]
-        for run, links in runs.items()
-        for score, link, cells in cells_of(links)
-    ]
-    rows.sort(key=lambda row: row[0].partition(": ")[0])  # stable: runs and links as they came
+    by_task: dict[str, list[list[str]]] = {}
+    for run, links in runs.items():
+        for score, link, cells in cells_of(links):
+            row = [f"{task_of(score)}: {run}: {link.name}", *cells]
+            by_task.setdefault(task_of(score), []).append(row)
+    rows = [row for of_task in by_task.values() for row in of_task]
     return Table(
         title="Tasks",
         note=(
