@@ -41,11 +41,13 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
 	touch $@
 
-# What requirements.lock has, seen through a path file, and before it what is of this lock alone.
+# What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;
+# before it what is of this lock alone.
 .venv-tasks/.installed: .venv/.installed requirements-tasks.lock
 	$(BIN)/python -m venv --without-pip --clear .venv-tasks
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$(.venv-tasks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workflow.pth"
+	ln -sfn ../.venv/share .venv-tasks/share
 	.venv-tasks/bin/python -m pip install --disable-pip-version-check -r requirements-tasks.lock
 	touch $@
 
