@@ -92,8 +92,9 @@ def llama_cpp(chain, tokenizer):
         yield LogitLM(model.resumed_logit_blocks, greedy, tokenizer, max_length=MAX_LENGTH)
 
 
-# Measured: 2e-6 of 40 nats for transformers; llama.cpp's keys and values in F16 make 0.008 of 40.
-TOLERANCES = {"transformers": 1e-4, "by_logits": 1e-4, "llama_cpp": 0.03}
+# Measured: none for the harness own, 5e-6 of 45 nats by logits; 0.002 by llama.cpp, whose keys and
+# values are F16.
+TOLERANCES = {"transformers": 1e-4, "by_logits": 1e-4, "llama_cpp": 0.01}
 
 
 @pytest.fixture(params=TOLERANCES)
@@ -156,7 +157,7 @@ def test_a_text_longer_than_the_model_takes_is_scored_in_windows_of_full_context
         piece = Piece(0, np.array(ids[first:end]), np.arange(scored - first, end - first))
         expected -= negative_log_likelihoods(scorer, piece).sum()
     found, empty = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(LONG,), ("",)]))
-    # Some 190 tokens of 10 nats.
+    # Some 190 tokens, 2,796 nats: measured 5e-5, 0.018 by llama.cpp.
     assert found == pytest.approx(expected, abs=5 * tolerance)
     assert empty == 0
 
