@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="make test-tasks installs it")
 
 from workflow_scripts import files
+from workflow_scripts.evaluate import evaluate_tasks, fetch_tasks
 
 FILES = "tests/unit/evaluate/tasks/files"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of `datasets` with nothing in it."""
+    import datasets
+
+    kept = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = kept
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A cache of the Hub with nothing in it."""
-    return tmp_path_factory.mktemp("huggingface")
-
-
-@pytest.fixture(scope="module")
-def evaluate(chain, run_stage, home, tmp_path_factory):
+def evaluate(chain, tmp_path_factory):
     """`evaluate("--gguf", path, **settings)`: report and rows."""
 
     def run(flag, model, **settings):
         folder = tmp_path_factory.mktemp("scores")
-        done = run_stage(
-            "workflow_scripts.evaluate.evaluate_tasks",
-            *(flag, model, "--facts", chain.facts, "--tokenizer", chain.tokenizer),
-            *("--settings", json.dumps({"include": FILES, **settings}), "--threads", "1"),
-            *("--scores", folder / "scores.json", "--samples", folder / "samples.parquet"),
-            HF_HOME=str(home),
-            **OFFLINE,
+        evaluate_tasks.main(
+            [flag, str(model), "--facts", str(chain.facts), "--tokenizer", str(chain.tokenizer)]
+            + ["--settings", json.dumps({"include": FILES, **settings}), "--threads", "1"]
+            + ["--scores", str(folder / "s.json"), "--samples", str(folder / "s.parquet")]
         )
-        assert done.returncode == 0, done.stderr
-        return (
-            files.read_json(folder / "scores.json"),
-            files.read_parquet(folder / "samples.parquet").to_pylist(),
-        )
+        rows = files.read_parquet(folder / "s.parquet").to_pylist()
+        return files.read_json(folder / "s.json"), rows
 
     return run
 
@@ -105,19 +103,15 @@ def test_as_chats_the_prompts_are_others(evaluate, copying):
     assert not set(plain.values()) & set(chats.values())
 
 
-def fetch(run_stage, tmp_path, home, *names):
-    return run_stage(
-        "workflow_scripts.evaluate.fetch_tasks",
+def fetch_arguments(tmp_path, *names):
+    return [
         *("--settings", json.dumps({"names": names, "include": FILES})),
-        *("--fetched", tmp_path / "fetched.json"),
-        HF_HOME=str(home),
-        **OFFLINE,
-    )
+        *("--fetched", str(tmp_path / "fetched.json")),
+    ]
 
 
-def test_tasks_of_ones_own_need_no_hub(run_stage, tmp_path, home):
-    done = fetch(run_stage, tmp_path, home, "both_again")
-    assert done.returncode == 0, done.stderr
+def test_tasks_of_ones_own_need_no_hub(tmp_path):
+    fetch_tasks.main(fetch_arguments(tmp_path, "both_again"))
     tasks = files.read_json(tmp_path / "fetched.json")["tasks"]
     assert {task["task"]: task["n_documents"] for task in tasks} == {
         "next_word": 12,
@@ -125,14 +119,17 @@ def test_tasks_of_ones_own_need_no_hub(run_stage, tmp_path, home):
     }
 
 
-def test_without_the_hub_the_message_says_how_data_come(run_stage, tmp_path, home):
-    done = fetch(run_stage, tmp_path, home, "hellaswag")
-    assert done.returncode == 1, done.stderr
+def test_without_the_hub_the_message_says_how_data_come(tmp_path, monkeypatch, ends_with_message):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = ends_with_message(fetch_tasks.main, fetch_arguments(tmp_path, "hellaswag"))
     for part in ("cannot be had", "hellaswag", "snakemake fetch_tasks", "HF_DATASETS_OFFLINE"):
-        assert part in done.stderr
+        assert part in message
 
 
-def test_an_unknown_task_is_named_with_its_neighbour(run_stage, tmp_path, home):
-    done = fetch(run_stage, tmp_path, home, "helaswag")
-    assert done.returncode == 1, done.stderr
-    assert "a task is unknown" in done.stderr and "did you mean hellaswag" in done.stderr
+def test_an_unknown_task_is_named_with_its_neighbour(tmp_path, ends_with_message):
+    message = ends_with_message(fetch_tasks.main, fetch_arguments(tmp_path, "helaswag"))
+    assert "a task is unknown" in message and "did you mean hellaswag" in message
