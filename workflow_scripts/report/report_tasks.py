@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import files, log, pages
 from workflow_scripts.evaluate.task_scores import Samples, Score, difference
 from workflow_scripts.report.tables import Table
 
 OUTPUT_VERSION = 1
+NONE_ASKED = (
+    "No task was asked: no chat of the test split marks a reference answer, and"
+    " evaluation.tasks.names is empty."
+)
 logger = log.stage_logger("report_tasks")
 
 
@@ -50,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, settings in json.loads(arguments.runs)["runs"].items()
     }
     table = tasks(runs)
-    table.write(tsv=arguments.tsv, markdown=arguments.markdown, page=arguments.html)
+    lines = ["\t".join(cells) for cells in (table.header, *table.rows)]
+    files.write_text(arguments.tsv, "\n".join(lines) + "\n")
+    files.write_text(arguments.markdown, table.as_markdown() + "\n")
+    body = pages.table(table.header, table.rows)
+    body += f'<p class="quiet">{pages.visible(table.note)}</p>'
+    files.write_text(arguments.html, pages.page(table.title, body))
     logger.info("wrote n_rows=%d path=%s", len(table.rows), arguments.html)
 
 
@@ -92,7 +101,9 @@ def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
     rows = [row for of_task in by_task.values() for row in of_task]
     return Table(
         title="Tasks",
-        note=(
+        note=NONE_ASKED
+        if not rows
+        else (
             "Per cent ± a standard error over documents (of reference answers the 95 % Wilson"
             " interval), higher is better, but for perplexities and bits. The difference is to the"
             " link above of the same run, paired document by document: a difference smaller than"

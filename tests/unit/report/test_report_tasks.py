@@ -56,6 +56,19 @@ def test_every_link_has_its_score_and_what_it_changes(write):
     ]  # fmt: skip
 
 
+def test_without_any_task_the_table_says_why(tmp_path):
+    results = tmp_path / "results"
+    for where in ("evaluation/tiny/chats/base", "runs/r/evaluation/merged"):
+        files.write_json(results / f"{where}.references.json", {"scores": []})
+        write_samples(results / f"{where}.references.parquet", [])
+    report_tasks.main(
+        ["--runs", json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})]
+        + ["--links", "merged", "--kinds", "references", "--results", str(results)]
+        + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
+    )
+    assert "No task was asked" in (tmp_path / "html").read_text()
+
+
 def test_the_forms_say_the_same(write):
     for path in write[1:]:
         text = path.read_text()
