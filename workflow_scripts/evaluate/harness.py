@@ -148,12 +148,12 @@ def evaluate(
             apply_chat_template=settings.chat_template,
             task_manager=manager,
         )
-    rows = list(sample_rows(lm, results["samples"]))
-    return scores_of(task, results, rows), rows
+    rows = list(sample_rows(lm, name, results["samples"]))
+    return scores_of(name, results, rows), rows
 
 
 def sample_rows(
-    lm: TemplateLM, samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    lm: TemplateLM, name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
     """Of what the harness logs of every document."""
     from workflow_scripts.evaluate.harness_models import is_truncated
@@ -165,6 +165,7 @@ def sample_rows(
                 value = document[metric]
                 is_number = isinstance(value, bool | int | float)
                 yield {
+                    "asked": name,
                     "task": task,
                     "document": str(document["doc_id"]),
                     "metric": metric,
@@ -185,7 +186,7 @@ def as_text(value: Any) -> str:
 
 
 def scores_of(
-    task: str, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    asked_name: str, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> list[Score]:
     """A score a metric; of a tag or a group that has no score of its own, its tasks'."""
     children: Mapping[str, Sequence[str]] = results["group_subtasks"]
@@ -197,6 +198,7 @@ def scores_of(
             else [name]
         )
 
+    task, _ = asked(asked_name)
     metrics = results["results"]
     has_score = any("," in key for key in metrics.get(task, ()))
     shown = [task] if has_score else [name for name in metrics if name in results["configs"]]
@@ -214,6 +216,7 @@ def scores_of(
             error = metrics[name].get(f"{metric}_stderr,{kind}")
             scores.append(
                 Score(
+                    asked=asked_name,
                     task=name,
                     n_examples=results["n-shot"][of_task[0]],
                     metric=metric,

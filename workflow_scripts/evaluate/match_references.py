@@ -126,6 +126,7 @@ def answered(
             answer = tokenizer.decode([token for token in tokens if token != eos]).strip()
             found.append(
                 {
+                    "asked": TASK,
                     "task": TASK,
                     "document": one.conversation,
                     "metric": METRIC,
@@ -168,6 +169,7 @@ def score(rows: Sequence[Mapping[str, Any]]) -> Score:
     low, high = wilson_interval(n_right, n)
     share = n_right / n
     return Score(
+        asked=TASK,
         task=TASK,
         n_examples=0,
         metric=METRIC,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Score(TypedDict):
     """One task by one metric."""
 
+    asked: str
+    """The entry of `evaluation.tasks.names`: a task may be asked for alone and in a group."""
     task: str
     n_examples: int
     """Few-shot examples before every question."""
@@ -52,6 +54,7 @@ def sample_schema() -> pa.Schema:
 
     return pa.schema(
         [
+            ("asked", pa.string()),
             ("task", pa.string()),
             ("document", pa.string()),
             ("metric", pa.string()),
@@ -75,14 +78,16 @@ class Samples:
     """What every document scored."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._values: dict[tuple[str, str, str], dict[str, tuple[str, float | None]]] = {}
+        self._values: dict[tuple[str, str, str, str], dict[str, tuple[str, float | None]]] = {}
         for row in rows:
-            of = self._values.setdefault((row["task"], row["metric"], row["filter"]), {})
+            of = self._values.setdefault(
+                (row["asked"], row["task"], row["metric"], row["filter"]), {}
+            )
             of[row["document"]] = (row["prompt_hash"], row["value"])
 
     @classmethod
     def read(cls, path: Path) -> Samples:
-        columns = ["task", "document", "metric", "filter", "value", "prompt_hash"]
+        columns = ["asked", "task", "document", "metric", "filter", "value", "prompt_hash"]
         return cls(files.read_parquet(path, columns=columns).to_pylist())
 
     def of(self, score: Score) -> dict[tuple[str, str], tuple[str, float | None]]:
@@ -91,7 +96,7 @@ class Samples:
             (task, document): found
             for task in score["subtasks"]
             for document, found in self._values.get(
-                (task, score["metric"], score["filter"]), {}
+                (score["asked"], task, score["metric"], score["filter"]), {}
             ).items()
         }
 

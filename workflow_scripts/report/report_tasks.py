@@ -157,7 +157,7 @@ def is_share(score: Score) -> bool:
 
 def change(score: Score, kind: str, link: Link, above: Link) -> str:
     """`+1.20 ± 0.30`, of the same task and metric of the link above."""
-    same = ("task", "metric", "filter", "n_examples")
+    same = ("asked", "task", "metric", "filter")
     others = [one for one in above.scores if all(one[key] == score[key] for key in same)]
     if not others:
         return "–"

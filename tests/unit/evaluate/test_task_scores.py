@@ -9,17 +9,17 @@ from workflow_scripts.evaluate.task_scores import Samples, Score, difference, wr
 def score_of(values, **others):
     return Score(
         **{
-            "task": "t", "n_examples": 0, "metric": "acc", "filter": "none",
+            "asked": "t", "task": "t", "n_examples": 0, "metric": "acc", "filter": "none",
             "score": float(np.mean(values)), "standard_error": None, "low": None, "high": None,
             "n_documents": len(values), "n_truncated": 0, "subtasks": ["t"], **others,
         }
     )  # fmt: skip
 
 
-def rows_of(values, task="t", prompt="p"):
+def rows_of(values, task="t", prompt="p", asked="t"):
     return [
         {
-            "task": task, "document": str(at), "metric": "acc", "filter": "none", "value": value,
+            "asked": asked, "task": task, "document": str(at), "metric": "acc", "filter": "none", "value": value,
             "prompt_hash": f"{prompt}{at}", "answer": "", "reference": "", "is_truncated": False,
         }
         for at, value in enumerate(values)
@@ -55,6 +55,21 @@ def test_a_group_is_paired_over_the_documents_of_its_tasks():
         score_of(FIRST, **group), samples(FIRST), score_of(SECOND, **group), samples(SECOND)
     )
     assert found.mean == pytest.approx(np.mean(np.subtract(FIRST, SECOND)))
+
+
+def test_a_task_that_is_asked_for_twice_is_compared_with_itself():
+    def both(values):
+        changed = [1 - value for value in values]
+        return Samples(rows_of(values) + rows_of(changed, asked="t@5", prompt="q"))
+
+    first, second = both(FIRST), both(SECOND)
+    found = difference(score_of(FIRST), first, score_of(SECOND), second)
+    again = difference(
+        score_of(np.subtract(1, FIRST), asked="t@5"), first,
+        score_of(np.subtract(1, SECOND), asked="t@5"), second,
+    )  # fmt: skip
+    assert found.mean == -again.mean != 0
+    assert not first.of(score_of(FIRST, asked="t@9"))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from workflow_scripts.report import report_tasks
 def write(tmp_path):
     results = tmp_path / "results"
     of_base, of_merged, of_file = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]
-    marked = {"task": "reference answers", "metric": "exact_match", "low": 0.1, "high": 0.9,
-              "subtasks": ["reference answers"]}  # fmt: skip
+    name = "reference answers"
+    marked = {"asked": name, "task": name, "subtasks": [name], "metric": "exact_match"}
+    marked |= {"low": 0.1, "high": 0.9}
     for kind, where, values, more in (
         ("tasks", "evaluation/tiny/base", of_base, {"standard_error": 0.25}),
         ("tasks", "runs/r/evaluation/merged", of_merged, {"standard_error": 0.2886}),
@@ -29,6 +30,7 @@ def write(tmp_path):
         files.write_json(path.with_name(f"{path.name}.json"), {"scores": scores})
         rows = rows_of(values, "t" if kind == "tasks" else "reference answers")
         for row in rows:
+            row["asked"] = row["task"]
             row["metric"] = "acc" if kind == "tasks" else "exact_match"
         write_samples(path.with_name(f"{path.name}.parquet"), rows)
     paths = [tmp_path / f"tasks.{form}" for form in ("tsv", "md", "html")]
