@@ -19,7 +19,8 @@ def score_of(values, **others):
 def rows_of(values, task="t", prompt="p", asked="t"):
     return [
         {
-            "asked": asked, "task": task, "document": str(at), "metric": "acc", "filter": "none", "value": value,
+            "asked": asked, "task": task, "document": str(at), "metric": "acc",
+            "filter": "none", "value": value,
             "prompt_hash": f"{prompt}{at}", "answer": "", "reference": "", "is_truncated": False,
         }
         for at, value in enumerate(values)
