@@ -4,13 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check-demo lint schema clean help
+.PHONY: run tasks test test-tasks check-demo lint schema clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
 
 test: .venv/.tests-installed lint  ## set up, then lint and test
 	OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
+
+tasks: .venv-tasks/.installed  ## set up lm-evaluation-harness too, then score its tasks
+	.venv-tasks/bin/python -m snakemake tasks --cores all
+
+test-tasks: .venv-tasks/.installed .venv/.tests-installed  ## test what runs lm-evaluation-harness
+	OMP_NUM_THREADS=1 .venv-tasks/bin/python -m pytest tests/unit/evaluate/tasks
 
 lint: .venv/.tests-installed
 	ruff check .
@@ -33,6 +39,16 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 
 .venv/.tests-installed: .venv/.installed requirements-test.lock
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
+	touch $@
+
+# What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;
+# before it what is of this lock alone.
+.venv-tasks/.installed: .venv/.installed requirements-tasks.lock
+	$(BIN)/python -m venv --without-pip --clear .venv-tasks
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-tasks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workflow.pth"
+	ln -sfn ../.venv/share .venv-tasks/share
+	.venv-tasks/bin/python -m pip install --disable-pip-version-check -r requirements-tasks.lock
 	touch $@
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?

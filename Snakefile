@@ -21,6 +21,7 @@ include: "rules/merge.smk"
 include: "rules/quantize.smk"
 include: "rules/evaluate.smk"
 include: "rules/questions.smk"
+include: "rules/tasks.smk"
 include: "rules/inference.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
@@ -37,6 +38,8 @@ localrules:
     report,
     context,
     samples,
+    tasks,
+    fetch_tasks,
     experiment,
     sweep,
     push_release,
@@ -107,6 +110,12 @@ rule samples:
     """Answers of every link to the same prompts, to be read."""
     input:
         "results/report/samples.html",
+
+
+rule tasks:
+    """Tasks with a right answer by every run: base, merged model and smallest file."""
+    input:
+        expand("results/report/tasks.{form}", form=["tsv", "md", "html"]),
 
 
 rule experiment:

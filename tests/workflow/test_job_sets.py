@@ -204,6 +204,40 @@ def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
     assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
 
 
+TASKS = {
+    "fetch_tasks": 1,
+    "evaluate_tasks_base": 1,
+    "evaluate_tasks_merged": 2,
+    "evaluate_tasks": 2,
+}
+REFERENCES = {"match_references_base": 1, "match_references_merged": 2, "match_references": 2}
+
+
+def asked_for_tasks(folder: Path, tmp_path: Path, **tasks: object) -> dict[str, int]:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump({"evaluation": {"tasks": tasks}}))
+    jobs = jobs_of(snakemake_in(folder)("-n", "tasks", "--configfile", TINY, path))
+    return {name: n for name, n in jobs.items() if name != "tasks"}
+
+
+def test_tasks_are_asked_of_base_merged_and_smallest_file_and_by_nothing_else(
+    tiny: Path, tmp_path: Path
+) -> None:
+    # Without names there are the reference answers of the chats.
+    assert asked_for_tasks(tiny, tmp_path) == {**REFERENCES, "report_tasks": 1}
+    named = asked_for_tasks(tiny, tmp_path, names=["mmlu", "hellaswag@0"])
+    assert named == {**TASKS, **REFERENCES, "report_tasks": 1}
+    assert changed(tiny, tmp_path, {"evaluation": {"tasks": {"names": ["mmlu"]}}}) == {}
+
+
+def test_a_folder_without_task_files_stops_before_any_job(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump({"evaluation": {"tasks": {"include": str(tmp_path / "no")}}}))
+    result = snakemake_in(tiny)("-n", "tasks", "--configfile", TINY, path)
+    assert result.returncode != 0
+    assert "evaluation.tasks.include" in result.stdout + result.stderr
+
+
 def test_how_a_release_is_published_runs_nothing_again(tiny: Path, tmp_path: Path) -> None:
     publishing = {"push": {"owner": "me", "private": False, "dry_run": False}}
     assert changed(tiny, tmp_path, publishing) == {}
