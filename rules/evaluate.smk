@@ -21,6 +21,7 @@ rule evaluate_perplexity:
         "../envs/export.yaml"
     threads: threads_for_run
     resources:
+        gpu=0,  # llama.cpp as it is installed here
         mem_mb=lambda wildcards, attempt: 16_000 * attempt,
         runtime=240,  # minutes
     params:
@@ -28,7 +29,8 @@ rule evaluate_perplexity:
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --clean {input.clean:q}"
         " --settings {params.settings:q} --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
@@ -172,6 +174,7 @@ rule evaluate_text:
         "../envs/export.yaml"
     threads: threads_for_run
     resources:
+        gpu=0,  # llama.cpp as it is installed here
         mem_mb=lambda wildcards, attempt: 16_000 * attempt,
         runtime=240,  # minutes
     params:
@@ -179,7 +182,8 @@ rule evaluate_text:
         settings="{}",  # every chunk, whole
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
@@ -285,7 +289,8 @@ rule evaluate_positions:
         settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),
         output_version=output_version("evaluate/evaluate_positions"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_positions {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_positions {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --scores {output.scores:q} > {log:q} 2>&1"
 

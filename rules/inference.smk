@@ -14,6 +14,7 @@ rule benchmark_inference:
         "../envs/export.yaml"
     threads: all_cores()
     resources:
+        gpu=0,  # llama.cpp as it is installed here
         mem_mb=lambda wildcards, attempt: 16_000 * attempt,
         runtime=60,  # minutes
     params:
@@ -21,7 +22,8 @@ rule benchmark_inference:
         settings=CONFIG.evaluation.inference.model_dump_json(),
         output_version=output_version("evaluate/benchmark_inference"),
     shell:
-        "python -m workflow_scripts.evaluate.benchmark_inference {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.benchmark_inference {params.link:q}"
         " --facts {input.facts:q} --settings {params.settings:q} --threads {threads}"
         " --speed {output.speed:q} > {log:q} 2>&1"
 

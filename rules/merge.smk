@@ -81,7 +81,8 @@ rule choose_merge_base:
         adapter=subpath(input.adapter, parent=True),
         output_version=output_version("export/choose_merge_base"),
     shell:
-        "python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --adapter {params.adapter:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --choice {output.choice:q} > {log:q} 2>&1"
 
@@ -149,7 +150,8 @@ rule check_merged:
         adapter=merged_adapter,
         output_version=output_version("export/check_merged"),
     shell:
-        "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"

@@ -97,7 +97,8 @@ rule check_gguf:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         output_version=output_version("export/check_gguf"),
     shell:
-        "python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
         " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
         " --check {output.check:q} > {log:q} 2>&1"
@@ -129,7 +130,8 @@ rule compute_imatrix:
         texts=lambda wildcards, input: flagged("--texts", input.texts),
         output_version=output_version("export/compute_imatrix"),
     shell:
-        "python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} {params.texts:q}"
         " --settings {params.settings:q} --threads {threads} --imatrix {output.imatrix:q}"
         " > {log:q} 2>&1"
@@ -187,6 +189,7 @@ rule quantize_awq:
         settings=CONFIG.awq.model_dump_json(exclude={"use"}),
         output_version=output_version("export/quantize_awq"),
     shell:
-        "python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --awq {output.awq:q} > {log:q} 2>&1"

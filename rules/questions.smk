@@ -24,7 +24,8 @@ rule evaluate_recall:
         settings=CONFIG.evaluation.recall.model_dump_json(),
         output_version=output_version("evaluate/evaluate_recall"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --chats {input.chats:q}"
         " --settings {params.settings:q} --scores {output.scores:q} > {log:q} 2>&1"
 
@@ -57,7 +58,8 @@ rule evaluate_context:
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_context {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_context {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} {params.texts:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
         " --scores {output.scores:q} > {log:q} 2>&1"
@@ -135,7 +137,8 @@ rule answer_prompts:
         settings=CONFIG.evaluation.samples.model_dump_json(),
         output_version=output_version("evaluate/answer_prompts"),
     shell:
-        "python -m workflow_scripts.evaluate.answer_prompts {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.answer_prompts {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --threads {threads} --answers {output.answers:q}"
         " > {log:q} 2>&1"

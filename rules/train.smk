@@ -23,7 +23,8 @@ rule plan_memory:
         training=lambda wildcards, resources: training_json(resources),
         output_version=output_version("train/plan_memory"),
     shell:
-        "python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
         " --plan {input.plan:q} --recipe {params.recipe:q} --training {params.training:q}"
         " --memory-plan {output.memory_plan:q} > {log:q} 2>&1"
 
@@ -64,7 +65,8 @@ rule train_adapter:
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),
     shell:
-        "python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokens {params.tokens:q} --plan {input.plan:q}"
         " --settings {params.settings:q} --training {params.training:q}"
         " --resume-from checkpoints/{wildcards.run:q}"
