@@ -31,8 +31,9 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	python -m workflow_scripts.export.llama_cpp_source
 	touch $@
 
-.venv/.tests-installed: .venv/.installed requirements-test.lock
+.venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
+	python -m pip install --disable-pip-version-check --no-deps -r requirements-cluster.lock
 	touch $@
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?

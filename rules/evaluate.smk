@@ -22,8 +22,8 @@ rule evaluate_perplexity:
     threads: threads_for_run
     resources:
         gpu=0,  # llama.cpp as it is installed here
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=scoring_json(),
@@ -53,8 +53,8 @@ use rule evaluate_perplexity as evaluate_perplexity_merged with:
         "benchmarks/runs/{run}/evaluate_perplexity/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=scoring_json(),
@@ -117,8 +117,8 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: [
             "--checkpoint",
@@ -145,8 +145,8 @@ rule chunk_text:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=30,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(30),  # minutes
     params:
         settings=CONFIG.evaluation.model_dump_json(include={"text_context_tokens"}),
         output_version=output_version("evaluate/chunk_text"),
@@ -175,8 +175,8 @@ rule evaluate_text:
     threads: threads_for_run
     resources:
         gpu=0,  # llama.cpp as it is installed here
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings="{}",  # every chunk, whole
@@ -204,8 +204,8 @@ use rule evaluate_text as evaluate_text_merged with:
         "benchmarks/runs/{run}/evaluate_text/{text}/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings="{}",
@@ -227,8 +227,8 @@ use rule evaluate_text_merged as evaluate_text_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
 
 
 rule evaluate_divergence:
@@ -251,8 +251,8 @@ rule evaluate_divergence:
     threads: threads_for_run
     resources:
         # Both models; with less the program takes them in turns.
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_divergence"),
@@ -282,8 +282,8 @@ rule evaluate_positions:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),

@@ -15,8 +15,8 @@ rule benchmark_inference:
     threads: all_cores()
     resources:
         gpu=0,  # llama.cpp as it is installed here
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=CONFIG.evaluation.inference.model_dump_json(),
@@ -41,8 +41,8 @@ use rule benchmark_inference as benchmark_inference_merged with:
         "benchmarks/runs/{run}/benchmark_inference/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=CONFIG.evaluation.inference.model_dump_json(),

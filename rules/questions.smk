@@ -17,8 +17,8 @@ rule evaluate_recall:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.recall.model_dump_json(),
@@ -50,8 +50,8 @@ rule evaluate_context:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=480,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(480),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
@@ -102,8 +102,8 @@ use rule evaluate_context as evaluate_context_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=480,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(480),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=CONFIG.evaluation.context.model_dump_json(exclude={"files"}),
@@ -130,8 +130,8 @@ rule answer_prompts:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=CONFIG.evaluation.samples.model_dump_json(),
@@ -178,8 +178,8 @@ use rule answer_prompts as answer_prompts_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=CONFIG.evaluation.samples.model_dump_json(),

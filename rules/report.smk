@@ -17,8 +17,8 @@ rule report_cleaning:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_cleaning"),
     shell:
@@ -52,8 +52,8 @@ rule report_packing:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_packing"),
     shell:
@@ -88,8 +88,8 @@ rule report_comparison:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         output_version=output_version("report/report_comparison"),
@@ -125,8 +125,8 @@ rule report_chain:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         texts=flagged("--texts", list(CONFIG.evaluation.texts)),
@@ -155,8 +155,8 @@ rule report_loss:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_loss"),
     shell:
@@ -189,8 +189,8 @@ rule report_overview:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         output_version=output_version("report/report_overview"),
@@ -223,8 +223,8 @@ rule report_run:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=lambda wildcards: runs_json([wildcards.run]),
         texts=flagged("--texts", list(CONFIG.evaluation.texts)),
@@ -256,8 +256,8 @@ rule collect_metrics:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         output_version=output_version("report/collect_metrics"),
@@ -286,8 +286,8 @@ rule report_context:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         links=CONTEXT_LINKS,
@@ -315,8 +315,8 @@ rule report_samples:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         output_version=output_version("report/report_samples"),
@@ -350,8 +350,8 @@ rule report_experiment:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=experiment_json(),
         n_prompts=CONFIG.evaluation.recall.n_prompts,
@@ -390,8 +390,8 @@ rule report_sweep:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         sweeps=sweep_json(),
         output_version=output_version("report/report_sweep"),

@@ -15,8 +15,8 @@ rule plan_memory:
         "../envs/train.yaml"
     resources:
         gpu=gpus_for_training,
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(10),  # minutes
     params:
         recipe=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
         # Made of the resources, so that Snakemake runs nothing again when it changes.
@@ -53,10 +53,11 @@ rule train_adapter:
         "../envs/train.yaml"
     threads: 8
     resources:
+        **(SEVERAL_NODES if CONFIG.training.nodes > 1 else {}),
         gpu=gpus_for_training,
         nodes=CONFIG.training.nodes,
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=1440,  # minutes
+        mem_mb=memory_for_models(CONFIG.training.gpus),  # of a node, with a process a GPU
+        runtime=1440,  # minutes; the next attempt goes on from the checkpoints
     params:
         settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
         # As above.
