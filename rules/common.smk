@@ -130,10 +130,9 @@ def growing(amount):
 def memory_for_models(n_models, beside_mb=4_000):
     """Memory, MB, of a job that holds a model's weights so many times; more with each attempt."""
 
-    def megabytes(wildcards, attempt):
-        model = wildcards.get("model") or CONFIG.runs[wildcards.run].model
+    def megabytes(wildcards, input, attempt):
         # FileNotFoundError, where the facts are not made yet, has Snakemake ask again when they are.
-        facts = json.loads(Path(f"results/models/{model}/facts.json").read_text(encoding="utf-8"))
+        facts = json.loads(Path(input.facts).read_text(encoding="utf-8"))
         weights_mb = sum(file["size_bytes"] for file in facts["files"].values()) / 1e6
         return int((n_models * weights_mb + beside_mb) * attempt)
 

@@ -66,7 +66,8 @@ rule train_adapter:
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),
     shell:
-        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        # exec: a shell between would die of the TERM that training saves itself on.
+        "exec python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokens {params.tokens:q} --plan {input.plan:q}"
         " --settings {params.settings:q} --training {params.training:q}"

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -33,10 +34,12 @@ class Cluster:
     """Slurm's commands, and Snakemake on it.
 
     Args:
+        home: folder of the daemons.
         environment: with which both are run.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = home
         self.environment = environment
 
     def ask(self, *command: object) -> str:
@@ -55,6 +58,29 @@ class Cluster:
         """Comment of each running job, which names rule and wildcards → its number."""
         listed = self.ask("squeue", "--noheader", "--states", "running", "--format", "%k|%i")
         return dict(line.split("|") for line in listed.splitlines())
+
+    def lose(self, node: str) -> None:
+        """A node goes away, with all that runs on it, as when its power does."""
+        daemon = psutil.Process(int((self.home / "run" / f"slurmd-{node}.pid").read_text()))
+        # A job's processes are children of its slurmstepd, which are nobody's.
+        jobs = self.ask("squeue", "--noheader", "--nodelist", node, "--format", "%A").split()
+        steps = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            for job in jobs
+            if f"slurmstepd: [{job}." in " ".join(process.info["cmdline"] or [])
+        ]
+        for process in [daemon, *steps]:
+            for one in [process, *process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        # Slurm itself finds out when the node has been silent for SlurmdTimeout, 300 s.
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        self.ask("slurmd", "-N", node)
+        listed = ("sinfo", "--noheader", "--nodes", node, "--format", "%t")
+        wait_until(lambda: "idle" in self.ask(*listed), 30, f"node {node} is back")
 
     def start(self, folder: Path, *arguments: object, profile: str = "slurm") -> subprocess.Popen:
         """Snakemake in a folder; its output goes to the folder's `output.txt`."""
@@ -143,7 +169,7 @@ def cluster() -> Iterator[Cluster]:
             [HERE / "up", home], env=environment, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
-        yield Cluster(environment)
+        yield Cluster(home, environment)
     finally:
         subprocess.run([HERE / "down", home], env=environment, timeout=120)
         shutil.rmtree(home, ignore_errors=True)

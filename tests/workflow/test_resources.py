@@ -19,6 +19,7 @@ FACTS = {"files": {"one": {"size_bytes": 7_000_000_000}, "two": {"size_bytes": 7
 READ = """
 import inspect, json
 from pathlib import Path
+from types import SimpleNamespace
 from snakemake.api import SnakemakeApi
 from snakemake.iocontainers import Wildcards
 from snakemake.settings.types import ConfigSettings, ResourceSettings
@@ -32,8 +33,9 @@ names = Wildcards(fromdict={
 def asked(value, attempt):
     if not callable(value):
         return value
-    takes_attempt = "attempt" in inspect.signature(value).parameters
-    return value(names, attempt=attempt) if takes_attempt else value(names)
+    given = {"input": SimpleNamespace(facts="facts.json"), "attempt": attempt}
+    asks_for = inspect.signature(value).parameters
+    return value(names, **{name: given[name] for name in given if name in asks_for})
 
 with SnakemakeApi() as api:
     workflow = api.workflow(
@@ -64,9 +66,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("resources")
     copy_workflow(folder)
     (folder / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    facts = folder / "results" / "models" / "mistral-7b-v0.3" / "facts.json"
-    facts.parent.mkdir(parents=True)
-    facts.write_text(json.dumps(FACTS))
+    (folder / "facts.json").write_text(json.dumps(FACTS))
     done = subprocess.run(
         [sys.executable, "-c", READ], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -101,8 +101,10 @@ def test_every_job_with_a_gpu_takes_it_from_those_that_are_free(rules) -> None:
     assert {"train_adapter", "check_merged", "evaluate_perplexity_adapter"} <= with_gpu
     assert "evaluate_perplexity" not in with_gpu  # llama.cpp, on the CPU
     for name in with_gpu:
-        assert rules[name]["shell"].startswith(
-            "python -m workflow_scripts.take_gpus {resources.gpu} python -m"
+        assert (
+            rules[name]["shell"]
+            .removeprefix("exec ")
+            .startswith("python -m workflow_scripts.take_gpus {resources.gpu} python -m")
         ), name
         assert not rules[name]["is_local"], name
     assert rules["train_adapter"]["gpu"][0] == 8
