@@ -80,7 +80,7 @@ class Cluster:
     def bring_back(self, node: str) -> None:
         self.ask("slurmd", "-N", node)
         listed = ("sinfo", "--noheader", "--nodes", node, "--format", "%t")
-        wait_until(lambda: "idle" in self.ask(*listed), 30, f"node {node} is back")
+        wait_until(lambda: "down" not in self.ask(*listed), 30, f"node {node} is back")
 
     def start(self, folder: Path, *arguments: object, profile: str = "slurm") -> subprocess.Popen:
         """Snakemake in a folder; its output goes to the folder's `output.txt`."""

@@ -107,7 +107,9 @@ def test_a_job_whose_node_goes_away_is_run_on_another(cluster: Cluster, small) -
 
 
 def test_ctrl_c_leaves_no_job_no_process_and_no_half_file(cluster: Cluster, copied: Path) -> None:
-    recipe = {"recipes": {"mistral-lora-demo": {"max_steps": 2000, "evaluations": 0}}}
+    recipe = {
+        "recipes": {"mistral-lora-demo": {"max_steps": 2000, "epochs": 2000, "evaluations": 0}}
+    }
     arguments = configured(copied, {"build": ["mistral"], **recipe})
     process = cluster.start(copied, "train", *arguments)
     log = copied / "logs" / "runs" / "mistral" / "train_adapter.log"

@@ -11,8 +11,8 @@ from tests.slurm.conftest import OVERLAY, Cluster, configured, wait_until
 from workflow_scripts import files
 
 pytestmark = pytest.mark.slurm
-# Minutes, under the processor of a test; Slurm looks at its limits every 30 s.
-N_STEPS = 150
+# For more than the 30 s after which Slurm looks at its limits again: 60 s on an idle machine.
+LONG = {"max_steps": 40, "epochs": 100, "evaluations": 1}
 RUN = {
     "model": "demo",
     "dataset": "stdlib-help",
@@ -44,7 +44,7 @@ def test_training_that_meets_its_time_limit_saves_and_ends_with_the_loss_of_one_
     overlay = {
         "runs": {"limited": RUN, "whole": RUN},
         "build": ["limited", "whole"],
-        "recipes": {"mistral-lora-demo": {"max_steps": N_STEPS, "evaluations": 1}},
+        "recipes": {"mistral-lora-demo": LONG},
     }
     process = cluster.start(copied, "train", *configured(copied, overlay))
     log = copied / "logs" / "runs" / "limited" / "train_adapter.log"
@@ -56,7 +56,7 @@ def test_training_that_meets_its_time_limit_saves_and_ends_with_the_loss_of_one_
     ]
     # Its time was to be up in a day, and is now up in less than the profile's 300 s before TERM.
     cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=4")
-    code, output = cluster.wait(process, copied, 400)
+    code, output = cluster.wait(process, copied, 900)
     assert code == 0, output[-8000:]
     assert f"SLURM-job '{job}' failed" in output
     assert "training was ended by SIGTERM" in output  # its log, before the next attempt's
@@ -85,7 +85,11 @@ def test_the_tiny_workflow_goes_through_slurm_to_its_releases(
 def test_training_on_two_nodes_has_the_loss_of_two_processes_on_one(
     cluster: Cluster, copied: Path
 ) -> None:
-    overlay = {"runs": {"spread": RUN, "together": RUN}}
+    recipe = {"max_steps": 3, "epochs": 100, "evaluations": 1, "rows_per_step": 2}
+    overlay = {
+        "runs": {"spread": RUN, "together": RUN},
+        "recipes": {"mistral-lora-demo": recipe},
+    }
     arguments = configured(copied, overlay)
     # The profile asks for more GPUs than these nodes have; the demo's model for none by itself.
     extra = "'--signal=TERM@300 --ntasks-per-node=1 --gpus-per-node=1'"
