@@ -37,8 +37,9 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	python -m workflow_scripts.export.llama_cpp_source
 	touch $@
 
-.venv/.tests-installed: .venv/.installed requirements-test.lock
+.venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
+	python -m pip install --disable-pip-version-check --no-deps -r requirements-cluster.lock
 	touch $@
 
 # What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;

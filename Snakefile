@@ -43,6 +43,26 @@ localrules:
     experiment,
     sweep,
     push_release,
+    # Downloads: the nodes of a cluster often have no internet.
+    fetch_base_model,
+    fetch_dataset,
+    fetch_adapter,
+    fetch_merged,
+    # Seconds and little memory: no node is asked for to write a table.
+    plan_disk,
+    preview_chats,
+    collect_metrics,
+    report_cleaning,
+    report_packing,
+    report_comparison,
+    report_chain,
+    report_loss,
+    report_overview,
+    report_run,
+    report_context,
+    report_samples,
+    report_experiment,
+    report_sweep,
 
 
 rule all:
