@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files, log, pages
+from workflow_scripts import files, log
 from workflow_scripts.evaluate.task_scores import Samples, Score, difference
+from workflow_scripts.report import tables
 from workflow_scripts.report.tables import Table
 
 OUTPUT_VERSION = 1
@@ -44,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
     parser.add_argument("--kinds", nargs="+", required=True, help="tasks, references, or both")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--tsv", type=Path, required=True, help="to write")
-    parser.add_argument("--markdown", type=Path, required=True, help="to write")
-    parser.add_argument("--html", type=Path, required=True, help="to write")
+    tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     runs = {
@@ -54,12 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, settings in json.loads(arguments.runs)["runs"].items()
     }
     table = tasks(runs)
-    lines = ["\t".join(cells) for cells in (table.header, *table.rows)]
-    files.write_text(arguments.tsv, "\n".join(lines) + "\n")
-    files.write_text(arguments.markdown, table.as_markdown() + "\n")
-    body = pages.table(table.header, table.rows)
-    body += f'<p class="quiet">{pages.visible(table.note)}</p>'
-    files.write_text(arguments.html, pages.page(table.title, body))
+    table.write(arguments)
     logger.info("wrote n_rows=%d path=%s", len(table.rows), arguments.html)
 
 
