@@ -4,13 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check-demo lint schema doctor wheelhouse clean help
+.PHONY: run tasks test test-tasks check-demo lint schema doctor wheelhouse clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
 
 test: .venv/.tests-installed lint  ## set up, then lint and test
 	OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
+
+tasks: .venv-tasks/.installed  ## set up lm-evaluation-harness too, then score its tasks
+	.venv-tasks/bin/python -m snakemake tasks --cores all
+
+test-tasks: .venv-tasks/.installed .venv/.tests-installed  ## test what runs lm-evaluation-harness
+	OMP_NUM_THREADS=1 .venv-tasks/bin/python -m pytest tests/unit/evaluate/tasks
 
 lint: .venv/.tests-installed
 	ruff check .
@@ -31,15 +37,28 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	python -m workflow_scripts.export.llama_cpp_source
 	touch $@
 
-.venv/.tests-installed: .venv/.installed requirements-test.lock
+.venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
 	python -m pip install --disable-pip-version-check -r requirements-test.lock
+	python -m pip install --disable-pip-version-check --no-deps -r requirements-cluster.lock
+	touch $@
+
+# What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;
+# before it what is of this lock alone.
+.venv-tasks/.installed: .venv/.installed requirements-tasks.lock
+	$(BIN)/python -m venv --without-pip --clear .venv-tasks
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-tasks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workflow.pth"
+	ln -sfn ../.venv/share .venv-tasks/share
+	.venv-tasks/bin/python -m pip install --disable-pip-version-check -r requirements-tasks.lock
 	touch $@
 
 # For machines without internet, of this system and this Python. llama-cpp-python comes as its source
 # as well, with what builds it: the wheel is for this CPU, and has no converter.
-wheelhouse: .venv/bin/python requirements.lock  ## gather requirements.lock (and PACKAGES=…) in wheelhouse/
+wheelhouse: .venv/bin/python requirements.lock requirements-cluster.lock  ## gather their packages (and PACKAGES=…) in wheelhouse/
 	python -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse -r requirements.lock \
 	    $(PACKAGES) 'scikit-build-core[pyproject]' cmake ninja
+	python -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse --no-deps \
+	    -r requirements-cluster.lock
 	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
 	    --no-binary llama-cpp-python $$(grep -i '^llama.cpp.python==' requirements.lock)
 

@@ -25,6 +25,7 @@ include: "rules/merge.smk"
 include: "rules/quantize.smk"
 include: "rules/evaluate.smk"
 include: "rules/questions.smk"
+include: "rules/tasks.smk"
 include: "rules/inference.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
@@ -41,9 +42,31 @@ localrules:
     report,
     context,
     samples,
+    tasks,
+    fetch_tasks,
     experiment,
     sweep,
     push_release,
+    # Downloads: the nodes of a cluster often have no internet.
+    fetch_base_model,
+    fetch_dataset,
+    fetch_adapter,
+    fetch_merged,
+    # Seconds and little memory: no node is asked for to write a table.
+    plan_disk,
+    preview_chats,
+    collect_metrics,
+    report_cleaning,
+    report_packing,
+    report_comparison,
+    report_chain,
+    report_loss,
+    report_overview,
+    report_run,
+    report_context,
+    report_samples,
+    report_experiment,
+    report_sweep,
 
 
 # Of the main process alone: not of a cluster's jobs, nor of a dry run.
@@ -120,6 +143,12 @@ rule samples:
     """Answers of every link to the same prompts, to be read."""
     input:
         "results/report/samples.html",
+
+
+rule tasks:
+    """Tasks with a right answer by every run: base, merged model and smallest file."""
+    input:
+        expand("results/report/tasks.{form}", form=["tsv", "md", "html"]),
 
 
 rule experiment:

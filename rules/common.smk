@@ -122,6 +122,23 @@ def gpus_for_model(wildcards):
     return 0 if CONFIG.models[wildcards.model].generate else 1
 
 
+def growing(amount):
+    """A resource of which each attempt asks for as much again."""
+    return lambda wildcards, attempt: amount * attempt
+
+
+def memory_for_models(n_models, beside_mb=4_000):
+    """Memory, MB, of a job that holds a model's weights so many times; more with each attempt."""
+
+    def megabytes(wildcards, input, attempt):
+        # FileNotFoundError, where the facts are not made yet, has Snakemake ask again when they are.
+        facts = json.loads(Path(input.facts).read_text(encoding="utf-8"))
+        weights_mb = sum(file["size_bytes"] for file in facts["files"].values()) / 1e6
+        return int((n_models * weights_mb + beside_mb) * attempt)
+
+    return megabytes
+
+
 def flagged(flag, files):
     """A flag with its files, or nothing where there are none."""
     return [flag, *files] if files else []

@@ -11,8 +11,8 @@ rule build_demo_dataset:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "generate"),
         output_version=output_version("data/build_demo_dataset"),
@@ -33,8 +33,8 @@ rule fetch_dataset:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(240),  # minutes
     params:
         settings=hub_source_json,
         output_version=output_version("data/fetch_dataset"),
@@ -62,8 +62,8 @@ rule clean_dataset:
         "../envs/data.yaml"
     threads: threads_for_dataset
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(120),  # minutes
     params:
         settings=cleaning_json,
         sources=source_arguments,
@@ -97,8 +97,8 @@ rule render_chats:
         "../envs/data.yaml"
     threads: threads_for_dataset
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(120),  # minutes
     params:
         settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "rendering"),
         clean=subpath(input.train, parent=True),
@@ -129,8 +129,8 @@ rule check_tokens:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(60),  # minutes
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(include={"parity_conversations"}),
         clean=subpath(input.train_chats, parent=True),
@@ -160,8 +160,8 @@ rule pack_sequences:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         # This packing's table and no more: a new learning rate must not pack again.
         settings=lambda wildcards: settings_json("packings", wildcards.packing),
@@ -198,8 +198,8 @@ rule preview_chats:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "preview"),
         output_version=output_version("data/preview_chats"),

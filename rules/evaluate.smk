@@ -21,14 +21,16 @@ rule evaluate_perplexity:
         "../envs/export.yaml"
     threads: threads_for_run
     resources:
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=240,  # minutes
+        gpu=0,  # llama.cpp as it is installed here
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --clean {input.clean:q}"
         " --settings {params.settings:q} --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
@@ -51,8 +53,8 @@ use rule evaluate_perplexity as evaluate_perplexity_merged with:
         "benchmarks/runs/{run}/evaluate_perplexity/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=scoring_json(),
@@ -115,8 +117,8 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: [
             "--checkpoint",
@@ -143,8 +145,8 @@ rule chunk_text:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=30,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(30),  # minutes
     params:
         settings=CONFIG.evaluation.model_dump_json(include={"text_context_tokens"}),
         output_version=output_version("evaluate/chunk_text"),
@@ -172,14 +174,16 @@ rule evaluate_text:
         "../envs/export.yaml"
     threads: threads_for_run
     resources:
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=240,  # minutes
+        gpu=0,  # llama.cpp as it is installed here
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings="{}",  # every chunk, whole
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_perplexity {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
@@ -200,8 +204,8 @@ use rule evaluate_text as evaluate_text_merged with:
         "benchmarks/runs/{run}/evaluate_text/{text}/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings="{}",
@@ -223,8 +227,8 @@ use rule evaluate_text_merged as evaluate_text_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
 
 
 rule evaluate_divergence:
@@ -247,8 +251,8 @@ rule evaluate_divergence:
     threads: threads_for_run
     resources:
         # Both models; with less the program takes them in turns.
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_divergence"),
@@ -278,14 +282,15 @@ rule evaluate_positions:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),
         output_version=output_version("evaluate/evaluate_positions"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_positions {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_positions {params.link:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --scores {output.scores:q} > {log:q} 2>&1"
 

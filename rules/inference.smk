@@ -14,14 +14,16 @@ rule benchmark_inference:
         "../envs/export.yaml"
     threads: all_cores()
     resources:
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=60,  # minutes
+        gpu=0,  # llama.cpp as it is installed here
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=CONFIG.evaluation.inference.model_dump_json(),
         output_version=output_version("evaluate/benchmark_inference"),
     shell:
-        "python -m workflow_scripts.evaluate.benchmark_inference {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.benchmark_inference {params.link:q}"
         " --facts {input.facts:q} --settings {params.settings:q} --threads {threads}"
         " --speed {output.speed:q} > {log:q} 2>&1"
 
@@ -39,8 +41,8 @@ use rule benchmark_inference as benchmark_inference_merged with:
         "benchmarks/runs/{run}/benchmark_inference/merged.tsv"
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=CONFIG.evaluation.inference.model_dump_json(),

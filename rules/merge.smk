@@ -16,8 +16,8 @@ rule fetch_adapter:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(60),  # minutes
     params:
         settings=lambda wildcards: given_json(wildcards.run),
         adapter=subpath(output.adapter, parent=True),
@@ -44,8 +44,8 @@ rule fetch_merged:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
+        mem_mb=growing(2_000),
+        runtime=growing(240),  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
         settings=lambda wildcards: given_json(wildcards.run),
         output_version=output_version("export/fetch_merged"),
@@ -74,14 +74,15 @@ rule choose_merge_base:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=memory_for_models(2.5),
+        runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(include={"n_conversations"}),
         adapter=subpath(input.adapter, parent=True),
         output_version=output_version("export/choose_merge_base"),
     shell:
-        "python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --adapter {params.adapter:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --choice {output.choice:q} > {log:q} 2>&1"
 
@@ -107,8 +108,8 @@ rule merge_adapter:
         "../envs/train.yaml"
     threads: threads_for_run
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(60),  # minutes
     params:
         adapter=subpath(input.adapter, parent=True),
         merge_base=merge_base,
@@ -142,14 +143,15 @@ rule check_merged:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=memory_for_models(2.5),
+        runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         adapter=merged_adapter,
         output_version=output_version("export/check_merged"),
     shell:
-        "python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"

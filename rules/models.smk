@@ -12,8 +12,8 @@ rule build_demo_model:
         "../envs/train.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=30,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(30),  # minutes
     params:
         settings=lambda wildcards: settings_json("models", wildcards.model, "generate"),
         output_version=output_version("models/build_demo_model"),
@@ -35,8 +35,8 @@ rule fetch_base_model:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=240,  # minutes: 94 GB of Mixtral at 10 MB/s
+        mem_mb=growing(2_000),
+        runtime=growing(240),  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
         settings=base_model_json,
         output_version=output_version("models/fetch_base_model"),
@@ -58,8 +58,8 @@ rule read_model_facts:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=30,  # minutes: every byte is hashed
+        mem_mb=growing(1_000),
+        runtime=growing(30),  # minutes: every byte is hashed
     params:
         version=facts_arguments,  # another name here would hash every model again
         output_version=output_version("models/read_model_facts"),
@@ -81,8 +81,8 @@ rule export_tokenizer:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         version=tokenizer_version,
         output_version=output_version("models/export_tokenizer"),

@@ -14,8 +14,8 @@ rule convert_gguf:
         "../envs/export.yaml"
     threads: threads_for_run
     resources:
-        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=growing(8_000),
+        runtime=growing(60),  # minutes
     params:
         name=lambda wildcards: wildcards.run,
         tokenizer=[],
@@ -61,8 +61,8 @@ rule convert_adapter:
     conda:
         "../envs/export.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=30,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(30),  # minutes
     params:
         adapter=subpath(input.adapter, parent=True),
         output_version=output_version("export/convert_adapter"),
@@ -91,13 +91,14 @@ rule check_gguf:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 40_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=memory_for_models(2.5),
+        runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         output_version=output_version("export/check_gguf"),
     shell:
-        "python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
         " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
         " --check {output.check:q} > {log:q} 2>&1"
@@ -122,14 +123,15 @@ rule compute_imatrix:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 20_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(1.1),
+        runtime=growing(240),  # minutes
     params:
         settings=imatrix_json(),
         texts=lambda wildcards, input: flagged("--texts", input.texts),
         output_version=output_version("export/compute_imatrix"),
     shell:
-        "python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} {params.texts:q}"
         " --settings {params.settings:q} --threads {threads} --imatrix {output.imatrix:q}"
         " > {log:q} 2>&1"
@@ -151,8 +153,8 @@ rule quantize_gguf:
         "../envs/export.yaml"
     threads: threads_for_quantizing
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(60),  # minutes
     params:
         settings=lambda wildcards: CONFIG.gguf.mix(wildcards.quant).model_dump_json(),
         imatrix=lambda wildcards, input: flagged("--imatrix", input.imatrix),
@@ -181,12 +183,13 @@ rule quantize_awq:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 48_000 * attempt,
-        runtime=1440,  # minutes
+        mem_mb=memory_for_models(3),
+        runtime=growing(1440),  # minutes
     params:
         settings=CONFIG.awq.model_dump_json(exclude={"use"}),
         output_version=output_version("export/quantize_awq"),
     shell:
-        "python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --awq {output.awq:q} > {log:q} 2>&1"

@@ -17,14 +17,15 @@ rule evaluate_recall:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=CONFIG.evaluation.recall.model_dump_json(),
         output_version=output_version("evaluate/evaluate_recall"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_recall {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --chats {input.chats:q}"
         " --settings {params.settings:q} --scores {output.scores:q} > {log:q} 2>&1"
 
@@ -49,15 +50,16 @@ rule evaluate_context:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=480,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(480),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=context_json(),
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_context {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_context {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} {params.texts:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
         " --scores {output.scores:q} > {log:q} 2>&1"
@@ -100,8 +102,8 @@ use rule evaluate_context as evaluate_context_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=480,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(480),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=context_json(),
@@ -128,14 +130,15 @@ rule answer_prompts:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=CONFIG.evaluation.samples.model_dump_json(),
         output_version=output_version("evaluate/answer_prompts"),
     shell:
-        "python -m workflow_scripts.evaluate.answer_prompts {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.answer_prompts {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --threads {threads} --answers {output.answers:q}"
         " > {log:q} 2>&1"
@@ -175,8 +178,8 @@ use rule answer_prompts as answer_prompts_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=60,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=CONFIG.evaluation.samples.model_dump_json(),

@@ -11,8 +11,8 @@ rule plan_disk:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 500 * attempt,
-        runtime=5,  # minutes
+        mem_mb=growing(500),
+        runtime=growing(5),  # minutes
     params:
         facts=[f"{name}=results/models/{name}/facts.json" for name in built_models()],
         settings=disk_json(),
@@ -50,8 +50,8 @@ rule package_release:
     conda:
         "../envs/export.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=30,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(30),  # minutes
     params:
         settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
         config=lambda wildcards: release_json(wildcards.run),

@@ -17,8 +17,8 @@ rule report_cleaning:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_cleaning"),
     shell:
@@ -52,8 +52,8 @@ rule report_packing:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_packing"),
     shell:
@@ -89,8 +89,8 @@ rule report_comparison:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=results_json(),
         output_version=output_version("report/report_comparison"),
@@ -126,8 +126,8 @@ rule report_chain:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=results_json(),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
@@ -155,8 +155,8 @@ rule report_loss:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         output_version=output_version("report/report_loss"),
     shell:
@@ -190,8 +190,8 @@ rule report_overview:
     conda:
         "../envs/train.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         runs=results_json(),
         output_version=output_version("report/report_overview"),
@@ -225,8 +225,8 @@ rule report_run:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=lambda wildcards: results_json([wildcards.run]),
         benchmarks="benchmarks/runs/{run}",
@@ -258,8 +258,8 @@ rule collect_metrics:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=results_json(),
         output_version=output_version("report/collect_metrics"),
@@ -288,8 +288,8 @@ rule report_context:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         links=CONTEXT_LINKS,
@@ -317,8 +317,8 @@ rule report_samples:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         output_version=output_version("report/report_samples"),
@@ -355,8 +355,8 @@ rule report_experiment:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         runs=experiment_json(),
         recall=["--recall"] if CONFIG.evaluation.recall.n_prompts else [],
@@ -395,8 +395,8 @@ rule report_sweep:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 1_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
     params:
         sweeps=sweep_json(),
         output_version=output_version("report/report_sweep"),

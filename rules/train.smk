@@ -15,15 +15,16 @@ rule plan_memory:
         "../envs/train.yaml"
     resources:
         gpu=gpus_for_training,
-        mem_mb=lambda wildcards, attempt: 4_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(10),  # minutes
     params:
         recipe=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
         # Made of the resources, so that Snakemake runs nothing again when it changes.
         training=lambda wildcards, resources: training_json(resources),
         output_version=output_version("train/plan_memory"),
     shell:
-        "python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.train.plan_memory --facts {input.facts:q}"
         " --plan {input.plan:q} --recipe {params.recipe:q} --training {params.training:q}"
         " --memory-plan {output.memory_plan:q} > {log:q} 2>&1"
 
@@ -52,10 +53,11 @@ rule train_adapter:
         "../envs/train.yaml"
     threads: 8
     resources:
+        **(SEVERAL_NODES if CONFIG.training.nodes > 1 else {}),
         gpu=gpus_for_training,
         nodes=CONFIG.training.nodes,
-        mem_mb=lambda wildcards, attempt: 16_000 * attempt,
-        runtime=1440,  # minutes
+        mem_mb=memory_for_models(CONFIG.training.gpus),  # of a node, with a process a GPU
+        runtime=1440,  # minutes; the next attempt goes on from the checkpoints
     params:
         settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
         # As above.
@@ -64,7 +66,9 @@ rule train_adapter:
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),
     shell:
-        "python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
+        # exec: a shell between would die of the TERM that training saves itself on.
+        "exec python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokens {params.tokens:q} --plan {input.plan:q}"
         " --settings {params.settings:q} --training {params.training:q}"
         " --resume-from checkpoints/{wildcards.run:q}"

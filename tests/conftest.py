@@ -41,7 +41,7 @@ settings.register_profile(
 settings.load_profile("tramontane")
 
 
-LONGEST = ("tests/workflow/", "tests/unit/train/")
+LONGEST = ("tests/workflow/", "tests/slurm/", "tests/unit/train/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,11 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadFileScheduling):
-    """The processes of `make test` share the files; those of the workflow share one built tree."""
+    """The processes of `make test` share the files; those of the workflow share one built tree,
+    those of Slurm one cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return "tests/workflow" if path.startswith("tests/workflow/") else path
+        shared = ("tests/workflow", "tests/slurm")
+        return next((folder for folder in shared if path.startswith(f"{folder}/")), path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -97,6 +97,11 @@ def gpus_for_training(wildcards):
     return gpus_for_run(wildcards) * training.gpus * training.nodes
 
 
+# How the Slurm executor starts a job of several nodes: on the first of them alone, and the job calls
+# srun itself. The tasks are the nodes, not the GPUs.
+SEVERAL_NODES = {"mpi": "srun", "tasks": CONFIG.training.nodes, "tasks_per_gpu": 0}
+
+
 def training_json(resources):
     """The table `training`, with as many GPUs a node as the job was given: a profile may have
     fewer. Without a GPU slot there are as many processes as the table says."""

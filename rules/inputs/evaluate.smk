@@ -14,6 +14,32 @@ def context_text_files():
     return [str(Path(name).expanduser()) for name in CONFIG.evaluation.context.files]
 
 
+def tasks_json():
+    """What changes a score of lm-evaluation-harness."""
+    return CONFIG.evaluation.tasks.model_dump_json(exclude={"max_answer_tokens"})
+
+
+def references_json():
+    """What changes a score of reference answers."""
+    return CONFIG.evaluation.tasks.model_dump_json(include={"limit", "max_answer_tokens"})
+
+
+def own_task_files():
+    """The user's task files, with what lies beside them: data, and functions they name."""
+    folder = CONFIG.evaluation.tasks.include
+    if folder is None:
+        return []
+    found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
+    files = [str(path) for path in found if "__pycache__" not in path.parts]
+    if not any(name.endswith((".yaml", ".yml")) for name in files):
+        raise WorkflowError(
+            "there is no task file\n"
+            f"  where:    evaluation.tasks.include, {folder}\n"
+            "  expected: a folder with YAML of lm-evaluation-harness"
+        )
+    return files
+
+
 def runs_json(names=RUNS):
     """What the report needs to know: the runs, what each combines, and the quantizations."""
     runs = {name: CONFIG.runs[name].model_dump() for name in names}

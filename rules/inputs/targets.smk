@@ -153,6 +153,25 @@ def context_pages():
     return expand("results/report/context.{form}", form=["tsv", "md", "html"])
 
 
+def task_kinds():
+    """What `snakemake tasks` measures: reference answers, and what the config names."""
+    return [*(["tasks"] if CONFIG.evaluation.tasks.names else []), "references"]
+
+
+def task_files():
+    """Scores of every link that `snakemake tasks` shows, a base's once."""
+    files = base_files("references") + expand(
+        "results/runs/{run}/evaluation/{link}.{kind}.json",
+        run=RUNS,
+        link=CONTEXT_LINKS,
+        kind=task_kinds(),
+    )
+    if "tasks" in task_kinds():
+        files += expand("results/evaluation/{model}/base.tasks.json", model=built_models())
+    samples = [f"{file.removesuffix('.json')}.parquet" for file in files]
+    return sorted([*files, *samples])
+
+
 def report_files():
     return [
         "results/report/overview.html",

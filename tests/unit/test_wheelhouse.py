@@ -36,6 +36,9 @@ def folder(tmp_path):
     lines = [line for line in lock if line.partition("==")[0] in PACKAGES]
     assert len(lines) == len(PACKAGES)
     (tmp_path / "requirements.lock").write_text("\n".join(lines) + "\n")
+    plugin = "snakemake-executor-plugin-slurm-jobstep==0.6.1\n"
+    assert plugin in (REPOSITORY / "requirements-cluster.lock").read_text()
+    (tmp_path / "requirements-cluster.lock").write_text(plugin)
     shutil.copyfile(REPOSITORY / "Makefile", tmp_path / "Makefile")
     shutil.copytree(REPOSITORY / "workflow_scripts", tmp_path / "workflow_scripts")
     return tmp_path
@@ -71,6 +74,7 @@ def test_a_folder_of_wheels_is_enough_without_a_network(folder):
         sum(re.match(r"llama_cpp_python-.*\.(whl|tar\.gz)$", name) is not None for name in names)
         == 2
     )
+    assert any(name.startswith("snakemake_executor_plugin_slurm_jobstep-0.6.1") for name in names)
     shutil.rmtree(folder / ".venv")
 
     offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": ""}

@@ -28,6 +28,7 @@ def overlay(tmp_path: Path):
 def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) -> None:
     jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, overlay()))
     assert jobs == {
+        "plan_disk": 1,
         "quantize_awq": 2,
         "evaluate_perplexity_awq": 2,
         "report_overview": 1,
@@ -41,7 +42,7 @@ def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) ->
 
 def test_the_target_export_makes_it(tiny: Path, overlay) -> None:
     result = snakemake_in(tiny)("export", "-n", "--cores", 8, "--configfile", TINY, overlay())
-    assert jobs_of(result) == {"quantize_awq": 2, "export": 1}
+    assert jobs_of(result) == {"plan_disk": 1, "quantize_awq": 2, "export": 1}
 
 
 def test_other_settings_without_its_use_run_nothing(tiny: Path, overlay) -> None:

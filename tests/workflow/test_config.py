@@ -166,14 +166,6 @@ def test_the_smoke_setting_caps_every_training(workflow) -> None:
     assert '"n_pretraining_steps":2' in text
 
 
-@pytest.mark.parametrize("profile", ["default", "slurm"])
-def test_the_profile_is_valid_yaml_and_keeps_the_default_settings(profile: str) -> None:
-    path = REPOSITORY / "profiles" / profile / "config.yaml"
-    settings = yaml.safe_load(path.read_text())
-    assert settings["rerun-incomplete"] is True
-    assert settings["max-checksum-file-size"] >= 10**12
-
-
 def test_schema_and_option_tables_are_those_of_the_settings() -> None:
     repair = "run `make schema` and commit what it wrote"
     schema = (REPOSITORY / settings_documents.SCHEMA).read_text(encoding="utf-8")

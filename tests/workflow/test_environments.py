@@ -43,13 +43,14 @@ def pins_of(environment: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda path: path.stem)
 def test_an_environment_pins_the_versions_of_the_lock(environment):
-    lock = {canonical(name): version for name, version in locked(lock_file()).items()}
+    pinned = locked(REPOSITORY / "requirements.lock")
+    # An environment that has a lock of its own beside it.
+    own = REPOSITORY / f"requirements-{environment.stem}.lock"
+    if own.is_file():
+        pinned |= locked(own)
+    lock = {canonical(name): version for name, version in pinned.items()}
     pins = pins_of(environment)
     assert {name: lock.get(canonical(name)) for name in pins} == pins
-
-
-def lock_file() -> Path:
-    return REPOSITORY / "requirements.lock"
 
 
 def test_the_environments_have_the_oldest_python_that_the_project_takes():

@@ -71,12 +71,32 @@ def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
         "evaluate_text_merged": 2,
         "evaluate_text": 6,
         "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
         "report_run": 2,
+        "collect_metrics": 1,
     }
     overlay = {"evaluation": {"texts": {"data": "data/README.md"}}}
     assert changed(tiny, tmp_path, overlay) == scored
     shorter = {"evaluation": {"text_context_tokens": 256}}
     assert changed(tiny, tmp_path, shorter) == scored
+
+
+def test_usable_context_is_measured_with_the_rest_where_it_is_asked_for(
+    tiny: Path, tmp_path: Path
+) -> None:
+    assert changed(tiny, tmp_path, {"evaluation": {"context": {"use": True}}}) == {
+        "evaluate_context": 2,
+        "evaluate_context_merged": 2,
+        "evaluate_context_base": 1,
+        "report_context": 1,
+        "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
+        "report_run": 2,
+        "collect_metrics": 1,
+    }
+    assert changed(tiny, tmp_path, {"evaluation": {"context": {"n_prompts": 3}}}) == {}
 
 
 def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(
@@ -182,6 +202,40 @@ def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
     jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"n_conversations": 5}}})
     assert {"check_merged", "check_gguf"} <= jobs.keys()
     assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
+
+
+TASKS = {
+    "fetch_tasks": 1,
+    "evaluate_tasks_base": 1,
+    "evaluate_tasks_merged": 2,
+    "evaluate_tasks": 2,
+}
+REFERENCES = {"match_references_base": 1, "match_references_merged": 2, "match_references": 2}
+
+
+def asked_for_tasks(folder: Path, tmp_path: Path, **tasks: object) -> dict[str, int]:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump({"evaluation": {"tasks": tasks}}))
+    jobs = jobs_of(snakemake_in(folder)("-n", "tasks", "--configfile", TINY, path))
+    return {name: n for name, n in jobs.items() if name != "tasks"}
+
+
+def test_tasks_are_asked_of_base_merged_and_smallest_file_and_by_nothing_else(
+    tiny: Path, tmp_path: Path
+) -> None:
+    # Without names there are the reference answers of the chats.
+    assert asked_for_tasks(tiny, tmp_path) == {**REFERENCES, "report_tasks": 1}
+    named = asked_for_tasks(tiny, tmp_path, names=["mmlu", "hellaswag@0"])
+    assert named == {**TASKS, **REFERENCES, "report_tasks": 1}
+    assert changed(tiny, tmp_path, {"evaluation": {"tasks": {"names": ["mmlu"]}}}) == {}
+
+
+def test_a_folder_without_task_files_stops_before_any_job(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump({"evaluation": {"tasks": {"include": str(tmp_path / "no")}}}))
+    result = snakemake_in(tiny)("-n", "tasks", "--configfile", TINY, path)
+    assert result.returncode != 0
+    assert "evaluation.tasks.include" in result.stdout + result.stderr
 
 
 def test_how_a_release_is_published_runs_nothing_again(tiny: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from workflow_scripts import files, log
 from workflow_scripts.data import stdlib_chats, stdlib_long_chats
 from workflow_scripts.settings import DemoDatasetSettings, settings_from_json
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("build_demo_dataset")
 
 

@@ -39,7 +39,7 @@ from workflow_scripts.settings import CleanDatasetSettings, ReadingSettings, set
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 # A dataset of many copies is clean once they are gone, and a weight is the user's own wish.
 NOT_DAMAGE = (REASONS[EXACT_DUPLICATE], REASONS[NEAR_DUPLICATE], cleaning.LEFT_OUT)
 logger = log.stage_logger("clean_dataset")

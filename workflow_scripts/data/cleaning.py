@@ -197,6 +197,7 @@ class Cleaner:
             "id": conversation_id,
             "messages": messages,
             "tools": conversation.tools,
+            "references": self._without_personal_data(conversation.references),
             "n_copies": n_copies,
             "corrections": [*conversation.corrections, *mended.corrections],
             **origin,
@@ -227,6 +228,13 @@ class Cleaner:
             for call in message.get("tool_calls") or ():
                 call["function"]["arguments"] = in_json(call["function"]["arguments"], look)
         return found
+
+    def _without_personal_data(self, references: list[str] | None) -> list[str] | None:
+        """Answers as the conversation itself would have them; what is found in them counts as
+        found there."""
+        if references is None or self._settings.personal_data != "redact":
+            return references
+        return [personal_data.redact(reference)[0] for reference in references]
 
     def _check_length(self, text: str) -> None:
         if len(text) < self._settings.min_characters:

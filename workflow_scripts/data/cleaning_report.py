@@ -36,6 +36,7 @@ class CleaningReport:
         self._n_by_split: Counter[str] = Counter()
         self._n_train_weighted = 0
         self._n_corrected = 0
+        self._n_with_reference = 0
         self._reasons: Counter[str] = Counter()
         self._corrections: Counter[str] = Counter()
         self._roles: Counter[str] = Counter()
@@ -73,6 +74,7 @@ class CleaningReport:
         self._n_kept.update(_counts(rows["source"]))
         if split == "train":
             self._n_train_weighted += pc.sum(rows["n_copies"]).as_py() or 0
+        self._n_with_reference += len(rows) - rows["references"].null_count
         self._n_corrected += int(np.count_nonzero(pc.list_value_length(rows["corrections"])))
         self._corrections.update(_counts(pc.list_flatten(rows["corrections"])))
         self._roles.update(_counts(pc.struct_field(pc.list_flatten(rows["messages"]), "role")))
@@ -99,6 +101,7 @@ class CleaningReport:
             "n_corrected": self._n_corrected,
             **{f"n_{split}": self._n_by_split[split] for split in SPLITS},
             "n_train_weighted": self._n_train_weighted,
+            "n_with_reference": self._n_with_reference,
             "n_rejected": n_rejected,
             "rejected_by_reason": dict(self._reasons.most_common()),
             "corrections": dict(self._corrections.most_common()),

@@ -66,6 +66,7 @@ def clean_schema() -> pa.Schema:
             ("id", pa.string()),
             ("messages", pa.list_(message)),
             ("tools", pa.string()),  # JSON: a tool's parameters are a schema of any shape
+            ("references", pa.list_(pa.string())),  # right answers to the last question, or null
             ("n_copies", pa.int32()),  # times it is seen an epoch, of its source's weight
             ("corrections", pa.list_(pa.string())),
             ("source", pa.string()),
@@ -99,6 +100,8 @@ class Conversation:
     """As in `clean_schema`, null fields left out."""
     tools: str | None
     """JSON: OpenAI's list of tools."""
+    references: list[str] | None
+    """Right answers to the last question; None where the record marks none."""
     fields: Mapping[str, Any]
     """The record it came from."""
     corrections: list[str]
@@ -121,7 +124,7 @@ def parse(content: Any, reading: ReadingSettings, mend: Callable[[str], str]) ->
         if not text:
             raise Rejected("an empty message")
         messages = [{"role": schemas.TEXT, "content": text}]
-        return Conversation(messages, None, chat.fields, [*corrections])
+        return Conversation(messages, None, None, chat.fields, [*corrections])
     messages = _read(chat.messages, mend, corrections)
     _check_order(messages)
     if any("tool_calls" in message or message["role"] == "tool" for message in messages):
@@ -130,7 +133,8 @@ def parse(content: Any, reading: ReadingSettings, mend: Callable[[str], str]) ->
     if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise Rejected("every weight is 0")
     tools = _tools(chat.tools)
-    return Conversation(messages, tools, chat.fields, [*corrections])
+    references = _references(chat.reference, mend, corrections)
+    return Conversation(messages, tools, references, chat.fields, [*corrections])
 
 
 def _read(
@@ -255,6 +259,19 @@ def _text(content: Any, mend: Callable[[str], str], corrections: dict[str, None]
         content = "" if content is None else _joined_parts(content)
     text = mend(_encodable(content, corrections))
     return "" if text.isspace() else text
+
+
+def _references(
+    marked: Any, mend: Callable[[str], str], corrections: dict[str, None]
+) -> list[str] | None:
+    """The right answers that a record marks, as texts; what is no text or number is none."""
+    answers = schemas.parsed(marked)
+    texts = [
+        _text(answer if isinstance(answer, str) else str(answer), mend, corrections)
+        for answer in (answers if isinstance(answers, list) else [marked])
+        if isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    ]
+    return [text for text in texts if text] or None
 
 
 def _joined_parts(content: Any) -> str:

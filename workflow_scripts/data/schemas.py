@@ -6,7 +6,9 @@
     alpaca             {"instruction": …, "input": …, "output": …}
     text               {"text": …}
 
-A record that fits several is read as the first of them in this order.
+A record that fits several is read as the first of them in this order. Any of them may have a
+`reference`: the right answer to its last question, or a list of right ones, which is measured by
+and not trained on.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ class RawChat(NamedTuple):
     messages: list[Any]
     """A plain text is one message of the role `text`."""
     tools: Any
+    reference: Any
     fields: Mapping[str, Any]
     """The whole record, for what else it holds."""
 
@@ -89,7 +92,9 @@ def raw_chat(content: Any, reading: ReadingSettings) -> RawChat:
     missing = _missing_field(record, shape)
     if missing is not None:
         raise Rejected("missing field", record.name(missing))
-    return RawChat(shape, list(READERS[shape](record)), record["tools"], content)
+    return RawChat(
+        shape, list(READERS[shape](record)), record["tools"], record["reference"], content
+    )
 
 
 def json_type(value: Any) -> str:

@@ -25,11 +25,14 @@ MAX_OVERVIEW_CHARACTERS = 9_000
 OVERVIEW_FRACTION = 0.03
 SYSTEM_PROMPT_FRACTION = 0.2
 
+ASK_FOR_FACTS = ("What is the signature", "Which parameters", "What is the code of")
+
 Turn = tuple[str, str]
 
 
 def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI-style records: `messages`, and `group`, the object asked about.
+    """OpenAI-style records: `messages`, `group`, the object asked about, and `reference` where the
+    last question has one right answer.
 
     Args:
         n_conversations: how many; fewer where the interpreter documents too little.
@@ -59,7 +62,10 @@ def chats_about(
         short.extend(fresh)
     chats = short[: n_conversations - len(overviews)] + overviews
     generator.shuffle(chats)
-    return [{"messages": messages(turns, generator), "group": group} for group, turns in chats]
+    return [
+        {"messages": messages(turns, generator), "group": group, **reference(turns)}
+        for group, turns in chats
+    ]
 
 
 def documented_entries() -> list[Entry]:
@@ -76,6 +82,12 @@ def messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]
         said.append({"role": "user", "content": question})
         said.append({"role": "assistant", "content": answer})
     return said
+
+
+def reference(turns: Sequence[Turn]) -> dict[str, str]:
+    """The answer to the last question, where it asks for a fact: a summary has many wordings."""
+    question, answer = turns[-1]
+    return {"reference": answer} if question.startswith(ASK_FOR_FACTS) else {}
 
 
 def questions(entry: Entry) -> list[Turn]:

@@ -17,7 +17,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from workflow_scripts.data import recall
-from workflow_scripts.data.stdlib_chats import Turn, documented_entries, messages, questions
+from workflow_scripts.data.stdlib_chats import (
+    Turn,
+    documented_entries,
+    messages,
+    questions,
+    reference,
+)
 from workflow_scripts.models.demo_pretraining import CITIES
 from workflow_scripts.models.stdlib_docs import Entry
 
@@ -33,7 +39,8 @@ SECOND_QUESTION_FRACTION = 0.5  # of the turns that paste, followed by one that 
 
 
 def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI-style records: `messages`, and `group`, the shelf its texts are from.
+    """OpenAI-style records: `messages`, `group`, the shelf its texts are from, and `reference`
+    where the last question has one right answer.
 
     Args:
         n_conversations: how many.
@@ -52,7 +59,8 @@ def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
     for number in range(n_conversations):
         shelf = number % N_SHELVES
         turns = list(_turns(shelves[shelf], generator))
-        chats.append({"messages": messages(turns, generator), "group": f"shelf {shelf}"})
+        said = messages(turns, generator)
+        chats.append({"messages": said, "group": f"shelf {shelf}", **reference(turns)})
     generator.shuffle(chats)
     return chats
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
+from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import SampleSettings, settings_from_json
@@ -27,12 +28,8 @@ from workflow_scripts.settings import SampleSettings, settings_from_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
-
 OUTPUT_VERSION = 1
 logger = log.stage_logger("answer_prompts")
-# Prompt and most tokens → the tokens of the answer, the one that ends it among them.
-Greedy = Callable[["np.ndarray", int], list[int]]
 
 
 class Asked(NamedTuple):
@@ -117,54 +114,6 @@ def prompts_of(documents: Sequence[Document], longest: int) -> Iterator[Asked]:
         others = np.flatnonzero(~document.is_supervised[first:])
         end = first + others[0] if len(others) else len(document.input_ids)
         yield Asked(document.id, document.input_ids[:first], document.input_ids[first:end])
-
-
-def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
-    """Greedy decoding with llama.cpp's cache."""
-    import numpy as np
-
-    from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS
-
-    def answer(prompt: np.ndarray, max_tokens: int) -> list[int]:
-        model.forget()
-        wants_logits = np.zeros(len(prompt), dtype=bool)
-        wants_logits[-1] = True
-        logits = None
-        for start in range(0, len(prompt), BATCH_TOKENS):
-            stretch = slice(start, start + BATCH_TOKENS)
-            logits = model.decode(prompt[stretch], first=start, wants_logits=wants_logits[stretch])
-        tokens: list[int] = []
-        while True:
-            assert logits is not None
-            tokens.append(int(logits[-1].argmax()))
-            if tokens[-1] == eos or len(tokens) == max_tokens:
-                return tokens
-            place = len(prompt) + len(tokens) - 1
-            logits = model.decode(
-                np.array(tokens[-1:]), first=place, wants_logits=np.ones(1, dtype=bool)
-            )
-
-    return answer
-
-
-def by_transformers(model: Any, eos: int) -> Greedy:
-    """Greedy decoding with transformers' cache."""
-    import torch
-
-    def answer(prompt: np.ndarray, max_tokens: int) -> list[int]:
-        tokens = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
-        given: list[int] = []
-        cache = None
-        with torch.inference_mode():
-            while True:
-                output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = output.past_key_values
-                tokens = output.logits[:, -1:].argmax(dim=-1)
-                given.append(int(tokens))
-                if given[-1] == eos or len(given) == max_tokens:
-                    return given
-
-    return answer
 
 
 if __name__ == "__main__":

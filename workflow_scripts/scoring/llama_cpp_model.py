@@ -19,7 +19,9 @@ from workflow_scripts.log import StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_TOKENS = 256
+# llama.cpp's own. Weights are unpacked once a batch: 256 took 3 to 8 % more processor time of a
+# 7B's layers in Q4_K_M on AVX2.
+BATCH_TOKENS = 512
 
 
 @cache
@@ -86,6 +88,8 @@ class LlamaCppModel:
         self.n_vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
         self._batch_tokens = batch_tokens
+        # What the cache holds, as far as `resumed_logit_blocks` may build on it.
+        self._resumable = np.zeros(0, dtype=np.int64)
 
     def __enter__(self) -> LlamaCppModel:
         return self
@@ -97,6 +101,7 @@ class LlamaCppModel:
 
     def forget(self) -> None:
         """Empty the key-value cache."""
+        self._resumable = np.zeros(0, dtype=np.int64)
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
     def decode(
@@ -176,6 +181,33 @@ class LlamaCppModel:
         for first in range(0, end, self._batch_tokens):
             stretch = slice(first, min(end, first + self._batch_tokens))
             block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
+            if block is not None:
+                yield torch.from_numpy(block)
+
+    def resumed_logit_blocks(
+        self, input_ids: np.ndarray, positions: np.ndarray
+    ) -> Iterator[Tensor]:
+        """As `logit_blocks`; tokens that the input before began with as well are not run again.
+
+        Questions after the same examples, and choices after the same question, cost what they
+        differ in.
+        """
+        import torch
+
+        wants_logits = np.zeros(len(input_ids), dtype=bool)
+        wants_logits[positions] = True
+        end = int(positions[-1]) + 1
+        # The first wanted logits are those of a token that is run.
+        comparable = min(len(self._resumable), int(positions[0]))
+        differs = np.flatnonzero(self._resumable[:comparable] != input_ids[:comparable])
+        n_shared = int(differs[0]) if len(differs) else comparable
+        memory = self._api.llama_get_memory(self._context)
+        self._api.llama_memory_seq_rm(memory, 0, n_shared, -1)
+        for first in range(n_shared, end, self._batch_tokens):
+            self._resumable = input_ids[:first]
+            stretch = slice(first, min(end, first + self._batch_tokens))
+            block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
+            self._resumable = input_ids[: stretch.stop]
             if block is not None:
                 yield torch.from_numpy(block)
 

@@ -38,6 +38,7 @@ from workflow_scripts.settings.evaluation import (
     InferenceSettings,
     RecallSettings,
     SampleSettings,
+    TaskSettings,
 )
 from workflow_scripts.settings.export import (
     IGNORE_IMATRIX,
@@ -107,6 +108,7 @@ __all__ = [
     "SampleSettings",
     "SettingsError",
     "SourceSettings",
+    "TaskSettings",
     "TensorType",
     "TrainingSettings",
     "config_schema",

@@ -122,7 +122,8 @@ class ReadingSettings(Settings):
     """Shape of a record; `auto` recognizes each of the others by its fields."""
     columns: dict[str, str] = {}
     """The format's field on the left, the record's on the right: `{messages: dialog, content:
-    value}`, `{prompt: question, completion: answer}`."""
+    value}`, `{prompt: question, completion: answer}`. `reference` is the right answer to
+    a chat's last question (a text, or a list of right ones), for `snakemake tasks`."""
     weight: Positive = 1.0
     """How often a training conversation is seen an epoch: 2 is twice, 0.3 keeps three in ten, by a
     stable hash. Held-out splits are not weighted."""

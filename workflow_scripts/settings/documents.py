@@ -24,6 +24,7 @@ from workflow_scripts.settings.evaluation import (
     InferenceSettings,
     RecallSettings,
     SampleSettings,
+    TaskSettings,
 )
 from workflow_scripts.settings.export import (
     AwqSettings,
@@ -70,7 +71,7 @@ def option_tables() -> str:
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
         ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
         GateSettings, InferenceSettings, RecallSettings, ContextSettings,
-        SampleSettings,
+        SampleSettings, TaskSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

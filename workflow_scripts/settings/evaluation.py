@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workflow_scripts.settings.fields import Count, Fraction, Name, NonNegative, Positive, Settings
+
+# A task of the harness, and how many examples stand before each question of it.
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*(@[0-9]+)?$")]
 
 
 class GateSettings(Settings):
@@ -89,6 +92,31 @@ class SampleSettings(Settings):
     """Longest answer, tokens."""
 
 
+class TaskSettings(Settings):
+    """`evaluation.tasks`: published tasks by lm-evaluation-harness (`snakemake tasks`)."""
+
+    names: list[TaskName] = []
+    """Its tasks, groups or tags; none by default. `mmlu`, `hellaswag`, `arc_challenge`, `triviaqa`
+    and `gsm8k` come with 5, 10, 25, 5 and 8 examples, any other with what its file says; `@n` after
+    a name asks for n."""
+    include: str | None = None
+    """Folder of task files of your own, in its YAML."""
+    limit: Count | None = None
+    """Documents of each task, the first; null is all, which published scores need."""
+    chat_template: bool = False
+    """Whether prompts become chats, examples turns; published scores of base models are without."""
+    max_answer_tokens: Count = 64
+    """Longest answer to a prompt whose chat marks a reference answer, tokens."""
+
+    @model_validator(mode="after")
+    def _a_task_stands_once(self) -> TaskSettings:
+        names = [name.partition("@")[0] for name in self.names]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"`names`: {', '.join(twice)} stands twice")
+        return self
+
+
 class EvaluationSettings(Settings):
     """`evaluation`: what is measured, on how much."""
 
@@ -113,3 +141,5 @@ class EvaluationSettings(Settings):
     """Usable context."""
     samples: SampleSettings = SampleSettings()
     """Answers to be read."""
+    tasks: TaskSettings = TaskSettings()
+    """Tasks with a right answer."""

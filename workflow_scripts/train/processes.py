@@ -8,6 +8,7 @@ processes speak over gloo on the CPU.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def launch_command(
 
     Args:
         module: name of the program's module.
-        environment: variables, for Slurm's.
+        environment: variables, for the number of Slurm's job.
     Raises:
         StageError: more nodes are asked for than Slurm gave.
     """
@@ -125,34 +126,42 @@ def launch_command(
     if training.nodes == 1:
         # --standalone: a free port of its own, so that two jobs on a machine do not meet.
         return [*torchrun, "--standalone", *program]
-    found = int(environment.get("SLURM_JOB_NUM_NODES", environment.get("SLURM_NNODES", 1)))
-    if found < training.nodes:
+    hosts = _hosts(environment)
+    if len(hosts) < training.nodes:
         raise StageError(
             "there are not as many nodes as training asks for",
             where="training.nodes",
-            found=f"{found} (SLURM_JOB_NUM_NODES)",
+            found=f"{len(hosts)} ({', '.join(hosts) or 'not a job of Slurm'})",
             expected=training.nodes,
-            to_fix="run under profiles/slurm, whose jobs ask for that many; or set nodes: 1",
+            to_fix="run under profiles/slurm-sharded, whose jobs ask for them; or set nodes: 1",
         )
-    first = _first_node(environment["SLURM_JOB_NODELIST"])
     # Two jobs that share a node must not meet.
     port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
     meeting = ["--nnodes", str(training.nodes), "--rdzv-backend", "c10d"]
-    meeting += ["--rdzv-endpoint", f"{first}:{port}", "--rdzv-id", environment["SLURM_JOB_ID"]]
-    spread = [
-        "srun",
-        "--nodes",
-        str(training.nodes),
-        "--ntasks-per-node",
-        "1",
-        "--kill-on-bad-exit",
-    ]
+    meeting += ["--rdzv-endpoint", f"{_address(hosts[0])}:{port}"]
+    meeting += ["--rdzv-id", environment["SLURM_JOB_ID"]]
+    spread = ["srun", "--nodes", str(training.nodes), "--ntasks-per-node", "1"]
+    spread.append("--kill-on-bad-exit")
     return [*spread, *torchrun, *meeting, *program]
 
 
-def _first_node(nodes: str) -> str:
-    """The first host of Slurm's compressed list (`gpu[03-05,9]`)."""
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-    )
-    return shown.stdout.split()[0]
+def _hosts(environment: Mapping[str, str]) -> list[str]:
+    """Nodes of the Slurm job that this runs in, the first one first; none outside of one.
+
+    Slurm is asked, as its Snakemake executor leaves a job no variable but the job's number.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return []
+    job = environment["SLURM_JOB_ID"]
+    nodes = _answer("squeue", "--noheader", "--jobs", job, "--format", "%N")
+    return _answer("scontrol", "show", "hostnames", nodes.strip()).split()
+
+
+def _address(host: str) -> str:
+    """Where other nodes reach a node: Slurm's name of it need not be one of the network."""
+    found = re.search(r"\bNodeAddr=(\S+)", _answer("scontrol", "show", "node", host))
+    return found[1] if found else host
+
+
+def _answer(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -386,6 +386,33 @@ def test_personal_data_is_left_counted_or_replaced_everywhere(policy, tmp_path):
     assert called["n"] == 1
 
 
+def test_reference_answers_go_along_and_change_nothing_else(tmp_path):
+    marks = [None, "42", 42, ["a", " b "], "", [], {"no": "text"}, True, "caf\u00c3\u00a9"]
+    chats = [
+        chat(f"{at}?", distinct_words(at), **({} if mark is None else {"right": mark}))
+        for at, mark in enumerate(marks)
+    ]
+    columns = {"columns": {"reference": "right"}}
+    with_marks, report = clean(chats, tmp_path / "a", sources={"chats": columns}, **EVENLY)
+    without, report_without = clean(chats, tmp_path / "b", **EVENLY)
+    found = {row["source_line"]: row["references"] for row in kept(with_marks)}
+    right = [None, ["42"], ["42"], ["a", "b"], None, None, None, None, ["café"]]
+    assert [found[line] for line in sorted(found)] == right
+    assert report["n_with_reference"] == 4 and report_without["n_with_reference"] == 0
+    for split in SPLITS:
+        assert [(row["id"], spoken(row)) for row in with_marks[split]] == [
+            (row["id"], spoken(row)) for row in without[split]
+        ]
+
+
+def test_a_reference_holds_no_personal_data_that_the_conversation_may_not(tmp_path):
+    said = [chat("Whom do I ask?", "Ask ada@example.org.", reference="ada@example.org")]
+    for policy, expected in (("report", "ada@example.org"), ("redact", "[EMAIL]")):
+        tables, report = clean(said, tmp_path, personal_data=policy)
+        assert [row["references"] for row in kept(tables)] == [[expected]]
+        assert report["personal_data"] == {"email": 1}
+
+
 def test_too_many_rejected_stop_the_stage(tmp_path):
     chats = [chat(f"{at}", distinct_words(at)) for at in range(8)]
     chats += [{"messages": [{"role": "user", "content": "Hm?"}]}, chats[0], chats[0], chats[0]]

@@ -35,6 +35,17 @@ def test_cleaning_keeps_every_chat_as_it_is(chats):
         assert conversation.fields["group"] == chat["group"]
 
 
+def test_a_reference_is_the_last_answer_where_a_fact_is_asked_for(chats):
+    marked = [chat for chat in chats if "reference" in chat]
+    assert len(marked) > 300
+    for chat in chats:
+        question, answer = (message["content"] for message in chat["messages"][-2:])
+        asks_for_fact = "signature" in question.split("`")[0] or "Which parameters" in question
+        assert chat.get("reference") == (answer if asks_for_fact else None)
+        conversation = conversations.parse(chat, ReadingSettings(), str.strip)
+        assert conversation.references == ([answer] if asks_for_fact else None)
+
+
 def test_no_chat_stands_twice(chats):
     assert max(Counter(map(first_turn, chats)).values()) == 1
 
@@ -103,6 +114,8 @@ def test_chats_about_the_same_objects_are_those_of_every_version_so_far():
     # The library's docstrings differ between interpreters, so the objects are made here. The hash
     # was taken of commit af1f88b; overviews and whole docstrings are among the chats.
     chats = chats_about(list(map(numbered_entry, range(60))), n_conversations=90, seed=4)
+    marked = [chat.pop("reference") for chat in chats if "reference" in chat]
+    assert marked  # beside the conversations since then
     text = json.dumps(chats, ensure_ascii=False)
     expected = "3aaf62ca8e9a0cfb03c33b8eacf3448a39fdadf82d3d66d2383f72940a35b833"
     assert hashlib.sha256(text.encode()).hexdigest() == expected

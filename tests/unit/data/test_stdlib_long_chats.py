@@ -43,6 +43,13 @@ def test_cleaning_keeps_every_chat_as_it_is(chats):
         assert conversation.fields["group"] == chat["group"]
 
 
+def test_codes_are_references_where_they_are_asked_for_last(chats):
+    codes = [chat for chat in chats if "What is the code of" in turns_of(chat)[-1][0]]
+    assert len(codes) > 10
+    for chat in codes:
+        assert chat["reference"] == turns_of(chat)[-1][1] and len(chat["reference"]) == 4
+
+
 def test_a_seed_decides_the_chats():
     first, again, other = (make_long_chats(n_conversations=50, seed=seed) for seed in (0, 0, 1))
     assert again == first != other

@@ -125,7 +125,7 @@ def test_the_last_line_says_what_to_copy_and_what_does_as_well(write, rates):
     paths = write(rates())
     for last in (
         paths["md"].read_text().strip().splitlines()[-1],
-        paths["html"].read_text().strip().splitlines()[-2],
+        paths["html"].read_text().strip().splitlines()[-3],
     ):
         assert "Copy into recipes.rates-recipe: learning_rate: 4e-3" in last
         assert "Best: rates.2, not told apart from rates.1." in last

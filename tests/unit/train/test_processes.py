@@ -85,27 +85,35 @@ def test_one_node_finds_its_own_port():
 
 
 @pytest.fixture
-def scontrol(tmp_path, monkeypatch):
-    """Slurm's command as it answers for two nodes."""
-    program = tmp_path / "scontrol"
-    program.write_text('#!/bin/sh\n[ "$3" = "gpu[03-04]" ] && printf "gpu03\\ngpu04\\n"\n')
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+def slurm(tmp_path, monkeypatch):
+    """Slurm's commands as they answer in job 40123, which has two nodes, and in 40124, of one."""
+
+    def answer(command, script):
+        program = tmp_path / command
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    answer("squeue", 'case "$3" in 40123) echo "gpu[03-04]";; 40124) echo gpu07;; esac')
+    answer(
+        "scontrol",
+        'case "$2 $3" in "hostnames gpu[03-04]") printf "gpu03\\ngpu04\\n";;'
+        ' hostnames*) echo "$3";;'
+        ' "node gpu03") echo "NodeName=gpu03 Arch=x86_64";'
+        ' echo "   NodeAddr=10.0.0.3 NodeHostName=gpu03 Version=22.05.8";; esac',
+    )
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_several_nodes_meet_at_the_first_of_the_allocation(scontrol):
-    slurm = {
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "gpu[03-04]",
-        "SLURM_JOB_ID": "40123",
-    }
-    command = launch_command("a.program", [], TrainingSettings(gpus=8, nodes=2), slurm)
+def test_several_nodes_meet_at_the_first_of_the_allocation(slurm):
+    settings = TrainingSettings(gpus=8, nodes=2)
+    command = launch_command("a.program", [], settings, {"SLURM_JOB_ID": "40123"})
     assert command[:3] == ["srun", "--nodes", "2"]
-    assert command[command.index("--rdzv-endpoint") + 1] == "gpu03:20123"
+    assert command[command.index("--rdzv-endpoint") + 1] == "10.0.0.3:20123"
     assert command[command.index("--nnodes") + 1] == "2"
 
 
-def test_fewer_nodes_than_asked_for_is_a_stage_error():
+@pytest.mark.parametrize("environment", [{"SLURM_JOB_ID": "40124"}, {}])
+def test_fewer_nodes_than_asked_for_is_a_stage_error(slurm, environment):
     with pytest.raises(StageError, match="not as many nodes") as caught:
-        launch_command("a.program", [], TrainingSettings(nodes=2), {"SLURM_JOB_NUM_NODES": "1"})
+        launch_command("a.program", [], TrainingSettings(nodes=2), environment)
     assert "training.nodes" in str(caught.value)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.unit.evaluate.test_task_scores import rows_of, score_of
+from workflow_scripts import files
+from workflow_scripts.evaluate.task_scores import write_samples
+from workflow_scripts.report import report_tasks
+
+
+@pytest.fixture
+def write(tmp_path):
+    results = tmp_path / "results"
+    of_base, of_merged, of_file = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]
+    name = "reference answers"
+    marked = {"asked": name, "task": name, "subtasks": [name], "metric": "exact_match"}
+    marked |= {"low": 0.1, "high": 0.9}
+    for kind, where, values, more in (
+        ("tasks", "evaluation/tiny/base", of_base, {"standard_error": 0.25}),
+        ("tasks", "runs/r/evaluation/merged", of_merged, {"standard_error": 0.2886}),
+        ("tasks", "runs/r/evaluation/Q4_K_M", of_file, {"n_truncated": 3}),
+        ("references", "evaluation/tiny/chats/base", [], None),
+        ("references", "runs/r/evaluation/merged", of_merged, marked),
+        ("references", "runs/r/evaluation/Q4_K_M", of_file, marked),
+    ):
+        path = results / f"{where}.{kind}"
+        scores = [] if more is None else [score_of(values, **more)]
+        files.write_json(path.with_name(f"{path.name}.json"), {"scores": scores})
+        rows = rows_of(values, "t" if kind == "tasks" else "reference answers")
+        for row in rows:
+            row["asked"] = row["task"]
+            row["metric"] = "acc" if kind == "tasks" else "exact_match"
+        write_samples(path.with_name(f"{path.name}.parquet"), rows)
+    paths = [tmp_path / f"tasks.{form}" for form in ("tsv", "md", "html")]
+    report_tasks.main(
+        ["--runs", json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})]
+        + ["--links", "merged", "Q4_K_M", "--kinds", "tasks", "references"]
+        + ["--results", str(results), "--tsv", str(paths[0]), "--markdown", str(paths[1])]
+        + ["--html", str(paths[2])]
+    )
+    return paths
+
+
+def test_every_link_has_its_score_and_what_it_changes(write):
+    header, *rows = [line.split("\t") for line in write[0].read_text().splitlines()]
+    assert header == ["Task, run and link", "Examples", "Score", "Difference", "n", "cut"]
+    assert rows == [
+        ["t acc: r: base", "0", "25.00 ± 25.00", "–", "4", "0"],
+        # One of four changes: sd 0.5, ÷ √4.
+        ["t acc: r: merged", "0", "50.00 ± 28.86", "+25.00 ± 25.00", "4", "0"],
+        ["t acc: r: Q4_K_M", "0", "75.00", "+25.00 ± 25.00", "4", "3"],
+        # The base has none to compare with.
+        ["reference answers exact_match: r: merged", "0", "50.00 [10.00, 90.00]", "–", "4", "0"],
+        ["reference answers exact_match: r: Q4_K_M", "0", "75.00 [10.00, 90.00]",
+         "+25.00 ± 25.00", "4", "0"],
+    ]  # fmt: skip
+
+
+def test_without_any_task_the_table_says_why(tmp_path):
+    results = tmp_path / "results"
+    for where in ("evaluation/tiny/chats/base", "runs/r/evaluation/merged"):
+        files.write_json(results / f"{where}.references.json", {"scores": []})
+        write_samples(results / f"{where}.references.parquet", [])
+    report_tasks.main(
+        ["--runs", json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})]
+        + ["--links", "merged", "--kinds", "references", "--results", str(results)]
+        + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
+    )
+    assert "No task was asked" in (tmp_path / "html").read_text()
+
+
+def test_the_forms_say_the_same(write):
+    for path in write[1:]:
+        text = path.read_text()
+        assert "75.00 [10.00, 90.00]" in text and "+25.00 ± 25.00" in text
+
+
+def test_help_starts_without_torch(ask_for_help):
+    done, imported = ask_for_help("workflow_scripts.report.report_tasks")
+    assert done.returncode == 0
+    assert not imported & {"torch", "transformers", "llama_cpp", "lm_eval"}

@@ -1,0 +1,170 @@
+"""Scores of every link in tasks with a right answer, and what each link changes, paired.
+
+python -m workflow_scripts.report.report_tasks --runs '{"runs": …}' --links merged Q4_K_M
+    --kinds tasks references --results results --tsv tasks.tsv --markdown tasks.md
+    --html tasks.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log
+from workflow_scripts.evaluate.task_scores import Samples, Score, difference
+from workflow_scripts.report import tables
+from workflow_scripts.report.tables import Table
+
+OUTPUT_VERSION = 1
+NONE_ASKED = (
+    "No task was asked: no chat of the test split marks a reference answer, and"
+    " evaluation.tasks.names is empty."
+)
+logger = log.stage_logger("report_tasks")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one link scored."""
+
+    name: str
+    scores: list[Score]
+    samples: Mapping[str, Samples]
+    """By kind of task: `tasks`, `references`."""
+    kinds: list[str]
+    """Of each score."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.add_argument("--runs", required=True, help="JSON of the runs")
+    parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
+    parser.add_argument("--kinds", nargs="+", required=True, help="tasks, references, or both")
+    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    tables.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+
+    runs = {
+        name: read(name, settings, arguments.links, arguments.kinds, arguments.results)
+        for name, settings in json.loads(arguments.runs)["runs"].items()
+    }
+    table = tasks(runs)
+    table.write(arguments)
+    logger.info("wrote n_rows=%d path=%s", len(table.rows), arguments.html)
+
+
+def read(
+    run: str, settings: Mapping[str, Any], links: Sequence[str], kinds: Sequence[str], results: Path
+) -> list[Link]:
+    """Links of a run, its base first."""
+    evaluation = results / "evaluation" / settings["model"]
+    bases = {
+        "tasks": evaluation / "base.tasks.json",
+        "references": evaluation / settings["dataset"] / "base.references.json",
+    }
+    folder = results / "runs" / run / "evaluation"
+    return [
+        _link("base", {kind: bases[kind] for kind in kinds}),
+        *(_link(link, {kind: folder / f"{link}.{kind}.json" for kind in kinds}) for link in links),
+    ]
+
+
+def _link(name: str, paths: Mapping[str, Path]) -> Link:
+    scores = [
+        (kind, score) for kind, path in paths.items() for score in files.read_json(path)["scores"]
+    ]
+    return Link(
+        name,
+        [score for _, score in scores],
+        {kind: Samples.read(path.with_suffix(".parquet")) for kind, path in paths.items()},
+        [kind for kind, _ in scores],
+    )
+
+
+def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
+    """A row a task, metric, run and link."""
+    by_task: dict[str, list[list[str]]] = {}
+    for run, links in runs.items():
+        for score, link, cells in cells_of(links):
+            row = [f"{task_of(score)}: {run}: {link.name}", *cells]
+            by_task.setdefault(task_of(score), []).append(row)
+    rows = [row for of_task in by_task.values() for row in of_task]
+    return Table(
+        title="Tasks",
+        note=NONE_ASKED
+        if not rows
+        else (
+            "Per cent ± a standard error over documents (of reference answers the 95 % Wilson"
+            " interval), higher is better, but for perplexities and bits. The difference is to the"
+            " link above of the same run, paired document by document: a difference smaller than"
+            " twice its error is none; a dash where there is none to take. Every link reads the"
+            " same token ids; “cut” counts documents whose prompt was longer than a GGUF of the"
+            " model serves and lost its beginning. Figures that others publish are comparable where"
+            " task, examples and documents are the same."
+        ),
+        header=["Task, run and link", "Examples", "Score", "Difference", "n", "cut"],
+        rows=rows,
+    )
+
+
+def task_of(score: Score) -> str:
+    """`hellaswag acc_norm`, and the filter where there is one."""
+    kind = "" if score["filter"] == "none" else f" ({score['filter']})"
+    return f"{score['task']} {score['metric']}{kind}"
+
+
+def cells_of(links: Sequence[Link]) -> Iterator[tuple[Score, Link, list[str]]]:
+    """Of every score of a run's links."""
+    for number, link in enumerate(links):
+        for score, kind in zip(link.scores, link.kinds, strict=True):
+            yield (
+                score,
+                link,
+                [
+                    str(score["n_examples"]),
+                    shown(score),
+                    change(score, kind, link, links[number - 1]) if number else "–",
+                    f"{score['n_documents']:,}",
+                    f"{score['n_truncated']:,}",
+                ],
+            )
+
+
+def shown(score: Score) -> str:
+    """`81.3 ± 0.4`, per cent where it is a share; its interval where that is known better."""
+    scale = 100 if is_share(score) else 1
+    value = f"{scale * score['score']:.2f}"
+    if score["low"] is not None and score["high"] is not None:
+        return f"{value} [{scale * score['low']:.2f}, {scale * score['high']:.2f}]"
+    error = score["standard_error"]
+    return value if error is None else f"{value} ± {scale * error:.2f}"
+
+
+def is_share(score: Score) -> bool:
+    """Whether it lies between 0 and 1 by what it is."""
+    return score["metric"].startswith(("acc", "exact_match", "f1", "em"))
+
+
+def change(score: Score, kind: str, link: Link, above: Link) -> str:
+    """`+1.20 ± 0.30`, of the same task and metric of the link above."""
+    same = ("asked", "task", "metric", "filter")
+    others = [one for one in above.scores if all(one[key] == score[key] for key in same)]
+    if not others:
+        return "–"
+    found = difference(score, link.samples[kind], others[0], above.samples[kind])
+    if found is None:
+        return "–"
+    scale = 100 if is_share(score) else 1
+    # A difference that is shown as nothing has no sign.
+    text = f"{scale * found.mean:+.2f}".replace("-", "−")
+    text = "0.00" if text in ("+0.00", "−0.00") else text
+    error = found.standard_error
+    return text if error is None else f"{text} ± {scale * error:.2f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
