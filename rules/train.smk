@@ -14,7 +14,7 @@ rule plan_memory:
     conda:
         "../envs/train.yaml"
     resources:
-        gpu=gpus_for_training,
+        gpu=gpus_of_a_node,  # training's other nodes are like it
         mem_mb=growing(4_000),
         runtime=growing(10),  # minutes
     params:
@@ -61,7 +61,7 @@ rule train_adapter:
     params:
         settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
         # As above.
-        training=lambda wildcards, resources: training_json(resources),
+        training=lambda wildcards, resources: training_json(resources, CONFIG.training.nodes),
         tokens=subpath(input.train, parent=True),
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),

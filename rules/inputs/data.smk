@@ -91,10 +91,14 @@ def threads_for_dataset(wildcards):
     return 1 if CONFIG.datasets[wildcards.dataset].generate else 8
 
 
+def gpus_of_a_node(wildcards):
+    """GPU slots of a training job on each of its nodes; none for the demo's model."""
+    return gpus_for_run(wildcards) * CONFIG.training.gpus
+
+
 def gpus_for_training(wildcards):
-    """GPU slots of a training job, on all its nodes; none for the demo's model."""
-    training = CONFIG.training
-    return gpus_for_run(wildcards) * training.gpus * training.nodes
+    """On all of them."""
+    return gpus_of_a_node(wildcards) * CONFIG.training.nodes
 
 
 # How the Slurm executor starts a job of several nodes: on the first of them alone, and the job calls
@@ -102,8 +106,8 @@ def gpus_for_training(wildcards):
 SEVERAL_NODES = {"mpi": "srun", "tasks": CONFIG.training.nodes, "tasks_per_gpu": 0}
 
 
-def training_json(resources):
-    """The table `training`, with as many GPUs a node as the job was given: a profile may have
-    fewer. Without a GPU slot there are as many processes as the table says."""
-    gpus = resources.gpu // CONFIG.training.nodes or CONFIG.training.gpus
+def training_json(resources, n_nodes=1):
+    """The table `training`, with as many GPUs a node as the job was given on so many: a profile may
+    have fewer. Without a GPU slot there are as many processes as the table says."""
+    gpus = resources.gpu // n_nodes or CONFIG.training.gpus
     return CONFIG.training.model_copy(update={"gpus": gpus}).model_dump_json()

@@ -130,6 +130,18 @@ def wait_until(is_so: Callable[[], object], seconds: float, what: str) -> object
     pytest.fail(f"waited for {seconds} s: {what}")
 
 
+def processes_in(folder: Path) -> list[str]:
+    """Commands of the processes that run in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == folder:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return found
+
+
 def free_port() -> int:
     """The first of three free ones, so that two clusters on a machine do not meet."""
     for port in range(26_817, 32_000, 10):

@@ -6,25 +6,12 @@ import json
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.slurm.conftest import Cluster, configured, output_of, wait_until
+from tests.slurm.conftest import Cluster, configured, output_of, processes_in, wait_until
 from tests.workflow.conftest import copy_workflow
 
 pytestmark = pytest.mark.slurm
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Commands of the processes that run in a folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == folder:
-                found.append(" ".join(process.cmdline())[:300])
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
-    return found
 
 
 GPU_JOBS = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import OVERLAY, Cluster, configured, wait_until
+from tests.slurm.conftest import OVERLAY, Cluster, configured, processes_in, wait_until
 from workflow_scripts import files
 
 pytestmark = pytest.mark.slurm
@@ -56,6 +56,9 @@ def test_training_that_meets_its_time_limit_saves_and_ends_with_the_loss_of_one_
     ]
     # Its time was to be up in a day, and is now up in less than the profile's 300 s before TERM.
     cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=4")
+    wait_until(lambda: job not in cluster.jobs().values(), 180, "Slurm ends the job")
+    # Where a cluster tracks processes it would have killed one that was not done with saving.
+    assert not [one for one in processes_in(copied) if "checkpoints/limited" in one]
     code, output = cluster.wait(process, copied, 900)
     assert code == 0, output[-8000:]
     assert f"SLURM-job '{job}' failed" in output

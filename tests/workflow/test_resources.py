@@ -107,13 +107,13 @@ def test_every_job_with_a_gpu_takes_it_from_those_that_are_free(rules) -> None:
             .startswith("python -m workflow_scripts.take_gpus {resources.gpu} python -m")
         ), name
         assert not rules[name]["is_local"], name
-    assert rules["train_adapter"]["gpu"][0] == 8
     assert rules["check_merged"]["gpu"][0] == 1
 
 
 def test_training_on_several_nodes_is_a_task_a_node(rules) -> None:
     train = rules["train_adapter"]
     assert (train["nodes"][0], train["tasks"][0], train["mpi"][0]) == (2, 2, "srun")
+    assert train["gpu"][0] == 8 and rules["plan_memory"]["gpu"][0] == 4  # planned on one of them
     assert all("mpi" not in rule for name, rule in rules.items() if name != "train_adapter")
 
 
