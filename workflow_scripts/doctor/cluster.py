@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.doctor.finding import Answer, Finding, ask
+from workflow_scripts.doctor.packages import locked
 
 SECONDS = 5
 PLUGIN = "snakemake_executor_plugin_"
+LOCK = Path(__file__).resolve().parents[2] / "requirements-cluster.lock"
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,19 @@ def findings(profile: Path | None, found: list[Partition], answer: Answer) -> It
         "ok" if is_there else "missing",
         ", ".join(["local", *plugins]),
         f"{executor}, which {profile} names",
-        f"pip install snakemake-executor-plugin-{executor}",
+        how_to_install(f"snakemake-executor-plugin-{executor}"),
     )
     if executor == "slurm" or (executor is None and answer.code == 0):
         yield from _slurm(profile, settings, found, answer)
     elif executor is None:
         yield Finding("Slurm", "ok", f"none here ({_reason(answer)}); not asked for")
+
+
+def how_to_install(plugin: str) -> str:
+    """By the lock, where it has the plugin: with its dependencies pip would change numpy."""
+    if plugin in locked(LOCK):
+        return f"python -m pip install --no-deps -r {LOCK.name}"
+    return f"pip install {plugin}"
 
 
 def _settings(profile: Path | None) -> dict[str, Any]:

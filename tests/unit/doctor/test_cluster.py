@@ -68,6 +68,8 @@ def test_an_executor_whose_plugin_is_not_installed_is_named(slurm, tmp_path):
     found = by_name(cluster.findings(folder, *cluster.partitions()))["executors"]
     assert found.status == "missing"
     assert found.to_fix == "pip install snakemake-executor-plugin-no-such"
+    by_lock = cluster.how_to_install("snakemake-executor-plugin-slurm")
+    assert by_lock == "python -m pip install --no-deps -r requirements-cluster.lock"
 
 
 def test_a_folder_without_a_profile_is_named(slurm, tmp_path):
