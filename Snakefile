@@ -65,6 +65,7 @@ localrules:
     report_run,
     report_context,
     report_samples,
+    report_tasks,
     report_experiment,
     report_sweep,
 
