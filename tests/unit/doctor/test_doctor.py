@@ -79,7 +79,7 @@ def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
     from workflow_scripts.doctor.wanted import read_config
 
     first = {"build": ["mistral"], "gguf": {"quantizations": ["Q8_0"]}}
-    second = {"gguf": {"imatrix": {"use": "auto"}}}
+    second = {"gguf": {"quantizations": ["Q6_K"], "imatrix": {"use": "auto"}}}
     for number, overlay in enumerate((first, second)):
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(overlay))
     paths = [tmp_path / "0.yaml", tmp_path / "1.yaml"]
@@ -96,7 +96,7 @@ def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
     line = next(line for line in shown.splitlines() if "export.plan_disk" in line)
     settings = json.loads(line.split("--settings '")[1].split("'")[0])
     assert list(settings["runs"]) == config.build == ["mistral"]
-    assert settings["gguf"]["quantizations"] == list(config.gguf.quantizations) == ["Q8_0"]
+    assert settings["gguf"]["quantizations"] == list(config.gguf.quantizations) == ["Q6_K"]
     assert config.gguf.imatrix.use == "auto"
 
 

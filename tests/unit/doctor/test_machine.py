@@ -43,9 +43,18 @@ def test_a_7b_fits_a_gpu_of_24_gb_and_not_one_of_4(wanted, mistral_7b):
 
 
 def test_without_a_gpu_it_is_said_how_large_one_must_be(wanted, mistral_7b):
-    found = by_name(machine.findings(wanted(model_overlay(str(mistral_7b))), gpu_bytes=None))
+    from workflow_scripts.train.memory import fit, layouts
+    from workflow_scripts.train.memory.shape import PlannedRun
+
+    config = wanted(model_overlay(str(mistral_7b)))
+    found = by_name(machine.findings(config, gpu_bytes=None))
+    recipe = config.config.recipes["mistral-lora"]
+    run = PlannedRun(
+        config.facts["m"], recipe, config.config.training, row_tokens=4096, device_type="cuda"
+    )
+    least = min(one.peak for one in layouts.candidates(run)) / (1 - fit.MARGIN)
     assert found["memory, r"].status == "ok"
-    assert "at least" in found["memory, r"].found and "of a GPU" in found["memory, r"].found
+    assert f"at least {least / 1e9:.1f} GB of a GPU" in found["memory, r"].found
 
 
 def test_the_disk_must_hold_what_plan_disk_counts_and_the_download(wanted, mistral_7b):
