@@ -69,6 +69,8 @@ class Cluster:
             for process in psutil.process_iter(["cmdline"])
             for job in jobs
             if f"slurmstepd: [{job}." in " ".join(process.info["cmdline"] or [])
+            # Another cluster on this machine has jobs of the same numbers.
+            and process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
         ]
         for process in [daemon, *steps]:
             for one in [process, *process.children(recursive=True)]:
