@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run tasks test test-tasks check-demo lint schema doctor wheelhouse clean help
+.PHONY: run tasks test test-slurm test-tasks check-demo lint schema doctor wheelhouse clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
@@ -14,6 +14,9 @@ test: .venv/.tests-installed lint  ## set up, then lint and test
 
 tasks: .venv-tasks/.installed  ## set up lm-evaluation-harness too, then score its tasks
 	.venv-tasks/bin/python -m snakemake tasks --cores all
+
+test-slurm: .venv/.tests-installed  ## test on a real Slurm (apt-get install slurm-wlm munge)
+	OMP_NUM_THREADS=1 python -m pytest -m slurm tests/slurm
 
 test-tasks: .venv-tasks/.installed .venv/.tests-installed  ## test what runs lm-evaluation-harness
 	OMP_NUM_THREADS=1 .venv-tasks/bin/python -m pytest tests/unit/evaluate/tasks

@@ -164,7 +164,7 @@ def cluster() -> Iterator[Cluster]:
     missing = [program for program in PROGRAMS if not shutil.which(program, path=path)]
     if missing:
         pytest.skip(
-            f"no {', '.join(missing)} here: apt-get install slurm-wlm munge, as .ci/run does"
+            f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
         )
     if not find_spec("snakemake_executor_plugin_slurm"):
         pytest.skip("pip install --no-deps -r requirements-cluster.lock")
