@@ -11,8 +11,8 @@ rule fetch_tasks:
     conda:
         "../envs/tasks.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
-        runtime=120,  # minutes
+        mem_mb=growing(4_000),
+        runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.tasks.model_dump_json(include={"names", "include"}),
         output_version=output_version("evaluate/fetch_tasks"),
@@ -42,14 +42,15 @@ rule evaluate_tasks:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=1_440,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(1_440),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=tasks_json(),
         output_version=output_version("evaluate/evaluate_tasks"),
     shell:
-        "python -m workflow_scripts.evaluate.evaluate_tasks {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.evaluate_tasks {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --settings {params.settings:q}"
         " --threads {threads} --scores {output.scores:q} --samples {output.samples:q}"
         " > {log:q} 2>&1"
@@ -93,8 +94,8 @@ use rule evaluate_tasks as evaluate_tasks_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=1_440,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(1_440),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=tasks_json(),
@@ -122,14 +123,15 @@ rule match_references:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
         settings=references_json(),
         output_version=output_version("evaluate/match_references"),
     shell:
-        "python -m workflow_scripts.evaluate.match_references {params.link:q}"
+        "python -m workflow_scripts.take_gpus {resources.gpu}"
+        " python -m workflow_scripts.evaluate.match_references {params.link:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --tokens {input.tokens:q}"
         " --clean {input.clean:q} --settings {params.settings:q} --threads {threads}"
         " --scores {output.scores:q} --samples {output.samples:q} > {log:q} 2>&1"
@@ -173,8 +175,8 @@ use rule match_references as match_references_base with:
     threads: threads_for_model
     resources:
         gpu=gpus_for_model,
-        mem_mb=lambda wildcards, attempt: 32_000 * attempt,
-        runtime=240,  # minutes
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
         settings=references_json(),
@@ -200,8 +202,8 @@ rule report_tasks:
     conda:
         "../envs/data.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=10,  # minutes
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
         links=CONTEXT_LINKS,
