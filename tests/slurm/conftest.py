@@ -163,9 +163,7 @@ def cluster() -> Iterator[Cluster]:
     path = f"{os.environ['PATH']}:{SYSTEM}"
     missing = [program for program in PROGRAMS if not shutil.which(program, path=path)]
     if missing:
-        pytest.skip(
-            f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
-        )
+        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
     if not find_spec("snakemake_executor_plugin_slurm"):
         pytest.skip("pip install --no-deps -r requirements-cluster.lock")
     # Not pytest's folder: the path of munge's socket may have 107 characters.

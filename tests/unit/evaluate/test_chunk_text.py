@@ -167,3 +167,20 @@ def test_help_starts_without_torch(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.evaluate.chunk_text")
     assert done.returncode == 0
     assert not imported & {"torch", "transformers", "llama_cpp"}
+
+
+def test_the_rows_of_a_chunk_are_those_of_all_its_tokens_to_the_bit(chain, text, chunk, quantize):
+    """Kernels for repacked weights take four rows at a time and round those left over otherwise: a
+    chunk without its last row would not be what llama-perplexity computes."""
+    gguf = quantize(chain.gguf, "Q4_K_M")
+    document = Documents(chunk(text))[0]
+    positions = np.flatnonzero(document.is_supervised) - 1
+    with LlamaCppModel(gguf, context_tokens=256, n_threads=1) as model:
+        blocks = [
+            block.numpy().copy() for block in model.logit_blocks(document.input_ids, positions)
+        ]
+        model.forget()
+        wants_logits = np.arange(256) >= positions[0]
+        rows = model.decode(document.input_ids, first=0, wants_logits=wants_logits)
+        assert len(rows) == len(positions) + 1
+        np.testing.assert_array_equal(np.concatenate(blocks), rows[:-1])
