@@ -87,7 +87,8 @@ def messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]
 def reference(turns: Sequence[Turn]) -> dict[str, str]:
     """The answer to the last question, where it asks for a fact: a summary has many wordings."""
     question, answer = turns[-1]
-    return {"reference": answer} if question.startswith(ASK_FOR_FACTS) else {}
+    asked = question.rpartition("\n\n")[2]  # what is pasted stands before it
+    return {"reference": answer} if asked.startswith(ASK_FOR_FACTS) else {}
 
 
 def questions(entry: Entry) -> list[Turn]:

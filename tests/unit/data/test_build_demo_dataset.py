@@ -28,7 +28,9 @@ def test_the_same_settings_give_the_same_bytes_wherever_it_runs(run_stage, tmp_p
         written.append(path.read_bytes())
     assert written[0] == written[1]
     assert len(written[0].splitlines()) == 2000
-    assert set(json.loads(written[0].splitlines()[0])) == {"messages", "group"}
+    fields = {frozenset(json.loads(line)) for line in written[0].splitlines()}
+    chat = {"messages", "group"}
+    assert fields == {frozenset(chat), frozenset(chat | {"reference"})}
 
 
 def test_the_length_chooses_the_chats_and_mixed_is_the_default(run_stage, tmp_path):

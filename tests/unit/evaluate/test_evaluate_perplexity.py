@@ -126,6 +126,7 @@ def test_every_aggregate_follows_from_the_table(scored):
     assert rest - {"by_position", "by_turn", "by_source"} <= {
         "piece_tokens",
         "n_pieces",
+        "size_bytes",
         "precision",
         "n_conversations_beyond_piece",
         "duration_seconds",
