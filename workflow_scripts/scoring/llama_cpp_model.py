@@ -173,9 +173,9 @@ class LlamaCppModel:
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
         import torch
 
-        # Tokens after the last wanted one change nothing, but for the next: llama.cpp's kernels take
-        # four rows at a time and round those left over otherwise. With it the rows of a text are
-        # llama-perplexity's; without, perplexity in Q4_K_M is off by 1e-4.
+        # Tokens after the last wanted one change nothing, but for the next: llama.cpp's kernels
+        # take four rows at a time and round those left over otherwise. With it the rows of a text
+        # are llama-perplexity's; without, perplexity in Q4_K_M is off by 1e-4.
         end = min(len(input_ids), int(positions[-1]) + 2)
         wants_logits = np.zeros(end, dtype=bool)
         wants_logits[positions] = True
