@@ -19,8 +19,8 @@ from workflow_scripts.log import StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# llama.cpp's own. Weights are unpacked once a batch: 256 took 3 to 8 % more processor time of a
-# 7B's layers in Q4_K_M on AVX2.
+# llama.cpp's own. With 256, two layers of a 7B in Q4_K_M took 3 to 9 % more processor time (AVX2;
+# two runs each, other jobs beside).
 BATCH_TOKENS = 512
 
 
