@@ -148,7 +148,8 @@ def test_the_interval_of_the_effective_length_narrows_with_the_prompts(
 
 def test_the_interval_holds_the_truth_at_least_as_often_as_it_says():
     # Of answers drawn with a known chance of being right, the interval holds the true effective
-    # length in 95 of 100 cases or more: lengths are few, so it is wider than it need be (measured: all 100).
+    # length in 95 of 100 cases or more: lengths are few, so it is wider than it need be
+    # (measured: all 100).
     shares = (0.97, 0.92, 0.80, 0.5)
     truth = 1024
     generator = np.random.default_rng(3)
