@@ -1,13 +1,22 @@
+from pathlib import Path
+
 from snakemake.utils import min_version
 
 min_version("9.27")
 
 
-configfile: "config/config.yaml"
+# Where this file lies: not where Snakemake runs with --directory, nor where a Snakefile lies that
+# takes this one as a module.
+WORKFLOW_FOLDER = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
+OWN_CONFIG = Path("config", "config.yaml")
+
+
+# Of the folder Snakemake runs in, where it has one.
+configfile: OWN_CONFIG if OWN_CONFIG.exists() else WORKFLOW_FOLDER / OWN_CONFIG
 
 
 # With `--sdm apptainer`, and then alone: made of envs/tramontane.def.
-container: str(Path(workflow.basedir, "envs", "tramontane.sif"))
+container: str(WORKFLOW_FOLDER / "envs" / "tramontane.sif")
 
 
 report: "workflow_scripts/report/captions/workflow.rst"
@@ -29,45 +38,6 @@ include: "rules/tasks.smk"
 include: "rules/inference.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
-
-
-localrules:
-    all,
-    data,
-    preview,
-    train,
-    export,
-    adapter_gguf,
-    evaluate,
-    report,
-    context,
-    samples,
-    tasks,
-    fetch_tasks,
-    experiment,
-    sweep,
-    push_release,
-    # Downloads: the nodes of a cluster often have no internet.
-    fetch_base_model,
-    fetch_dataset,
-    fetch_adapter,
-    fetch_merged,
-    # Seconds and little memory: no node is asked for to write a table.
-    plan_disk,
-    preview_chats,
-    collect_metrics,
-    report_cleaning,
-    report_packing,
-    report_comparison,
-    report_chain,
-    report_loss,
-    report_overview,
-    report_run,
-    report_context,
-    report_samples,
-    report_tasks,
-    report_experiment,
-    report_sweep,
 
 
 # Of the main process alone: not of a cluster's jobs, nor of a dry run.

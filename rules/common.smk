@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-sys.path.insert(0, str(workflow.basedir))
+sys.path.insert(0, str(WORKFLOW_FOLDER))
 
 from workflow_scripts import environment, sweeps
 from workflow_scripts.data import sources
@@ -20,7 +20,15 @@ try:
 except StageError as error:
     raise WorkflowError(str(error)) from None
 
-environment.prepare(Path(workflow.basedir))
+environment.prepare(WORKFLOW_FOLDER)
+
+# Stages are told the folder of results by this name.
+if workflow.modifier.path_modifier.modify("results/report") != "results/report":
+    raise WorkflowError(
+        "a module with a prefix is not supported\n"
+        "  where:    the Snakefile that takes this workflow as a module\n"
+        "  to fix:   leave out `prefix` and `replace_prefix`; --directory has the results elsewhere"
+    )
 
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
 # By how they begin: trained here, or with an adapter or a merged model of the user's.
@@ -75,7 +83,7 @@ def kept(what, file):
 
 def output_version(stage):
     """A stage's OUTPUT_VERSION, read without running it: a changed algorithm makes its files anew."""
-    source = Path(workflow.basedir, "workflow_scripts", f"{stage}.py")
+    source = WORKFLOW_FOLDER / "workflow_scripts" / f"{stage}.py"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "OUTPUT_VERSION":
             return ast.literal_eval(node.value)

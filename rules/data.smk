@@ -30,6 +30,7 @@ rule fetch_dataset:
         "logs/data/{dataset}/{source}/fetch_dataset.log",
     benchmark:
         "benchmarks/data/{dataset}/{source}/fetch_dataset.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -195,6 +196,7 @@ rule preview_chats:
         "logs/data/{dataset}/{model}/{packing}/preview_chats.log",
     benchmark:
         "benchmarks/data/{dataset}/{model}/{packing}/preview_chats.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:

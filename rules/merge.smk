@@ -13,6 +13,7 @@ rule fetch_adapter:
         "benchmarks/runs/{run}/fetch_adapter.tsv"
     wildcard_constraints:
         run=any_of(ADAPTER_RUNS),
+    localrule: True
     conda:
         "../envs/train.yaml"
     resources:
@@ -41,6 +42,7 @@ rule fetch_merged:
         "benchmarks/runs/{run}/fetch_merged.tsv"
     wildcard_constraints:
         run=any_of(MERGED_RUNS),
+    localrule: True
     conda:
         "../envs/train.yaml"
     resources:

@@ -32,6 +32,7 @@ rule fetch_base_model:
         "benchmarks/models/{model}/fetch_base_model.tsv"
     wildcard_constraints:
         model=any_of(set(CONFIG.models) - set(GENERATED_MODELS)),
+    localrule: True
     conda:
         "../envs/train.yaml"
     resources:

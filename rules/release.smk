@@ -8,6 +8,7 @@ rule plan_disk:
     log:
         "logs/plan_disk.log",
     priority: 100
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -74,6 +75,7 @@ rule push_release:
         releases=release_files(),
     log:
         "logs/push_release.log",
+    localrule: True
     conda:
         "../envs/data.yaml"
     params:

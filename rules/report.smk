@@ -14,6 +14,7 @@ rule report_cleaning:
         "logs/data/{dataset}/report_cleaning.log",
     benchmark:
         "benchmarks/data/{dataset}/report_cleaning.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -49,6 +50,7 @@ rule report_packing:
         "logs/data/{dataset}/{model}/{packing}/report_packing.log",
     benchmark:
         "benchmarks/data/{dataset}/{model}/{packing}/report_packing.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -86,6 +88,7 @@ rule report_comparison:
         "logs/report/report_comparison.log",
     benchmark:
         "benchmarks/report/report_comparison.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -123,6 +126,7 @@ rule report_chain:
         "logs/report/report_chain.log",
     benchmark:
         "benchmarks/report/report_chain.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -152,6 +156,7 @@ rule report_loss:
         "logs/report/report_loss.log",
     benchmark:
         "benchmarks/report/report_loss.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -187,6 +192,7 @@ rule report_overview:
         "logs/report/report_overview.log",
     benchmark:
         "benchmarks/report/report_overview.tsv"
+    localrule: True
     conda:
         "../envs/train.yaml"
     resources:
@@ -222,6 +228,7 @@ rule report_run:
         "logs/runs/{run}/report_run.log",
     benchmark:
         "benchmarks/report/report_run/{run}.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -255,6 +262,7 @@ rule collect_metrics:
         "logs/report/collect_metrics.log",
     benchmark:
         "benchmarks/report/collect_metrics.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -285,6 +293,7 @@ rule report_context:
         "logs/report/report_context.log",
     benchmark:
         "benchmarks/report/report_context.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -314,6 +323,7 @@ rule report_samples:
         "logs/report/report_samples.log",
     benchmark:
         "benchmarks/report/report_samples.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -352,6 +362,7 @@ rule report_experiment:
         "logs/report/report_experiment.log",
     benchmark:
         "benchmarks/report/report_experiment.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
@@ -392,6 +403,7 @@ rule report_sweep:
         "logs/report/report_sweep.log",
     benchmark:
         "benchmarks/report/report_sweep.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:

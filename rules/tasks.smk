@@ -8,6 +8,7 @@ rule fetch_tasks:
         "logs/evaluation/fetch_tasks.log",
     benchmark:
         "benchmarks/evaluation/fetch_tasks.tsv"
+    localrule: True
     conda:
         "../envs/tasks.yaml"
     resources:
@@ -199,6 +200,7 @@ rule report_tasks:
         "logs/report/report_tasks.log",
     benchmark:
         "benchmarks/report/report_tasks.tsv"
+    localrule: True
     conda:
         "../envs/data.yaml"
     resources:
