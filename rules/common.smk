@@ -9,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow_scripts import environment, sweeps
+from workflow_scripts import environment, sweeps, urls
 from workflow_scripts.data import sources
 from workflow_scripts.export import given, origin
 from workflow_scripts.log import StageError
@@ -66,6 +66,28 @@ def settings_json(table, name, *keys):
     for key in keys:
         settings = getattr(settings, key)
     return settings.model_dump_json()
+
+
+def fetched(name):
+    """A file of the user's as an input; one on storage is brought here for as long as jobs need it."""
+    if not urls.is_url(name):
+        return str(Path(name).expanduser())
+    urls.check_one_file(name)
+    return getattr(storage, urls.plugin(name))(name)
+
+
+def fetched_texts(key, names):
+    """Text files of the user's, which `key` of the config names, as inputs."""
+    try:
+        return [fetched(name) for name in names]
+    except StageError as error:
+        raise WorkflowError(f"{key}: {error}") from None
+
+
+def name_of(file):
+    """What the config calls an input: the URL of one that comes from storage."""
+    remote = getattr(file, "flags", {}).get("storage_object")
+    return remote.query if remote else file
 
 
 def kept(what, file):

@@ -27,7 +27,7 @@ def source_files(dataset):
         name: (
             [f"results/data/{dataset}/hub/{name}/rows.parquet"]
             if source.hub
-            else sources.expand(source.files)
+            else [fetched(file) for file in sources.expand(source.files)]
         )
         for name, source in settings.all_sources.items()
     }
@@ -36,7 +36,9 @@ def source_files(dataset):
 def held_out_files(dataset):
     """Evaluation files of the user's that training must not hold."""
     decontamination = CONFIG.datasets[dataset].cleaning.decontamination
-    return sources.expand(decontamination.files) if decontamination else []
+    return (
+        [fetched(file) for file in sources.expand(decontamination.files)] if decontamination else []
+    )
 
 
 # Looked for here, so that a file which is not there stops everything with its message alone.
@@ -56,12 +58,12 @@ def evaluation_text_files(wildcards):
 
 
 def source_arguments(wildcards):
-    """`--source name file …` for every source."""
-    return [
-        argument
-        for name, files in source_files(wildcards.dataset).items()
-        for argument in ("--source", name, *files)
-    ]
+    """`--source name file …` for every source; `--fetched` says where a URL's file lies here."""
+    arguments, places = [], []
+    for name, files in source_files(wildcards.dataset).items():
+        arguments += ["--source", name, *map(name_of, files)]
+        places += [("--fetched", name_of(file), file) for file in files if name_of(file) != file]
+    return [*arguments, *(str(part) for place in places for part in place)]
 
 
 def cleaning_json(wildcards):

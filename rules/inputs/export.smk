@@ -58,7 +58,7 @@ def imatrix_json():
 
 def calibration_text_files():
     """Text files of the user's that the importance matrix is computed on beside the chats."""
-    return [str(Path(name).expanduser()) for name in CONFIG.gguf.imatrix.files]
+    return fetched_texts("gguf.imatrix.files", CONFIG.gguf.imatrix.files)
 
 
 def imatrix_of_quantization(wildcards):
