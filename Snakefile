@@ -47,6 +47,8 @@ localrules:
     experiment,
     sweep,
     push_release,
+    store,
+    store_release,
     # Downloads: the nodes of a cluster often have no internet.
     fetch_base_model,
     fetch_dataset,
@@ -150,6 +152,12 @@ rule tasks:
     """Tasks with a right answer by every run: base, merged model and smallest file."""
     input:
         expand("results/report/tasks.{form}", form=["tsv", "md", "html"]),
+
+
+rule store:
+    """Releases of every run on storage (`storage.releases`)."""
+    input:
+        lambda wildcards: stored_files(),
 
 
 rule experiment:

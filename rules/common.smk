@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from workflow_scripts import environment, sweeps, urls
 from workflow_scripts.data import sources
-from workflow_scripts.export import given, origin
+from workflow_scripts.export import given, origin, stored_release
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -73,7 +74,12 @@ def fetched(name):
     if not urls.is_url(name):
         return str(Path(name).expanduser())
     urls.check_one_file(name)
-    return getattr(storage, urls.plugin(name))(name)
+    return remote(name)
+
+
+def remote(url):
+    """A file on storage, by the plugin for it."""
+    return getattr(storage, urls.plugin(url))(url)
 
 
 def fetched_texts(key, names):
@@ -86,8 +92,8 @@ def fetched_texts(key, names):
 
 def name_of(file):
     """What the config calls an input: the URL of one that comes from storage."""
-    remote = getattr(file, "flags", {}).get("storage_object")
-    return remote.query if remote else file
+    on_storage = getattr(file, "flags", {}).get("storage_object")
+    return on_storage.query if on_storage else file
 
 
 def kept(what, file):
