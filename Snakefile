@@ -51,6 +51,7 @@ localrules:
     store_release,
     # Downloads: the nodes of a cluster often have no internet.
     fetch_base_model,
+    link_base_model,
     fetch_dataset,
     fetch_adapter,
     fetch_merged,

@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow_scripts import environment, sweeps, urls
+from workflow_scripts import environment, shared, sweeps, urls
 from workflow_scripts.data import sources
 from workflow_scripts.export import given, origin, stored_release
 from workflow_scripts.log import StageError
@@ -37,12 +37,16 @@ GGUF_TYPES = ["F16", *QUANTIZATIONS]
 RELEASED_TYPES = GGUF_TYPES if CONFIG.retention.f16 else QUANTIZATIONS
 GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
 GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
+LOCAL_MODELS = [name for name, model in CONFIG.models.items() if model.is_local]
+HUB_MODELS = set(CONFIG.models) - {*GENERATED_MODELS, *LOCAL_MODELS}
 HUB_SOURCES = {
     name
     for dataset in CONFIG.datasets.values()
     for name, source in dataset.all_sources.items()
     if source.hub
 }
+# `--cache`: base models, tokens and the bases' F16 GGUFs, shared with other working copies.
+IS_SHARED = workflow.workflow_settings.cache is not None
 
 
 def any_of(names):
@@ -108,6 +112,12 @@ def output_version(stage):
         if isinstance(node, ast.Assign) and node.targets[0].id == "OUTPUT_VERSION":
             return ast.literal_eval(node.value)
     raise WorkflowError(f"{source} has no OUTPUT_VERSION")
+
+
+def versions_of(*packages):
+    """What a shared file depends on beside its rule. Made of the resources, so that it counts in the
+    key of `--cache` alone: Snakemake runs nothing again for it."""
+    return lambda wildcards, resources: shared.versions(packages) if IS_SHARED else {}
 
 
 def of_run(pattern):

@@ -93,6 +93,9 @@ rule store_release:
         "logs/runs/{run}/store_release.log",
     wildcard_constraints:
         run=any_of(RUNS if CONFIG.storage.releases else []),
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(240),  # minutes
     run:
         # Not a program: storage's endpoint and credentials are Snakemake's to know.
         store(wildcards.run, input.release, output.sums, log[0])

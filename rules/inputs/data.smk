@@ -5,6 +5,21 @@ def base_model_json(wildcards):
     return model.model_dump_json(include={"source", "revision"})
 
 
+def local_model_hashes(wildcards, resources):
+    """What lies in a local folder: for the key of `--cache` alone, as the versions of packages."""
+    source = Path(CONFIG.models[wildcards.model].source).expanduser()
+    return shared.content_of(source) if IS_SHARED else {}
+
+
+# A key of `--cache` says how a file is made: where that gives another file on another day or machine,
+# it would stand for both.
+if IS_SHARED:
+    try:
+        shared.check(CONFIG, RUNS, workflow.workflow_settings.cache)
+    except StageError as error:
+        raise WorkflowError(str(error)) from None
+
+
 def tokenizer_version(wildcards):
     """`--version` where the config says what the checkpoint's own files would else be asked for."""
     version = CONFIG.models[wildcards.model].tokenizer_version
