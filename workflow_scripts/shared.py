@@ -81,11 +81,14 @@ def check(config: Config, runs: Iterable[str], named: Iterable[str]) -> None:
         for source in dataset.all_sources.values():
             if source.hub and not COMMIT.fullmatch(source.revision or ""):
                 found.append(f"{source.hub}, revision: {source.revision}")
+            found += filter(is_url, source.files or [])
+        if dataset.cleaning.decontamination:
+            found += filter(is_url, dataset.cleaning.decontamination.files)
     if found:
         raise StageError(
             "--cache cannot tell what a run begins with",
             where="models and datasets of the runs in `build`",
             found=", ".join(dict.fromkeys(found)),
-            expected="commits of the Hub (40 hexadecimal digits), or files of your own",
+            expected="commits of the Hub (40 hexadecimal digits), or files of this machine",
             to_fix="pin a commit; without --cache anything goes",
         )

@@ -45,6 +45,7 @@ def test_what_the_config_tells_to_the_byte_is_shared(model, dataset):
         ({"source": "owner/base", "revision": "main"}, FILES, "models.base.revision: main"),
         (PINNED, {"generate": {}}, "datasets.mine.generate"),
         (PINNED, {"hub": "owner/chats", "revision": "main"}, "owner/chats, revision: main"),
+        (PINNED, {"files": ["s3://bucket/chats.jsonl"]}, "s3://bucket/chats.jsonl"),
     ],
 )
 def test_what_is_another_on_another_day_or_machine_is_not(model, dataset, named):
