@@ -41,8 +41,8 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	touch $@
 
 .venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
-	python -m pip install --disable-pip-version-check -r requirements-test.lock
-	python -m pip install --disable-pip-version-check --no-deps -r requirements-cluster.lock
+	python -m pip install --disable-pip-version-check --no-deps -r requirements-test.lock \
+	    -r requirements-cluster.lock
 	touch $@
 
 # What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;

@@ -122,6 +122,12 @@ rule tasks:
         expand("results/report/tasks.{form}", form=["tsv", "md", "html"]),
 
 
+rule store:
+    """Releases of every run on storage (`storage.releases`)."""
+    input:
+        lambda wildcards: stored_files(),
+
+
 rule experiment:
     """Runs of an overlay in config/experiments/, trained and compared; nothing is exported."""
     input:

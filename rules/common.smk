@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(WORKFLOW_FOLDER))
 
-from workflow_scripts import environment, sweeps
+from workflow_scripts import environment, shared, sweeps, urls
 from workflow_scripts.data import sources
-from workflow_scripts.export import given, origin
+from workflow_scripts.export import given, origin, stored_release
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -44,12 +45,16 @@ GGUF_TYPES = ["F16", *QUANTIZATIONS]
 RELEASED_TYPES = GGUF_TYPES if CONFIG.retention.f16 else QUANTIZATIONS
 GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
 GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
+LOCAL_MODELS = [name for name, model in CONFIG.models.items() if model.is_local]
+HUB_MODELS = set(CONFIG.models) - {*GENERATED_MODELS, *LOCAL_MODELS}
 HUB_SOURCES = {
     name
     for dataset in CONFIG.datasets.values()
     for name, source in dataset.all_sources.items()
     if source.hub
 }
+# `--cache`: base models, tokens and the bases' F16 GGUFs, shared with other working copies.
+IS_SHARED = workflow.workflow_settings.cache is not None
 
 
 def any_of(names):
@@ -76,6 +81,33 @@ def settings_json(table, name, *keys):
     return settings.model_dump_json()
 
 
+def fetched(name):
+    """A file of the user's as an input; one on storage is brought here for as long as jobs need it."""
+    if not urls.is_url(name):
+        return str(Path(name).expanduser())
+    urls.check_one_file(name)
+    return remote(name)
+
+
+def remote(url):
+    """A file on storage, by the plugin for it."""
+    return getattr(storage, urls.plugin(url))(url)
+
+
+def fetched_texts(key, names):
+    """Text files of the user's, which `key` of the config names, as inputs."""
+    try:
+        return [fetched(name) for name in names]
+    except StageError as error:
+        raise WorkflowError(f"{key}: {error}") from None
+
+
+def name_of(file):
+    """What the config calls an input: the URL of one that comes from storage."""
+    on_storage = getattr(file, "flags", {}).get("storage_object")
+    return on_storage.query if on_storage else file
+
+
 def kept(what, file):
     """An output as the config wants it: one that does not stay goes once nothing needs it."""
     return file if getattr(CONFIG.retention, what) else temp(file)
@@ -88,6 +120,12 @@ def output_version(stage):
         if isinstance(node, ast.Assign) and node.targets[0].id == "OUTPUT_VERSION":
             return ast.literal_eval(node.value)
     raise WorkflowError(f"{source} has no OUTPUT_VERSION")
+
+
+def versions_of(*packages):
+    """What a shared file depends on beside its rule. Made of the resources, so that it counts in the
+    key of `--cache` alone: Snakemake runs nothing again for it."""
+    return lambda wildcards, resources: shared.versions(packages) if IS_SHARED else {}
 
 
 def of_run(pattern):

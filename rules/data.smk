@@ -69,12 +69,11 @@ rule clean_dataset:
         settings=cleaning_json,
         sources=source_arguments,
         evaluation=lambda wildcards, input: flagged("--evaluation-files", input.evaluation_files),
-        clean=subpath(output.report, parent=True),
         output_version=output_version("data/clean_dataset"),
     shell:
         "python -m workflow_scripts.data.clean_dataset {params.sources:q} {params.evaluation:q}"
-        " --settings {params.settings:q} --processes {threads} --clean {params.clean:q}"
-        " > {log:q} 2>&1"
+        " --settings {params.settings:q} --processes {threads}"
+        ' --clean "$(dirname {output.report:q})" > {log:q} 2>&1'
 
 
 rule render_chats:
@@ -92,8 +91,7 @@ rule render_chats:
         report="results/data/{dataset}/{model}/tokens/rendering_report.json",
     log:
         "logs/data/{dataset}/{model}/render_chats.log",
-    benchmark:
-        "benchmarks/data/{dataset}/{model}/render_chats.tsv"
+    cache: IS_SHARED
     conda:
         "../envs/data.yaml"
     threads: threads_for_dataset
@@ -102,13 +100,13 @@ rule render_chats:
         runtime=growing(120),  # minutes
     params:
         settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "rendering"),
-        clean=subpath(input.train, parent=True),
-        tokens=subpath(output.train, parent=True),
+        # Names of folders are in no params, here and in clean_dataset: --cache would tell them apart.
+        software=versions_of("ftfy", "rensa", "mistral-common", "tokenizers", "pyarrow"),
         output_version=output_version("data/render_chats"),
     shell:
-        "python -m workflow_scripts.data.render_chats --clean {params.clean:q}"
+        'python -m workflow_scripts.data.render_chats --clean "$(dirname {input.train:q})"'
         " --tokenizer {input.tokenizer:q} --settings {params.settings:q} --processes {threads}"
-        " --tokens {params.tokens:q} > {log:q} 2>&1"
+        ' --tokens "$(dirname {output.train:q})" > {log:q} 2>&1'
 
 
 rule check_tokens:

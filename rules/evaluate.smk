@@ -133,7 +133,7 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
 rule chunk_text:
     """A text of the user's in chunks of one context, as llama-perplexity cuts it."""
     input:
-        text=lambda wildcards: Path(CONFIG.evaluation.texts[wildcards.text]).expanduser(),
+        text=evaluation_text,
         tokenizer="results/models/{model}/tokenizer",
         facts="results/models/{model}/facts.json",
     output:

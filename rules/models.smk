@@ -23,15 +23,15 @@ rule build_demo_model:
 
 
 rule fetch_base_model:
-    """A base model from the Hugging Face Hub, or a local folder by links."""
+    """A base model from the Hugging Face Hub."""
     output:
         checkpoint=directory("results/models/{model}/checkpoint"),
     log:
         "logs/models/{model}/fetch_base_model.log",
-    benchmark:
-        "benchmarks/models/{model}/fetch_base_model.tsv"
     wildcard_constraints:
-        model=any_of(set(CONFIG.models) - set(GENERATED_MODELS)),
+        model=any_of(HUB_MODELS),
+    # Without benchmark, as every rule that `--cache` shares: Snakemake takes none that has one.
+    cache: IS_SHARED
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -44,6 +44,15 @@ rule fetch_base_model:
     shell:
         "python -m workflow_scripts.models.fetch_base_model --settings {params.settings:q}"
         " --checkpoint {output.checkpoint:q} > {log:q} 2>&1"
+
+
+use rule fetch_base_model as link_base_model with:
+    # A local folder by links. Not shared: they would dangle elsewhere, and what is shared becomes
+    # writable by all, links or not.
+    wildcard_constraints:
+        model=any_of(LOCAL_MODELS),
+    params:
+        content=local_model_hashes,
 
 
 rule read_model_facts:

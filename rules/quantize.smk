@@ -1,5 +1,34 @@
-rule convert_gguf:
-    """F16 GGUF by llama.cpp's own converter."""
+rule convert_gguf_base:
+    """F16 GGUF of a base, by llama.cpp's own converter."""
+    input:
+        merged="results/models/{model}/checkpoint",
+        tokenizer="results/models/{model}/tokenizer",
+        facts="results/models/{model}/facts.json",
+    output:
+        gguf="results/models/{model}/gguf/{model}-F16.gguf",
+    log:
+        "logs/models/{model}/convert_gguf.log",
+    cache: IS_SHARED
+    conda:
+        "../envs/export.yaml"
+    threads: threads_for_model
+    resources:
+        mem_mb=growing(8_000),
+        runtime=growing(60),  # minutes
+    params:
+        name=lambda wildcards: wildcards.model,
+        tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
+        published="{}",
+        software=versions_of("llama-cpp-python", "transformers", "mistral-common"),
+        output_version=output_version("export/convert_gguf"),
+    shell:
+        "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
+        " {params.tokenizer:q} --facts {input.facts:q} --name {params.name:q}"
+        " --published {params.published:q} --gguf {output.gguf:q} > {log:q} 2>&1"
+
+
+use rule convert_gguf_base as convert_gguf with:
+    # Not shared: its key would not tell two trainings of one recipe apart.
     input:
         merged="results/runs/{run}/merged",
         merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
@@ -10,40 +39,11 @@ rule convert_gguf:
         "logs/runs/{run}/convert_gguf.log",
     benchmark:
         "benchmarks/runs/{run}/convert_gguf.tsv"
-    conda:
-        "../envs/export.yaml"
     threads: threads_for_run
-    resources:
-        mem_mb=growing(8_000),
-        runtime=growing(60),  # minutes
     params:
         name=lambda wildcards: wildcards.run,
         tokenizer=[],
         published=lambda wildcards: published_json(wildcards.run),
-        output_version=output_version("export/convert_gguf"),
-    shell:
-        "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
-        " {params.tokenizer:q} --facts {input.facts:q} --name {params.name:q}"
-        " --published {params.published:q} --gguf {output.gguf:q} > {log:q} 2>&1"
-
-
-use rule convert_gguf as convert_gguf_base with:
-    input:
-        merged="results/models/{model}/checkpoint",
-        tokenizer="results/models/{model}/tokenizer",
-        facts="results/models/{model}/facts.json",
-    output:
-        gguf="results/models/{model}/gguf/{model}-F16.gguf",
-    log:
-        "logs/models/{model}/convert_gguf.log",
-    benchmark:
-        "benchmarks/models/{model}/convert_gguf.tsv"
-    threads: threads_for_model
-    params:
-        name=lambda wildcards: wildcards.model,
-        tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
-        published="{}",
-        output_version=output_version("export/convert_gguf"),
 
 
 rule convert_adapter:

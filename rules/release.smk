@@ -83,3 +83,22 @@ rule push_release:
     shell:
         "python -m workflow_scripts.export.push_release --releases {input.releases:q}"
         " --settings {params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule store_release:
+    """A run's release on storage: SHA256SUMS, this job's output, is sent after all other files."""
+    input:
+        release="results/runs/{run}/release",
+    output:
+        sums=stored_sums(),
+    log:
+        "logs/runs/{run}/store_release.log",
+    wildcard_constraints:
+        run=any_of(RUNS if CONFIG.storage.releases else []),
+    localrule: True
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(240),  # minutes
+    run:
+        # Not a program: storage's endpoint and credentials are Snakemake's to know.
+        store(wildcards.run, input.release, output.sums, log[0])

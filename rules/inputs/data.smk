@@ -5,6 +5,21 @@ def base_model_json(wildcards):
     return model.model_dump_json(include={"source", "revision"})
 
 
+def local_model_hashes(wildcards, resources):
+    """What lies in a local folder: for the key of `--cache` alone, as the versions of packages."""
+    source = Path(CONFIG.models[wildcards.model].source).expanduser()
+    return shared.content_of(source) if IS_SHARED else {}
+
+
+# A key of `--cache` says how a file is made: where that gives another file on another day or machine,
+# it would stand for both.
+if IS_SHARED:
+    try:
+        shared.check(CONFIG, RUNS, workflow.workflow_settings.cache)
+    except StageError as error:
+        raise WorkflowError(str(error)) from None
+
+
 def tokenizer_version(wildcards):
     """`--version` where the config says what the checkpoint's own files would else be asked for."""
     version = CONFIG.models[wildcards.model].tokenizer_version
@@ -27,7 +42,7 @@ def source_files(dataset):
         name: (
             [f"results/data/{dataset}/hub/{name}/rows.parquet"]
             if source.hub
-            else sources.expand(source.files)
+            else [fetched(file) for file in sources.expand(source.files)]
         )
         for name, source in settings.all_sources.items()
     }
@@ -36,7 +51,9 @@ def source_files(dataset):
 def held_out_files(dataset):
     """Evaluation files of the user's that training must not hold."""
     decontamination = CONFIG.datasets[dataset].cleaning.decontamination
-    return sources.expand(decontamination.files) if decontamination else []
+    return (
+        [fetched(file) for file in sources.expand(decontamination.files)] if decontamination else []
+    )
 
 
 # Looked for here, so that a file which is not there stops everything with its message alone.
@@ -56,12 +73,12 @@ def evaluation_text_files(wildcards):
 
 
 def source_arguments(wildcards):
-    """`--source name file …` for every source."""
-    return [
-        argument
-        for name, files in source_files(wildcards.dataset).items()
-        for argument in ("--source", name, *files)
-    ]
+    """`--source name file …` for every source; `--fetched` says where a URL's file lies here."""
+    arguments, places = [], []
+    for name, files in source_files(wildcards.dataset).items():
+        arguments += ["--source", name, *map(name_of, files)]
+        places += [("--fetched", name_of(file), file) for file in files if name_of(file) != file]
+    return [*arguments, *(str(part) for place in places for part in place)]
 
 
 def cleaning_json(wildcards):

@@ -10,8 +10,13 @@ def text_of_run(wildcards):
     return f"results/evaluation/{model}/texts/{wildcards.text}.arrow"
 
 
+def evaluation_text(wildcards):
+    text = wildcards.text
+    return fetched_texts(f"evaluation.texts.{text}", [CONFIG.evaluation.texts[text]])
+
+
 def context_text_files():
-    return [str(Path(name).expanduser()) for name in CONFIG.evaluation.context.files]
+    return fetched_texts("evaluation.context.files", CONFIG.evaluation.context.files)
 
 
 def tasks_json():

@@ -58,7 +58,7 @@ def imatrix_json():
 
 def calibration_text_files():
     """Text files of the user's that the importance matrix is computed on beside the chats."""
-    return [str(Path(name).expanduser()) for name in CONFIG.gguf.imatrix.files]
+    return fetched_texts("gguf.imatrix.files", CONFIG.gguf.imatrix.files)
 
 
 def imatrix_of_quantization(wildcards):
@@ -109,3 +109,33 @@ def release_json(name):
             "evaluation": json.loads(scoring_json()),
         }
     )
+
+
+def stored_sums():
+    """SHA256SUMS of a run's release on storage; where the config names none, a file no one asks for."""
+    folder = CONFIG.storage.releases
+    try:
+        return remote(f"{folder}/{{run}}/SHA256SUMS") if folder else "results/runs/{run}/SHA256SUMS"
+    except StageError as error:
+        raise WorkflowError(f"storage.releases: {error}") from None
+
+
+def store(run, release, sums, log_file):
+    """Send a run's release, all but SHA256SUMS, which is left for Snakemake to send."""
+    with open(log_file, "w", encoding="utf-8") as stream:
+
+        def say(line):
+            print(line, file=stream, flush=True)
+
+        try:
+            stored_release.send(
+                Path(release),
+                f"{CONFIG.storage.releases}/{run}",
+                Path(f"results/runs/{run}/stored.json"),
+                lambda url: remote(url).flags["storage_object"],
+                say,
+            )
+        except (StageError, WorkflowError) as error:
+            say(str(error))
+            raise WorkflowError(str(error)) from None
+    shutil.copyfile(Path(release, "SHA256SUMS"), sums)

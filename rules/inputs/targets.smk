@@ -188,6 +188,17 @@ def release_files():
     return expand("results/runs/{run}/release", run=RUNS)
 
 
+def stored_files():
+    """SHA256SUMS of every release on storage."""
+    if not CONFIG.storage.releases:
+        raise WorkflowError(
+            "where the releases go to is not said\n"
+            "  where:    storage.releases\n"
+            "  expected: a folder on storage, as s3://bucket/folder"
+        )
+    return [remote(f"{CONFIG.storage.releases}/{run}/SHA256SUMS") for run in RUNS]
+
+
 def experiment_files():
     """Of an overlay in `config/experiments/`: its runs trained and compared, nothing exported."""
     return expand("results/report/experiment.{form}", form=["tsv", "md", "html", "svg"])

@@ -29,14 +29,14 @@ def copy_workflow(folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def snakemake_in(folder: Path) -> Snakemake:
+def snakemake_in(folder: Path, **environment: str) -> Snakemake:
     """Snakemake run in a folder, its output as text; the exit code is the caller's to judge."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "snakemake", "--nocolor", *map(str, arguments)],
             cwd=folder,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
             capture_output=True,
             text=True,
             check=False,

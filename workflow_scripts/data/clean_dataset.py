@@ -56,6 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="name of a source and its files; once for each source",
     )
     parser.add_argument(
+        "--fetched",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("URL", "FILE"),
+        help="where a file of a source that is a URL lies here; once for each",
+    )
+    parser.add_argument(
         "--evaluation-files", nargs="*", default=[], help="what training must not hold"
     )
     parser.add_argument("--settings", required=True, help="JSON: `cleaning`, and `sources` by name")
@@ -80,7 +88,7 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
     cleaning_settings = settings.cleaning
     cleaned = map_in_order(
         _clean_chunk,
-        tasks(arguments.source, scratch),
+        tasks(arguments.source, dict(arguments.fetched), scratch),
         n_processes=arguments.processes,
         initializer=_start_cleaner,
         initial_arguments=(settings,),
@@ -88,7 +96,13 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
     cleaned = log.progress(
         cleaned,
         logger,
-        total=total_bytes([path for _, *paths in arguments.source for path in paths]),
+        total=total_bytes(
+            [
+                dict(arguments.fetched).get(path, path)
+                for _, *paths in arguments.source
+                for path in paths
+            ]
+        ),
         unit="bytes",
         size=lambda chunk: chunk.n_bytes,
     )
@@ -124,12 +138,18 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
     logger.info("cleaned %s", log.fields(report))
 
 
-def tasks(source_arguments: Sequence[Sequence[str]], scratch: Path) -> Iterator[Task]:
-    """The chunks of all files, numbered in the order they are read."""
+def tasks(
+    source_arguments: Sequence[Sequence[str]], fetched: dict[str, str], scratch: Path
+) -> Iterator[Task]:
+    """The chunks of all files, numbered in the order they are read.
+
+    Args:
+        fetched: of files that are URLs, the path here; their records keep the URL.
+    """
     numbers = itertools.count()
     for name, *paths in source_arguments:
         for path in paths:
-            for chunk in sources.read_chunks(path):
+            for chunk in sources.read_chunks(fetched.get(path, path), name=path):
                 yield Task(name, chunk, Shard(scratch, next(numbers)))
 
 

@@ -22,10 +22,11 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from workflow_scripts import urls
 from workflow_scripts.data.rejections import Rejected
 from workflow_scripts.log import StageError
 
@@ -70,14 +71,18 @@ def expand(patterns: Sequence[str]) -> list[str]:
     """The files that paths, folders and globs stand for, each once.
 
     In the order of the patterns, sorted within each. A folder stands for every file below it of a
-    known suffix, hidden ones left out.
+    known suffix, hidden ones left out; a URL for itself.
 
     Raises:
         StageError: a pattern matches nothing, or a file of unknown suffix.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        paths = _matches(os.path.expanduser(pattern))
+        if urls.is_url(pattern):
+            urls.check_one_file(pattern)
+            paths = [pattern]
+        else:
+            paths = _matches(os.path.expanduser(pattern))
         if not paths:
             raise StageError(
                 "a dataset's pattern matches no file",
@@ -132,9 +137,13 @@ def file_format(path: str) -> tuple[str, str | None]:
     return suffix, compression
 
 
-def read_chunks(path: str | Path, *, records_per_chunk: int = 1000) -> Iterator[Chunk]:
+def read_chunks(
+    path: str | Path, *, records_per_chunk: int = 1000, name: str | None = None
+) -> Iterator[Chunk]:
     """A file's records in order, cut into chunks at the same places whenever it is read.
 
+    Args:
+        name: the `source_file` of its records, where that is not the path: a URL.
     Raises:
         StageError: the file cannot be read to its end.
     """
@@ -156,7 +165,7 @@ def read_chunks(path: str | Path, *, records_per_chunk: int = 1000) -> Iterator[
             )
         for chunk in chunks:
             n_read += len(chunk.numbers)
-            yield chunk
+            yield replace(chunk, source_file=name) if name else chunk
     except FileNotFoundError as error:
         raise StageError(
             "a dataset file cannot be read",

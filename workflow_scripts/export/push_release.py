@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
+from workflow_scripts.export.released import released_files
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import PushSettings, settings_from_json
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TOKEN_VARIABLE = "HF_TOKEN"
-LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 logger = log.stage_logger("push_release")
 
 
@@ -65,44 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("pushed n_files=%d to=%s", len(paths), commit)
     if settings.dry_run:
         print("nothing was uploaded: --config push='{dry_run: false}' uploads", flush=True)
-
-
-def released_files(release: Path) -> list[Path]:
-    """A release's files, each as it was when the release was packaged.
-
-    Raises:
-        StageError: a file is missing, was changed, or does not belong to the release.
-    """
-    sums = release / "SHA256SUMS"
-    if not sums.is_file():
-        raise StageError(
-            "this is no release", where=release, to_fix="snakemake makes it: target `all`"
-        )
-    listed = dict(
-        reversed(match.groups())
-        for match in map(LINE.fullmatch, sums.read_text(encoding="utf-8").splitlines())
-        if match
-    )
-    # Snakemake keeps a hidden file of its own in a folder that it made.
-    names = {path.name for path in release.iterdir()}
-    there = {name for name in names if not name.startswith(".")} - {sums.name}
-    if there != listed.keys():
-        differing = sorted(there ^ listed.keys())
-        raise StageError(
-            "the release's files are not those it was packaged with",
-            where=release,
-            found=", ".join(differing),
-            to_fix="snakemake -R package_release",
-        )
-    for name, digest in listed.items():
-        if files.sha256(release / name) != digest:
-            raise StageError(
-                "a file of the release was changed",
-                where=release / name,
-                expected=f"sha256 {digest}",
-                to_fix="snakemake -R package_release",
-            )
-    return [release / name for name in sorted(listed)] + [sums]
 
 
 def push(api: HfApi, repository: str, paths: Sequence[Path], *, run: str, is_private: bool) -> str:

@@ -50,6 +50,7 @@ from workflow_scripts.settings.export import (
     MixSettings,
     PushSettings,
     QuantizationType,
+    StorageSettings,
     TensorType,
 )
 from workflow_scripts.settings.fields import (
@@ -108,6 +109,7 @@ __all__ = [
     "SampleSettings",
     "SettingsError",
     "SourceSettings",
+    "StorageSettings",
     "TaskSettings",
     "TensorType",
     "TrainingSettings",

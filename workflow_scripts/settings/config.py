@@ -18,6 +18,7 @@ from workflow_scripts.settings.export import (
     GgufSettings,
     PushSettings,
     RetentionSettings,
+    StorageSettings,
 )
 from workflow_scripts.settings.fields import Count, Name, Settings
 from workflow_scripts.settings.models import ModelSettings
@@ -52,6 +53,8 @@ class Config(Settings):
     """AWQ, beside the GGUFs."""
     push: PushSettings = PushSettings()
     """Releases on the Hub."""
+    storage: StorageSettings = StorageSettings()
+    """Releases on storage."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None

@@ -133,7 +133,8 @@ class SourceSettings(ReadingSettings):
     """`datasets.<name>.sources.<source>`: one origin of chats; exactly one of `files` and `hub`."""
 
     files: Annotated[list[str], Field(min_length=1)] | None = None
-    """Files, folders or globs: JSON Lines, JSON, CSV or Parquet, also compressed (.gz, .zst)."""
+    """Files, folders or globs: JSON Lines, JSON, CSV or Parquet, also compressed (.gz, .zst); or
+    URLs of files on storage (`s3://bucket/chats.jsonl`)."""
     hub: str | None = None
     """Id of a dataset on the Hugging Face Hub (`HuggingFaceH4/ultrachat_200k`)."""
     revision: str | None = None

@@ -1,4 +1,4 @@
-"""`gguf`, `awq`, `retention`, `push`: what is made of a merged model, what stays, where it goes."""
+"""`gguf`, `awq`, `retention`, `push`, `storage`: what a merged model becomes, where it goes."""
 
 from __future__ import annotations
 
@@ -185,3 +185,11 @@ class PushSettings(Settings):
     """A repository that is made for a release is private."""
     dry_run: bool = True
     """Say what would be uploaded, and upload nothing."""
+
+
+class StorageSettings(Settings):
+    """`storage`: releases on S3-compatible storage (`snakemake store`)."""
+
+    releases: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^{}*?]+[^{}*?/]$")] | None = None
+    """Folder as a URL (`s3://bucket/folder`), in which each run's release has a folder of its
+    name."""
