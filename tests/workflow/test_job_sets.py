@@ -230,6 +230,21 @@ def test_tasks_are_asked_of_base_merged_and_smallest_file_and_by_nothing_else(
     assert changed(tiny, tmp_path, {"evaluation": {"tasks": {"names": ["mmlu"]}}}) == {}
 
 
+def test_tasks_are_scored_with_the_rest_where_that_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    gathers = {
+        "report_tasks": 1,
+        "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
+        "report_run": 2,
+        "collect_metrics": 1,
+    }
+    overlay = {"evaluation": {"tasks": {"use": True}}}
+    assert changed(tiny, tmp_path, overlay) == {**REFERENCES, **gathers}
+    overlay["evaluation"]["tasks"]["names"] = ["mmlu"]
+    assert changed(tiny, tmp_path, overlay) == {**TASKS, **REFERENCES, **gathers}
+
+
 def test_a_folder_without_task_files_stops_before_any_job(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump({"evaluation": {"tasks": {"include": str(tmp_path / "no")}}}))

@@ -19,7 +19,7 @@ from workflow_scripts.report.report_comparison import comparison
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import Table
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("report_overview")
 
 

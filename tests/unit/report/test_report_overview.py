@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests import browser
+from tests.unit.evaluate.test_task_scores import score_of
 from workflow_scripts import files
 from workflow_scripts.report import claims, report_overview
 from workflow_scripts.report.results import read_results
@@ -63,6 +64,67 @@ def test_published_figures_stand_beside_what_was_measured(write, results):
     _, headline = write()
     assert row(headline, "Tuned recipe: memory")[2].startswith("-50.0 %")
     assert row(headline, "Tuned recipe: memory")[4] == "as much or more"
+
+
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+MMLU = {"task": "mmlu", "metric": "acc", "n_examples": 5, "n_documents": 14_042}
+
+
+@pytest.fixture
+def of_a_7b(all_measured):
+    """`of_a_7b(scores, hub_id)`: runs whose base scored so in the tasks, and is of the Hub's id."""
+
+    def read(*scores, hub_id=MISTRAL, are_chats=False):
+        path = all_measured.folder / "evaluation" / "tiny" / "base.tasks.json"
+        files.write_json(path, {"scores": list(scores), "are_chats": are_chats})
+        wanted = json.loads(all_measured.runs) | {"hub_ids": {"tiny": hub_id}}
+        return read_results(json.dumps(wanted), all_measured.folder)
+
+    return read
+
+
+def claim(runs, title):
+    return next(one for one in claims.claims(runs) if one.what.startswith(f"7B base, {title}"))
+
+
+def test_a_published_score_stands_beside_the_one_measured_of_that_base(of_a_7b):
+    scored = score_of([0.6], score=0.6123, standard_error=0.004, **MMLU)
+    found = claim(of_a_7b(scored), "MMLU (5-shot)")
+    assert (found.published, found.kind) == ("60.1", claims.MEASURED)
+    assert found.here.startswith("61.23 ± 0.40, 5-shot, 14,042 documents") and MISTRAL in found.here
+    assert found.verdict == "1.1 points higher"
+    near = claim(of_a_7b(scored | {"score": 0.5950}), "MMLU")
+    assert near.here.startswith("59.50 ± 0.40") and near.verdict == "agrees within its error"
+    far = claim(of_a_7b(scored | {"score": 0.5500}), "MMLU")
+    assert far.verdict == "5.1 points lower"
+    # What was not asked, or of another metric, is not measured.
+    assert claim(of_a_7b(scored), "HellaSwag").kind == claims.NOT_MEASURED
+    other = scored | {"task": "hellaswag", "metric": "acc", "score": 0.9}
+    assert claim(of_a_7b(other), "HellaSwag").kind == claims.NOT_MEASURED
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_examples": 0}, "5 examples there: names: [mmlu@5]"),
+        ({"n_documents": 500}, "14,042 documents there"),
+        ({"n_truncated": 3}, "3 prompts were cut here"),
+    ],
+)
+def test_what_was_asked_in_another_way_is_not_held_against_the_published(of_a_7b, changes, said):
+    scored = score_of([0.6], score=0.601, standard_error=0.004, **MMLU) | changes
+    found = claim(of_a_7b(scored), "MMLU")
+    assert found.kind == claims.MEASURED and found.here.startswith("60.10 ± 0.40")
+    assert found.verdict == f"not the same test: {said}"
+
+
+def test_chats_and_another_version_are_other_tests_and_another_model_is_none(of_a_7b):
+    scored = score_of([0.6], score=0.601, standard_error=0.004, **MMLU)
+    assert claim(of_a_7b(scored, are_chats=True), "MMLU").verdict.endswith(": as chats here")
+    later = claim(of_a_7b(scored, hub_id="mistralai/Mistral-7B-v0.3"), "MMLU")
+    assert later.verdict == "not the same test: published of Mistral-7B-v0.1"
+    for other in ("mistralai/Mistral-7B-Instruct-v0.1", "someone/Mistral-7B-v0.1"):
+        assert claim(of_a_7b(scored, hub_id=other), "MMLU").kind == claims.NOT_MEASURED
 
 
 def test_a_single_run_has_nothing_to_be_compared_with(write, results):
