@@ -128,6 +128,16 @@ def metrics_of(run: str, wanted: Wanted, results: Path) -> list[Metric]:
     return [*found, *_read_tasks(run, wanted, results)]
 
 
+def measured_files(run: str, wanted: Wanted) -> list[str]:
+    """Those of `metrics_of`, below the folder of results."""
+    tasks = [
+        tasks_file(run, wanted.runs[run], link, kind)
+        for kind, links in wanted.tasks.items()
+        for link in links
+    ]
+    return [*(place.file for place in _places(run, wanted)), *tasks]
+
+
 class Place(NamedTuple):
     """A file of a link, and what stands in it."""
 

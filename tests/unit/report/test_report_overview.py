@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from base64 import urlsafe_b64encode
 
 import pytest
 
@@ -8,7 +10,8 @@ from tests import browser
 from tests.unit.evaluate.test_task_scores import score_of
 from workflow_scripts import files
 from workflow_scripts.report import claims, report_overview
-from workflow_scripts.report.results import read_results
+from workflow_scripts.report.metrics import metrics_of
+from workflow_scripts.report.results import Wanted, read_results
 
 
 @pytest.fixture
@@ -17,7 +20,7 @@ def write(results, tmp_path):
         page, headline = tmp_path / "overview.html", tmp_path / "headline.md"
         report_overview.main(
             ["--runs", runs, "--results", str(results.folder), "--page", str(page)]
-            + ["--headline", str(headline)]
+            + ["--headline", str(headline), "--records", str(tmp_path / "records")]
         )
         return page, headline
 
@@ -64,6 +67,45 @@ def test_published_figures_stand_beside_what_was_measured(write, results):
     _, headline = write()
     assert row(headline, "Tuned recipe: memory")[2].startswith("-50.0 %")
     assert row(headline, "Tuned recipe: memory")[4] == "as much or more"
+
+
+@pytest.fixture
+def recorded(results, tmp_path):
+    """Some files of both runs, as if Snakemake had made them."""
+
+    def record(file, rule, *inputs, seconds=30.0):
+        name = urlsafe_b64encode(str(file).encode()).decode()
+        *folders, last = (name[at : at + 200] for at in range(0, len(name), 200))
+        path = (tmp_path / "records").joinpath(*(f"@{folder}" for folder in folders), last)
+        command = f"python -m workflow_scripts.export.{rule} --x"
+        of_job = {"rule": rule, "log": [f"{file}.log"], "shellcmd": command, "incomplete": False}
+        times = {"starttime": 1000.0, "endtime": 1000.0 + seconds}
+        files.write_json(path, of_job | times | {"input": list(map(str, inputs))})
+
+    for name in ("generic", "mistral"):
+        run = results.folder / "runs" / name
+        record(run / "merged_check.json", "check_merged", run / "merged")
+        record(run / "merged", "merge_adapter", seconds=45.0)
+        record(run / "release", "package_release", run / "merged")
+
+
+def test_without_a_record_of_its_steps_it_says_so(write):
+    page, _ = write()
+    assert "Snakemake kept no record of how they were made" in page.read_text()
+
+
+def test_the_steps_behind_its_figures_are_drawn_as_they_were_recorded(recorded, write, results):
+    """The format is test_stages.py's matter, which reads what Snakemake writes."""
+    page, _ = write()
+    drawn = page.read_text().partition('<figure class="stages">')[2].partition("</figure>")[0]
+    assert re.findall('class="name"[^>]*>([^<]+)<', drawn) == ["check_merged", "merge_adapter"]
+    assert drawn.count("export · 2 jobs · 60 s") == drawn.count("export · 2 jobs · 90 s") == 1
+    assert "2.5 minutes in all" in drawn
+    wanted = Wanted.read(results.runs)
+    collected = {
+        metric.file for run in wanted.runs for metric in metrics_of(run, wanted, results.folder)
+    }
+    assert f"Of {len(collected) - 2} files there is no record" in drawn
 
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -155,7 +197,7 @@ def test_the_memory_of_a_7b_is_plan_memory_s_own():
 
 
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
-def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+def test_a_browser_shows_it_and_asks_for_nothing(recorded, write, tmp_path):
     page, _ = write()
     seen = browser.see(page, tmp_path)
     assert seen.requests == seen.console == []
