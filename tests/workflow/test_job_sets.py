@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -191,6 +192,30 @@ def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
     jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"parity_conversations": 7}}})
     assert jobs["check_tokens"] == 1
     assert not {"render_chats", "pack_sequences", "train_adapter"} & jobs.keys()
+
+
+@pytest.mark.parametrize(
+    ("retention", "gone"),
+    [
+        ({}, set()),
+        ({"merged": False}, {"merged"}),
+        ({"f16": False}, {"gguf/{run}-F16.gguf"}),
+        ({"merged": False, "f16": False}, {"merged", "gguf/{run}-F16.gguf"}),
+    ],
+)
+def test_what_need_not_stay_goes_and_nothing_else(
+    workflow, tmp_path: Path, retention: dict, gone: set
+) -> None:
+    """That it does go, and is not asked for again, test_given_models.py sees in a build."""
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"retention": retention}))
+    result = workflow("-n", "--cores", 8, "--configfile", "own.yaml")
+    assert result.returncode == 0, result.stderr
+    said = re.findall(r"Would remove temporary output (.+)", result.stdout + result.stderr)
+    assert set(said) == {
+        f"results/runs/{run}/{file.format(run=run)}"
+        for run in ("generic", "mistral")
+        for file in gone
+    }
 
 
 def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -> None:

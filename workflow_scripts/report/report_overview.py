@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     body += figures.inline(
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
     )
+    body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
     body += "<h2>How the figures came about</h2>" + stages_html(
         arguments.runs, arguments.results, arguments.records
     )
-    body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
     files.write_text(arguments.page, pages.page("Overview", body))
     headline = [
         "## Headline",
