@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
@@ -102,6 +102,16 @@ def test_every_part_of_the_shape_is_compared(given, chain, key, value, fact):
         fetch_merged.check_shape(given, facts)
     where = str(caught.value).partition("config.json: ")[2].splitlines()[0]
     assert fact in where.split(", ")
+
+
+def test_no_window_is_said_where_a_config_leaves_it_out(given, chain):
+    config = files.read_json(given / "config.json")
+    del config["sliding_window"]
+    files.write_json(given / "config.json", config)
+    assert AutoConfig.from_pretrained(given).sliding_window == 4096  # what nobody asked for
+    facts = files.read_json(chain.facts) | {"sliding_window": None}
+    fetch_merged.complete(given, chain.tokenizer, facts)
+    assert AutoConfig.from_pretrained(given).sliding_window is None
 
 
 def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):

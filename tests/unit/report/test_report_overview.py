@@ -176,6 +176,21 @@ def test_a_single_run_has_nothing_to_be_compared_with(write, results):
     assert row(headline, "Tuned recipe: perplexity")[2:4] == ["–", "not measured here"]
 
 
+@pytest.mark.parametrize("run", ["generic", "mistral"])
+def test_every_run_s_links_and_gates_move_the_page(write, results, run):
+    folder = results.folder / "runs" / run
+    plot = write()[0].read_text().partition('<figure class="plot">')[2]
+    changed = {"evaluation/F16": {"perplexity": 7.5}}  # in no table of the page
+    changed |= {"merged_check": {"kl_divergence_nats": 0.5}}
+    changed |= {"gguf_check": {"kl_divergence_nats": 0.25}}
+    for name, content in changed.items():
+        path = folder / f"{name}.json"
+        files.write_json(path, files.read_json(path) | content)
+    page = write()[0].read_text()
+    assert page.partition('<figure class="plot">')[2] != plot
+    assert page.count("<td>0.5</td>") == page.count("<td>0.25</td>") == 1
+
+
 def test_a_saving_of_latency_is_said_only_beyond_the_repetitions(results):
     runs = read_results(results.runs, results.folder)
     for run, milliseconds in zip(runs, (2.5, 2.0), strict=True):
