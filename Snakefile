@@ -119,7 +119,7 @@ rule samples:
 rule tasks:
     """Tasks with a right answer by every run: base, merged model and smallest file."""
     input:
-        expand("results/report/tasks.{form}", form=["tsv", "md", "html"]),
+        task_pages(),
 
 
 rule store:

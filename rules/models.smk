@@ -51,6 +51,7 @@ use rule fetch_base_model as link_base_model with:
     # writable by all, links or not.
     wildcard_constraints:
         model=any_of(LOCAL_MODELS),
+    localrule: True
     params:
         content=local_model_hashes,
 

@@ -21,7 +21,7 @@ def context_text_files():
 
 def tasks_json():
     """What changes a score of lm-evaluation-harness."""
-    return CONFIG.evaluation.tasks.model_dump_json(exclude={"max_answer_tokens"})
+    return CONFIG.evaluation.tasks.model_dump_json(exclude={"use", "max_answer_tokens"})
 
 
 def references_json():
@@ -52,10 +52,25 @@ def runs_json(names=RUNS):
 
 
 def results_json(names=RUNS):
-    """The same with what else was measured of them: texts, and the links' usable context."""
-    measured = json.loads(runs_json(names))
-    context = ["base", *CONTEXT_LINKS] if CONFIG.evaluation.context.use else []
-    return json.dumps(measured | {"texts": list(CONFIG.evaluation.texts), "context": context})
+    """The same with what else was measured of them: texts, and the links' context and tasks."""
+    asked = ["base", *CONTEXT_LINKS]
+    also = {
+        "texts": list(CONFIG.evaluation.texts),
+        "context": asked if CONFIG.evaluation.context.use else [],
+        "tasks": dict.fromkeys(task_kinds(), asked) if CONFIG.evaluation.tasks.use else {},
+        "hub_ids": hub_ids(names),
+    }
+    return json.dumps(json.loads(runs_json(names)) | also)
+
+
+def hub_ids(names):
+    """Where the bases of some runs are on the Hub: of those that are as they are there."""
+    models = {CONFIG.runs[name].model: CONFIG.models[CONFIG.runs[name].model] for name in names}
+    return {
+        name: model.source
+        for name, model in models.items()
+        if model.source and not model.is_local and not model.rope_scaling
+    }
 
 
 def context_json():

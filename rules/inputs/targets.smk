@@ -117,6 +117,8 @@ def evaluation_files(names=RUNS):
         files |= {*run_divergences(name), *awq_scores(name)}
         if CONFIG.evaluation.context.use:
             files |= set(context_scores(name))
+        if CONFIG.evaluation.tasks.use:
+            files |= set(task_scores(name))
     return sorted(files)
 
 
@@ -154,22 +156,29 @@ def context_pages():
 
 
 def task_kinds():
-    """What `snakemake tasks` measures: reference answers, and what the config names."""
+    """What the tasks are: those that the config names, and reference answers."""
     return [*(["tasks"] if CONFIG.evaluation.tasks.names else []), "references"]
 
 
-def task_files():
-    """Scores of every link that `snakemake tasks` shows, a base's once."""
-    files = base_files("references") + expand(
-        "results/runs/{run}/evaluation/{link}.{kind}.json",
-        run=RUNS,
-        link=CONTEXT_LINKS,
-        kind=task_kinds(),
+def task_scores(name):
+    """Scores of a run's links in tasks, its base's first, with what every document scored."""
+    run = CONFIG.runs[name]
+    of_base = {
+        "tasks": f"results/evaluation/{run.model}/base.tasks",
+        "references": f"results/evaluation/{run.model}/{run.dataset}/base.references",
+    }
+    stems = [of_base[kind] for kind in task_kinds()] + expand(
+        f"results/runs/{name}/evaluation/{{link}}.{{kind}}", link=CONTEXT_LINKS, kind=task_kinds()
     )
-    if "tasks" in task_kinds():
-        files += expand("results/evaluation/{model}/base.tasks.json", model=built_models())
-    samples = [f"{file.removesuffix('.json')}.parquet" for file in files]
-    return sorted([*files, *samples])
+    return expand("{stem}.{form}", stem=stems, form=["json", "parquet"])
+
+
+def task_files():
+    return sorted({file for name in RUNS for file in task_scores(name)})
+
+
+def task_pages():
+    return expand("results/report/tasks.{form}", form=["tsv", "md", "html"])
 
 
 def report_files():
@@ -181,6 +190,7 @@ def report_files():
         *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
         *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
         *(context_pages() if CONFIG.evaluation.context.use else []),
+        *(task_pages() if CONFIG.evaluation.tasks.use else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -193,6 +194,30 @@ def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
     assert not {"render_chats", "pack_sequences", "train_adapter"} & jobs.keys()
 
 
+@pytest.mark.parametrize(
+    ("retention", "gone"),
+    [
+        ({}, set()),
+        ({"merged": False}, {"merged"}),
+        ({"f16": False}, {"gguf/{run}-F16.gguf"}),
+        ({"merged": False, "f16": False}, {"merged", "gguf/{run}-F16.gguf"}),
+    ],
+)
+def test_what_need_not_stay_goes_and_nothing_else(
+    workflow, tmp_path: Path, retention: dict, gone: set
+) -> None:
+    """That it does go, and is not asked for again, test_given_models.py sees in a build."""
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"retention": retention}))
+    result = workflow("-n", "--cores", 8, "--configfile", "own.yaml")
+    assert result.returncode == 0, result.stderr
+    said = re.findall(r"Would remove temporary output (.+)", result.stdout + result.stderr)
+    assert set(said) == {
+        f"results/runs/{run}/{file.format(run=run)}"
+        for run in ("generic", "mistral")
+        for file in gone
+    }
+
+
 def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -> None:
     overlay = {"datasets": {"stdlib-help": {"preview": {"n_conversations": 3}}}}
     assert changed(tiny, tmp_path, overlay) == {"preview_chats": 2}
@@ -228,6 +253,21 @@ def test_tasks_are_asked_of_base_merged_and_smallest_file_and_by_nothing_else(
     named = asked_for_tasks(tiny, tmp_path, names=["mmlu", "hellaswag@0"])
     assert named == {**TASKS, **REFERENCES, "report_tasks": 1}
     assert changed(tiny, tmp_path, {"evaluation": {"tasks": {"names": ["mmlu"]}}}) == {}
+
+
+def test_tasks_are_scored_with_the_rest_where_that_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    gathers = {
+        "report_tasks": 1,
+        "report_chain": 1,
+        "report_comparison": 1,
+        "report_overview": 1,
+        "report_run": 2,
+        "collect_metrics": 1,
+    }
+    overlay = {"evaluation": {"tasks": {"use": True}}}
+    assert changed(tiny, tmp_path, overlay) == {**REFERENCES, **gathers}
+    overlay["evaluation"]["tasks"]["names"] = ["mmlu"]
+    assert changed(tiny, tmp_path, overlay) == {**TASKS, **REFERENCES, **gathers}
 
 
 def test_a_folder_without_task_files_stops_before_any_job(tiny: Path, tmp_path: Path) -> None:

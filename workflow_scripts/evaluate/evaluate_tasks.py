@@ -28,7 +28,7 @@ from workflow_scripts.settings import TaskSettings, settings_from_json
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 # No published prompt is longer, and llama.cpp's cache of 128k tokens would fill a GPU.
 LONGEST_TOKENS = 32_768
 logger = log.stage_logger("evaluate_tasks")
@@ -72,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = links.load_transformers(arguments, facts)
         lm = TransformersLM(loaded.model, tokenizer, max_length=max_length)
         report, rows = evaluate(lm, settings, manager)
-    report |= {"context_tokens": max_length, "duration_seconds": time.perf_counter() - started}
+    report |= {
+        "are_chats": settings.chat_template,
+        "context_tokens": max_length,
+        "duration_seconds": time.perf_counter() - started,
+    }
     write_samples(arguments.samples, rows)
     files.write_json(arguments.scores, report)
     logger.info("wrote path=%s %s", arguments.scores, log.fields(report))

@@ -7,13 +7,15 @@ the others are common lore of Mistral 7B and the figures of its paper (arXiv:231
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from workflow_scripts.evaluate.task_scores import Score
 from workflow_scripts.export.plan_disk import BITS_PER_WEIGHT
 from workflow_scripts.report.report_context import effective
-from workflow_scripts.report.results import RunResults
+from workflow_scripts.report.report_tasks import shown
+from workflow_scripts.report.results import RunResults, Tasks
 from workflow_scripts.report.tables import with_error
 from workflow_scripts.report.verdicts import STANDARD_ERRORS, paired
 
@@ -30,6 +32,28 @@ N_WEIGHTS_7B = 7_248_023_552
 ROW_TOKENS = 2_048
 
 
+class PublishedTask(NamedTuple):
+    """A score of the base model in the paper, and how it was taken there."""
+
+    title: str
+    task: str
+    """Of lm-evaluation-harness, as is `metric`."""
+    metric: str
+    percent: float
+    n_examples: int
+    n_documents: int
+    """Of the split that the harness asks: all of them."""
+
+
+PUBLISHED_TASKS = (
+    PublishedTask("MMLU", "mmlu", "acc", 60.1, 5, 14_042),
+    PublishedTask("HellaSwag", "hellaswag", "acc_norm", 81.3, 0, 10_042),
+    PublishedTask("ARC-Challenge", "arc_challenge", "acc_norm", 55.5, 0, 1_172),
+)
+# The paper's, and all that are called so; instruct models have other scores.
+PUBLISHED_BASE, BASES_7B = "mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0."
+
+
 @dataclass(frozen=True)
 class Claim:
     """A published figure, and what there is to say of it here."""
@@ -44,7 +68,13 @@ class Claim:
 
 def claims(runs: Sequence[RunResults]) -> list[Claim]:
     """All of them; those on a tuned recipe compare the last run with the first."""
-    return [*tuned(runs), usable_context(runs[-1]), *computed(), *unmeasured()]
+    return [
+        *tuned(runs),
+        usable_context(runs[-1]),
+        *computed(),
+        Claim("7B, training on 5k–50k examples", "1–3 h", "–", NOT_MEASURED, "wants a GPU"),
+        *(published_task(task, runs) for task in PUBLISHED_TASKS),
+    ]
 
 
 def tuned(runs: Sequence[RunResults]) -> list[Claim]:
@@ -164,14 +194,54 @@ def smallest_training_bytes(method: str) -> int:
     return min(candidate.peak for candidate in candidates(run))
 
 
-def unmeasured() -> list[Claim]:
-    """What wants a GPU, or a benchmark that is not run here."""
-    return [
-        Claim(what, published, "–", NOT_MEASURED, why)
-        for what, published, why in (
-            ("7B, training on 5k–50k examples", "1–3 h", "wants a GPU"),
-            ("7B base, MMLU (5-shot)", "60.1", "wants lm-evaluation-harness and a GPU"),
-            ("7B base, HellaSwag", "81.3", "wants lm-evaluation-harness and a GPU"),
-            ("7B base, ARC-Challenge", "55.5", "wants lm-evaluation-harness and a GPU"),
+def published_task(published: PublishedTask, runs: Sequence[RunResults]) -> Claim:
+    """A score of the paper beside the base's, where a Mistral 7B was asked the same task."""
+    what = f"7B base, {published.title} ({published.n_examples}-shot)"
+    figure = f"{published.percent:.1f}"
+    found = next(_scores_of_7b(published, runs), None)
+    if found is None:
+        why = "evaluation.tasks.use measures it, of a base Mistral 7B; it wants a GPU"
+        return Claim(what, figure, "–", NOT_MEASURED, why)
+    run, of_kind, score = found
+    said = (
+        f"{shown(score)}, {score['n_examples']}-shot, {score['n_documents']:,} documents,"
+        f" base of {run.name} ({run.base_hub_id})"
+    )
+    return Claim(what, figure, said, MEASURED, _verdict(published, run, of_kind, score))
+
+
+def _scores_of_7b(
+    published: PublishedTask, runs: Sequence[RunResults]
+) -> Iterator[tuple[RunResults, Tasks, Score]]:
+    """Those of the paper's own version first."""
+    of_7b = [run for run in runs if (run.base_hub_id or "").startswith(BASES_7B)]
+    for run in sorted(of_7b, key=lambda run: run.base_hub_id != PUBLISHED_BASE):
+        for of_kind in run.link("base").tasks.values():
+            for score in of_kind.scores:
+                if (score["task"], score["metric"]) == (published.task, published.metric):
+                    yield run, of_kind, score
+
+
+def _verdict(published: PublishedTask, run: RunResults, of_kind: Tasks, score: Score) -> str:
+    """Whether it is the published figure; what was asked in another way is not held against it."""
+    others = []
+    if run.base_hub_id != PUBLISHED_BASE:
+        others.append(f"published of {PUBLISHED_BASE.partition('/')[2]}")
+    if score["n_examples"] != published.n_examples:
+        others.append(
+            f"{published.n_examples} examples there: names: [{published.task}@"
+            f"{published.n_examples}]"
         )
-    ]
+    if score["n_documents"] != published.n_documents:
+        others.append(f"{published.n_documents:,} documents there")
+    if of_kind.are_chats:
+        others.append("as chats here")
+    if score["n_truncated"]:
+        others.append(f"{score['n_truncated']:,} prompts were cut here")
+    if others:
+        return f"not the same test: {'; '.join(others)}"
+    difference = 100 * score["score"] - published.percent
+    error = score["standard_error"]
+    if error is not None and abs(difference) <= STANDARD_ERRORS * 100 * error:
+        return "agrees within its error"
+    return f"{abs(difference):.1f} points {'lower' if difference < 0 else 'higher'}"

@@ -17,7 +17,7 @@ from workflow_scripts import files, log
 from workflow_scripts.report.metrics import Metric, metrics_of
 from workflow_scripts.report.results import Wanted
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("collect_metrics")
 
 

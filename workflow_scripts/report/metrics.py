@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from workflow_scripts import files
-from workflow_scripts.report.results import Wanted
+from workflow_scripts.report.report_tasks import name_of
+from workflow_scripts.report.results import Wanted, tasks_file
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Metric:
     file: str
     """Below the folder of results."""
     key: str
-    """In the file's JSON; dots go into objects."""
+    """In the file's JSON; dots go into objects, and by number into lists."""
 
 
 class Source(NamedTuple):
@@ -123,7 +124,18 @@ def metrics_of(run: str, wanted: Wanted, results: Path) -> list[Metric]:
     Raises:
         StageError: a file that the run must have is missing.
     """
-    return [metric for place in _places(run, wanted) for metric in _read(run, place, results)]
+    found = [metric for place in _places(run, wanted) for metric in _read(run, place, results)]
+    return [*found, *_read_tasks(run, wanted, results)]
+
+
+def measured_files(run: str, wanted: Wanted) -> list[str]:
+    """Those of `metrics_of`, below the folder of results."""
+    tasks = [
+        tasks_file(run, wanted.runs[run], link, kind)
+        for kind, links in wanted.tasks.items()
+        for link in links
+    ]
+    return [*(place.file for place in _places(run, wanted)), *tasks]
 
 
 class Place(NamedTuple):
@@ -189,3 +201,28 @@ def _read(run: str, place: Place, results: Path) -> Iterator[Metric]:
             file=place.file,
             key=source.key,
         )
+
+
+def _read_tasks(run: str, wanted: Wanted, results: Path) -> Iterator[Metric]:
+    """Scores of every task and metric, with the ends of their interval where those are known."""
+    for kind, links in wanted.tasks.items():
+        for link in links:
+            file = tasks_file(run, wanted.runs[run], link, kind)
+            for number, score in enumerate(files.read_json(results / file)["scores"]):
+                error = score["standard_error"]
+                for end, key in (("", "score"), (", 2.5 %", "low"), (", 97.5 %", "high")):
+                    if score[key] is None:
+                        continue
+                    has_error = key == "score" and error is not None
+                    yield Metric(
+                        run=run,
+                        link=link,
+                        name=name_of(score, kind) + end,
+                        value=score[key],
+                        unit="",
+                        error=error if has_error else None,
+                        error_is=STANDARD_ERROR if has_error else None,
+                        n=score["n_documents"],
+                        file=file,
+                        key=f"scores.{number}.{key}",
+                    )

@@ -14,10 +14,11 @@ from workflow_scripts import log
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.report import tables
 from workflow_scripts.report.report_context import effective
+from workflow_scripts.report.report_tasks import NONE_ASKED, is_share, name_of, shown
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("report_comparison")
 
 
@@ -58,6 +59,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
         "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
         **usable(runs[0]),
+        **tasks(runs),
     }
     if any(run.merge_base for run in runs):
         figures |= {
@@ -80,7 +82,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
             f" supervised tokens, in pieces of at most {scores['piece_tokens']} tokens; lower"
             " perplexity is better; ± is a standard error (speed: standard deviation over"
             " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
-            f" apply.{note_on_context(runs)}"
+            f" apply.{note_on_context(runs)}{note_on_tasks(runs)}"
         ),
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
@@ -118,6 +120,35 @@ def note_on_context(runs: Sequence[RunResults]) -> str:
         " Usable context: the longest length up to which 85.6 % of the questions on a text are"
         " answered (RULER), and 95 % of what so many prompts leave possible;"
         f" {' or '.join(f'{n:,}' for n in n_prompts)} prompts a link."
+    )
+
+
+def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the tasks that any run was asked: two datasets may mark references in one alone."""
+    found: dict[str, dict[str, dict[str, str]]] = {}  # task → link → run
+    for run in runs:
+        for link in run.links:
+            for kind, of_kind in link.tasks.items():
+                for score in of_kind.scores:
+                    name = name_of(score, kind) + (", %" if is_share(score) else "")
+                    of_link = found.setdefault(name, {}).setdefault(link.name, {})
+                    of_link[run.name] = shown(score)
+    return {
+        f"{name}, {link}": lambda run, of_runs=of_runs: of_runs.get(run.name, "")
+        for name, by_link in found.items()
+        for link, of_runs in by_link.items()
+    }
+
+
+def note_on_tasks(runs: Sequence[RunResults]) -> str:
+    measured = [of_kind for run in runs for link in run.links for of_kind in link.tasks.values()]
+    if not measured:
+        return " Tasks with a right answer: `snakemake tasks`."
+    if not any(of_kind.scores for of_kind in measured):
+        return f" {NONE_ASKED}"
+    return (
+        " Tasks: ± a standard error over documents, of reference answers the 95 % Wilson interval;"
+        " what each link changes, paired: results/report/tasks.md."
     )
 
 

@@ -2,24 +2,27 @@
 hand-overs that were proven, and published figures beside what was measured here.
 
 python -m workflow_scripts.report.report_overview --runs '{"runs": …, "gguf_types": …}'
-    --results results --page overview.html --headline headline.md
+    --results results --records .snakemake/metadata --page overview.html
+    --headline headline.md
 """
 
 from __future__ import annotations
 
 import argparse
+import graphlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.report import figures, plots, verdicts
+from workflow_scripts.report import figures, plots, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
+from workflow_scripts.report.metrics import measured_files
 from workflow_scripts.report.report_comparison import comparison
-from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.results import RunResults, Wanted, read_results
 from workflow_scripts.report.tables import Table
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("report_overview")
 
 
@@ -27,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--records", type=Path, required=True, help="what Snakemake noted of each file it made"
+    )
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
     arguments = parser.parse_args(argv)
@@ -46,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
     )
     body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
+    body += "<h2>How the figures came about</h2>" + stages_html(
+        arguments.runs, arguments.results, arguments.records
+    )
     files.write_text(arguments.page, pages.page("Overview", body))
     headline = [
         "## Headline",
@@ -55,6 +64,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     files.write_text(arguments.headline, "\n\n".join(headline) + "\n")
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
+
+
+def stages_html(runs: str, results: Path, records: Path) -> str:
+    """What was run to make the files that the metrics stand in, from first to last."""
+    wanted = Wanted.read(runs)
+    measured = {str(results / file) for run in wanted.runs for file in measured_files(run, wanted)}
+    found = stages.stages_of(sorted(measured), records)
+    if not found.stages:
+        return '<p class="quiet">Snakemake kept no record of how they were made.</p>'
+    minutes = sum(stage.seconds for stage in found.stages) / 60
+    caption = (
+        "Every step behind the figures of this page, as Snakemake recorded it: what a step reads"
+        " stands above it, with a line where nothing between says so already. Each box: program,"
+        f" folder of it, jobs, and their time from start to last file, {minutes:,.1f} minutes in"
+        " all, jobs side by side counted each."
+    )
+    if found.n_unrecorded:
+        caption += (
+            f" Of {pages.counted(found.n_unrecorded, 'file')} there is no record: what made only"
+            " these is not shown."
+        )
+    try:
+        return stages.figure(found, caption)
+    except graphlib.CycleError:
+        return '<p class="quiet">The steps follow each other in a circle: no figure of them.</p>'
 
 
 def table_html(table: Table, *, is_of_words: bool = False) -> str:

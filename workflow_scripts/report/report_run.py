@@ -14,7 +14,7 @@ from typing import Any
 from workflow_scripts import files, log, pages
 from workflow_scripts.durations import durations
 from workflow_scripts.models.kv_cache import kv_cache_bytes
-from workflow_scripts.report import figures, plots, verdicts
+from workflow_scripts.report import figures, plots, report_tasks, verdicts
 from workflow_scripts.report.report_chain import chain
 from workflow_scripts.report.report_cleaning import funnel_html
 from workflow_scripts.report.report_context import context
@@ -22,7 +22,7 @@ from workflow_scripts.report.report_packing import rows_html
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import mebibytes, with_error
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("report_run")
 
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Speed, and memory of the context": speed_html(run),
         "Where it is good, and where not": parts_html(run),
         "Usable context": context_html(run),
+        "Tasks": tasks_html(run),
         "Data": data_html(run, arguments.results),
         "Training": training_html(run, folder),
         "Time": time_html(durations(arguments.benchmarks)),
@@ -195,6 +196,18 @@ def context_html(run: RunResults) -> str:
         " depth",
     )
     return drawing + pages.table(table.header, rows) + paragraph(table.note)
+
+
+def tasks_html(run: RunResults) -> str:
+    """Where they were asked: scores of every link, and what it changes."""
+    links = report_tasks.asked_links(run)
+    if not links:
+        return ""
+    table = report_tasks.tasks({run.name: links})
+    if not table.rows:
+        return paragraph(table.note)
+    rows = [[name.replace(f": {run.name}: ", ", "), *cells] for name, *cells in table.rows]
+    return pages.table(["Task and link", *table.header[1:]], rows) + paragraph(table.note)
 
 
 def data_html(run: RunResults, results: Path) -> str:

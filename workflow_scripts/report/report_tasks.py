@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.evaluate.task_scores import Samples, Score, difference
+from workflow_scripts.report import results as measured
 from workflow_scripts.report import tables
 from workflow_scripts.report.tables import Table
 
@@ -61,26 +62,29 @@ def read(
     run: str, settings: Mapping[str, Any], links: Sequence[str], kinds: Sequence[str], results: Path
 ) -> list[Link]:
     """Links of a run, its base first."""
-    evaluation = results / "evaluation" / settings["model"]
-    bases = {
-        "tasks": evaluation / "base.tasks.json",
-        "references": evaluation / settings["dataset"] / "base.references.json",
-    }
-    folder = results / "runs" / run / "evaluation"
     return [
-        _link("base", {kind: bases[kind] for kind in kinds}),
-        *(_link(link, {kind: folder / f"{link}.{kind}.json" for kind in kinds}) for link in links),
+        _link(
+            name,
+            {
+                kind: measured.tasks(results / measured.tasks_file(run, settings, name, kind))
+                for kind in kinds
+            },
+        )
+        for name in ("base", *links)
     ]
 
 
-def _link(name: str, paths: Mapping[str, Path]) -> Link:
-    scores = [
-        (kind, score) for kind, path in paths.items() for score in files.read_json(path)["scores"]
-    ]
+def asked_links(run: measured.RunResults) -> list[Link]:
+    """The same of a run whose results were read; none where no task was asked for."""
+    return [_link(link.name, link.tasks) for link in run.links if link.tasks]
+
+
+def _link(name: str, tasks: Mapping[str, measured.Tasks]) -> Link:
+    scores = [(kind, score) for kind, of_kind in tasks.items() for score in of_kind.scores]
     return Link(
         name,
         [score for _, score in scores],
-        {kind: Samples.read(path.with_suffix(".parquet")) for kind, path in paths.items()},
+        {kind: Samples.read(of_kind.samples) for kind, of_kind in tasks.items()},
         [kind for kind, _ in scores],
     )
 
@@ -115,6 +119,16 @@ def task_of(score: Score) -> str:
     """`hellaswag acc_norm`, and the filter where there is one."""
     kind = "" if score["filter"] == "none" else f" ({score['filter']})"
     return f"{score['task']} {score['metric']}{kind}"
+
+
+def name_of(score: Score, kind: str) -> str:
+    """What tells a score from every other of its link: `hellaswag acc_norm, 10-shot`; of one that
+    was asked in a group, the group too."""
+    if kind == "references":
+        return task_of(score)
+    name = f"{task_of(score)}, {score['n_examples']}-shot"
+    group = score["asked"].partition("@")[0]
+    return name if group == score["task"] else f"{name} ({group})"
 
 
 def cells_of(links: Sequence[Link]) -> Iterator[tuple[Score, Link, list[str]]]:

@@ -7,9 +7,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from workflow_scripts import files
+from workflow_scripts.evaluate.task_scores import Score
+
+
+class Tasks(NamedTuple):
+    """What a link scored in tasks of one kind."""
+
+    scores: list[Score]
+    samples: Path
+    """What every document scored."""
+    are_chats: bool
+    """Whether prompts were chats; reference answers always are of one."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,8 @@ class Link:
     """Of evaluate_text, by name, for the links that are scored on texts."""
     context: dict[str, Any] | None = None
     """Of evaluate_context; None where it was not asked for."""
+    tasks: Mapping[str, Tasks] = field(default_factory=dict)
+    """By kind: `tasks` of evaluate_tasks, `references` of match_references."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class RunResults:
     name: str
     settings: dict[str, Any]
     """Of `runs.<name>`."""
+    base_hub_id: str | None
+    """Whose scores the base's are, where the Hub has it and it was taken as it is."""
     facts: dict[str, Any]
     manifest: dict[str, Any] | None
     """Of train_adapter; None where the run began with an adapter or a merged model."""
@@ -64,6 +79,10 @@ class Wanted:
     """Names of the texts that links are scored on."""
     context: Sequence[str] = ()
     """Links whose usable context was measured."""
+    tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Kind of task → links that were asked."""
+    hub_ids: Mapping[str, str] = field(default_factory=dict)
+    """Model → where it is on the Hub, of those taken as they are."""
 
     @classmethod
     def read(cls, text: str) -> Wanted:
@@ -83,6 +102,7 @@ def read_results(runs: str, results: Path) -> list[RunResults]:
         RunResults(
             name=name,
             settings=settings,
+            base_hub_id=wanted.hub_ids.get(settings["model"]),
             facts=files.read_json(results / "models" / settings["model"] / "facts.json"),
             manifest=(
                 files.read_json(results / "runs" / name / "adapter" / "training_manifest.json")
@@ -115,6 +135,11 @@ def _links(run: str, settings: dict[str, Any], wanted: Wanted, results: Path) ->
             _link(name, place / f"{place_name(name)}.json", **files_of),
             texts=_texts(run, settings, name, results, wanted.texts),
             context=files.read_json(context) if name in wanted.context else None,
+            tasks={
+                kind: tasks(results / tasks_file(run, settings, name, kind))
+                for kind, links in wanted.tasks.items()
+                if name in links
+            },
         )
 
     yield link("base", base)
@@ -124,6 +149,21 @@ def _links(run: str, settings: dict[str, Any], wanted: Wanted, results: Path) ->
         speed, divergence = (folder / f"{name}.{what}.json" for what in ("inference", "divergence"))
         is_quantization = name in wanted.gguf_types and name != "F16"
         yield link(name, folder, speed=speed, divergence=divergence if is_quantization else None)
+
+
+def tasks_file(run: str, settings: Mapping[str, Any], link: str, kind: str) -> str:
+    """Where a link's scores are, below the folder of results; the base is asked published tasks
+    once a model, and the references of a dataset's chats once a model and dataset."""
+    if link != "base":
+        return f"runs/{run}/evaluation/{link}.{kind}.json"
+    dataset = f"{settings['dataset']}/" if kind == "references" else ""
+    return f"evaluation/{settings['model']}/{dataset}base.{kind}.json"
+
+
+def tasks(path: Path) -> Tasks:
+    """From a file of scores, beside which what every document scored lies."""
+    report = files.read_json(path)
+    return Tasks(report["scores"], path.with_suffix(".parquet"), report.get("are_chats", True))
 
 
 def place_name(link: str) -> str:

@@ -93,8 +93,12 @@ class SampleSettings(Settings):
 
 
 class TaskSettings(Settings):
-    """`evaluation.tasks`: published tasks by lm-evaluation-harness (`snakemake tasks`)."""
+    """`evaluation.tasks`: tasks with a right answer (`snakemake tasks`): reference answers of the
+    chats, and published ones by lm-evaluation-harness."""
 
+    use: bool = False
+    """Scored by `snakemake` alone as well, for the headline table, the metrics and each run's page;
+    with `names`, `snakemake` then runs where the harness is (`.venv-tasks`, or `--sdm conda`)."""
     names: list[TaskName] = []
     """Its tasks, groups or tags; none by default. `mmlu`, `hellaswag`, `arc_challenge`, `triviaqa`
     and `gsm8k` come with 5, 10, 25, 5 and 8 examples, any other with what its file says; `@n` after

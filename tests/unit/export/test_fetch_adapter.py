@@ -12,7 +12,7 @@ from workflow_scripts.export import merge_base
 from workflow_scripts.export.given import ADAPTER_FILES
 
 STAGE = "workflow_scripts.export.fetch_adapter"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
 @pytest.fixture
@@ -53,6 +53,13 @@ def test_the_dtype_that_training_noted_reaches_the_merge(fetch, given, checkpoin
     assert str(dtype) == "torch.float16"
 
 
+def test_a_folder_below_home_is_found(fetch, given, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = fetch(adapter="~/given")
+    assert done.returncode == 0, done.stderr
+    assert files.read_json(tmp_path / "adapter" / "source.json") == {"source": "~/given"}
+
+
 @pytest.mark.parametrize("name", ADAPTER_FILES)
 def test_what_is_missing_is_named_and_nothing_written(fetch, given, tmp_path, name):
     (given / name).unlink()
@@ -83,7 +90,10 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_made(
 
 def test_an_adapter_comes_from_the_hub_at_a_commit(fetch, uniform_adapter, tmp_path):
     content = {path.name: path.read_bytes() for path in uniform_adapter.iterdir()}
-    commits = {COMMIT: {**content, "README.md": b"a card", "adapter_model.bin": b"again"}}
+    content["training_manifest.json"] = b'{"compute_dtype": "float16"}'
+    # What `main` has by now is another adapter.
+    commits = {LATER: dict.fromkeys(content, b"later")}
+    commits[COMMIT] = {**content, "README.md": b"a card", "adapter_model.bin": b"again"}
     repositories = {
         "models/owner/adapter": Repository(commits, names={"v0": COMMIT}),
         "models/owner/gated": Repository(commits, is_gated=True),
@@ -93,9 +103,13 @@ def test_an_adapter_comes_from_the_hub_at_a_commit(fetch, uniform_adapter, tmp_p
         refused = fetch(adapter="owner/gated", endpoint=hub.address)
     assert done.returncode == 0, done.stderr
     noted = files.read_json(tmp_path / "adapter" / "source.json")
-    assert noted == {"source": "owner/adapter", "commit": COMMIT}
+    assert (noted["source"], noted["commit"]) == ("owner/adapter", COMMIT)
+    assert noted["compute_dtype"] == noted["training"]["compute_dtype"] == "float16"
     for name in ADAPTER_FILES:
         assert (tmp_path / "adapter" / name).read_bytes() == content[name]
+    # Neither the pickle nor anything else of the repository is brought here.
+    asked = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert asked == {*ADAPTER_FILES, "training_manifest.json"}
     assert refused.returncode == 1
     for part in ("the adapter is gated", "runs.<name>.adapter", "HF_TOKEN"):
         assert part in refused.stderr

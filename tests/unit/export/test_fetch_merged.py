@@ -5,24 +5,25 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
-from workflow_scripts.export import check_merged
+from workflow_scripts.export import check_merged, fetch_merged
+from workflow_scripts.log import StageError
 
 STAGE = "workflow_scripts.export.fetch_merged"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 OWN = {"model.safetensors", "config.json", "generation_config.json"}
 
 
 @pytest.fixture
 def fetch(run_stage, chain, tmp_path):
-    def run(merged, endpoint=NOBODY_LISTENS):
+    def run(merged, endpoint=NOBODY_LISTENS, **settings):
         environment = hub_server.environment(endpoint)
         environment["HF_HUB_CACHE"] = str(tmp_path / "cache")
-        text = json.dumps({"model": "m", "dataset": "d", "merged": str(merged)})
+        text = json.dumps({"model": "m", "dataset": "d", "merged": str(merged)} | settings)
         arguments = ["--settings", text, "--facts", chain.facts, "--tokenizer", chain.tokenizer]
         return run_stage(STAGE, *arguments, "--merged", tmp_path / "merged", **environment)
 
@@ -49,6 +50,8 @@ def test_a_local_model_is_linked_and_completed(fetch, given, chain, tmp_path):
     assert (merged / "model.safetensors").resolve() == given / "model.safetensors"
     assert files.read_json(merged / "source.json") == {"source": str(given)}
     assert {path.name for path in given.iterdir()} == {"model.safetensors", "config.json"}
+    tokens = files.read_json(merged / "generation_config.json")
+    assert tokens == {"bos_token_id": 1, "eos_token_id": 2}
     # The gate's first part, and what a user does with it.
     check_merged.check_folder(merged, chain.tokenizer, files.read_json(chain.facts))
     assert len(AutoTokenizer.from_pretrained(merged)) == 32_768
@@ -72,6 +75,52 @@ def test_a_model_of_another_shape_than_its_base_is_refused(fetch, given, tmp_pat
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        ("model_type", "mixtral", "model_type"),
+        ("num_hidden_layers", 3, "n_layers"),
+        ("hidden_size", 128, "hidden_size"),
+        ("intermediate_size", 99, "intermediate_size"),
+        ("num_attention_heads", 16, "n_heads"),
+        ("num_key_value_heads", 1, "n_kv_heads"),
+        ("head_dim", 99, "head_dim"),
+        ("vocab_size", 32_770, "vocabulary_size"),
+        ("sliding_window", None, "sliding_window"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_windows"),
+        ("rope_theta", 5.0, "rope_theta"),
+        ("num_local_experts", 8, "n_experts"),
+        ("num_experts_per_tok", 2, "n_experts_per_token"),
+    ],
+)
+def test_every_part_of_the_shape_is_compared(given, chain, key, value, fact):
+    facts = files.read_json(chain.facts)
+    fetch_merged.check_shape(given, facts)
+    config = files.read_json(given / "config.json")
+    files.write_json(given / "config.json", config | {key: value})
+    with pytest.raises(StageError) as caught:
+        fetch_merged.check_shape(given, facts)
+    where = str(caught.value).partition("config.json: ")[2].splitlines()[0]
+    assert fact in where.split(", ")
+
+
+def test_no_window_is_said_where_a_config_leaves_it_out(given, chain):
+    config = files.read_json(given / "config.json")
+    del config["sliding_window"]
+    files.write_json(given / "config.json", config)
+    assert AutoConfig.from_pretrained(given).sliding_window == 4096  # what nobody asked for
+    facts = files.read_json(chain.facts) | {"sliding_window": None}
+    fetch_merged.complete(given, chain.tokenizer, facts)
+    assert AutoConfig.from_pretrained(given).sliding_window is None
+
+
+def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):
+    own = {"eos_token_id": 2, "temperature": 0.3}
+    files.write_json(given / "generation_config.json", own)
+    assert fetch(given).returncode == 0
+    assert files.read_json(tmp_path / "merged" / "generation_config.json") == own
+
+
 @pytest.mark.parametrize("damage", ["no config", "no weights", "half a shard"])
 def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
     shard = given / "model.safetensors"
@@ -88,10 +137,14 @@ def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
 
 def test_a_model_comes_from_the_hub_at_a_commit(fetch, given, tmp_path):
     content = {path.name: path.read_bytes() for path in given.iterdir()}
-    commits = {COMMIT: {**content, "README.md": b"a card", "tokenizer.json": b"another's"}}
-    with hub_server.serving({"models/owner/tuned": Repository(commits)}) as hub:
-        done = fetch("owner/tuned", endpoint=hub.address)
+    commits = {LATER: dict.fromkeys(content, b"later")}  # what `main` has by now
+    commits[COMMIT] = {**content, "README.md": b"a card", "tokenizer.json": b"another's"}
+    repository = Repository(commits, names={"v0": COMMIT})
+    with hub_server.serving({"models/owner/tuned": repository}) as hub:
+        done = fetch("owner/tuned", endpoint=hub.address, revision="v0")
     assert done.returncode == 0, done.stderr
+    asked = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert asked == content.keys()
     merged = tmp_path / "merged"
     origin = files.read_json(merged / "source.json")
     assert origin == {"source": "owner/tuned", "commit": COMMIT}

@@ -44,6 +44,8 @@ def test_a_model_that_was_fine_tuned_elsewhere_is_but_quantized_here():
     found = published(given | {"merged": "owner/tuned"})
     assert (found["base_model"], found["base_model_relation"]) == ("owner/tuned", "quantized")
     assert published(given | {"adapter": "owner/lora"}) == published()
+    # A folder's name tells a stranger nothing: the base's is told.
+    assert published(given | {"merged": "/home/me/tuned"}) == published()
 
 
 def test_the_gguf_says_so_in_llama_cpps_own_keys(chain, tmp_path):

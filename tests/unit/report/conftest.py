@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests.unit.evaluate.test_task_scores import rows_of, score_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document
+from workflow_scripts.evaluate.task_scores import write_samples
 from workflow_scripts.report.plots import MEMORY_PARTS
 from workflow_scripts.scoring.token_scores import TokenScores
 
@@ -265,15 +267,44 @@ GAIN = {
 }
 
 
+REFERENCES = {
+    "asked": "reference answers",
+    "task": "reference answers",
+    "metric": "exact_match",
+    "subtasks": ["reference answers"],
+    "low": 0.1,
+    "high": 0.9,
+}
+HELLASWAG = {
+    "asked": "hellaswag@10",
+    "task": "hellaswag",
+    "metric": "acc_norm",
+    "subtasks": ["hellaswag"],
+    "n_examples": 10,
+}
+
+
+def write_tasks(stem: Path, values: Sequence[float], score: dict, **report: object) -> None:
+    """Scores of one task, and what every document scored, as evaluate_tasks writes them."""
+    scored = score_of(values, standard_error=0.25 - 0.01 * sum(values), **score)
+    folder = stem.parent
+    files.write_json(folder / f"{stem.name}.json", {"scores": [scored], **report})
+    rows = rows_of(values, scored["task"], asked=scored["asked"])
+    metric = {"metric": scored["metric"]}
+    write_samples(folder / f"{stem.name}.parquet", [row | metric for row in rows])
+
+
 @pytest.fixture
 def all_measured(results) -> Results:
-    """The same results with what is measured where the config asks for it: a text, AWQ, and the
-    usable context of base, merged model and smallest file (the second run's not measurable)."""
+    """The same results with what is measured where the config asks for it: a text, AWQ; and of
+    base, merged model and smallest file usable context (the second run's not measurable), tasks."""
     folder = results.folder
     texts = folder / "evaluation" / "tiny" / "texts" / "wiki"
     files.write_json(texts / "base.json", scores(20.0))
     base = folder / "evaluation" / "tiny" / "chats"
     files.write_json(base / "base.context.json", context_report([100, 90, 80]))
+    write_tasks(base.parent / "base.tasks", [0.0, 0.0, 1.0, 0.0], HELLASWAG, are_chats=False)
+    write_tasks(base / "base.references", [0.0, 0.0, 1.0, 0.0, 0.0], REFERENCES)
     for number, run in enumerate(RUNS):
         evaluation = folder / "runs" / run / "evaluation"
         write_link(evaluation / "awq.json", 5.25 + number, place=4, size_bytes=3 * 2**20)
@@ -283,7 +314,12 @@ def all_measured(results) -> Results:
         for link, found in (("merged", [100, 90, 80]), ("Q4_K_M", [0, 0] if number else [90, 70])):
             report = context_report(found, **(GAIN if link == "merged" else {}))
             files.write_json(evaluation / f"{link}.context.json", report)
-    more = {"awq": True, "texts": ["wiki"], "context": ["base", "merged", "Q4_K_M"]}
+        for link, right in (("merged", [1.0, 0.0, 1.0, number]), ("Q4_K_M", [1.0, 0.0, 0, number])):
+            write_tasks(evaluation / f"{link}.tasks", right, HELLASWAG, are_chats=False)
+            write_tasks(evaluation / f"{link}.references", [*right, 0.0], REFERENCES)
+    asked = ["base", "merged", "Q4_K_M"]
+    more = {"awq": True, "texts": ["wiki"], "context": asked}
+    more |= {"tasks": {"tasks": asked, "references": asked}}
     return Results(folder, json.dumps(json.loads(results.runs) | more))
 
 

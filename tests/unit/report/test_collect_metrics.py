@@ -31,17 +31,26 @@ def described(request):
     return request.getfixturevalue(request.param)
 
 
+def number_at(content, key):
+    """A number by its key: a name of an object after the other, or a place in a list."""
+    for name in key.split("."):
+        content = content[int(name) if isinstance(content, list) else name]
+    return content
+
+
 def test_every_number_stands_in_its_file_under_its_key(collect, described):
     results = described
     _, rows = collect(described.runs)
     assert len(rows) > 80
     for row in rows:
         content = files.read_json(results.folder / row["file"])
-        assert content[row["key"]] == row["value"], row
+        assert number_at(content, row["key"]) == row["value"], row
+        # Error and count stand beside it.
+        beside = number_at(content, row["key"].rpartition(".")[0]) if "." in row["key"] else content
         if row["error"] is not None:
-            assert row["error"] in content.values() and row["error_is"], row
+            assert row["error"] in beside.values() and row["error_is"], row
         if row["n"] is not None:
-            assert row["n"] in content.values(), row
+            assert row["n"] in beside.values(), row
 
 
 def test_each_link_of_each_run_has_its_figures(collect):
@@ -75,6 +84,14 @@ def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
     base = (1024, 60, "evaluation/tiny/chats/base.context.json")
     assert found["mistral", "base", "effective context, RULER"] == base
     assert found["generic", "merged", "gain of long context"][0] == 0.0123
+    task = (0.75, 4, f"{place}/merged.tasks.json")
+    assert found["mistral", "merged", "hellaswag acc_norm, 10-shot"] == task
+    task = (0.25, 4, "evaluation/tiny/base.tasks.json")
+    assert found["mistral", "base", "hellaswag acc_norm, 10-shot"] == task
+    matched = (0.2, 5, "evaluation/tiny/chats/base.references.json")
+    assert found["generic", "base", "reference answers exact_match"] == matched
+    matched = (0.1, 5, f"{place}/Q4_K_M.references.json")
+    assert found["mistral", "Q4_K_M", "reference answers exact_match, 2.5 %"] == matched
     # What is not measurable is no row.
     assert ("generic", "Q4_K_M", "effective context, RULER") in found
     assert ("mistral", "Q4_K_M", "effective context, RULER") not in found

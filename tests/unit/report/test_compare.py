@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.unit.report.conftest import token_scores
+from workflow_scripts import files
 from workflow_scripts.report import collect_metrics, compare
 
 
@@ -32,6 +34,38 @@ def test_two_runs_stand_side_by_side_with_their_differences(collected, capsys):
     run = rows(text, "run")
     assert run["steps of training"] == ["7", "8", "+1"]
     assert run["rows"][2] == "0"
+
+
+def test_turned_about_the_differences_are_turned_about(collected, capsys):
+    compare.main(list(map(str, reversed(collected))))
+    merged = rows(capsys.readouterr().out, "merged")
+    assert merged["loss, nats/token"][2] == "−0.181 ± 0.014"
+    assert merged["perplexity"][2].startswith("−1.000")
+    # 5.05 ÷ 6.05, not −19.80: the one it is held against is now the other.
+    assert merged["perplexity, paired by token, %"][2] == "−16.53 ± 0.00"
+
+
+def test_losses_of_other_tokens_are_not_paired(collected, capsys):
+    of_two = token_scores((0.5, 0.25))  # where the other run has four conversations
+    of_two.write(collected[1] / "evaluation" / "merged.tokens.parquet")
+    compare.main(list(map(str, collected)))
+    text = capsys.readouterr().out
+    assert "perplexity, paired by token, %" not in rows(text, "merged")
+    assert "perplexity, paired by token, %" in rows(text, "F16")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_one_of_them_alone_has_is_left_out(collected, capsys, place):
+    path = collected[place] / "metrics.json"
+    metrics = files.read_json(path)
+    del metrics["links"]["Q4_K_M"]
+    del metrics["links"]["merged"]["decode time"]
+    files.write_json(path, metrics)
+    compare.main(list(map(str, collected)))
+    text = capsys.readouterr().out
+    assert "### Q4_K_M" not in text and "### F16" in text
+    merged = rows(text, "merged")
+    assert "decode time, ms/token" not in merged and "prompt time, ms/token" in merged
 
 
 def test_the_same_run_of_two_folders_is_named_by_them(collected, tmp_path, capsys):

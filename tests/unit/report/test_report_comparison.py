@@ -54,6 +54,37 @@ def test_texts_and_usable_context_have_rows_where_they_were_measured(write, all_
     assert "40 or 60 prompts a link" in text and "`snakemake context`" not in text
 
 
+def test_tasks_have_rows_where_they_were_asked(write, results, all_measured, read_tsv):
+    assert "Tasks with a right answer: `snakemake tasks`" in write(results)["md"].read_text()
+    paths = write(all_measured)
+    rows = [row for row in read_tsv(paths["tsv"]) if "hellaswag" in row[0] or "answers" in row[0]]
+    assert rows == [
+        ["hellaswag acc_norm, 10-shot, %, base", "25.00 ± 24.00", "25.00 ± 24.00"],
+        ["hellaswag acc_norm, 10-shot, %, merged", "50.00 ± 23.00", "75.00 ± 22.00"],
+        ["hellaswag acc_norm, 10-shot, %, Q4_K_M", "25.00 ± 24.00", "50.00 ± 23.00"],
+        *(
+            [f"reference answers exact_match, %, {link}", *(f"{one} [10.00, 90.00]" for one in two)]
+            for link, two in (
+                ("base", ("20.00", "20.00")),
+                ("merged", ("40.00", "60.00")),
+                ("Q4_K_M", ("20.00", "40.00")),
+            )
+        ),
+    ]
+    text = paths["md"].read_text()
+    assert "95 % Wilson" in text and "`snakemake tasks`" not in text
+
+
+def test_a_dataset_that_marks_no_reference_has_an_empty_cell(write, all_measured, read_tsv):
+    folder = all_measured.folder / "runs"
+    for link in ("merged", "Q4_K_M"):
+        path = folder / "generic" / "evaluation" / f"{link}.references.json"
+        files.write_json(path, {"scores": []})
+    cells = {name: figures for name, *figures in read_tsv(write(all_measured)["tsv"])}
+    name = "reference answers exact_match, %, merged"
+    assert cells[name] == ["", "60.00 [10.00, 90.00]"]
+
+
 def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read_tsv):
     runs = json.loads(results.runs)
     runs["runs"]["mistral"] |= {"packing": None, "recipe": None, "merged": "owner/model"}

@@ -63,6 +63,16 @@ def test_usable_context_has_a_section_where_it_was_measured(write, all_measured)
     assert "Perplexity, wiki" in page and "AWQ" in page
 
 
+def test_tasks_have_a_section_where_they_were_asked(write, all_measured):
+    assert "<h2>Tasks</h2>" not in write().read_text()
+    page = write(runs=all_measured.runs).read_text()
+    section = page.partition("<h2>Tasks</h2>")[2].partition("<h2>")[0]
+    # Of four documents base and merged model differ in two: sd 0.577, ÷ √4.
+    for cell in ("hellaswag acc_norm, merged", "75.00 ± 22.00", "+50.00 ± 28.87", "60.00 [10.00"):
+        assert cell in section
+    assert "mistral" not in section and "generic" not in section
+
+
 def test_every_file_of_it_moves_the_page(write, results):
     before = write().read_text()
     run = results.folder / "runs" / "mistral"

@@ -20,7 +20,7 @@ def write(tmp_path):
             {
                 "conversation": f"chat/{number}",
                 "prompt": f"Prompt {number} <b>",
-                "reference": f"Reference {number}",
+                "reference": f"Reference {number} <i>",
                 "answer": f"{link} says {number}",
                 "is_ended": number == 0,
             }
@@ -43,10 +43,11 @@ def write(tmp_path):
 
 def test_every_link_answers_every_prompt_on_one_page(write):
     page = write().read_text()
-    for part in ("Reference 0", "base says 1", "merged says 0", "Q4_K_M says 1"):
+    for part in ("<h2>r<", "<summary>chat/1<", "Reference 0", "base says 1", "Q4_K_M says 1"):
         assert part in page
     assert "merged says 0</td>" in page and "merged says 1 … (not ended)</td>" in page
     assert "Prompt 0 &lt;b&gt;" in page and "<b>" not in page
+    assert "Reference 1 &lt;i&gt;" in page and "<i>" not in page
 
 
 def test_links_that_answered_other_prompts_are_not_shown_together(write, ends_with_message):

@@ -60,3 +60,14 @@ def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
     assert by_link["base"].context["n_prompts"] == 60
     assert by_link["Q4_K_M"].context["is_measurable"] is False
     assert mistral.awq.scores["perplexity"] == 6.25
+
+
+def test_tasks_are_of_the_links_that_were_asked_and_the_base_s_are_shared(all_measured):
+    wanted = json.loads(all_measured.runs) | {"hub_ids": {"tiny": "owner/tiny"}}
+    generic, mistral = read_results(json.dumps(wanted), all_measured.folder)
+    by_link = {link.name: link.tasks for link in mistral.links if link.tasks}
+    assert list(by_link) == ["base", "merged", "Q4_K_M"]
+    assert [list(tasks) for tasks in by_link.values()] == [["tasks", "references"]] * 3
+    assert by_link["merged"]["tasks"].scores[0]["score"] == 0.75
+    assert by_link["base"] == generic.link("base").tasks
+    assert generic.base_hub_id == mistral.base_hub_id == "owner/tiny"

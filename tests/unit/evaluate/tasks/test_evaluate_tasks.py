@@ -89,16 +89,14 @@ def test_a_limit_takes_the_first_documents(evaluate, copying):
     assert {row["document"] for row in rows} == set("01234")
 
 
-def test_as_chats_the_prompts_are_others(evaluate, copying):
-    plain, chats = (
-        {
-            row["document"]: row["prompt_hash"]
-            for row in evaluate(
-                "--gguf", copying.gguf, names=["next_word"], limit=2, chat_template=is_chat
-            )[1]
-        }
-        for is_chat in (False, True)
-    )
+def test_as_chats_the_prompts_are_others_and_the_scores_say_so(evaluate, copying):
+    asked = []
+    for is_chat in (False, True):
+        settings = {"names": ["next_word"], "limit": 2, "chat_template": is_chat}
+        report, rows = evaluate("--gguf", copying.gguf, **settings)
+        assert report["are_chats"] is is_chat
+        asked.append({row["document"]: row["prompt_hash"] for row in rows})
+    plain, chats = asked
     assert plain.keys() == chats.keys()
     assert not set(plain.values()) & set(chats.values())
 
