@@ -118,7 +118,7 @@ def measure(
             [
                 *snakemake("sweep", configs),
                 *("--workflow-profile", "profiles/slurm", "--jobs", str(jobs)),
-                *("--until", "evaluate_validation"),
+                *("--until", "evaluate_validation", "--max-threads", "1"),
             ],
             cwd=folder,
             env=environment,
