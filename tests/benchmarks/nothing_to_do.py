@@ -1,0 +1,131 @@
+"""How long Snakemake takes to find that nothing is to be done, for many finished runs.
+
+The files of a build are made empty and recorded by `snakemake --touch` as if their jobs had run;
+then `snakemake` is timed. Nothing else is left out: config, rules, input functions, the records of
+every file, times of change.
+
+python -m tests.benchmarks.nothing_to_do --runs 20 200 --scratch /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.benchmarks.machine import REPOSITORY, circumstances, versions
+from tests.benchmarks.measured_command import measure
+from tests.workflow.conftest import copy_workflow
+from workflow_scripts import files, sweeps
+from workflow_scripts.log import StageError
+
+RESULT = REPOSITORY / "tests" / "benchmarks" / "results" / "nothing_to_do.json"
+QUANTIZATIONS = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M"),
+    *("Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q2_K"),
+)
+FOLDERS = {"checkpoint", "tokenizer", "merged", "awq", "release"}
+# `snakemake` of all runs to their releases, and a sweep: trained, scored and ranked.
+TARGETS = ("all", "sweep")
+
+
+def overlay(n_runs: int) -> dict[str, Any]:
+    """Runs that differ in their learning rate, by a list: each of them built, too."""
+    rates = [float(f"{1e-4 * 1.02**number:.4e}") for number in range(n_runs)]
+    recipe = {"sweep": True, "rank": 8, "alpha": 16, "learning_rate": rates, "max_steps": 2}
+    run = {"model": "demo", "dataset": "stdlib-help", "packing": "swa-aware-demo"}
+    config = {"recipes": {"rates": recipe}, "runs": {"rates": run | {"recipe": "rates"}}}
+    return config | {
+        "build": sweeps.expand(config).runs["rates"],
+        "gguf": {"quantizations": list(QUANTIZATIONS)},
+    }
+
+
+def finish(folder: Path, target: str, config: Path) -> int:
+    """A build as if it had run.
+
+    Returns:
+        how many files it has.
+    """
+    command = [sys.executable, "-m", "snakemake", target, "--configfile", str(config)]
+    summary = subprocess.run(
+        [*command, "--cores", "1", "--summary"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    outputs = [Path(folder, line.split("\t")[0]) for line in summary.splitlines()[1:]]
+    for path in outputs:
+        if path.name in FOLDERS:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"files": {}}' if path.name == "facts.json" else "{}")
+    # So many cores, that no job waits for another's.
+    subprocess.run(
+        [*command, "--cores", "2000", "--touch", "--quiet", "all"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    return len(outputs)
+
+
+def time_target(scratch: Path, target: str, n_runs: int, repetitions: int) -> dict[str, Any]:
+    """Seconds, of the wall and of the processor, and memory of `snakemake target`."""
+    folder = scratch / f"{target}-{n_runs}"
+    folder.mkdir()
+    copy_workflow(folder)
+    config = folder / "overlay.yaml"
+    config.write_text(yaml.safe_dump(overlay(n_runs)))
+    n_files = finish(folder, target, config)
+    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", "--configfile", config]
+    output = folder / "output.txt"
+    measurements = []
+    for _ in range(repetitions):
+        measurements.append(measure(command, folder=folder, log_file=output))
+        if "Nothing to be done" not in output.read_text():
+            raise StageError("something was to be done", where=output, found=output.read_text())
+    return {
+        "target": target,
+        "runs": n_runs,
+        "quantizations": len(QUANTIZATIONS) if target == "all" else 0,
+        "files": n_files,
+        "median_seconds": statistics.median(one.duration_seconds for one in measurements),
+        "measurements": [dataclasses.asdict(one) for one in measurements],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, nargs="+", default=[20, 200])
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="folder for the builds")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    found: dict[str, Any] = circumstances() | {
+        "versions": versions(sys.executable, ("snakemake",)),
+        "builds": [],
+    }
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="nothing-") as scratch:
+        for target in options.targets:
+            for n_runs in options.runs:
+                timed = time_target(Path(scratch), target, n_runs, options.repetitions)
+                found["builds"].append(timed)
+                print(json.dumps({key: timed[key] for key in timed if key != "measurements"}))
+                files.write_json(options.result, found)
+
+
+if __name__ == "__main__":
+    main()
