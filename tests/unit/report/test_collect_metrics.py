@@ -92,6 +92,9 @@ def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
     assert found["generic", "base", "reference answers exact_match"] == matched
     matched = (0.1, 5, f"{place}/Q4_K_M.references.json")
     assert found["mistral", "Q4_K_M", "reference answers exact_match, 2.5 %"] == matched
+    # The ends of an interval are no means with an error of their own.
+    ends = [row for row in rows if row["name"].endswith(" %")]
+    assert len(ends) > 20 and {row["error"] for row in ends} == {None}
     # What is not measurable is no row.
     assert ("generic", "Q4_K_M", "effective context, RULER") in found
     assert ("mistral", "Q4_K_M", "effective context, RULER") not in found

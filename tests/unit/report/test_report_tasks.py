@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
 from workflow_scripts import files
-from workflow_scripts.evaluate.task_scores import write_samples
+from workflow_scripts.evaluate.task_scores import Samples, write_samples
 from workflow_scripts.report import report_tasks
 
 
@@ -56,6 +56,48 @@ def test_every_link_has_its_score_and_what_it_changes(write):
         ["reference answers exact_match: r: Q4_K_M", "0", "75.00 [10.00, 90.00]",
          "+25.00 ± 25.00", "4", "0"],
     ]  # fmt: skip
+
+
+def link_of(**scored):
+    """A link with scores of tasks named `task_metric`, by what each document scored."""
+    scores, rows = [], []
+    for name, values in scored.items():
+        task, _, metric = name.partition("_")
+        of_task = {"asked": task, "task": task, "metric": metric, "subtasks": [task]}
+        scores.append(score_of(values, **of_task))
+        rows += [row | {"metric": metric} for row in rows_of(values, task, asked=task)]
+    kinds = ["tasks"] * len(scores)
+    return report_tasks.Link("link", scores, {"tasks": Samples(rows)}, kinds)
+
+
+def changes(above, link):
+    return [cells[2] for _, one, cells in report_tasks.cells_of([above, link]) if one is link]
+
+
+def test_a_score_is_held_against_the_same_task_and_metric():
+    above = link_of(a_acc=[0.0, 0.0], a_acc_norm=[1.0, 1.0], b_acc=[1.0, 0.0])
+    link = link_of(a_acc=[1.0, 1.0], a_acc_norm=[1.0, 1.0], b_acc=[0.0, 0.0])
+    assert changes(above, link) == ["+100.00 ± 0.00", "0.00 ± 0.00", "−50.00 ± 50.00"]
+    assert changes(link_of(a_acc=[0.0, 0.0]), link) == ["+100.00 ± 0.00", "–", "–"]
+
+
+def test_a_task_that_was_asked_alone_and_in_a_group_has_two_names():
+    scored = score_of([1.0], task="b", asked="b@2", n_examples=2)
+    assert report_tasks.name_of(scored, "tasks") == "b acc, 2-shot"
+    assert report_tasks.name_of(scored | {"asked": "all@2"}, "tasks") == "b acc, 2-shot (all)"
+    assert report_tasks.name_of(scored, "references") == "b acc"
+
+
+def test_what_is_shown_as_nothing_has_no_sign():
+    above, link = link_of(a_acc=[0.50001, 0.50001]), link_of(a_acc=[0.5, 0.5])
+    assert changes(above, link) == changes(link, above) == ["0.00 ± 0.00"]
+
+
+def test_what_is_no_share_is_not_per_cent():
+    above, link = link_of(a_word_perplexity=[12.5, 13.5]), link_of(a_word_perplexity=[12.5, 12.5])
+    assert report_tasks.shown(link.scores[0]) == "12.50"
+    assert changes(above, link) == ["−0.50 ± 0.50"]
+    assert report_tasks.shown(link_of(a_f1=[0.25]).scores[0]) == "25.00"
 
 
 def test_without_any_task_the_table_says_why(tmp_path):
