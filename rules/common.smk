@@ -1,5 +1,6 @@
 # Config, wildcard constraints, and what rules of every room use; no rules.
 import ast
+import gc
 import json
 import re
 import shutil
@@ -22,6 +23,9 @@ except StageError as error:
     raise WorkflowError(str(error)) from None
 
 environment.prepare(WORKFLOW_FOLDER)
+# The objects of a large DAG stay: looking for garbage among them took a fifth of the processor time
+# for 1,300 jobs (9.1 s, 7.3 s so).
+gc.set_threshold(200_000, 20, 100)
 
 # Stages are told the folder of results by this name.
 if workflow.modifier.path_modifier.modify("results/report") != "results/report":
