@@ -78,8 +78,10 @@ def check_shape(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         StageError: the model is no fine-tune of the base.
     """
-    found = checkpoints.read_facts(folder)
-    differing = [key for key in SHAPE if found[key] != facts[key]]
+    found, facts = (
+        one | {"rope_scaling": stretched(one)} for one in (checkpoints.read_facts(folder), facts)
+    )
+    differing = [key for key in (*SHAPE, "rope_scaling") if found[key] != facts[key]]
     if differing:
         raise StageError(
             "the merged model is not of the shape of its base",
@@ -89,6 +91,12 @@ def check_shape(folder: Path, facts: dict[str, Any]) -> None:
             to_fix="set runs.<name>.model to the base that it was made of; where there is none"
             " (tokens added), name the model's own folder under `models` too",
         )
+
+
+def stretched(facts: dict[str, Any]) -> dict[str, Any]:
+    """How positions are stretched, in the form of `rope_parameters`; not at all is {}."""
+    rope = {key: value for key, value in facts["rope_parameters"].items() if key != "rope_theta"}
+    return {} if rope.get("rope_type", "default") == "default" else rope
 
 
 def complete(folder: Path, tokenizer: Path, facts: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ def test_a_model_of_another_shape_than_its_base_is_refused(fetch, given, tmp_pat
         ("sliding_window", None, "sliding_window"),
         ("layer_types", ["full_attention", "sliding_attention"], "layer_windows"),
         ("rope_theta", 5.0, "rope_theta"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope_scaling"),
         ("num_local_experts", 8, "n_experts"),
         ("num_experts_per_tok", 2, "n_experts_per_token"),
     ],
