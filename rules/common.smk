@@ -28,7 +28,7 @@ environment.prepare(WORKFLOW_FOLDER)
 gc.set_threshold(200_000, 20, 100)
 
 # Stages are told the folder of results by this name.
-if workflow.modifier.path_modifier.modify("results/report") != "results/report":
+if workflow.modifier.path_modifier.replace_prefix("results/report") != "results/report":
     raise WorkflowError(
         "a module with a prefix is not supported\n"
         "  where:    the Snakefile that takes this workflow as a module\n"

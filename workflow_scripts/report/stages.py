@@ -141,7 +141,7 @@ def figure(found: Stages, caption: str) -> str:
     drawing = layers.lay_out(len(found.stages), edges)
     rooms = sorted({stage.room for stage in found.stages})
     colors = dict(zip(rooms, itertools.cycle(COLORS), strict=False))
-    lines = "".join(f'<path d="{path}"/>' for path in drawing.paths)
+    lines = "".join(f'<path d="{path}" marker-end="url(#follows)"/>' for path in drawing.paths)
     boxes = "".join(
         _box(stage, place, colors[stage.room])
         for stage, place in zip(found.stages, drawing.places, strict=True)
