@@ -247,23 +247,19 @@ rule report_run:
 
 
 rule collect_metrics:
-    """Every figure with its unit, error and place: a JSON a run, one table for all of them."""
+    """Every figure of a run with its unit, error and place."""
     input:
-        scores=lambda wildcards: evaluation_files(),
-        texts=text_scores(),
-        checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
-        manifests=expand(
-            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
-        ),
-        packings=sorted(f"{folder}/packing_report.json" for folder in packing_folders()),
-        facts=expand("results/models/{model}/facts.json", model=built_models()),
+        scores=lambda wildcards: evaluation_files([wildcards.run]),
+        texts=lambda wildcards: text_scores([wildcards.run]),
+        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        training=lambda wildcards: training_reports(wildcards.run),
+        facts=of_run("results/models/{model}/facts.json"),
     output:
-        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
-        table="results/report/all_metrics.parquet",
+        metrics="results/runs/{run}/metrics.json",
     log:
-        "logs/report/collect_metrics.log",
+        "logs/runs/{run}/collect_metrics.log",
     benchmark:
-        "benchmarks/report/collect_metrics.tsv"
+        "benchmarks/report/collect_metrics/{run}.tsv"
     localrule: True
     conda:
         "../envs/data.yaml"
@@ -271,12 +267,34 @@ rule collect_metrics:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=results_json(),
+        runs=lambda wildcards: results_json([wildcards.run]),
         output_version=output_version("report/collect_metrics"),
     shell:
-        "python -m workflow_scripts.report.collect_metrics --runs {params.runs:q}"
-        " --results results --metrics {output.metrics:q} --table {output.table:q}"
-        " > {log:q} 2>&1"
+        "python -m workflow_scripts.report.collect_metrics --run {wildcards.run:q}"
+        " --runs {params.runs:q} --results results --metrics {output.metrics:q} > {log:q} 2>&1"
+
+
+rule tabulate_metrics:
+    """The figures of all runs in one table."""
+    input:
+        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+    output:
+        table="results/report/all_metrics.parquet",
+    log:
+        "logs/report/tabulate_metrics.log",
+    benchmark:
+        "benchmarks/report/tabulate_metrics.tsv"
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
+    params:
+        output_version=output_version("report/tabulate_metrics"),
+    shell:
+        "python -m workflow_scripts.report.tabulate_metrics --metrics {input.metrics:q}"
+        " --table {output.table:q} > {log:q} 2>&1"
 
 
 rule report_context:

@@ -96,6 +96,14 @@ def training_files(name):
     return [*of_adapter, f"{folder}/memory_plan.json"]
 
 
+def training_reports(name):
+    """What was counted of a run's rows and of its training, where it was trained here."""
+    if name not in TRAINED_RUNS:
+        return []
+    of_adapter = f"results/runs/{name}/adapter/training_manifest.json"
+    return [data_reports(name)[1], of_adapter]
+
+
 def experiment_json():
     """Every run trained and built with its settings; arms and seeds are found in these."""
     tables = ("packing", "recipe")

@@ -35,7 +35,8 @@ def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) ->
         "report_run": 2,
         "report_comparison": 1,
         "report_chain": 1,
-        "collect_metrics": 1,
+        "collect_metrics": 2,
+        "tabulate_metrics": 1,
         "package_release": 2,
     }
 

@@ -53,7 +53,8 @@ EVALUATED = {
     "report_run": 2,
     "report_comparison": 1,
     "report_chain": 1,
-    "collect_metrics": 1,
+    "collect_metrics": 2,
+    "tabulate_metrics": 1,
     "package_release": 2,
 }
 
@@ -83,7 +84,8 @@ def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
         "report_comparison": 1,
         "report_overview": 1,
         "report_run": 2,
-        "collect_metrics": 1,
+        "collect_metrics": 2,
+        "tabulate_metrics": 1,
     }
     overlay = {"evaluation": {"texts": {"data": "data/README.md"}}}
     assert changed(tiny, tmp_path, overlay) == scored
@@ -103,7 +105,8 @@ def test_usable_context_is_measured_with_the_rest_where_it_is_asked_for(
         "report_comparison": 1,
         "report_overview": 1,
         "report_run": 2,
-        "collect_metrics": 1,
+        "collect_metrics": 2,
+        "tabulate_metrics": 1,
     }
     assert changed(tiny, tmp_path, {"evaluation": {"context": {"n_prompts": 3}}}) == {}
 
@@ -181,6 +184,7 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "report_chain": 1,
         "report_loss": 1,
         "collect_metrics": 1,
+        "tabulate_metrics": 1,
         "package_release": 1,
     }
 
@@ -270,7 +274,8 @@ def test_tasks_are_scored_with_the_rest_where_that_is_asked_for(tiny: Path, tmp_
         "report_comparison": 1,
         "report_overview": 1,
         "report_run": 2,
-        "collect_metrics": 1,
+        "collect_metrics": 2,
+        "tabulate_metrics": 1,
     }
     overlay = {"evaluation": {"tasks": {"use": True}}}
     assert changed(tiny, tmp_path, overlay) == {**REFERENCES, **gathers}
@@ -328,4 +333,4 @@ def test_a_build_with_fewer_runs_plans_the_disk_and_makes_nothing_of_theirs(
 ) -> None:
     jobs = changed(tiny, tmp_path, {"build": ["mistral"]})
     gathers = ("report_overview", "report_comparison", "report_chain", "report_loss")
-    assert jobs == dict.fromkeys([*gathers, "collect_metrics", "plan_disk"], 1)
+    assert jobs == dict.fromkeys([*gathers, "tabulate_metrics", "plan_disk"], 1)

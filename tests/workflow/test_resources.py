@@ -121,7 +121,8 @@ def test_what_takes_seconds_or_downloads_asks_a_cluster_for_no_node(rules) -> No
     local = {name for name, rule in rules.items() if rule["is_local"]}
     reports = {name for name in rules if name.startswith("report_")}
     downloads = {name for name in rules if name.startswith("fetch_")}
-    others = {"plan_disk", "preview_chats", "collect_metrics", "push_release", "link_base_model"}
+    others = {"plan_disk", "preview_chats", "push_release", "link_base_model"}
+    others |= {"collect_metrics", "tabulate_metrics"}
     assert local == reports | downloads | others
     for name in local - {"push_release"}:
         assert rules[name]["mem_mb"][0] <= 4_000 and rules[name]["_cores"][0] == 1, name

@@ -7,20 +7,21 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.report import collect_metrics
+from workflow_scripts.report import collect_metrics, tabulate_metrics
 
 
 @pytest.fixture
 def collect(results, tmp_path):
     def run(runs=results.runs):
-        names = json.loads(runs)["runs"]
-        paths = [tmp_path / f"{name}.json" for name in names]
+        paths = {name: tmp_path / f"{name}.json" for name in json.loads(runs)["runs"]}
+        for name, path in paths.items():
+            collect_metrics.main(
+                ["--run", name, "--runs", runs, "--results", str(results.folder)]
+                + ["--metrics", str(path)]
+            )
         table = tmp_path / "all_metrics.parquet"
-        collect_metrics.main(
-            ["--runs", runs, "--results", str(results.folder), "--metrics", *map(str, paths)]
-            + ["--table", str(table)]
-        )
-        return dict(zip(names, paths, strict=True)), pq.read_table(table).to_pylist()
+        tabulate_metrics.main(["--metrics", *map(str, paths.values()), "--table", str(table)])
+        return paths, pq.read_table(table).to_pylist()
 
     return run
 
@@ -128,7 +129,8 @@ def test_a_file_that_is_missing_is_named(collect, results):
     assert str(path) in str(caught.value)
 
 
-def test_help_starts_without_torch(ask_for_help):
-    done, imported = ask_for_help("workflow_scripts.report.collect_metrics")
+@pytest.mark.parametrize("stage", ["collect_metrics", "tabulate_metrics"])
+def test_help_starts_without_torch(ask_for_help, stage):
+    done, imported = ask_for_help(f"workflow_scripts.report.{stage}")
     assert done.returncode == 0
     assert not imported & {"torch", "transformers", "matplotlib"}

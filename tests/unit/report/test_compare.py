@@ -9,12 +9,13 @@ from workflow_scripts.report import collect_metrics, compare
 
 @pytest.fixture
 def collected(results):
-    paths = [results.folder / "runs" / name / "metrics.json" for name in ("generic", "mistral")]
-    collect_metrics.main(
-        ["--runs", results.runs, "--results", str(results.folder), "--metrics", *map(str, paths)]
-        + ["--table", str(results.folder / "all.parquet")]
-    )
-    return [path.parent for path in paths]
+    folders = [results.folder / "runs" / name for name in ("generic", "mistral")]
+    for folder in folders:
+        collect_metrics.main(
+            ["--run", folder.name, "--runs", results.runs, "--results", str(results.folder)]
+            + ["--metrics", str(folder / "metrics.json")]
+        )
+    return folders
 
 
 def rows(text, link):
