@@ -2,7 +2,8 @@
 
 The files of a build are made empty and recorded by `snakemake --touch` as if their jobs had run;
 then `snakemake` is timed. Nothing else is left out: config, rules, input functions, the records of
-every file, times of change.
+every file, times of change. Beside it a workflow of a few lines with as many jobs of one file each:
+what Snakemake itself takes for them.
 
 python -m tests.benchmarks.nothing_to_do --runs 20 200 --scratch /tmp
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,19 @@ QUANTIZATIONS = (
 FOLDERS = {"checkpoint", "tokenizer", "merged", "awq", "release"}
 # `snakemake` of all runs to their releases, and a sweep: trained, scored and ranked.
 TARGETS = ("all", "sweep")
+PLAIN = """
+rule all:
+    input: expand("{{n}}.txt", n=range({n_jobs}))
+
+rule one:
+    output: "{{n}}.txt"
+    shell: "touch {{output}}"
+"""
+# `--touch` sleeps for a tenth of a second at every job, for file systems that count in seconds.
+TOUCH = (
+    "import sys; from snakemake.executors import touch; from snakemake.cli import main;"
+    " touch.Executor.SLEEPING_TIME = 0.002; sys.argv[0] = 'snakemake'; main()"
+)
 
 
 def overlay(n_runs: int) -> dict[str, Any]:
@@ -50,15 +65,14 @@ def overlay(n_runs: int) -> dict[str, Any]:
     }
 
 
-def finish(folder: Path, target: str, config: Path) -> int:
+def finish(folder: Path, arguments: Sequence[str]) -> dict[str, int]:
     """A build as if it had run.
 
     Returns:
-        how many files it has.
+        how many jobs and files it has.
     """
-    command = [sys.executable, "-m", "snakemake", target, "--configfile", str(config)]
     summary = subprocess.run(
-        [*command, "--cores", "1", "--summary"],
+        [sys.executable, "-m", "snakemake", *arguments, "--cores", "1", "--summary"],
         cwd=folder,
         check=True,
         capture_output=True,
@@ -72,38 +86,54 @@ def finish(folder: Path, target: str, config: Path) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text('{"files": {}}' if path.name == "facts.json" else "{}")
     # So many cores, that no job waits for another's.
-    subprocess.run(
-        [*command, "--cores", "2000", "--touch", "--quiet", "all"],
+    touched = subprocess.run(
+        [sys.executable, "-c", TOUCH, *arguments, "--touch", "--forceall", "--quiet", "rules"]
+        + ["--cores", "2000", "--max-jobs-per-timespan", "100000/1s"],
         cwd=folder,
         check=True,
-        capture_output=True,
-    )
-    return len(outputs)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ).stdout
+    (n_jobs,) = re.findall(r"^total +(\d+)$", touched, re.MULTILINE)[:1]
+    return {"jobs": int(n_jobs), "files": len(outputs)}
 
 
-def time_target(scratch: Path, target: str, n_runs: int, repetitions: int) -> dict[str, Any]:
-    """Seconds, of the wall and of the processor, and memory of `snakemake target`."""
-    folder = scratch / f"{target}-{n_runs}"
-    folder.mkdir()
-    copy_workflow(folder)
-    config = folder / "overlay.yaml"
-    config.write_text(yaml.safe_dump(overlay(n_runs)))
-    n_files = finish(folder, target, config)
-    command = [sys.executable, "-m", "snakemake", target, "--cores", "2", "--configfile", config]
+def time_finished(folder: Path, arguments: Sequence[str], repetitions: int) -> dict[str, Any]:
+    """Seconds, of the wall and of the processor, and memory of `snakemake` in a finished build."""
+    counts = finish(folder, arguments)
+    command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "2"]
     output = folder / "output.txt"
     measurements = []
     for _ in range(repetitions):
         measurements.append(measure(command, folder=folder, log_file=output))
         if "Nothing to be done" not in output.read_text():
             raise StageError("something was to be done", where=output, found=output.read_text())
-    return {
-        "target": target,
-        "runs": n_runs,
-        "quantizations": len(QUANTIZATIONS) if target == "all" else 0,
-        "files": n_files,
+    return counts | {
         "median_seconds": statistics.median(one.duration_seconds for one in measurements),
         "measurements": [dataclasses.asdict(one) for one in measurements],
     }
+
+
+def time_target(scratch: Path, target: str, n_runs: int, repetitions: int) -> dict[str, Any]:
+    """A build of so many runs."""
+    folder = scratch / f"{target}-{n_runs}"
+    folder.mkdir()
+    copy_workflow(folder)
+    config = folder / "overlay.yaml"
+    config.write_text(yaml.safe_dump(overlay(n_runs)))
+    n_quantizations = len(QUANTIZATIONS) if target == "all" else 0
+    return {"target": target, "runs": n_runs, "quantizations": n_quantizations} | time_finished(
+        folder, [target, "--configfile", str(config)], repetitions
+    )
+
+
+def time_plain(scratch: Path, n_jobs: int, repetitions: int) -> dict[str, Any]:
+    """As many jobs that have one file each, and nothing else."""
+    folder = scratch / f"plain-{n_jobs}"
+    folder.mkdir()
+    (folder / "Snakefile").write_text(PLAIN.format(n_jobs=n_jobs - 1))
+    return {"target": "plain"} | time_finished(folder, [], repetitions)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,8 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for target in options.targets:
             for n_runs in options.runs:
                 timed = time_target(Path(scratch), target, n_runs, options.repetitions)
-                found["builds"].append(timed)
+                plain = time_plain(Path(scratch), timed["jobs"], options.repetitions)
+                found["builds"].append(timed | {"plain": plain})
                 print(json.dumps({key: timed[key] for key in timed if key != "measurements"}))
+                print("as many jobs alone:", plain["median_seconds"], "s")
                 files.write_json(options.result, found)
 
 
