@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workflow_scripts import files
 from workflow_scripts.log import DOCTOR, StageError
+from workflow_scripts.models import exhaustion
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -285,6 +286,8 @@ def load_model(
         rope: `rope_parameters` of facts.json, where they are not the checkpoint's own.
         attention: transformers' name of the attention implementation.
         device: name of a torch device; None is `default_device`.
+    Raises:
+        MemoryError, RuntimeError: the memory ran out (`exhaustion.exhausts_memory`).
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -329,14 +332,15 @@ def load_model(
     # A mixture's experts do not fit a GPU in 16 bits: they get there layer by layer, quantized.
     has_experts = precision == "nf4" and getattr(config, "num_local_experts", None) is not None
     loads_to = torch.device("cpu") if has_experts else place
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
-        config=config,
-        dtype=compute if quantization else getattr(torch, precision),
-        attn_implementation=attention,
-        device_map={"": loads_to},
-        quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
-    )
+    with exhaustion.of_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=compute if quantization else getattr(torch, precision),
+            attn_implementation=attention,
+            device_map={"": loads_to},
+            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+        )
     if has_experts:
         from workflow_scripts.models.experts import quantize_experts
 

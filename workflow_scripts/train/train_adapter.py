@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
+from workflow_scripts.models.exhaustion import exhausts_memory
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
 from workflow_scripts.train import checkpoints as checkpointing
 from workflow_scripts.train import processes
@@ -225,22 +225,6 @@ def leaves_choice(training: TrainingSettings) -> bool:
         training.gradient_checkpointing,
         training.offload_activations,
     )
-
-
-# What errors say that have no type of their own: torch's CPU allocator, a file that is mapped,
-# C++, bitsandbytes and cuBLAS.
-NO_MEMORY = re.compile(
-    "t allocate memory|Cannot allocate memory|bad_alloc|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-)
-
-
-def exhausts_memory(error: BaseException) -> bool:
-    """The GPU's allocator, the CPU's, or Python's own had nothing left."""
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
 def out_of_memory(job: Job, checkpoints: Checkpoints, error: BaseException) -> log.StageError:

@@ -79,7 +79,7 @@ def test_a_run_steps_down_once_and_ends_as_it_would_have(unlimited, long_rows, t
 
 def test_the_second_time_it_ends_with_what_takes_less(unlimited, long_rows, tmp_path):
     _, took_bytes = unlimited
-    code, text = train(long_rows, tmp_path, int(0.6 * took_bytes))
+    code, text = train(long_rows, tmp_path, int(0.5 * took_bytes))
     assert code == 1
     assert text.count("the memory ran out") == 2
     assert_says_what_to_do(text)

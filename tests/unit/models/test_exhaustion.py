@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.models.exhaustion import exhausts_memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+        RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp"),
+    ],
+)
+def test_what_says_that_memory_ended(error):
+    assert exhausts_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("memory")])
+def test_what_does_not(error):
+    assert not exhausts_memory(error)
+
+
+LOAD = """
+import resource, sys
+from pathlib import Path
+import accelerate, bitsandbytes
+import transformers.models.mistral.modeling_mistral
+from workflow_scripts.models.checkpoint import load_model
+from tests.conftest import REPOSITORY
+from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.models.exhaustion import exhausts_memory
+
+status = Path("/proc/self/status").read_text()
+mapped = int(status.partition("VmData:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, [mapped + int(sys.argv[2])] * 2)
+try:
+    load_model(Path(sys.argv[1]), window=None, precision="nf4")
+except (RuntimeError, MemoryError) as error:
+    print(exhausts_memory(error), error)
+else:
+    print("loaded")
+"""
+
+
+@pytest.fixture(scope="module")
+def large(make_checkpoint, tmp_path_factory):
+    """100 MB in 16 bits, a layer a quarter of it."""
+    folder = tmp_path_factory.mktemp("large")
+    return make_checkpoint(
+        folder / "checkpoint", hidden_size=1024, intermediate_size=3584, num_hidden_layers=4
+    )
+
+
+# So much that the file cannot be mapped, and that it can: then a weight's quantization fails, whose
+# error transformers keeps to itself.
+@pytest.mark.parametrize("limit_mb", [64, 224])
+def test_memory_that_ends_while_weights_are_loaded_is_told(large, limit_mb):
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(large), str(limit_mb << 20)],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith("True") and "allocate memory" in said, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_else_fails_in_loading_is_raised_as_it_is(demo_checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(demo_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        load_model(folder, window=None, precision="float32")
