@@ -53,7 +53,7 @@ rule all:
     """The report, and a release of every run in `build`."""
     default_target: True
     input:
-        "results/disk_plan.json",
+        disk_plan(),
         report_files(),
         preview_files(),
         release_files(),
@@ -80,7 +80,7 @@ rule train:
 rule export:
     """Merged models and GGUFs of every run, their gates passed."""
     input:
-        "results/disk_plan.json",
+        disk_plan(),
         export_files(),
 
 

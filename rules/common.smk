@@ -13,7 +13,7 @@ sys.path.insert(0, str(WORKFLOW_FOLDER))
 
 from workflow_scripts import environment, shared, sweeps, urls
 from workflow_scripts.data import sources
-from workflow_scripts.export import given, origin, stored_release
+from workflow_scripts.export import frozen, given, origin, stored_release
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -35,12 +35,13 @@ if workflow.modifier.path_modifier.replace_prefix("results/report") != "results/
         "  to fix:   leave out `prefix` and `replace_prefix`; --directory has the results elsewhere"
     )
 
+# Those that reports show, and of them those that this build makes.
 RUNS = {name: CONFIG.runs[name] for name in CONFIG.build}
+MADE_RUNS = {name: run for name, run in RUNS.items() if not CONFIG.is_frozen(name)}
 # By how they begin: trained here, or with an adapter or a merged model of the user's.
 TRAINED_RUNS = {name: run for name, run in CONFIG.runs.items() if run.is_trained}
 ADAPTER_RUNS = {name: run for name, run in CONFIG.runs.items() if run.adapter}
 MERGED_RUNS = {name: run for name, run in CONFIG.runs.items() if run.merged}
-MEASURED_MERGES = [name for name, run in RUNS.items() if run.merge_base == "auto"]
 # Runs with lists in their recipe, each with the names of the runs that it stands for.
 SWEEPS = sweeps.expand(config).runs
 SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
@@ -66,12 +67,17 @@ def any_of(names):
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
 
 
+def any_run_of(names):
+    """The same of runs: a frozen one has no rules, its files are as the user's own."""
+    return any_of([name for name in names if not CONFIG.is_frozen(name)])
+
+
 wildcard_constraints:
     model=any_of(CONFIG.models),
     dataset=any_of(CONFIG.datasets),
     packing=any_of(CONFIG.packings),
     source=any_of(HUB_SOURCES),
-    run=any_of(CONFIG.runs),
+    run=any_run_of(CONFIG.runs),
     text=any_of(CONFIG.evaluation.texts),
     quant=any_of(QUANTIZATIONS),
     gguf=any_of(GGUF_TYPES),

@@ -12,7 +12,7 @@ rule fetch_adapter:
     benchmark:
         "benchmarks/runs/{run}/fetch_adapter.tsv"
     wildcard_constraints:
-        run=any_of(ADAPTER_RUNS),
+        run=any_run_of(ADAPTER_RUNS),
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -41,7 +41,7 @@ rule fetch_merged:
     benchmark:
         "benchmarks/runs/{run}/fetch_merged.tsv"
     wildcard_constraints:
-        run=any_of(MERGED_RUNS),
+        run=any_run_of(MERGED_RUNS),
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -105,7 +105,7 @@ rule merge_adapter:
     benchmark:
         "benchmarks/runs/{run}/merge_adapter.tsv"
     wildcard_constraints:
-        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+        run=any_run_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
     conda:
         "../envs/train.yaml"
     threads: threads_for_run
@@ -139,7 +139,7 @@ rule check_merged:
     benchmark:
         "benchmarks/runs/{run}/check_merged.tsv"
     wildcard_constraints:
-        run=any_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+        run=any_run_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
     conda:
         "../envs/train.yaml"
     threads: threads_for_run
@@ -168,7 +168,7 @@ use rule check_merged as check_fetched_merged with:
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     wildcard_constraints:
-        run=any_of(MERGED_RUNS),
+        run=any_run_of(MERGED_RUNS),
     params:
         settings=CONFIG.evaluation.gates.model_dump_json(),
         adapter=[],

@@ -72,7 +72,7 @@ rule package_release:
 rule push_release:
     """Releases to the Hub; a dry run unless `push.dry_run` is false. Has no file: it asks the Hub."""
     input:
-        releases=release_files(),
+        releases=release_files(RUNS),
     log:
         "logs/push_release.log",
     localrule: True

@@ -64,18 +64,42 @@ rule report_packing:
         " --page {output.page:q} > {log:q} 2>&1"
 
 
+rule collect_metrics:
+    """Every figure of a run with its unit, error and place."""
+    input:
+        scores=lambda wildcards: evaluation_files([wildcards.run]),
+        texts=lambda wildcards: text_scores([wildcards.run]),
+        token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
+        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        training=lambda wildcards: training_reports(wildcards.run),
+        merge_base=merge_base_choice,
+        facts=of_run("results/models/{model}/facts.json"),
+    output:
+        metrics="results/runs/{run}/metrics.json",
+    log:
+        "logs/runs/{run}/collect_metrics.log",
+    benchmark:
+        "benchmarks/report/collect_metrics/{run}.tsv"
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
+    params:
+        runs=lambda wildcards: results_json([wildcards.run]),
+        output_version=output_version("report/collect_metrics"),
+    shell:
+        "python -m workflow_scripts.report.collect_metrics --run {wildcards.run:q}"
+        " --runs {params.runs:q} --results results --metrics {output.metrics:q} > {log:q} 2>&1"
+
+
+# Reports of all runs read every score of each: behind its metrics.json, which is made of them and
+# has their hashes. Named here each would cost every start of Snakemake as much as a job's input.
 rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
-        scores=lambda wildcards: evaluation_files(),
-        texts=text_scores(),
-        manifests=expand(
-            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
-        ),
-        choices=expand("results/runs/{run}/merge_base.json", run=MEASURED_MERGES),
-        facts=lambda wildcards: sorted(
-            {f"results/models/{run.model}/facts.json" for run in RUNS.values()}
-        ),
+        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
     output:
         tsv="results/report/comparison.tsv",
         markdown="results/report/comparison.md",
@@ -106,9 +130,7 @@ rule report_comparison:
 rule report_chain:
     """Perplexity of every link from base to quantized file, as tables and a figure."""
     input:
-        scores=lambda wildcards: evaluation_files(),
-        token_scores=lambda wildcards: chain_token_scores(),
-        texts=text_scores(),
+        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -172,15 +194,7 @@ rule report_loss:
 rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
-        scores=lambda wildcards: evaluation_files(),
-        texts=text_scores(),
-        token_scores=lambda wildcards: chain_token_scores(),
-        checks=expand("results/runs/{run}/{gate}_check.json", run=RUNS, gate=["merged", "gguf"]),
-        manifests=expand(
-            "results/runs/{run}/adapter/training_manifest.json", run=built(TRAINED_RUNS)
-        ),
-        choices=expand("results/runs/{run}/merge_base.json", run=MEASURED_MERGES),
-        facts=expand("results/models/{model}/facts.json", model=built_models()),
+        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
     output:
         page=report(
             "results/report/overview.html",
@@ -244,34 +258,6 @@ rule report_run:
         "python -m workflow_scripts.report.report_run --run {wildcards.run:q}"
         " --runs {params.runs:q} --results results"
         " --benchmarks {params.benchmarks:q} --page {output.page:q} > {log:q} 2>&1"
-
-
-rule collect_metrics:
-    """Every figure of a run with its unit, error and place."""
-    input:
-        scores=lambda wildcards: evaluation_files([wildcards.run]),
-        texts=lambda wildcards: text_scores([wildcards.run]),
-        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
-        training=lambda wildcards: training_reports(wildcards.run),
-        facts=of_run("results/models/{model}/facts.json"),
-    output:
-        metrics="results/runs/{run}/metrics.json",
-    log:
-        "logs/runs/{run}/collect_metrics.log",
-    benchmark:
-        "benchmarks/report/collect_metrics/{run}.tsv"
-    localrule: True
-    conda:
-        "../envs/data.yaml"
-    resources:
-        mem_mb=growing(1_000),
-        runtime=growing(10),  # minutes
-    params:
-        runs=lambda wildcards: results_json([wildcards.run]),
-        output_version=output_version("report/collect_metrics"),
-    shell:
-        "python -m workflow_scripts.report.collect_metrics --run {wildcards.run:q}"
-        " --runs {params.runs:q} --results results --metrics {output.metrics:q} > {log:q} 2>&1"
 
 
 rule tabulate_metrics:

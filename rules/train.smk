@@ -10,7 +10,7 @@ rule plan_memory:
     benchmark:
         "benchmarks/runs/{run}/plan_memory.tsv"
     wildcard_constraints:
-        run=any_of(TRAINED_RUNS),
+        run=any_run_of(TRAINED_RUNS),
     conda:
         "../envs/train.yaml"
     resources:
@@ -48,7 +48,7 @@ rule train_adapter:
     benchmark:
         "benchmarks/runs/{run}/train_adapter.tsv"
     wildcard_constraints:
-        run=any_of(TRAINED_RUNS),
+        run=any_run_of(TRAINED_RUNS),
     conda:
         "../envs/train.yaml"
     threads: 8

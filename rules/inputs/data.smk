@@ -15,7 +15,7 @@ def local_model_hashes(wildcards, resources):
 # it would stand for both.
 if IS_SHARED:
     try:
-        shared.check(CONFIG, RUNS, workflow.workflow_settings.cache)
+        shared.check(CONFIG, MADE_RUNS, workflow.workflow_settings.cache)
     except StageError as error:
         raise WorkflowError(str(error)) from None
 
@@ -57,7 +57,8 @@ def held_out_files(dataset):
 
 
 # Looked for here, so that a file which is not there stops everything with its message alone.
-for name, run in {**RUNS, **{name: CONFIG.runs[name] for name in SWEEP_RUNS}}.items():
+for name in [*MADE_RUNS, *(name for name in SWEEP_RUNS if not CONFIG.is_frozen(name))]:
+    run = CONFIG.runs[name]
     try:
         source_files(run.dataset), held_out_files(run.dataset)
     except StageError as error:

@@ -16,7 +16,7 @@ def given_json(name):
 
 
 # Looked for here, as the datasets' files are.
-for name in RUNS:
+for name in MADE_RUNS:
     try:
         given_files(name)
     except StageError as error:
@@ -71,7 +71,7 @@ def imatrix_of_quantization(wildcards):
 def disk_json():
     """What the large files of a build depend on."""
     gguf = CONFIG.gguf.model_dump(include={"mixes", "quantizations"})
-    runs = {name: run.model for name, run in RUNS.items()}
+    runs = {name: run.model for name, run in MADE_RUNS.items()}
     return json.dumps({"runs": runs, "gguf": gguf, "awq": CONFIG.awq.use})
 
 

@@ -1,45 +1,68 @@
 # The files that each target asks for, and that the report and releases gather; no rules.
-def built(runs):
+def built(runs, among=RUNS):
     """Those of some runs that `build` names, in its order."""
-    return [name for name in RUNS if name in runs]
+    return [name for name in among if name in runs]
 
 
 def built_models():
-    return sorted({run.model for run in RUNS.values()})
+    return sorted({run.model for run in MADE_RUNS.values()})
 
 
 def packing_folders():
     return {
         f"results/data/{run.dataset}/{run.model}/{run.packing}"
-        for run in RUNS.values()
+        for run in MADE_RUNS.values()
         if run.is_trained
     }
 
 
+# Reports would say of a frozen run what the config says now.
+for name in RUNS.keys() - MADE_RUNS.keys():
+    try:
+        frozen.check(
+            name,
+            RUNS[name].model_dump(),
+            json.loads(release_json(name)),
+            Path(f"results/runs/{name}/release"),
+        )
+    except StageError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def disk_plan():
+    """Before anything large is made."""
+    return ["results/disk_plan.json"] if MADE_RUNS else []
+
+
 def data_files():
     """Tokens of every run that passed their gate, and the plan of what is trained."""
-    checks = {f"results/data/{run.dataset}/{run.model}/tokens/check.json" for run in RUNS.values()}
+    checks = {
+        f"results/data/{run.dataset}/{run.model}/tokens/check.json" for run in MADE_RUNS.values()
+    }
     plans = {f"{folder}/plan.parquet" for folder in packing_folders()}
     return sorted(checks | plans)
 
 
 def preview_files():
     """The pages on the data: what was kept and why, conversations as tokens, how they are packed."""
-    cleaned = {f"results/data/{run.dataset}/clean/cleaning_report.html" for run in RUNS.values()}
+    cleaned = {
+        f"results/data/{run.dataset}/clean/cleaning_report.html" for run in MADE_RUNS.values()
+    }
     pages = ("preview.html", "packing.html")
     return sorted(cleaned | {f"{folder}/{page}" for folder in packing_folders() for page in pages})
 
 
 def adapter_files():
-    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=built(TRAINED_RUNS))
+    runs = built(TRAINED_RUNS, MADE_RUNS)
+    return expand("results/runs/{run}/adapter/adapter_model.safetensors", run=runs)
 
 
 def export_files():
     return [
-        *expand("results/runs/{run}/merged_check.json", run=RUNS),
-        *expand("results/runs/{run}/gguf_check.json", run=RUNS),
-        *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=RUNS, gguf=GGUF_TYPES),
-        *(expand("results/runs/{run}/awq", run=RUNS) if CONFIG.awq.use else []),
+        *expand("results/runs/{run}/merged_check.json", run=MADE_RUNS),
+        *expand("results/runs/{run}/gguf_check.json", run=MADE_RUNS),
+        *expand("results/runs/{run}/gguf/{run}-{gguf}.gguf", run=MADE_RUNS, gguf=GGUF_TYPES),
+        *(expand("results/runs/{run}/awq", run=MADE_RUNS) if CONFIG.awq.use else []),
     ]
 
 
@@ -47,7 +70,7 @@ def adapter_gguf_files():
     """The adapters of runs that have one, and the bases that they go on."""
     runs = {
         name: run
-        for name, run in RUNS.items()
+        for name, run in MADE_RUNS.items()
         if run.adapter or (run.is_trained and CONFIG.recipes[run.recipe].method != "full")
     }
     bases = sorted({run.model for run in runs.values()})
@@ -83,7 +106,7 @@ def token_scores(scores):
     return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
 
 
-def chain_token_scores(names=RUNS):
+def chain_token_scores(names):
     """Of every link of some runs."""
     files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
     files |= {file for name in names for file in awq_scores(name)}
@@ -98,7 +121,7 @@ def run_divergences(name):
     return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
 
 
-def text_scores(names=RUNS):
+def text_scores(names=MADE_RUNS):
     """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
     files = set()
     for text in CONFIG.evaluation.texts:
@@ -109,7 +132,7 @@ def text_scores(names=RUNS):
     return sorted(files)
 
 
-def evaluation_files(names=RUNS):
+def evaluation_files(names=MADE_RUNS):
     """Scores, speed and divergence of every link of some runs."""
     files = set()
     for name in names:
@@ -185,7 +208,7 @@ def report_files():
     return [
         "results/report/overview.html",
         "results/report/all_metrics.parquet",
-        *expand("results/runs/{run}/report.html", run=RUNS),
+        *expand("results/runs/{run}/report.html", run=MADE_RUNS),
         *expand("results/report/comparison.{form}", form=["tsv", "md", "html"]),
         *expand("results/report/chain.{form}", form=["tsv", "md", "html", "svg"]),
         *(["results/report/loss.svg"] if built(TRAINED_RUNS) else []),
@@ -194,8 +217,8 @@ def report_files():
     ]
 
 
-def release_files():
-    return expand("results/runs/{run}/release", run=RUNS)
+def release_files(names=MADE_RUNS):
+    return expand("results/runs/{run}/release", run=names)
 
 
 def stored_files():

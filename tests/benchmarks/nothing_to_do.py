@@ -2,8 +2,8 @@
 
 The files of a build are made empty and recorded by `snakemake --touch` as if their jobs had run;
 then `snakemake` is timed. Nothing else is left out: config, rules, input functions, the records of
-every file, times of change. Beside it a workflow of a few lines with as many jobs of one file each:
-what Snakemake itself takes for them.
+every file, times of change. Beside it the same build with its runs frozen, and a workflow of a few
+lines with as many jobs of one file each: what Snakemake itself takes for them.
 
 python -m tests.benchmarks.nothing_to_do --runs 20 200 --scratch /tmp
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import statistics
 import subprocess
@@ -99,9 +98,8 @@ def finish(folder: Path, arguments: Sequence[str]) -> dict[str, int]:
     return {"jobs": int(n_jobs), "files": len(outputs)}
 
 
-def time_finished(folder: Path, arguments: Sequence[str], repetitions: int) -> dict[str, Any]:
+def time_snakemake(folder: Path, arguments: Sequence[str], repetitions: int) -> dict[str, Any]:
     """Seconds, of the wall and of the processor, and memory of `snakemake` in a finished build."""
-    counts = finish(folder, arguments)
     command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "2"]
     output = folder / "output.txt"
     measurements = []
@@ -109,7 +107,7 @@ def time_finished(folder: Path, arguments: Sequence[str], repetitions: int) -> d
         measurements.append(measure(command, folder=folder, log_file=output))
         if "Nothing to be done" not in output.read_text():
             raise StageError("something was to be done", where=output, found=output.read_text())
-    return counts | {
+    return {
         "median_seconds": statistics.median(one.duration_seconds for one in measurements),
         "measurements": [dataclasses.asdict(one) for one in measurements],
     }
@@ -123,9 +121,12 @@ def time_target(scratch: Path, target: str, n_runs: int, repetitions: int) -> di
     config = folder / "overlay.yaml"
     config.write_text(yaml.safe_dump(overlay(n_runs)))
     n_quantizations = len(QUANTIZATIONS) if target == "all" else 0
-    return {"target": target, "runs": n_runs, "quantizations": n_quantizations} | time_finished(
-        folder, [target, "--configfile", str(config)], repetitions
-    )
+    arguments = [target, "--configfile", str(config)]
+    found = {"target": target, "runs": n_runs, "quantizations": n_quantizations}
+    found |= finish(folder, arguments) | time_snakemake(folder, arguments, repetitions)
+    return found | {
+        "frozen": time_snakemake(folder, [*arguments, "--config", "frozen=['*']"], repetitions)
+    }
 
 
 def time_plain(scratch: Path, n_jobs: int, repetitions: int) -> dict[str, Any]:
@@ -133,7 +134,11 @@ def time_plain(scratch: Path, n_jobs: int, repetitions: int) -> dict[str, Any]:
     folder = scratch / f"plain-{n_jobs}"
     folder.mkdir()
     (folder / "Snakefile").write_text(PLAIN.format(n_jobs=n_jobs - 1))
-    return {"target": "plain"} | time_finished(folder, [], repetitions)
+    return finish(folder, []) | time_snakemake(folder, [], repetitions)
+
+
+def seconds(timed: dict[str, Any]) -> str:
+    return f"{timed['median_seconds']:.1f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -154,8 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 timed = time_target(Path(scratch), target, n_runs, options.repetitions)
                 plain = time_plain(Path(scratch), timed["jobs"], options.repetitions)
                 found["builds"].append(timed | {"plain": plain})
-                print(json.dumps({key: timed[key] for key in timed if key != "measurements"}))
-                print("as many jobs alone:", plain["median_seconds"], "s")
+                print(
+                    f"{target}, {n_runs} runs, {timed['jobs']} jobs: {seconds(timed)};"
+                    f" frozen {seconds(timed['frozen'])}; as many plain jobs {seconds(plain)}",
+                    flush=True,
+                )
                 files.write_json(options.result, found)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
-from workflow_scripts.report.metrics import Metric, metrics_of
+from workflow_scripts.report.metrics import Metric, measured_files, metrics_of
 from workflow_scripts.report.results import Wanted
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("collect_metrics")
 
 
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run": arguments.run,
         "settings": wanted.runs[arguments.run],
         "links": by_link(metrics),
+        "files": {
+            file: files.sha256(arguments.results / file)
+            for file in measured_files(arguments.run, wanted)
+        },
     }
     files.write_json(arguments.metrics, content)
     logger.info("wrote n_metrics=%d path=%s", len(metrics), arguments.metrics)

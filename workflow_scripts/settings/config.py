@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -45,6 +46,9 @@ class Config(Settings):
     """How training runs on this machine."""
     build: Annotated[list[str], Field(min_length=1)]
     """Names of the runs to build; in an overlay this list replaces the one before."""
+    frozen: list[str] = []
+    """Runs whose files are final, by name or pattern (`rates-*`): reports show them, no job makes a
+    file of theirs, whatever changes."""
     gguf: GgufSettings = GgufSettings()
     """GGUF files."""
     retention: RetentionSettings = RetentionSettings()
@@ -78,6 +82,12 @@ class Config(Settings):
                     f"build: found {run_name!r}, which is not in `runs`"
                     f" ({did_you_mean(run_name, self.runs)})"
                 )
+        for pattern in self.frozen:
+            if not fnmatch.filter(self.runs, pattern):
+                problems.append(
+                    f"frozen: found {pattern!r}, which is no run and matches none"
+                    f" ({did_you_mean(pattern, self.runs)})"
+                )
         if len(set(self.build)) != len(self.build):
             problems.append("build: a run stands twice")
         for run_name in self.build:
@@ -107,6 +117,10 @@ class Config(Settings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def is_frozen(self, run_name: str) -> bool:
+        """Whether `frozen` names a run."""
+        return any(fnmatch.fnmatchcase(run_name, pattern) for pattern in self.frozen)
 
     def trained_precision(self, run_name: str) -> str:
         """How a run's base was loaded for training: `native` (16 bits), `int8` or `nf4`."""

@@ -109,6 +109,18 @@ def test_a_run_s_json_is_its_rows_by_link(collect):
         if row["run"] == "mistral":
             kept = metrics["links"][row["link"] or "run"][row["name"]]
             assert kept == {key: row[key] for key in kept}
+    read = {row["file"] for row in rows if row["run"] == "mistral"}
+    assert read <= metrics["files"].keys()
+
+
+def test_a_file_that_changes_in_what_is_no_metric_changes_the_run_s_json(collect, results):
+    """The reports of all runs are made anew by it alone."""
+    before, _ = collect()
+    said = before["mistral"].read_bytes()
+    path = results.folder / "runs" / "mistral" / "evaluation" / "merged.json"
+    files.write_json(path, files.read_json(path) | {"by_position": []})
+    after, _ = collect()
+    assert after["mistral"].read_bytes() != said
 
 
 def test_what_was_not_measured_is_no_row(collect, results):
