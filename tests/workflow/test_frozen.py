@@ -26,7 +26,7 @@ def test_what_is_forced_is_made_for_the_other_runs_alone(dry_run) -> None:
     assert jobs["train_adapter"] == jobs["package_release"] == jobs["collect_metrics"] == 1
     assert "run=mistral" in result.stdout and "run=generic" not in result.stdout
     # It is on every page that compares, by the files it has.
-    overview = result.stdout.partition("localrule report_overview:")[2].partition("\n\n")[0]
+    overview = result.stdout.partition("rule report_overview:")[2].partition("output:")[0]
     assert "results/runs/generic/metrics.json" in overview
 
 

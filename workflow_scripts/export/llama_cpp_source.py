@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -107,8 +108,12 @@ def unpack(sdist: Path, folder: Path) -> None:
         for member in archive:
             _, _, path = member.name.partition("/vendor/llama.cpp/")
             if member.isfile() and path.startswith(UNPACKED):
-                member.name = path
-                archive.extract(member, folder, filter="data")
+                # Not `extract`: its filter came with Python 3.11.4, and Debian 12 has 3.11.2.
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.extractfile(member) as source, target.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+                target.chmod(member.mode & 0o755)
 
 
 if __name__ == "__main__":
