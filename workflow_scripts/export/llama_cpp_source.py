@@ -103,13 +103,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def unpack(sdist: Path, folder: Path) -> None:
-    """What `UNPACKED` names, out of the sdist's `vendor/llama.cpp`."""
+    """What `UNPACKED` names, out of the sdist's `vendor/llama.cpp`.
+
+    Raises:
+        StageError: a file of it would lie elsewhere.
+    """
     with tarfile.open(sdist) as archive:
         for member in archive:
             _, _, path = member.name.partition("/vendor/llama.cpp/")
             if member.isfile() and path.startswith(UNPACKED):
                 # Not `extract`: its filter came with Python 3.11.4, and Debian 12 has 3.11.2.
                 target = folder / path
+                if ".." in target.parts:
+                    raise StageError("a file would leave its folder", where=sdist, found=path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.extractfile(member) as source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
