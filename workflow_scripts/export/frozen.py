@@ -28,13 +28,16 @@ def check(run: str, names: Mapping[str, Any], config: Mapping[str, Any], release
     if not provenance.is_file():
         return
     made = files.read_json(provenance)
-    shared = {"evaluation": made["config"]["evaluation"]}
-    shared["gguf"] = {"quantizations": made["config"]["gguf"]["quantizations"]}
+    # A release of an earlier version may say less.
+    tables = made.get("config", {})
+    shared = {"evaluation": tables.get("evaluation", {})}
+    if "quantizations" in tables.get("gguf", {}):
+        shared["gguf"] = {"quantizations": tables["gguf"]["quantizations"]}
     for key, old, new in differences(shared, config):
         raise _changed(run, key, old, new, provenance)
     for field, table in RUN_TABLES.items():
         now = without_folders({"name": names.get(field), **config.get(field, {})})
-        before = {"name": made.get(field), **made["config"].get(field, {})}
+        before = {"name": made.get(field), **tables.get(field, {})}
         for key, old, new in differences(before, now):
             place = f"runs.{run}, {table}.{names.get(field)}: {key}"
             raise _changed(run, place, old, new, provenance)

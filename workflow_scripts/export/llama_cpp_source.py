@@ -113,9 +113,9 @@ def unpack(sdist: Path, folder: Path) -> None:
             _, _, path = member.name.partition("/vendor/llama.cpp/")
             if member.isfile() and path.startswith(UNPACKED):
                 # Not `extract`: its filter came with Python 3.11.4, and Debian 12 has 3.11.2.
-                target = folder / path
-                if ".." in target.parts:
+                if ".." in Path(path).parts:
                     raise StageError("a file would leave its folder", where=sdist, found=path)
+                target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.extractfile(member) as source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy)

@@ -36,6 +36,11 @@ def test_neither_is_a_key_that_came_later_nor_who_quantized(release):
     frozen.check("one", NAMES, config, release)
 
 
+def test_a_release_that_says_less_is_held_to_what_it_says(release):
+    files.write_json(release / "provenance.json", {**NAMES, "config": {"recipe": {"rank": 8}}})
+    frozen.check("one", NAMES, CONFIG, release)
+
+
 def test_a_run_that_was_not_released_is_not_checked(tmp_path):
     frozen.check("one", NAMES, CONFIG, tmp_path)
 
