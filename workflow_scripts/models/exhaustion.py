@@ -34,9 +34,9 @@ def of_loading() -> Iterator[None]:
     """
     logger = logging.getLogger("transformers")
     held = _Held()
-    handlers = list(logger.handlers)
-    for handler in handlers:
-        handler.addFilter(held)
+    # Not to the root's handlers either: with CI=true transformers lets it through to them.
+    handlers, propagates = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [held], False
     try:
         yield
     except RuntimeError as error:
@@ -46,22 +46,20 @@ def of_loading() -> Iterator[None]:
         held.records.clear()
         raise MemoryError(found[0]) from None
     finally:
-        for handler in handlers:
-            handler.removeFilter(held)
+        logger.handlers, logger.propagate = handlers, propagates
         for record in held.records:
             logger.handle(record)
 
 
-class _Held(logging.Filter):
+class _Held(logging.Handler):
     """Keeps records back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
 
-    def filter(self, record: logging.LogRecord) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
-        return False
 
     def lines_of_memory(self) -> list[str]:
         text = "\n".join(record.getMessage() for record in self.records)

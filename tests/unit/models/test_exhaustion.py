@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import sys
 
 import pytest
 import torch
+import transformers.utils.logging
 
 from tests.conftest import REPOSITORY
 from workflow_scripts.models.checkpoint import load_model
-from workflow_scripts.models.exhaustion import exhausts_memory
+from workflow_scripts.models.exhaustion import exhausts_memory, of_loading
 
 
 @pytest.mark.parametrize(
@@ -33,15 +35,14 @@ def test_what_does_not(error):
 
 
 LOAD = """
-import resource, sys
+import logging, resource, sys
 from pathlib import Path
 import accelerate, bitsandbytes
 import transformers.models.mistral.modeling_mistral
 from workflow_scripts.models.checkpoint import load_model
-from tests.conftest import REPOSITORY
-from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.exhaustion import exhausts_memory
 
+logging.basicConfig()
 status = Path("/proc/self/status").read_text()
 mapped = int(status.partition("VmData:")[2].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, [mapped + int(sys.argv[2])] * 2)
@@ -63,18 +64,62 @@ def large(make_checkpoint, tmp_path_factory):
     )
 
 
-# So much that the file cannot be mapped, and that it can: then a weight's quantization fails, whose
-# error transformers keeps to itself.
-@pytest.mark.parametrize("limit_mb", [64, 224])
+# So much that the file (106 MB) cannot be mapped, and that it can, where about 250 are needed: then
+# a weight's quantization fails, whose error transformers mostly keeps to itself.
+@pytest.mark.parametrize("limit_mb", [64, 160])
 def test_memory_that_ends_while_weights_are_loaded_is_told(large, limit_mb):
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(large), str(limit_mb << 20)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"},
     )  # fmt: skip
     said = done.stdout.splitlines()[-1]
     assert said.startswith("True") and "allocate memory" in said, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(params=[False, True], ids=["", "CI"])
+def weights_logger(request):
+    """A logger of transformers'; with CI=true what it logs goes to the root's handlers too."""
+    library = transformers.utils.logging.get_logger("transformers")
+    propagates = library.propagate
+    library.propagate = request.param
+    yield logging.getLogger("transformers.weights")
+    library.propagate = propagates
+
+
+@pytest.fixture
+def logged():
+    """What reaches a handler of the root, or of transformers."""
+    found: list[str] = []
+    handlers = {}
+    for name in (None, "transformers"):
+        handlers[name] = logging.Handler()
+        handlers[name].emit = lambda record: found.append(record.getMessage())
+        logging.getLogger(name).addHandler(handlers[name])
+    yield found
+    for name, handler in handlers.items():
+        logging.getLogger(name).removeHandler(handler)
+
+
+def test_a_table_of_memory_errors_becomes_its_line(weights_logger, logged):
+    table = "| weight |\nTraceback\n  RuntimeError: can't allocate memory: 4 bytes\n"
+    with pytest.raises(MemoryError, match="^RuntimeError: can't allocate memory: 4 bytes$"):
+        with of_loading():
+            weights_logger.warning(table)
+            raise RuntimeError("conversion failed")
+    assert logged == []
+
+
+def test_what_else_is_logged_meanwhile_follows(weights_logger, logged):
+    with pytest.raises(RuntimeError, match="conversion failed"):
+        with of_loading():
+            weights_logger.warning("a weight has another shape")
+            raise RuntimeError("conversion failed")
+    assert set(logged) == {"a weight has another shape"}
+    logged.clear()
+    weights_logger.warning("after it")
+    assert set(logged) == {"after it"}
 
 
 def test_what_else_fails_in_loading_is_raised_as_it_is(demo_checkpoint, tmp_path):

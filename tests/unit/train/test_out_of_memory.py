@@ -15,8 +15,10 @@ from workflow_scripts.data.plan import write_plan
 
 N_LAYERS, ROW_TOKENS = 8, 2048
 RECIPE = {"rank": 8, "rows_per_step": 1, "max_steps": 2, "evaluations": 0, "keeps_best": False}
-# Large tensors go back to the system when they are freed, as on a GPU.
+# Large tensors go back to the system when they are freed, as on a GPU. With CI=true transformers
+# logs to the root's handlers too.
 ENVIRONMENT = {
+    "CI": "true",
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
