@@ -204,7 +204,16 @@ def _train_once(
         "identity": job.identity,
     }
     files.write_json(arguments.adapter / "training_manifest.json", manifest)
-    checkpoints.remove()
+    if interruption.received:
+        # Who sent it may count the job as failed all the same, and delete what it wrote.
+        logger.warning(
+            "trained to the end in spite of %s; its state is kept for another start, which then"
+            " takes no step path=%s",
+            interruption.received,
+            checkpoints.folder,
+        )
+    else:
+        checkpoints.remove()
     logger.info("trained %s", log.fields(manifest))
 
 

@@ -79,6 +79,14 @@ class PackedTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """transformers takes a step before it looks whether all are taken: a run that was killed
+        between its last checkpoint and its adapter would have one too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -83,6 +84,25 @@ def test_a_signal_to_end_saves_first_and_says_how_to_go_on(prepared, whole_run, 
     resumed = prepared.run(RECIPE, tmp_path, checkpoint_steps=1000)
     assert resumed.manifest["resumed"] is True
     assert_same_ending(resumed, whole_run)
+
+
+def test_a_signal_in_the_last_step_keeps_what_a_second_start_needs(prepared, tmp_path):
+    """A batch system counts a job that it told to end as failed; Snakemake deletes its files."""
+    recipe = {**RECIPE, "max_steps": 1, "evaluations": 1}
+    process = prepared.start(recipe, tmp_path, checkpoint_steps=1000)
+    wait_for(process, tmp_path, lambda: "probed attention" in (tmp_path / "log").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    first = Run.read(tmp_path)
+    weights = first.weights()
+    assert checkpoint_steps(tmp_path) == [1] and "in spite of SIGTERM" in first.log
+    shutil.rmtree(tmp_path / "adapter")
+
+    again = prepared.run(recipe, tmp_path, checkpoint_steps=1000)
+    assert again.manifest["resumed"] is True and again.manifest["n_steps"] == 1
+    assert again.history == first.history
+    torch.testing.assert_close(again.weights(), weights, rtol=0, atol=0)
+    assert list((tmp_path / "resume").iterdir()) == []
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(prepared, whole_run, tmp_path):
