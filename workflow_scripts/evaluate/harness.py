@@ -45,7 +45,8 @@ def check_installed() -> None:
             "lm-evaluation-harness is not installed",
             where="evaluation.tasks.names",
             found=error,
-            to_fix="`make tasks`, or `snakemake tasks --sdm conda`; README.md tells how",
+            to_fix="`make tasks`, or `snakemake tasks --sdm conda`;"
+            " workflow_scripts/evaluate/README.md tells how",
         ) from error
     # It tells every request, and the settings of every task.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

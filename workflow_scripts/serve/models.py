@@ -89,7 +89,7 @@ def load(
             where="--n-gpu-layers",
             found=n_gpu_layers,
             expected=0,
-            to_fix="build it with CUDA or Metal: see the README",
+            to_fix="build it with CUDA or Metal: workflow_scripts/serve/README.md tells how",
         )
     if n_gpu_layers is None:
         n_gpu_layers = -1 if has_gpu else 0
