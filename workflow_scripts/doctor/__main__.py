@@ -61,6 +61,10 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
             wanted = configs.Wanted(config, arguments.results)
             configs.local_facts(wanted)
             yield Finding("config", "ok", f"builds {', '.join(wanted.runs)}")
+            tasks = config.evaluation.tasks
+            if tasks.names:
+                lock = ROOT / "requirements-tasks.lock"
+                yield packages.harness_finding(tasks.names, lock, is_needed=tasks.use)
     except ImportError as error:
         yield Finding("config", "missing", f"not read: {error}", None, "install the packages first")
 

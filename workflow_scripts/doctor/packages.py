@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +50,29 @@ def findings(lock: Path) -> Iterator[Finding]:
             f"those of {lock.name}, in brackets, which were tested",
             f"python -m pip install -r {lock.name}",
         )
+
+
+def harness_finding(names: Sequence[str], lock: Path, *, is_needed: bool) -> Finding:
+    """lm-evaluation-harness, for a config that names tasks of it.
+
+    Args:
+        names: `evaluation.tasks.names`.
+        lock: of its environment.
+        is_needed: `snakemake` alone scores them, not `snakemake tasks` only.
+    """
+    found, wanted = installed_version("lm_eval"), locked(lock)["lm_eval"]
+    if found is None:
+        return Finding(
+            "lm_eval",
+            "missing" if is_needed else "warning",
+            f"not installed, for {_named(list(names))}",
+            f"lm_eval {wanted}, in an environment of its own",
+            "make tasks, or --sdm conda; workflow_scripts/evaluate/README.md tells how",
+        )
+    if found != wanted:
+        to_fix = "make tasks"
+        return Finding("lm_eval", "warning", found, f"{wanted}, which was tested", to_fix)
+    return Finding("lm_eval", "ok", f"{found}, for {_named(list(names))}")
 
 
 def locked(lock: Path) -> dict[str, str]:

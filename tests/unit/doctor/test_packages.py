@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import metadata
 
 from tests.conftest import REPOSITORY
@@ -31,6 +34,33 @@ def test_a_package_that_is_missing_and_one_of_another_version_are_named(tmp_path
 def test_the_tag_of_a_build_is_no_other_version():
     torch = metadata.version("torch")
     assert packages.installed_version("torch") == torch.partition("+")[0]
+
+
+def test_the_harness_is_missing_only_where_every_build_asks_it(tmp_path):
+    lock = REPOSITORY / "requirements-tasks.lock"
+    wanted = packages.locked(lock)["lm_eval"]
+    found = packages.installed_version("lm_eval")  # in an environment of its own (`make tasks`)
+    for is_needed, status in ((True, "missing"), (False, "warning")):
+        finding = packages.harness_finding(["mmlu", "gsm8k"], lock, is_needed=is_needed)
+        assert "mmlu, gsm8k" in finding.found
+        assert finding.status == ("ok" if found == wanted else status)
+    # Something else that is installed, under its name.
+    (tmp_path / "lm_eval-0.0.1.dist-info").mkdir()
+    (tmp_path / "lm_eval-0.0.1.dist-info" / "METADATA").write_text(
+        "Name: lm_eval\nVersion: 0.0.1\n"
+    )
+    ask = (
+        "from pathlib import Path; from workflow_scripts.doctor import packages;"
+        f"print(packages.harness_finding(['mmlu'], Path({str(lock)!r}), is_needed=True))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", ask],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "status='warning', found='0.0.1'" in said and wanted in said
 
 
 def yaml_version() -> str:
