@@ -7,11 +7,13 @@ markup, and no invisible character (a control, a turn of writing direction) acts
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 STYLE = Path(__file__).with_name("pages.css")
+CODE = re.compile("`([^`]+)`")
 AS_THEY_ARE: Mapping[str, str] = MappingProxyType({"\n": "\n", "\t": "\t"})
 # The browser itself refuses what a page must not do, should a text ever get past `visible`.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -57,6 +59,20 @@ def visible(text: str, marks: Mapping[str, str] = AS_THEY_ARE) -> str:
 def named(character: str) -> str:
     """HTML of a character's code point."""
     return f"<s>U+{ord(character):04X}</s>"
+
+
+def paragraph(text: str) -> str:
+    """HTML of a paragraph; what stands between backticks is code."""
+    return f"<p>{_with_code(text)}</p>"
+
+
+def remark(text: str) -> str:
+    """The same, of what is said beside: how something was measured."""
+    return f'<p class="quiet">{_with_code(text)}</p>'
+
+
+def _with_code(text: str) -> str:
+    return CODE.sub(r"<code>\1</code>", visible(text))
 
 
 def facts(pairs: Mapping[str, str]) -> str:

@@ -55,6 +55,13 @@ def test_marks_take_the_place_of_characters():
     assert pages.visible("a b\nc", {" ": "␣"}) == "a␣b<s>U+000A</s>c"
 
 
+def test_a_paragraph_has_code_between_backticks_and_no_markup_of_the_text():
+    assert pages.paragraph("ask `a < b` & `c`") == (
+        "<p>ask <code>a &lt; b</code> &amp; <code>c</code></p>"
+    )
+    assert pages.remark("one ` alone") == '<p class="quiet">one ` alone</p>'
+
+
 def test_a_page_runs_nothing_and_asks_for_nothing_outside_itself():
     text = pages.page(HOSTILE, f"<p>{pages.visible(HOSTILE)}</p>")
     read = Read(text)

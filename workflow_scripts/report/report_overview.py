@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for gate in ("merged", "gguf")))
         for run in runs
     ]  # fmt: skip
-    body = "".join(f"<p>{pages.visible(sentence)}</p>" for sentence in said)
+    body = "".join(map(pages.paragraph, said))
     body += table_html(side_by_side)
     body += "<h2>Nothing lost on the way</h2>" + handovers_html(checks)
     body += figures.inline(
@@ -92,8 +92,8 @@ def stages_html(runs: str, results: Path, records: Path) -> str:
 
 
 def table_html(table: Table, *, is_of_words: bool = False) -> str:
-    note = f'<p class="quiet">{pages.visible(table.note)}</p>'
-    return pages.table(table.header, table.rows, is_of_words=is_of_words) + note
+    drawn = pages.table(table.header, table.rows, is_of_words=is_of_words)
+    return drawn + pages.remark(table.note)
 
 
 def published_figures(found: Sequence[Claim]) -> Table:

@@ -76,7 +76,7 @@ def about_html(run: RunResults) -> str:
 
 
 def outcome_html(run: RunResults) -> str:
-    return "".join(f"<p>{pages.visible(sentence)}</p>" for sentence in verdicts.of_run(run))
+    return "".join(map(pages.paragraph, verdicts.of_run(run)))
 
 
 def chain_html(run: RunResults) -> str:
@@ -86,7 +86,7 @@ def chain_html(run: RunResults) -> str:
         "Perplexity of every link; bars are one standard error of the link alone",
     )
     rows = [[name.removeprefix(f"{run.name}: "), *cells] for name, *cells in table.rows]
-    return drawing + pages.table(table.header, rows) + paragraph(table.note)
+    return drawing + pages.table(table.header, rows) + pages.remark(table.note)
 
 
 def gates_html(folder: Path) -> str:
@@ -154,7 +154,7 @@ def speed_html(run: RunResults) -> str:
         pages.table(["link", "test", "tokens a second"], rows)
         + pages.table(["link", f"first token after {speed['prompt_tokens']:,}, ms"], first)
         + pages.table(["context, tokens", "key-value cache", "with a rolling window"], caches)
-        + paragraph(
+        + pages.remark(
             "pp reads a prompt, tg writes token by token, d is the context before; ± is a standard"
             " deviation over repetitions. The cache is computed from the model's shape, 16 bits a"
             " value, one sequence."
@@ -195,7 +195,7 @@ def context_html(run: RunResults) -> str:
         "Right answers by length of the prompt and depth of the fact, of the tasks that have a"
         " depth",
     )
-    return drawing + pages.table(table.header, rows) + paragraph(table.note)
+    return drawing + pages.table(table.header, rows) + pages.remark(table.note)
 
 
 def tasks_html(run: RunResults) -> str:
@@ -205,9 +205,9 @@ def tasks_html(run: RunResults) -> str:
         return ""
     table = report_tasks.tasks({run.name: links})
     if not table.rows:
-        return paragraph(table.note)
+        return pages.remark(table.note)
     rows = [[name.replace(f": {run.name}: ", ", "), *cells] for name, *cells in table.rows]
-    return pages.table(["Task and link", *table.header[1:]], rows) + paragraph(table.note)
+    return pages.table(["Task and link", *table.header[1:]], rows) + pages.remark(table.note)
 
 
 def data_html(run: RunResults, results: Path) -> str:
@@ -255,10 +255,6 @@ def time_html(seconds: Mapping[str, float]) -> str:
         f"Wall time of every step, as Snakemake took it: {sum(seconds.values()) / 60:,.1f} minutes"
         " in all, steps side by side counted each",
     )
-
-
-def paragraph(text: str) -> str:
-    return f'<p class="quiet">{pages.visible(text)}</p>'
 
 
 if __name__ == "__main__":

@@ -54,9 +54,7 @@ class Table:
 
     def as_html(self) -> str:
         """Note, table and conclusions, without the title."""
-        note, *conclusions = (
-            f"<p>{pages.visible(text)}</p>" for text in (self.note, *self.conclusions)
-        )
+        note, *conclusions = map(pages.paragraph, (self.note, *self.conclusions))
         return "\n".join([note, pages.table(self.header, self.rows), *conclusions])
 
 
