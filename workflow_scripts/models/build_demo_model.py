@@ -18,7 +18,7 @@ from workflow_scripts import files, log
 from workflow_scripts.models import demo_pretraining
 from workflow_scripts.settings import DemoModelSettings, settings_from_json
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 TOKENIZER = "mistral_instruct_tokenizer_240323.model.v3"
 N_HEADS, N_KV_HEADS = 8, 2
 logger = log.stage_logger("build_demo_model")

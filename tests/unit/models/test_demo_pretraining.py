@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 from workflow_scripts.models import demo_pretraining as pretraining
 from workflow_scripts.models.demo_pretraining import BEGIN_INST, BOS, END_INST, EOS, ROW_TOKENS
@@ -85,3 +86,60 @@ def test_a_muon_step_is_that_of_torch(shape):
     # bfloat16: no difference. float32: 1.0 to 1.3 % of the way measured, torch's own rounding.
     assert (ours[torch.bfloat16] - reference).norm() < 1e-6 * moved
     assert (ours[torch.float32] - reference).norm() < 0.05 * moved
+
+
+N_WORDS, WIDTH = 50, 8
+
+
+def small_model() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=N_WORDS, hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_occurring", [1, 20, N_WORDS])
+def test_words_that_do_not_occur_count_in_the_loss_as_those_that_do(n_occurring):
+    """Against the whole output layer, the rows of the others moved by one vector each."""
+    model = small_model()
+    text = torch.randperm(N_WORDS)[:n_occurring]
+    is_other = torch.ones(N_WORDS, dtype=torch.bool)
+    is_other[text] = False
+    with torch.no_grad():
+        model.lm_head.weight[is_other] = 0  # where they begin is left out: it is nearly nothing
+    words = pretraining.OccurringWords(model, text)
+    with torch.no_grad():
+        words.head.normal_()
+    hidden = torch.randn(7, WIDTH, requires_grad=True)
+    targets = text[torch.randint(n_occurring, (7,))]
+    loss = words.loss(hidden, targets, torch.float32)
+    loss.backward()
+    found = hidden.grad.clone(), words.head.grad[:-1], words.head.grad[-1]
+
+    words.write_back()
+    hidden.grad = None
+    head = model.lm_head.weight
+    whole = torch.nn.functional.cross_entropy(hidden @ head.T, targets)
+    head.grad = None
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    expected = hidden.grad, head.grad[text.sort().values], head.grad[is_other].sum(0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_learned_of_the_words_stands_in_the_model_and_nothing_else_moved():
+    model = small_model()
+    before = model.model.embed_tokens.weight.detach().clone()
+    text = torch.tensor([[3, 1], [4, 1]])
+    words = pretraining.OccurringWords(model, text)
+    torch.testing.assert_close(words.embed(text), before[text])
+    with torch.no_grad():
+        words.embeddings += 1
+    words.write_back()
+    after = model.model.embed_tokens.weight
+    assert (after - before).abs().sum(1).nonzero().flatten().tolist() == [1, 3, 4]
+    torch.testing.assert_close(after[text], words.embed(text))
