@@ -61,6 +61,7 @@ def overlay(n_runs: int) -> dict[str, Any]:
     return config | {
         "build": sweeps.expand(config).runs["rates"],
         "gguf": {"quantizations": list(QUANTIZATIONS)},
+        "evaluation": {"context": {"use": False}},
     }
 
 

@@ -69,9 +69,8 @@ def mebibytes(n_bytes: float | None) -> str:
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
     """`12.34 ± 0.05`; the value alone where no error is known."""
-    if error is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    shown = f"{value:z.{digits}f}"  # no -0.00
+    return shown if error is None else f"{shown} ± {error:.{digits}f}"
 
 
 def perplexity(scores: dict) -> str:

@@ -95,6 +95,7 @@ def test_sizes_are_binary_and_named_so(n_bytes, expected):
         ((12.345, 0.054), "12.35 ± 0.05"),
         ((12.345, None), "12.35"),
         ((0.1, 0.02, 3), "0.100 ± 0.020"),
+        ((-0.001, None), "0.00"),
     ],
 )
 def test_an_error_is_shown_where_one_is_known(arguments, expected):
