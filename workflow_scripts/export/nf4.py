@@ -52,11 +52,13 @@ def dequantized(slab: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         slab: weights of whole blocks, in the dtype in which training quantized them.
         scales: of these blocks.
     """
+    # In one row: bitsandbytes 0.50 gives back other values on a CPU with AVX-512 where a row is no
+    # multiple of a block.
     packed, state = bitsandbytes.functional.quantize_4bit(
-        slab.contiguous(), blocksize=QUANTIZATION_BLOCK, quant_type="nf4"
+        slab.flatten(), blocksize=QUANTIZATION_BLOCK, quant_type="nf4"
     )
     state.absmax = scales
-    return bitsandbytes.functional.dequantize_4bit(packed, state)
+    return bitsandbytes.functional.dequantize_4bit(packed, state).view(slab.shape)
 
 
 def _largest(slab: torch.Tensor) -> torch.Tensor:

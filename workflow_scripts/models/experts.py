@@ -31,11 +31,15 @@ class Nf4Tensor(torch.Tensor):
 
     packed: torch.Tensor
     state: bitsandbytes.functional.QuantState
+    """Of the values in a single row: bitsandbytes 0.50 gives back others on a CPU with AVX-512
+    where a row is no multiple of the 64 values of a block."""
 
     @staticmethod
-    def __new__(cls, packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> Nf4Tensor:
+    def __new__(
+        cls, packed: torch.Tensor, state: bitsandbytes.functional.QuantState, shape: torch.Size
+    ) -> Nf4Tensor:
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, state.shape, dtype=state.dtype, device=packed.device
+            cls, shape, dtype=state.dtype, device=packed.device
         )
         tensor.packed, tensor.state = packed, state
         return tensor
@@ -43,14 +47,13 @@ class Nf4Tensor(torch.Tensor):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Nf4Tensor:
         """Quantize a tensor of 16 or 32 bits, on its device."""
-        return cls(
-            *bitsandbytes.functional.quantize_4bit(
-                tensor.contiguous(), compress_statistics=True, quant_type="nf4"
-            )
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            tensor.flatten(), compress_statistics=True, quant_type="nf4"
         )
+        return cls(packed, state, tensor.shape)
 
     def dequantized(self) -> torch.Tensor:
-        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)
+        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state).view(self.shape)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -64,7 +67,7 @@ class Nf4Tensor(torch.Tensor):
     ) -> Any:
         first = args[0] if args else None
         if function is torch.ops.aten.detach.default:
-            return cls(first.packed, first.state)
+            return cls(first.packed, first.state, first.shape)
         if function is torch.ops.aten.set_.source_Tensor and first is args[1]:
             return first  # torch's parametrizations put a tensor in its own place
         if function._schema.is_mutable and isinstance(first, cls):
