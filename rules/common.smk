@@ -164,6 +164,16 @@ def threads_for_model(wildcards):
     return threads_of("models", wildcards.model)
 
 
+def threads_for_training(wildcards):
+    """On this machine a share of the cores, so that as many runs of the demo's as it has train side by
+    side: each is slow to use a second one. 8 on a GPU or a cluster."""
+    cores = workflow.resource_settings.cores
+    if cores is None or gpus_for_run(wildcards):
+        return 8
+    n_trained = sum(run.is_trained for run in MADE_RUNS.values())
+    return max(1, min(8, cores // max(1, n_trained)))
+
+
 def all_cores():
     """Every core Snakemake was given, so that a job is alone; 8 where it needs none (--report)."""
     return workflow.resource_settings.cores or 8

@@ -51,7 +51,7 @@ rule train_adapter:
         run=any_run_of(TRAINED_RUNS),
     conda:
         "../envs/train.yaml"
-    threads: 8
+    threads: threads_for_training
     resources:
         **(SEVERAL_NODES if CONFIG.training.nodes > 1 else {}),
         gpu=gpus_for_training,
