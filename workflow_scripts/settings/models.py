@@ -30,8 +30,8 @@ class DemoModelSettings(Settings):
     context_tokens: Count = 4096
     """Longest input the model is advertised for, tokens."""
     n_pretraining_steps: Count = 280
-    """Steps of 1,024 tokens; 280 take two to three minutes on 2 CPU cores with
-    AVX512-BF16, and took ten without it."""
+    """Steps of 1,024 tokens; 280 take two and a half minutes on 2 CPU cores with
+    AVX512-BF16, longer without it."""
     learning_rate: Positive = 0.02
     """Peak of the pre-training schedule (Muon's)."""
     seed: NonNegative = 0
