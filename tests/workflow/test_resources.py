@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -132,3 +133,26 @@ def test_the_slurm_profiles_know_every_partition_s_gpus() -> None:
     partitions = yaml.safe_load((REPOSITORY / "profiles/slurm/partitions.yaml").read_text())
     gpus = {name: limits["max_gpu"] for name, limits in partitions["partitions"].items()}
     assert gpus["cpu"] == 0 < gpus["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("n_cores", "overlay", "n_threads"),
+    [
+        (1, [], 1),
+        (2, [], 1),
+        (8, [], 4),
+        (8, ["config/models/mistral-7b-v0.3.yaml"], 8),  # one at a time, on its GPU
+    ],
+)
+def test_trainings_of_the_demo_share_the_cores(tmp_path, n_cores, overlay, n_threads) -> None:
+    copy_workflow(tmp_path)
+    shown = subprocess.run(
+        [sys.executable, "-m", "snakemake", "train", "-n", "--cores", str(n_cores)]
+        + (["--configfile", *overlay] if overlay else []),
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    trainings = re.findall(r"^(?:local)?rule train_adapter:\n((?: +.*\n)+)", shown, re.MULTILINE)
+    assert trainings
+    for about in trainings:  # Snakemake says nothing of a single one
+        (said,) = re.findall(r"threads: (\d+)", about) or ["1"]
+        assert int(said) == n_threads

@@ -149,8 +149,9 @@ def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class OccurringWords:
     """Embeddings and output layer of the words that a text has; the others share one row.
 
-    A word that is never a target is pushed away from every position alike. So the rows of all of
-    them move by one vector, which counts in the softmax as often as there are such words: of 32,768
+    A word that is never a target is pushed away from every position nearly alike. So here the rows
+    of all of them move by one vector, which counts in the softmax as often as there are such words
+    (where they began is left out: the model that comes out is a little another): of 32,768
     words 280 rows of the demo's text have 8,398, and half of a step's products go. Their
     input embeddings no text ever moves.
 
