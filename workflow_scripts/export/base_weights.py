@@ -53,6 +53,10 @@ class BaseWeights:
         """Of a tensor in the files."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def dtype_name(self, name: str) -> str:
+        """Type of a tensor in the files, as safetensors names it."""
+        return self._files[name].get_slice(name).get_dtype()
+
     def slabs(self, name: str) -> Iterator[tuple[Slab, torch.Tensor]]:
         """`weight` of every slab of a tensor of the files, in its order."""
         for slab in slabs(name, self.shape(name)):
@@ -89,14 +93,14 @@ class BaseWeights:
             if parameter not in self._scales:
                 self._scales[parameter] = nf4.scales(
                     self._stored(name, slab).to(self._nf4_dtype)
-                    for name in self._in_order(parameter)
+                    for name in self.tensors_of(parameter)
                     for slab in slabs(name, self.shape(name))
                 )
                 if len(self._scales) > SCALES_KEPT:
                     self._scales.popitem(last=False)
             return self._scales[parameter]
 
-    def _in_order(self, parameter: str) -> list[str]:
+    def tensors_of(self, parameter: str) -> list[str]:
         """The tensors that make up a parameter: expert by expert, the gate's half first."""
 
         def place(name: str) -> tuple[int, int]:
@@ -107,7 +111,7 @@ class BaseWeights:
 
     def _n_blocks_before(self, name: str, slab: Slab) -> int:
         """Before a slab, in the parameter as training has it."""
-        names = self._in_order(slab.part.parameter)
+        names = self.tensors_of(slab.part.parameter)
         n_elements = sum(
             torch.Size(self.shape(before)).numel() for before in names[: names.index(name)]
         )

@@ -18,7 +18,7 @@ from workflow_scripts.models import exhaustion
 
 if TYPE_CHECKING:
     from torch import device, dtype
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from workflow_scripts.settings import RopeScalingSettings
 
@@ -290,16 +290,10 @@ def load_model(
         MemoryError, RuntimeError: the memory ran out (`exhaustion.exhausts_memory`).
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     place = torch.device(device) if device else default_device()
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.sliding_window = window
-    if rope:
-        config.rope_parameters = dict(rope)
-        # transformers' YaRN and dynamic NTK stop at the null that Mixtral has here.
-        if getattr(config, "head_dim", None) is None:
-            config.head_dim = config.hidden_size // config.num_attention_heads
+    config = model_config(checkpoint, window=window, rope=rope)
     if is_packed(checkpoint):
         from workflow_scripts.models import awq_weights
 
@@ -354,6 +348,27 @@ def load_model(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def model_config(
+    checkpoint: Path, *, window: int | None, rope: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
+    """transformers' config of a checkpoint, with the window and positions that the facts name.
+
+    Args:
+        window: keys a query sees; None is full causal attention.
+        rope: `rope_parameters` of facts.json, where they are not the checkpoint's own.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.sliding_window = window
+    if rope:
+        config.rope_parameters = dict(rope)
+        # transformers' YaRN and dynamic NTK stop at the null that Mistral has here.
+        if getattr(config, "head_dim", None) is None:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
 
 
 def is_packed(checkpoint: Path) -> bool:

@@ -77,7 +77,7 @@ def as_trained(model: Any, adapter: Path) -> Any:
     if files.read_json(adapter / "adapter_config.json").get("method") != "full":
         from peft import PeftModel
 
-        n_rows = _embedding_rows(adapter / "adapter_model.safetensors")
+        n_rows = embedding_rows(adapter / "adapter_model.safetensors")
         if n_rows not in (None, model.config.vocab_size):
             model.resize_token_embeddings(n_rows, mean_resizing=False)
         return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
@@ -105,7 +105,7 @@ def as_trained(model: Any, adapter: Path) -> Any:
     return model
 
 
-def _embedding_rows(path: Path) -> int | None:
+def embedding_rows(path: Path) -> int | None:
     """Of embeddings that an adapter holds as a whole; they may have grown by new tokens."""
     from safetensors import safe_open
 
