@@ -131,7 +131,7 @@ rule check_tokens:
         mem_mb=growing(4_000),
         runtime=growing(60),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.model_dump_json(include={"parity_conversations"}),
+        settings=CONFIG.evaluation.gates.tokens.model_dump_json(),
         clean=subpath(input.train_chats, parent=True),
         tokens=subpath(input.train, parent=True),
         output_version=output_version("data/check_tokens"),

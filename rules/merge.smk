@@ -79,7 +79,7 @@ rule choose_merge_base:
         mem_mb=memory_for_models(2.5),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.model_dump_json(include={"n_conversations"}),
+        settings=CONFIG.evaluation.gates.merge_base.model_dump_json(),
         adapter=subpath(input.adapter, parent=True),
         output_version=output_version("export/choose_merge_base"),
     shell:
@@ -148,7 +148,7 @@ rule check_merged:
         mem_mb=memory_for_models(2.5),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.model_dump_json(),
+        settings=CONFIG.evaluation.gates.merge.model_dump_json(),
         adapter=merged_adapter,
         output_version=output_version("export/check_merged"),
     shell:
@@ -170,6 +170,6 @@ use rule check_merged as check_fetched_merged with:
     wildcard_constraints:
         run=any_run_of(MERGED_RUNS),
     params:
-        settings=CONFIG.evaluation.gates.model_dump_json(),
+        settings=CONFIG.evaluation.gates.merge.model_dump_json(),
         adapter=[],
         output_version=output_version("export/check_merged"),

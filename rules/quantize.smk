@@ -94,7 +94,7 @@ rule check_gguf:
         mem_mb=memory_for_models(2.5),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.model_dump_json(),
+        settings=CONFIG.evaluation.gates.gguf.model_dump_json(),
         output_version=output_version("export/check_gguf"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"

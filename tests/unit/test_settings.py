@@ -118,7 +118,33 @@ def test_the_smallest_config_loads_with_its_defaults():
     [
         ("recipes.qlora.rnk", 4, ["unknown key", "did you mean 'rank'?"]),
         ("models.demo.generate.n_layer", 4, ["unknown key", "did you mean 'n_layers'?"]),
-        ("evaluation.gates.nonsense", 1, ["unknown key", "known: ", "n_conversations"]),
+        ("evaluation.gates.nonsense", 1, ["unknown key", "known: ", "merge_base"]),
+        ("evaluation.gates.gguf.kl_divergence", 1, ["did you mean 'kl_divergence_nats'?"]),
+        (
+            "evaluation.gates.merge_kl_divergence_nats",
+            1e-5,
+            ["unknown key", "dropped"],
+        ),
+        (
+            "evaluation.gates.merge_perplexity_increase_fraction",
+            0.02,
+            ["unknown key", "now evaluation.gates.merge.perplexity_increase_fraction"],
+        ),
+        (
+            "evaluation.gates.gguf_kl_divergence_nats",
+            1e-5,
+            ["unknown key", "now evaluation.gates.gguf.kl_divergence_nats"],
+        ),
+        (
+            "evaluation.gates.n_conversations",
+            5,
+            ["unknown key", "n_conversations in evaluation.gates.merge, .merge_base and .gguf"],
+        ),
+        (
+            "evaluation.gates.parity_conversations",
+            5,
+            ["unknown key", "now evaluation.gates.tokens.n_conversations"],
+        ),
         ("bild", ["demo"], ["unknown key", "did you mean 'build'?"]),
         ("packings.best-fit.row_tokens", "many", ["found 'many'", "integer"]),
         ("packings.best-fit.row_tokens", 8, ["found 8", "16"]),

@@ -201,7 +201,7 @@ def test_another_base_to_merge_into_merges_again_and_trains_nothing(
 def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
     tiny: Path, tmp_path: Path
 ) -> None:
-    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"parity_conversations": 7}}})
+    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"tokens": {"n_conversations": 7}}}})
     assert jobs["check_tokens"] == 1
     assert not {"render_chats", "pack_sequences", "train_adapter"} & jobs.keys()
 
@@ -236,7 +236,15 @@ def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -
 
 
 def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
-    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"n_conversations": 5}}})
+    jobs = changed(
+        tiny,
+        tmp_path,
+        {
+            "evaluation": {
+                "gates": {"merge": {"n_conversations": 5}, "gguf": {"n_conversations": 5}}
+            }
+        },
+    )
     assert {"check_merged", "check_gguf"} <= jobs.keys()
     assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
 

@@ -6,7 +6,7 @@ a user of the model would call it. The official template differs from the librar
 conversations with one of them are compared with mistral-common alone, and counted by what it is.
 
 python -m workflow_scripts.data.check_tokens --clean clean/ --tokens tokens/ --tokenizer tokenizer/
-    --settings '{"parity_conversations": 1000}' --check tokens/check.json
+    --settings '{"n_conversations": 1000}' --check tokens/check.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workflow_scripts.data.documents import SPLITS, Documents
 from workflow_scripts.data.token_parity import Chat
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
-from workflow_scripts.settings import GateSettings, settings_from_json
+from workflow_scripts.settings import TokensGateSettings, settings_from_json
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clean", type=Path, required=True, help="folder of clean_dataset")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of render_chats")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates.tokens`")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
-    limit = settings_from_json(GateSettings, arguments.settings).parity_conversations
+    limit = settings_from_json(TokensGateSettings, arguments.settings).n_conversations
 
     judge = Judge(arguments.tokenizer)
     documents = {split: Documents(arguments.tokens / f"{split}.arrow") for split in SPLITS}

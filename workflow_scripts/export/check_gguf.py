@@ -30,7 +30,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
-from workflow_scripts.settings import GateSettings, settings_from_json
+from workflow_scripts.settings import GgufGateSettings, settings_from_json
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--clean", type=Path, required=True, help="validation conversations")
     parser.add_argument("--tokens", type=Path, required=True, help="validation documents")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates.gguf`")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads of llama.cpp")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
-    settings = settings_from_json(GateSettings, arguments.settings)
+    settings = settings_from_json(GgufGateSettings, arguments.settings)
 
     import torch
 
@@ -92,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "top1_agreement_fraction": float(agreements.double().mean()),
     }
     logger.info("measured %s", log.fields(report))
-    if not report["kl_divergence_nats"] <= settings.gguf_kl_divergence_nats:
+    if not report["kl_divergence_nats"] <= settings.kl_divergence_nats:
         raise StageError(
             "the GGUF computes something else than the merged model",
             where=f"{arguments.gguf}, mean over {len(divergences)} tokens",
             found=f"KL divergence {report['kl_divergence_nats']:.3g} nats a token",
-            expected=f"at most {settings.gguf_kl_divergence_nats:.3g}"
-            " (evaluation.gates.gguf_kl_divergence_nats)",
+            expected=f"at most {settings.kl_divergence_nats:.3g}"
+            " (evaluation.gates.gguf.kl_divergence_nats)",
             to_fix="convert again with the pinned llama-cpp-python; if it stays, please report it",
         )
     files.write_json(arguments.check, report)

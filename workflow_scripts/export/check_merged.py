@@ -27,12 +27,13 @@ from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import merge_base
 from workflow_scripts.models.checkpoint import check_shards
 from workflow_scripts.scoring import pieces as cutting
-from workflow_scripts.settings import GateSettings, settings_from_json
+from workflow_scripts.settings import MergeGateSettings, settings_from_json
 
 if TYPE_CHECKING:
     from workflow_scripts.scoring.transformers_model import TransformersModel
 
 OUTPUT_VERSION = 2
+KL_DIVERGENCE_NATS = 1e-5
 TRAINED_AS = {
     "native": "the model as it was trained",
     "int8": "the adapter on its 8-bit base",
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=Path, required=True, help="documents of the validation split"
     )
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates.merge`")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
-    settings = settings_from_json(GateSettings, arguments.settings)
+    settings = settings_from_json(MergeGateSettings, arguments.settings)
     facts = files.read_json(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
@@ -151,7 +152,9 @@ def as_users_get_it(merged: Path, facts: dict[str, Any]) -> TransformersModel:
     )
 
 
-def judge(report: dict[str, Any], settings: GateSettings, arguments: argparse.Namespace) -> None:
+def judge(
+    report: dict[str, Any], settings: MergeGateSettings, arguments: argparse.Namespace
+) -> None:
     """
     Raises:
         StageError: a figure is beyond its gate; so is NaN, which compares as false.
@@ -165,23 +168,22 @@ def judge(report: dict[str, Any], settings: GateSettings, arguments: argparse.Na
         )
     if arguments.adapter is None:
         return
-    if not report["kl_divergence_nats"] <= settings.merge_kl_divergence_nats:
+    if not report["kl_divergence_nats"] <= KL_DIVERGENCE_NATS:
         raise log.StageError(
             "the merged model differs from base + adapter",
             where=f"{arguments.merged}, mean over {report['n_scored_tokens']} tokens",
             found=f"KL divergence {report['kl_divergence_nats']:.3g} nats a token",
-            expected=f"at most {settings.merge_kl_divergence_nats:.3g}"
-            " (evaluation.gates.merge_kl_divergence_nats)",
+            expected=f"at most {KL_DIVERGENCE_NATS:.3g}",
             to_fix="merge again with this version; if it stays, please report it",
         )
-    if not report["perplexity_increase_fraction"] <= settings.merge_perplexity_increase_fraction:
+    if not report["perplexity_increase_fraction"] <= settings.perplexity_increase_fraction:
         raise log.StageError(
             "the merged model is worse than the adapter it was made of",
             where=f"{arguments.merged}, {report['n_conversations']} validation conversations",
             found=f"perplexity {report['merged_perplexity']:.4f} against"
             f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}",
-            expected=f"at most {settings.merge_perplexity_increase_fraction:.1%} more"
-            " (evaluation.gates.merge_perplexity_increase_fraction)",
+            expected=f"at most {settings.perplexity_increase_fraction:.1%} more"
+            " (evaluation.gates.merge.perplexity_increase_fraction)",
             to_fix="set runs.<name>.merge_base: auto (a run trained in 4 bits), train longer, or"
             " raise the gate if you accept the loss",
         )

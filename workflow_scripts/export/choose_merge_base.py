@@ -24,7 +24,7 @@ from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import merge_base
 from workflow_scripts.export.check_merged import roomy_device
 from workflow_scripts.scoring import pieces as cutting
-from workflow_scripts.settings import GateSettings, settings_from_json
+from workflow_scripts.settings import MergeBaseGateSettings, settings_from_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=Path, required=True, help="documents of the validation split"
     )
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates`")
+    parser.add_argument("--settings", required=True, help="JSON of `evaluation.gates.merge_base`")
     parser.add_argument("--choice", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
-    settings = settings_from_json(GateSettings, arguments.settings)
+    settings = settings_from_json(MergeBaseGateSettings, arguments.settings)
 
     import torch
 

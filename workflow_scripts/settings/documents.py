@@ -21,10 +21,14 @@ from workflow_scripts.settings.evaluation import (
     ContextSettings,
     EvaluationSettings,
     GateSettings,
+    GgufGateSettings,
     InferenceSettings,
+    MergeBaseGateSettings,
+    MergeGateSettings,
     RecallSettings,
     SampleSettings,
     TaskSettings,
+    TokensGateSettings,
 )
 from workflow_scripts.settings.export import (
     AwqSettings,
@@ -70,8 +74,9 @@ def option_tables() -> str:
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
         ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
-        GateSettings, InferenceSettings, RecallSettings, ContextSettings,
-        SampleSettings, TaskSettings,
+        GateSettings, TokensGateSettings, MergeBaseGateSettings, MergeGateSettings,
+        GgufGateSettings, InferenceSettings, RecallSettings, ContextSettings, SampleSettings,
+        TaskSettings,
     ):  # fmt: skip
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"

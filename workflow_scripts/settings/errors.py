@@ -19,6 +19,20 @@ class SettingsError(StageError):
     """A config that cannot be built, with the path of the key at fault."""
 
 
+# Keys of earlier versions, and where their values belong now.
+_MOVED = {
+    "evaluation.gates.merge_kl_divergence_nats": "dropped",
+    "evaluation.gates.merge_perplexity_increase_fraction": (
+        "now evaluation.gates.merge.perplexity_increase_fraction"
+    ),
+    "evaluation.gates.gguf_kl_divergence_nats": "now evaluation.gates.gguf.kl_divergence_nats",
+    "evaluation.gates.n_conversations": (
+        "now n_conversations in evaluation.gates.merge, .merge_base and .gguf"
+    ),
+    "evaluation.gates.parity_conversations": (
+        "now evaluation.gates.tokens.n_conversations and evaluation.gates.gguf.parity_conversations"
+    ),
+}
 # What pydantic puts into a path that is no key of ours: types of a choice, `[key]` of a table.
 _NO_KEY = re.compile(r"constrained-str|\[key\]|(literal|list|dict)\[.*\]")
 
@@ -65,7 +79,8 @@ def _explain(table: type[Settings], problem: Mapping[str, Any], path: str) -> It
     match problem["type"]:
         case "extra_forbidden":
             known = _keys_beside(table, problem["loc"])
-            yield f"{path}: unknown key ({did_you_mean(str(problem['loc'][-1]), known)})"
+            remedy = _MOVED.get(path) or did_you_mean(str(problem["loc"][-1]), known)
+            yield f"{path}: unknown key ({remedy})"
         case "missing":
             yield f"{path}: missing"
         case "value_error":

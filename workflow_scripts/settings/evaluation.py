@@ -12,21 +12,55 @@ from workflow_scripts.settings.fields import Count, Fraction, Name, NonNegative,
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*(@[0-9]+)?$")]
 
 
-class GateSettings(Settings):
-    """`evaluation.gates`: what a hand-over may differ by before the chain stops."""
+class TokensGateSettings(Settings):
+    """`evaluation.gates.tokens`: the sample that `check_tokens` compares."""
 
-    merge_kl_divergence_nats: Positive = 1e-5
-    """Merged model against the same base with the adapter applied live, mean a token."""
-    merge_perplexity_increase_fraction: Fraction = 0.005
-    """Merged model against the run as it was trained (its base in 4, 8 or 16 bits); better is
-    always accepted."""
-    gguf_kl_divergence_nats: Positive = 1e-5
-    """F16 GGUF against the merged model, mean a token, within the window."""
+    n_conversations: Count | None = 1000
+    """Conversations whose tokens are compared with those of mistral-common and with those of the
+    tokenizer that ships; null is all."""
+
+
+class MergeBaseGateSettings(Settings):
+    """`evaluation.gates.merge_base`: what `choose_merge_base` measures on (`merge_base: auto`)."""
+
     n_conversations: Count = 20
-    """Validation conversations the gates score."""
+    """Validation conversations on which both candidates are scored."""
+
+
+class MergeGateSettings(Settings):
+    """`evaluation.gates.merge`: what `check_merged` accepts."""
+
+    perplexity_increase_fraction: Fraction = 0.005
+    """Largest increase of perplexity over the run as it was trained (its base in 4, 8 or 16 bits);
+    a decrease is always accepted."""
+    n_conversations: Count = 20
+    """Validation conversations that are scored."""
+
+
+class GgufGateSettings(Settings):
+    """`evaluation.gates.gguf`: what `check_gguf` accepts."""
+
+    kl_divergence_nats: Positive = 1e-5
+    """Largest mean KL divergence per token of the F16 GGUF from the merged model, within the
+    window."""
+    n_conversations: Count = 20
+    """Validation conversations that are scored."""
     parity_conversations: Count | None = 1000
-    """Conversations whose tokens are compared with mistral-common's, with those of the tokenizer
-    that ships and, at export, with the GGUF's own; null is all."""
+    """Validation conversations that the GGUF's own template and tokenizer render, to compare with
+    the tokens of training; null is all."""
+
+
+class GateSettings(Settings):
+    """`evaluation.gates`: one table per gate; a change to one re-runs that gate alone."""
+
+    tokens: TokensGateSettings = TokensGateSettings()
+    """Tokens of the dataset."""
+    merge_base: MergeBaseGateSettings = MergeBaseGateSettings()
+    """Choice of the base to merge into."""
+    merge: MergeGateSettings = MergeGateSettings()
+    """The merged model."""
+    gguf: GgufGateSettings = GgufGateSettings()
+    """The F16 GGUF."""
 
 
 class InferenceSettings(Settings):
@@ -136,7 +170,7 @@ class EvaluationSettings(Settings):
     text_context_tokens: Annotated[Count, Field(ge=16)] = 512
     """Length of the chunks of `texts`, whose second half is scored; llama-perplexity's `-c`."""
     gates: GateSettings = GateSettings()
-    """Thresholds of the gates."""
+    """Samples and thresholds of the gates."""
     inference: InferenceSettings = InferenceSettings()
     """Speed and memory."""
     recall: RecallSettings = RecallSettings()

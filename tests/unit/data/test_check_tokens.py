@@ -66,7 +66,7 @@ def test_tokens_of_render_chats_pass(check, rendered):
 
 
 def test_a_sample_is_of_every_split_and_has_the_tools(check):
-    report = check(parity_conversations=9)
+    report = check(n_conversations=9)
     assert report["n_conversations"] in (9, 10, 11)
     assert report["n_with_tools"] > 0
     assert report["n_documents"] > 80

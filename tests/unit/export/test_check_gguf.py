@@ -57,7 +57,7 @@ def test_a_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_mess
         "the GGUF computes something else than the merged model",
         f"where:    {gguf}",
         "found:    KL divergence",
-        "expected: at most 1e-05 (evaluation.gates.gguf_kl_divergence_nats)",
+        "expected: at most 1e-05 (evaluation.gates.gguf.kl_divergence_nats)",
         "to fix:   ",
     ):
         assert part in message
