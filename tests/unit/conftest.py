@@ -74,6 +74,24 @@ def checkpoint(make_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mixtral(tmp_path_factory) -> Path:
+    """A two-layer Mixtral of four experts, random bfloat16 weights."""
+    import torch
+
+    from tests.unit.train.mixtral import tiny_mixtral
+
+    folder = tmp_path_factory.mktemp("mixtral")
+    tiny_mixtral(sliding_window=None).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied(make_checkpoint, tmp_path_factory) -> Path:
+    """A Mistral whose embeddings are its output layer."""
+    return make_checkpoint(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
 def write_facts() -> Callable[..., Path]:
     """`write_facts(checkpoint, path)`: the facts and file hashes, no tokenizer asked for."""
 

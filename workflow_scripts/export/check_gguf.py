@@ -25,7 +25,6 @@ from workflow_scripts import files, log
 from workflow_scripts.data import token_parity
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.token_parity import Chat
-from workflow_scripts.export.check_merged import roomy_device
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
@@ -54,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from workflow_scripts.export.base_weights import BaseWeights
+    from workflow_scripts.export.model_weights import Weights
     from workflow_scripts.scoring.likelihood import all_logits, divergence
-    from workflow_scripts.scoring.transformers_model import TransformersModel
+    from workflow_scripts.scoring.streamed_model import StreamedModel, batches
 
     facts = files.read_json(arguments.facts)
     piece_tokens = cutting.comparable_tokens(facts, None)
@@ -64,21 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     pieces = list(cutting.cut(scored, piece_tokens=piece_tokens))
     chats = token_parity.sample(arguments.clean, documents, settings.parity_conversations)
     official = load_mistral_tokenizer(arguments.merged, for_training=True)
-    merged = TransformersModel(
-        arguments.merged,
-        window=facts["sliding_window"],
-        precision="float32",
-        device=roomy_device(facts),
+    merged = StreamedModel(
+        arguments.merged, Weights(BaseWeights(arguments.merged)), window=facts["sliding_window"]
     )
-    reference = [all_logits(merged, piece) for piece in pieces]
-    del merged
     with LlamaCppModel(
         arguments.gguf, context_tokens=piece_tokens, n_threads=arguments.threads
     ) as model:
         parity = check_tokens(model, arguments.gguf, chats, official)
         compared = [
             divergence(expected, all_logits(model, piece))
-            for expected, piece in zip(reference, pieces, strict=True)
+            for batch in batches(pieces)
+            for expected, piece in zip(merged.logits(batch), batch, strict=True)
         ]
     divergences = torch.cat([kl for kl, _ in compared])
     agreements = torch.cat([agrees for _, agrees in compared])

@@ -1,12 +1,13 @@
 """Gate: the merged model is the base with the adapter added, and no worse than the adapter it came
 from; its folder is complete.
 
-Arithmetic: merged against PEFT applying the same adapter live to the same base (as published, or
-its NF4 weights dequantized; a full fine-tune's in its place), both in float32; what remains is the
-one rounding of each weight to 16 bits. Quality: perplexity on validation text against the model
-that training saw, its base in the precision of training. The files judged are read, never changed.
-A model that was merged elsewhere comes without an adapter: its folder is judged, and its perplexity
-taken.
+Exact: every stored number is the rounded sum of base and adapter, by PEFT's reading of the adapter
+and in float64 (`exact_merge`); the config is the base's. Statistical: the KL divergence from the
+float32 sum is no larger than rounding at random makes it, and the loss on validation text is no
+worse than that of the model as it was trained, its base in the precision of training. Both scored
+models pass through memory a layer at a time, so that the gate needs no more than training did. The
+files judged are read, never changed. A model that was merged elsewhere comes without an adapter:
+its folder is judged, and its perplexity taken.
 
 python -m workflow_scripts.export.check_merged --checkpoint checkpoint/ --facts facts.json
     --adapter adapter/ --precision nf4 --merge-base original --tokenizer tokenizer/
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,35 @@ from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import MergeGateSettings, settings_from_json
 
 if TYPE_CHECKING:
-    from workflow_scripts.scoring.transformers_model import TransformersModel
+    import numpy as np
+    import torch
 
-OUTPUT_VERSION = 2
-KL_DIVERGENCE_NATS = 1e-5
+    from workflow_scripts.export.exact_merge import Reference
+    from workflow_scripts.export.live_adapter import LiveAdapter
+    from workflow_scripts.scoring.streamed_model import StreamedModel
+
+OUTPUT_VERSION = 3
 TRAINED_AS = {
     "native": "the model as it was trained",
     "int8": "the adapter on its 8-bit base",
     "nf4": "the adapter on its 4-bit base",
 }
+# Rounding at random errs twice as much as rounding to nearest (a variance of 1/6 against 1/12 of a
+# unit), so a right merge is at about half of it.
+N_ROUNDINGS = 3
+# Tokens on which divergences are measured: enough for a mean that every weight has a part in.
+DIVERGENCE_TOKENS = 2048
+# Logits of two float32 computations of the same model: measured 1e-11 on a real model whose merge
+# is stored in float32, where there is nothing to round.
+ARITHMETIC_NATS = 1e-8
+# A difference in loss counts where it is larger than so many of its standard errors.
+STANDARD_ERRORS = 2
+# Keys of a config.json that do not change what the model computes.
+UNJUDGED_KEYS = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "quantization_config", "sliding_window", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
 logger = log.stage_logger("check_merged")
 
 
@@ -64,92 +85,230 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     check_folder(arguments.merged, arguments.tokenizer, facts)
-    measure = compared_with_adapter if arguments.adapter else scored_alone
-    report = {"n_conversations": len(documents), **measure(arguments, facts, pieces)}
+    report: dict[str, Any] = {"n_conversations": len(documents)}
+    if arguments.adapter is None:
+        report |= scored_alone(arguments.merged, facts, pieces)
+    else:
+        check_config(arguments.merged, arguments.checkpoint, facts)
+        report |= compared_exactly(arguments)
+        report |= compared_by_scores(arguments, facts, pieces)
     logger.info("measured %s", log.fields(report))
     judge(report, settings, arguments)
     files.write_json(arguments.check, report)
 
 
-def compared_with_adapter(
-    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
-) -> dict[str, Any]:
-    """The merged model against what it was made of, on validation text."""
+def compared_exactly(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every tensor against base + adapter.
+
+    Raises:
+        StageError: naming the tensors that differ, and what seems to have happened to them.
+    """
     import torch
 
-    from workflow_scripts.export import merged_weights
-    from workflow_scripts.export.base_weights import BaseWeights
-    from workflow_scripts.scoring.likelihood import (
-        all_logits,
-        divergence,
-        score_documents,
-        summarize,
-    )
-    from workflow_scripts.scoring.transformers_model import (
-        TransformersModel,
-        as_trained,
-        measured_precision,
-    )
+    from workflow_scripts.export import exact_merge
+    from workflow_scripts.export.live_adapter import LiveAdapter
 
-    shape = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
     base_name = merge_base.chosen(arguments.merge_base)
-    device = roomy_device(facts)
-    live = TransformersModel(arguments.checkpoint, **shape, precision="float32", device=device)
-    nf4_dtype = merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint)
-    if nf4_dtype is not None:
-        merged_weights.overwrite(live.model, BaseWeights(arguments.checkpoint, nf4_dtype))
-    live.model = as_trained(live.model, arguments.adapter).eval()
-    reference = [all_logits(live, piece) for piece in pieces]
-    del live
-    merged = as_users_get_it(arguments.merged, facts)
-    compared = [
-        divergence(expected, all_logits(merged, piece))
-        for expected, piece in zip(reference, pieces, strict=True)
-    ]
-    divergences = torch.cat([kl for kl, _ in compared])
-    agreements = torch.cat([agrees for _, agrees in compared])
-    merged_scores = summarize(score_documents(merged, pieces))
-    del merged, reference
-    precision = measured_precision(arguments.precision)
-    trained = TransformersModel(
-        arguments.checkpoint, **shape, precision=precision, adapter=arguments.adapter
-    )
-    adapter_scores = summarize(score_documents(trained, pieces))
+    live = LiveAdapter(arguments.adapter, arguments.checkpoint)
+    base = exact_merge.Files(arguments.checkpoint)
+    merged = exact_merge.Files(arguments.merged)
+
+    def reference(name: str) -> Reference:
+        dtype = merge_base.nf4_dtype(name, arguments.adapter, arguments.checkpoint)
+        return exact_merge.Reference(base, live, dtype)
+
+    expected = reference(base_name)
+    difference = exact_merge.layout_difference(expected, merged)
+    if difference is not None:
+        raise _differs(arguments, difference)
+    results = []
+    for result in log.progress(
+        exact_merge.compare_all(expected, merged, torch.get_num_threads()),
+        logger,
+        total=len(base.entries),
+        unit="tensors",
+    ):
+        results.append(result)
+    wrong = [result for result in results if result.n_wrong]
+    if wrong:
+        from workflow_scripts.export.merge_difference import described
+
+        other = None
+        if arguments.precision == "nf4":
+            other = reference(next(name for name in merge_base.BASES if name != base_name))
+        lines = described(wrong, expected, merged, other)
+        raise _differs(arguments, f"{len(wrong)} of {len(results)} tensors: " + "; ".join(lines))
+    roundings = sorted({result.rounding for result in results if result.rounding})
     return {
         "merge_base": base_name,
-        "n_scored_tokens": merged_scores["n_scored_tokens"],
-        "kl_divergence_nats": float(divergences.mean()),
-        "max_kl_divergence_nats": float(divergences.max()),
-        "top1_agreement_fraction": float(agreements.double().mean()),
-        "merged_perplexity": merged_scores["perplexity"],
-        "adapter_precision": precision,
-        "adapter_perplexity": adapter_scores["perplexity"],
-        "perplexity_increase_fraction": merged_scores["perplexity"] / adapter_scores["perplexity"]
-        - 1,
+        "n_tensors": len(results),
+        "n_adapted_tensors": sum(result.rounding is not None for result in results),
+        "rounding": ", ".join(roundings) or None,
     }
+
+
+def _differs(arguments: argparse.Namespace, found: str) -> log.StageError:
+    return log.StageError(
+        "the merged model differs from base + adapter",
+        where=arguments.merged,
+        found=found,
+        expected=f"{arguments.checkpoint} + {arguments.adapter}, each number rounded to the type"
+        " it is stored in",
+        to_fix="merge again; if it stays, please report it with this message",
+    )
+
+
+def compared_by_scores(
+    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
+) -> dict[str, Any]:
+    """Divergence from the float32 sum next to what rounding alone gives, and loss next to that of
+    the model as it was trained, on validation text."""
+    from workflow_scripts.export.live_adapter import LiveAdapter
+    from workflow_scripts.scoring.likelihood import paired_difference, score_documents, summarize
+    from workflow_scripts.scoring.transformers_model import TransformersModel, measured_precision
+
+    live = LiveAdapter(arguments.adapter, arguments.checkpoint)
+    exact = summed(arguments, facts, live)
+    merged = as_users_get_it(arguments.merged, facts)
+    report = divergences(arguments, facts, live, exact, merged, few(pieces))
+    merged_scores = merged.score(pieces)
+    if arguments.precision == "native":
+        precision = "float32"
+        trained_scores = exact.score(pieces)
+    else:
+        precision = measured_precision(arguments.precision)
+        trained = TransformersModel(
+            arguments.checkpoint,
+            window=facts["sliding_window"],
+            rope=facts["rope_parameters"],
+            precision=precision,
+            adapter=arguments.adapter,
+        )
+        trained_scores = score_documents(trained, pieces)
+    difference, error = paired_difference(merged_scores, trained_scores)
+    summary = summarize(merged_scores)
+    return report | {
+        "n_scored_tokens": summary["n_scored_tokens"],
+        "merged_perplexity": summary["perplexity"],
+        "adapter_precision": precision,
+        "adapter_perplexity": summarize(trained_scores)["perplexity"],
+        "perplexity_increase_fraction": math.expm1(difference),
+        "loss_difference_nats_per_token": difference,
+        "loss_difference_standard_error_nats_per_token": error,
+    }
+
+
+def divergences(
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
+    live: LiveAdapter,
+    exact: StreamedModel,
+    merged: StreamedModel,
+    pieces: Sequence[cutting.Piece],
+) -> dict[str, Any]:
+    """KL divergence from the float32 sum, of the merged model and of that sum rounded at random."""
+    import torch
+
+    from workflow_scripts.export.model_weights import RoundedWeights
+    from workflow_scripts.scoring.likelihood import divergence
+    from workflow_scripts.scoring.streamed_model import batches
+
+    dtype = stored_dtype(arguments.merged)
+    rounded = [
+        summed(
+            arguments, facts, live, lambda weights, seed=seed: RoundedWeights(weights, dtype, seed)
+        )
+        for seed in range(N_ROUNDINGS)
+    ]
+    found: list[list[torch.Tensor]] = [[] for _ in (merged, *rounded)]
+    agreements = []
+    for batch in batches(pieces):
+        reference = torch.cat(exact.logits(batch))
+        for model, kls in zip((merged, *rounded), found, strict=True):
+            kl, agrees = divergence(reference, torch.cat(model.logits(batch)))
+            kls.append(kl)
+            if model is merged:
+                agreements.append(agrees)
+    of_merged, *of_roundings = (torch.cat(kls) for kls in found)
+    return {
+        "n_divergence_tokens": len(of_merged),
+        "kl_divergence_nats": float(of_merged.mean()),
+        "max_kl_divergence_nats": float(of_merged.max()),
+        "rounding_kl_divergence_nats": [float(kl.mean()) for kl in of_roundings],
+        "top1_agreement_fraction": float(torch.cat(agreements).double().mean()),
+    }
+
+
+def few(pieces: Sequence[cutting.Piece]) -> list[cutting.Piece]:
+    """The first pieces, up to `DIVERGENCE_TOKENS`; one at least."""
+    totals = itertools.accumulate(len(piece.input_ids) for piece in pieces)
+    n_pieces = sum(total <= DIVERGENCE_TOKENS for total in totals)
+    return list(pieces[: max(1, n_pieces)])
+
+
+def summed(
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
+    live: LiveAdapter,
+    changed: Any = None,
+) -> StreamedModel:
+    """base + adapter in float32, never rounded.
+
+    Args:
+        changed: what else is done to its weights, a function of them.
+    """
+    from workflow_scripts.export.base_weights import BaseWeights
+    from workflow_scripts.export.model_weights import LiveWeights
+    from workflow_scripts.scoring.streamed_model import StreamedModel
+
+    base_name = merge_base.chosen(arguments.merge_base)
+    nf4_dtype = merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint)
+    weights: Mapping[str, torch.Tensor] = LiveWeights(
+        BaseWeights(arguments.checkpoint, nf4_dtype), live
+    )
+    embeddings = live.whole.get("model.embed_tokens.weight")
+    return StreamedModel(
+        arguments.checkpoint,
+        weights if changed is None else changed(weights),
+        window=facts["sliding_window"],
+        rope=facts["rope_parameters"],
+        vocabulary_size=None if embeddings is None else len(embeddings),
+    )
+
+
+def as_users_get_it(merged: Path, facts: dict[str, Any]) -> StreamedModel:
+    """In float32, by its own config.json but for the window: the positions there are what its users
+    get."""
+    from workflow_scripts.export.base_weights import BaseWeights
+    from workflow_scripts.export.model_weights import Weights
+    from workflow_scripts.scoring.streamed_model import StreamedModel
+
+    return StreamedModel(merged, Weights(BaseWeights(merged)), window=facts["sliding_window"])
+
+
+def stored_dtype(merged: Path) -> torch.dtype:
+    """Of the merged model's matrices: that of its largest tensors."""
+    import torch
+
+    from workflow_scripts.export import exact_merge, safetensors_stream
+
+    entries = exact_merge.Files(merged).entries.values()
+    largest = max(entries, key=lambda entry: torch.Size(entry["shape"]).numel())
+    return safetensors_stream.DTYPES[largest["dtype"]]
 
 
 def scored_alone(
-    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
+    merged: Path, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
 ) -> dict[str, Any]:
-    """Of a model that was merged elsewhere: nothing to compare it with came along."""
-    from workflow_scripts.scoring.likelihood import score_documents, summarize
+    """A model that was merged elsewhere: there is no adapter to compare it with."""
+    from workflow_scripts.scoring.likelihood import summarize
 
-    scores = summarize(score_documents(as_users_get_it(arguments.merged, facts), pieces))
+    scores: dict[int, np.ndarray] = as_users_get_it(merged, facts).score(pieces)
+    summary = summarize(scores)
     return {
-        "n_scored_tokens": scores["n_scored_tokens"],
-        "merged_perplexity": scores["perplexity"],
+        "n_scored_tokens": summary["n_scored_tokens"],
+        "merged_perplexity": summary["perplexity"],
     }
-
-
-def as_users_get_it(merged: Path, facts: dict[str, Any]) -> TransformersModel:
-    """Loaded in float32, by its own config.json but for the window: the positions there are what
-    its users get."""
-    from workflow_scripts.scoring.transformers_model import TransformersModel
-
-    return TransformersModel(
-        merged, window=facts["sliding_window"], precision="float32", device=roomy_device(facts)
-    )
 
 
 def judge(
@@ -168,25 +327,57 @@ def judge(
         )
     if arguments.adapter is None:
         return
-    if not report["kl_divergence_nats"] <= KL_DIVERGENCE_NATS:
+    by_rounding = max(*report["rounding_kl_divergence_nats"], ARITHMETIC_NATS)
+    if not report["kl_divergence_nats"] <= by_rounding:
         raise log.StageError(
-            "the merged model differs from base + adapter",
-            where=f"{arguments.merged}, mean over {report['n_scored_tokens']} tokens",
-            found=f"KL divergence {report['kl_divergence_nats']:.3g} nats a token",
-            expected=f"at most {KL_DIVERGENCE_NATS:.3g}",
-            to_fix="merge again with this version; if it stays, please report it",
+            "the merged model computes something else than base + adapter",
+            where=f"{arguments.merged}, mean over {report['n_divergence_tokens']} tokens",
+            found=f"KL divergence {report['kl_divergence_nats']:.3g} nats a token, though each"
+            " weight is right",
+            expected=f"at most {by_rounding:.3g}, what rounding the sum at random gives",
+            to_fix="compare the folder's config.json with the base's; if they agree, please"
+            " report it",
         )
-    if not report["perplexity_increase_fraction"] <= settings.perplexity_increase_fraction:
+    error = report["loss_difference_standard_error_nats_per_token"] or 0.0
+    limit = math.log1p(settings.perplexity_increase_fraction)
+    if not report["loss_difference_nats_per_token"] - STANDARD_ERRORS * error <= limit:
         raise log.StageError(
             "the merged model is worse than the adapter it was made of",
             where=f"{arguments.merged}, {report['n_conversations']} validation conversations",
             found=f"perplexity {report['merged_perplexity']:.4f} against"
-            f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}",
+            f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}:"
+            f" {report['perplexity_increase_fraction']:.2%} more, with a standard error of"
+            f" {error:.2%}",
             expected=f"at most {settings.perplexity_increase_fraction:.1%} more"
-            " (evaluation.gates.merge.perplexity_increase_fraction)",
+            " (evaluation.gates.merge.perplexity_increase_fraction), two standard errors aside",
             to_fix="set runs.<name>.merge_base: auto (a run trained in 4 bits), train longer, or"
             " raise the gate if you accept the loss",
         )
+
+
+def check_config(merged: Path, checkpoint: Path, facts: dict[str, Any]) -> None:
+    """The merged model's config.json says what the base's says, and the positions of the facts.
+
+    Raises:
+        StageError: a key that changes what the model computes has another value.
+    """
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(merged).to_dict()
+    expected = AutoConfig.from_pretrained(checkpoint).to_dict()
+    unjudged = set(UNJUDGED_KEYS)
+    if facts.get("rope_scaling"):
+        expected["rope_parameters"] = facts["rope_parameters"]
+        unjudged |= {"max_position_embeddings", "head_dim"}
+    for key in sorted(expected.keys() - unjudged):
+        if found.get(key) != expected[key]:
+            raise log.StageError(
+                "the merged model's config differs from its base's",
+                where=f"{merged / 'config.json'}, {key}",
+                found=found.get(key),
+                expected=expected[key],
+                to_fix="merge again",
+            )
 
 
 def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
@@ -239,23 +430,6 @@ def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
             expected=f"{config.vocab_size}, the rows of its embeddings",
             to_fix="take a base model whose tokenizer holds the tokens that were added",
         )
-
-
-def roomy_device(facts: dict[str, Any], *, times_its_size: float = 2.5) -> str | None:
-    """The GPU where the model fits, else the CPU.
-
-    Args:
-        times_its_size: memory wanted, in sizes of the base's files; 2.5 is a base of 16 bits in
-            float32.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    n_bytes = sum(entry["size_bytes"] for entry in facts["files"].values())
-    torch.cuda.empty_cache()  # of the model before
-    free, _ = torch.cuda.mem_get_info()
-    return None if times_its_size * n_bytes < free else "cpu"
 
 
 if __name__ == "__main__":

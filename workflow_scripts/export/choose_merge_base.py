@@ -1,9 +1,10 @@
 """Choose the weights to merge a 4-bit training's adapter into, by measuring both.
 
-Each candidate is built in memory, rounded to 16 bits as `merge_adapter` would write it, and scored
-on validation text against the live adapter on its 4-bit base: perplexity, and KL divergence. The
-lower perplexity is chosen; where the difference is within two standard errors of it (paired by
-conversation), the candidate that is nearer to the live adapter. Nothing is written but the choice.
+The weights of each candidate are made one at a time, rounded as `merge_adapter` would write them,
+and scored on validation text against the live adapter on its 4-bit base: perplexity, and KL
+divergence. The lower perplexity is chosen; where the difference is within two standard errors of it
+(paired by conversation), the candidate that is nearer to the live adapter. Nothing is written but
+the choice.
 
 python -m workflow_scripts.export.choose_merge_base --checkpoint checkpoint/ --facts facts.json
     --adapter adapter/ --tokens tokens/validation.arrow --settings '{"n_conversations": 20}'
@@ -17,17 +18,22 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import merge_base
-from workflow_scripts.export.check_merged import roomy_device
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import MergeBaseGateSettings, settings_from_json
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+
+    from workflow_scripts.scoring.likelihood import Scores
+    from workflow_scripts.scoring.pieces import Piece
+    from workflow_scripts.scoring.streamed_model import StreamedModel
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 OUTPUT_VERSION = 1
 # About 95 of 100 differences that are none lie within.
@@ -48,21 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = settings_from_json(MergeBaseGateSettings, arguments.settings)
 
-    import torch
-
-    from workflow_scripts.export import merged_weights
-    from workflow_scripts.export.adapter import Adapter
-    from workflow_scripts.export.base_weights import BaseWeights
-    from workflow_scripts.scoring.likelihood import (
-        all_logits,
-        divergence,
-        score_documents,
-        summarize,
-    )
-    from workflow_scripts.scoring.transformers_model import TransformersModel, measured_precision
+    from workflow_scripts.scoring.likelihood import paired_difference, summarize
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
     facts = files.read_json(arguments.facts)
-    shape = {"window": facts["sliding_window"], "rope": facts["rope_parameters"]}
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     if not documents:
         raise log.StageError(
@@ -74,49 +69,88 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     live = TransformersModel(
-        arguments.checkpoint, **shape, precision="nf4", adapter=arguments.adapter
-    )
-    reference = [all_logits(live, piece) for piece in pieces]
-    live_scores = summarize(score_documents(live, pieces))
-    del live
-    candidate = TransformersModel(
         arguments.checkpoint,
-        **shape,
-        precision=measured_precision("native"),
-        device=roomy_device(facts, times_its_size=1.2),
+        window=facts["sliding_window"],
+        rope=facts["rope_parameters"],
+        precision="nf4",
+        adapter=arguments.adapter,
     )
-    adapter = Adapter(arguments.adapter)
-    found, scores = {}, {}
-    for name in merge_base.BASES:
-        dtype = merge_base.nf4_dtype(name, arguments.adapter, arguments.checkpoint)
-        base = BaseWeights(arguments.checkpoint, dtype)
-        merged_weights.check_fit(arguments.checkpoint, base, adapter)
-        merged_weights.overwrite(candidate.model, base, adapter)
-        compared = [
-            divergence(expected, all_logits(candidate, piece))
-            for expected, piece in zip(reference, pieces, strict=True)
-        ]
-        scores[name] = score_documents(candidate, pieces)
-        found[name] = {
-            "perplexity": summarize(scores[name])["perplexity"],
-            "kl_divergence_nats": float(torch.cat([kl for kl, _ in compared]).mean()),
-            "top1_agreement_fraction": float(
-                torch.cat([agrees for _, agrees in compared]).double().mean()
-            ),
-        }
-        logger.info("measured base=%s %s", name, log.fields(found[name]))
+    candidates = {name: candidate(arguments, facts, name) for name in merge_base.BASES}
+    live_scores, scores, found = measured(live, candidates, pieces)
+    for name, figures in found.items():
+        logger.info("measured base=%s %s", name, log.fields(figures))
     difference, error = paired_difference(scores["original"], scores["dequantized"])
+    summary = summarize(live_scores)
     report = {
         "merge_base": better(found, difference, error),
         "n_conversations": len(documents),
-        "n_scored_tokens": live_scores["n_scored_tokens"],
-        "adapter_perplexity": live_scores["perplexity"],
+        "n_scored_tokens": summary["n_scored_tokens"],
+        "adapter_perplexity": summary["perplexity"],
         "loss_difference_nats_per_token": difference,
         "loss_difference_standard_error_nats_per_token": error,
         **found,
     }
     files.write_json(arguments.choice, report)
     logger.info("chose %s", log.fields(report))
+
+
+def candidate(arguments: argparse.Namespace, facts: dict[str, Any], name: str) -> StreamedModel:
+    """The model that a merge into one of the bases would give."""
+    from workflow_scripts.export import merged_weights
+    from workflow_scripts.export.adapter import Adapter
+    from workflow_scripts.export.base_weights import BaseWeights
+    from workflow_scripts.export.model_weights import MergedWeights
+    from workflow_scripts.scoring.streamed_model import StreamedModel
+
+    adapter = Adapter(arguments.adapter)
+    dtype = merge_base.nf4_dtype(name, arguments.adapter, arguments.checkpoint)
+    base = BaseWeights(arguments.checkpoint, dtype)
+    merged_weights.check_fit(arguments.checkpoint, base, adapter)
+    return StreamedModel(
+        arguments.checkpoint,
+        MergedWeights(base, adapter),
+        window=facts["sliding_window"],
+        rope=facts["rope_parameters"],
+        vocabulary_size=adapter.vocabulary_size,
+    )
+
+
+def measured(
+    live: TransformersModel, candidates: Mapping[str, StreamedModel], pieces: Sequence[Piece]
+) -> tuple[Scores, dict[str, Scores], dict[str, dict[str, float]]]:
+    """Losses of the live adapter and of each candidate by document, and how near each candidate is
+    to the live adapter."""
+    import torch
+
+    from workflow_scripts.scoring.likelihood import (
+        all_logits,
+        by_document,
+        divergence,
+        losses,
+        summarize,
+    )
+    from workflow_scripts.scoring.streamed_model import batches
+
+    live_nats: dict[Piece, np.ndarray] = {}
+    nats: dict[str, dict[Piece, np.ndarray]] = {name: {} for name in candidates}
+    compared: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in candidates}
+    for batch in batches(pieces):
+        reference = [all_logits(live, piece) for piece in batch]
+        live_nats.update(zip(batch, map(losses, reference, batch), strict=True))
+        for name, model in candidates.items():
+            logits = model.logits(batch)
+            nats[name].update(zip(batch, map(losses, logits, batch), strict=True))
+            compared[name] += map(divergence, reference, logits)
+    scores = {name: by_document(pieces, nats[name]) for name in candidates}
+    found = {}
+    for name in candidates:
+        divergences, agreements = map(torch.cat, zip(*compared[name], strict=True))
+        found[name] = {
+            "perplexity": summarize(scores[name])["perplexity"],
+            "kl_divergence_nats": float(divergences.mean()),
+            "top1_agreement_fraction": float(agreements.double().mean()),
+        }
+    return by_document(pieces, live_nats), scores, found
 
 
 def better(found: Mapping[str, Mapping[str, float]], difference: float, error: float | None) -> str:
@@ -138,22 +172,6 @@ def better(found: Mapping[str, Mapping[str, float]], difference: float, error: f
     if error is not None and abs(difference) > STANDARD_ERRORS * error:
         return "original" if difference < 0 else "dequantized"
     return min(merge_base.BASES, key=lambda name: found[name]["kl_divergence_nats"])
-
-
-def paired_difference(
-    one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]
-) -> tuple[float, float | None]:
-    """Mean loss of one less that of the other, nats a token, with its standard error.
-
-    The same tokens of the same documents, so that what is hard for both cancels out.
-
-    Args:
-        one: nats of each scored token by document, as is `other`.
-    """
-    from workflow_scripts.scoring.likelihood import summarize
-
-    summary = summarize({key: one[key] - other[key] for key in one})
-    return summary["loss_nats_per_token"], summary["loss_standard_error_nats_per_token"]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from workflow_scripts.export.adapter import Adapter
 from workflow_scripts.export.base_weights import BaseWeights
 from workflow_scripts.export.merged_weights import merged_dtype, merged_shape, merged_slab
-from workflow_scripts.export.tensor_names import Slab, part, slabs
+from workflow_scripts.export.tensor_names import SLAB_ELEMENTS, Slab, part, slabs
 
 if TYPE_CHECKING:
     from workflow_scripts.export.live_adapter import LiveAdapter
@@ -94,7 +94,7 @@ class LiveWeights(Weights):
         if whole is None and parameter in TIED and parameter not in self.base.parameters:
             whole = self._live.whole.get(TIED[parameter])
         if whole is not None:
-            return whole.float()
+            return whole.to(torch.float32, copy=True)
         weight = super().__getitem__(parameter)
         changes = self._live.low_rank.get(parameter, [])
         for expert, low_rank in enumerate(changes):
@@ -120,7 +120,11 @@ class RoundedWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(parameter.encode()))
-        return stochastically_rounded(self._weights[parameter], self._dtype, generator).float()
+        weight = self._weights[parameter]
+        # In slabs: rounding has a dozen intermediate results, and embeddings are half a gigabyte.
+        for slab in weight.view(-1).split(SLAB_ELEMENTS):
+            slab.copy_(stochastically_rounded(slab, self._dtype, generator))
+        return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -6,7 +6,7 @@ the same whichever link made it. All arithmetic on logits is float32, all sums o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +16,10 @@ from workflow_scripts.scoring.ratio import loss_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Nats of each scored token, by document.
+Scores = dict[int, np.ndarray]
 
 
 class LogitModel(Protocol):
@@ -42,22 +46,55 @@ def negative_log_likelihoods(model: LogitModel, piece: Piece) -> np.ndarray:
     parts = []
     done = 0
     for logits in model.logit_blocks(piece.input_ids, piece.scored - 1):
-        wanted = targets[done : done + len(logits), None]
-        parts.append((torch.logsumexp(logits, dim=-1) - logits.gather(1, wanted)[:, 0]).double())
+        parts.append(token_losses(logits, targets[done : done + len(logits)]))
         done += len(logits)
     assert done == len(targets), (done, len(targets))
     return torch.cat(parts).numpy()
 
 
-def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> dict[int, np.ndarray]:
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n,) float64 nats of each target.
+
+    Args:
+        logits: (n, vocabulary) float32.
+        targets: (n,) integer.
+    """
+    import torch
+
+    return (torch.logsumexp(logits, dim=-1) - logits.gather(1, targets[:, None])[:, 0]).double()
+
+
+def losses(logits: Tensor, piece: Piece) -> np.ndarray:
+    """(n_scored,) float64 nats of each scored token of a piece.
+
+    Args:
+        logits: (n_scored, vocabulary) float32, before each of them.
+    """
+    import torch
+
+    targets = torch.from_numpy(piece.input_ids[piece.scored].astype(np.int64))
+    return token_losses(logits, targets).numpy()
+
+
+def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> Scores:
     """Nats of every scored token, by document."""
-    by_document: dict[int, list[np.ndarray]] = {}
+    nats = {piece: negative_log_likelihoods(model, piece) for piece in pieces}
+    return by_document(nats, nats)
+
+
+def by_document(pieces: Iterable[Piece], nats: Mapping[Piece, np.ndarray]) -> Scores:
+    """Nats of every scored token by document, in the order of its pieces.
+
+    Args:
+        nats: of each piece, in any order.
+    """
+    parts: dict[int, list[np.ndarray]] = {}
     for piece in pieces:
-        by_document.setdefault(piece.document, []).append(negative_log_likelihoods(model, piece))
-    return {document: np.concatenate(parts) for document, parts in by_document.items()}
+        parts.setdefault(piece.document, []).append(nats[piece])
+    return {document: np.concatenate(each) for document, each in parts.items()}
 
 
-def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
+def summarize(scores: Scores) -> dict[str, float]:
     """Mean loss over all scored tokens with its standard error over documents, and perplexity.
 
     Args:
@@ -66,6 +103,18 @@ def summarize(scores: dict[int, np.ndarray]) -> dict[str, float]:
     sums = np.array([part.sum() for part in scores.values()])
     counts = np.array([len(part) for part in scores.values()])
     return loss_metrics(sums, counts)
+
+
+def paired_difference(one: Scores, other: Scores) -> tuple[float, float | None]:
+    """Mean loss of one less that of the other, nats per token, with its standard error.
+
+    Both score the same tokens of the same documents; this cancels text difficulty.
+
+    Args:
+        one: nats of each scored token by document, as is `other`.
+    """
+    summary = summarize({key: one[key] - other[key] for key in one})
+    return summary["loss_nats_per_token"], summary["loss_standard_error_nats_per_token"]
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

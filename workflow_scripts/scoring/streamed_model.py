@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from workflow_scripts.models.checkpoint import default_device
+from workflow_scripts.scoring.likelihood import Scores, by_document, losses
 from workflow_scripts.scoring.pieces import Piece
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ class StreamedModel:
         self._weights = weights
         config = model_config(checkpoint, window=window, rope=rope)
         config.vocab_size = vocabulary_size or config.vocab_size
-        with _weightless():
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
+        # The only buffers of the family: computed from the config, in no file.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         self._model: Any = model.eval()
         attach_align_device_hook(
             model.model,
@@ -85,6 +88,13 @@ class StreamedModel:
                 for states, piece in zip(hidden, batch, strict=True)
             ]
 
+    def score(self, pieces: Sequence[Piece]) -> Scores:
+        """Nats of every scored token, by document."""
+        nats: dict[Piece, np.ndarray] = {}
+        for batch in batches(pieces):
+            nats.update(zip(batch, map(losses, self.logits(batch), batch), strict=True))
+        return by_document(pieces, nats)
+
 
 def batches(pieces: Sequence[Piece], n_tokens: int = BATCH_TOKENS) -> Iterator[list[Piece]]:
     """Pieces of like lengths together, at most so many tokens with their padding; a longer piece is
@@ -97,10 +107,3 @@ def batches(pieces: Sequence[Piece], n_tokens: int = BATCH_TOKENS) -> Iterator[l
         batch.append(piece)
     if batch:
         yield batch
-
-
-def _weightless() -> Any:
-    """Parameters on the meta device; buffers, such as RoPE's frequencies, are computed."""
-    from accelerate import init_empty_weights
-
-    return init_empty_weights(include_buffers=False)

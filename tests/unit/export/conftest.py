@@ -17,22 +17,6 @@ from workflow_scripts.settings import RecipeSettings
 
 
 @pytest.fixture(scope="session")
-def mixtral(tmp_path_factory) -> Path:
-    """A two-layer Mixtral of four experts, random bfloat16 weights."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("mixtral")
-    tiny_mixtral(sliding_window=None).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tied(make_checkpoint, tmp_path_factory) -> Path:
-    """A Mistral whose embeddings are its output layer."""
-    return make_checkpoint(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="session")
 def train(tmp_path_factory) -> Callable[..., Path]:
     """`train(checkpoint, **recipe)`: the folder that a run of this recipe leaves, its weights moved
     at random."""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -107,18 +106,6 @@ def test_a_figure_that_is_no_number_stops_the_choice():
     with pytest.raises(StageError, match="a merge computes no numbers") as caught:
         choose_merge_base.better(figures(0.1, math.nan), 0.5, 0.01)
     assert "dequantized" in str(caught.value)
-
-
-def test_the_difference_is_paired_by_document():
-    """Documents that are hard for both say nothing about which is better."""
-    generator = np.random.default_rng(0)
-    hardness = [generator.normal(5, 3, size=n) for n in (3, 9, 4, 7, 30)]
-    one = {number: part for number, part in enumerate(hardness)}
-    other = {number: part + 0.25 for number, part in one.items()}
-    difference, error = choose_merge_base.paired_difference(one, other)
-    assert difference == pytest.approx(-0.25)
-    assert error == pytest.approx(0, abs=1e-12)
-    assert choose_merge_base.paired_difference({0: one[0]}, {0: other[0]})[1] is None
 
 
 def test_without_a_conversation_there_is_nothing_to_choose_by(

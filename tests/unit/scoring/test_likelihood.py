@@ -13,6 +13,7 @@ from workflow_scripts.scoring.likelihood import (
     all_logits,
     divergence,
     negative_log_likelihoods,
+    paired_difference,
     score_documents,
     summarize,
 )
@@ -133,3 +134,15 @@ def test_equal_logits_have_no_divergence(shape):
     # A constant added to all logits changes no probability.
     shifted, _ = divergence(p, p + 3)
     assert shifted.abs().max() < 1e-12
+
+
+def test_the_difference_is_paired_by_document():
+    """Documents that are hard for both say nothing about which is better."""
+    generator = np.random.default_rng(0)
+    hardness = [generator.normal(5, 3, size=n) for n in (3, 9, 4, 7, 30)]
+    one = {number: part for number, part in enumerate(hardness)}
+    other = {number: part + 0.25 for number, part in one.items()}
+    difference, error = paired_difference(one, other)
+    assert difference == pytest.approx(-0.25)
+    assert error == pytest.approx(0, abs=1e-12)
+    assert paired_difference({0: one[0]}, {0: other[0]})[1] is None
