@@ -23,6 +23,7 @@ report: "workflow_scripts/report/captions/workflow.rst"
 
 
 include: "rules/common.smk"
+include: "rules/inputs/gates.smk"
 include: "rules/inputs/data.smk"
 include: "rules/inputs/export.smk"
 include: "rules/inputs/evaluate.smk"
@@ -38,6 +39,9 @@ include: "rules/tasks.smk"
 include: "rules/inference.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
+
+
+look_again_after_gates()
 
 
 # Of the main process alone: not of a cluster's jobs, nor of a dry run.

@@ -120,7 +120,8 @@ rule check_tokens:
         test="results/data/{dataset}/{model}/tokens/test.arrow",
         tokenizer="results/models/{model}/tokenizer",
     output:
-        check="results/data/{dataset}/{model}/tokens/check.json",
+        check=update(TOKENS_GATE.verdict),
+        passed=TOKENS_GATE.passed,
     log:
         "logs/data/{dataset}/{model}/check_tokens.log",
     benchmark:
@@ -131,14 +132,15 @@ rule check_tokens:
         mem_mb=growing(4_000),
         runtime=growing(60),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.tokens.model_dump_json(),
+        settings=TOKENS_GATE.settings,
         clean=subpath(input.train_chats, parent=True),
         tokens=subpath(input.train, parent=True),
-        output_version=output_version("data/check_tokens"),
+        output_version=TOKENS_GATE.version,
+        last_attempt=last_attempt(TOKENS_GATE),
     shell:
         "python -m workflow_scripts.data.check_tokens --clean {params.clean:q}"
         " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"
-        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1"
+        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1" + PASSED
 
 
 rule pack_sequences:
@@ -147,8 +149,7 @@ rule pack_sequences:
         tokens="results/data/{dataset}/{model}/tokens/train.arrow",
         tokenizer="results/models/{model}/tokenizer",
         facts="results/models/{model}/facts.json",
-        # A gate, read by none; passed again on another sample it re-trains nothing.
-        tokens_check=ancient("results/data/{dataset}/{model}/tokens/check.json"),
+        tokens_check=ancient(TOKENS_GATE.verdict),  # gate, read by none
     output:
         plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
         report="results/data/{dataset}/{model}/{packing}/packing_report.json",

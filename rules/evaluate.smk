@@ -5,11 +5,11 @@ rule evaluate_perplexity:
     """Perplexity of a GGUF on the supervised tokens of the test conversations, each one's kept."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
         clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/{gguf}.json",
         token_scores="results/runs/{run}/evaluation/{gguf}.tokens.parquet",
@@ -39,11 +39,11 @@ rule evaluate_perplexity:
 use rule evaluate_perplexity as evaluate_perplexity_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
         clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/merged.json",
         token_scores="results/runs/{run}/evaluation/merged.tokens.parquet",
@@ -67,7 +67,7 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_awq with:
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
         clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/awq.json",
         token_scores="results/runs/{run}/evaluation/awq.tokens.parquet",
@@ -84,7 +84,7 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
         clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/adapter.json",
         token_scores="results/runs/{run}/evaluation/adapter.tokens.parquet",
@@ -104,7 +104,7 @@ use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
         facts="results/models/{model}/facts.json",
         tokens="results/data/{dataset}/{model}/tokens/test.arrow",
         clean="results/data/{dataset}/clean/test.parquet",
-        tokens_check="results/data/{dataset}/{model}/tokens/check.json",  # gate, read by none
+        tokens_check=ancient(TOKENS_GATE.verdict),  # gate, read by none
     output:
         scores="results/evaluation/{model}/{dataset}/base{precision}.json",
         token_scores="results/evaluation/{model}/{dataset}/base{precision}.tokens.parquet",
@@ -160,7 +160,7 @@ rule evaluate_text:
     """Perplexity of a GGUF on a text of the user's, as llama-perplexity has it."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=text_of_run,
     output:
@@ -192,7 +192,7 @@ rule evaluate_text:
 use rule evaluate_text as evaluate_text_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=text_of_run,
     output:
@@ -236,10 +236,10 @@ rule evaluate_divergence:
     input:
         reference="results/runs/{run}/gguf/{run}-F16.gguf",
         gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
     log:
@@ -270,7 +270,7 @@ rule evaluate_positions:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/positions.json",
     log:
@@ -303,7 +303,7 @@ use rule evaluate_perplexity_adapter as evaluate_validation with:
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
         clean=of_run("results/data/{dataset}/clean/validation.parquet"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         scores="results/runs/{run}/evaluation/validation.json",
         token_scores="results/runs/{run}/evaluation/validation.tokens.parquet",

@@ -2,7 +2,7 @@ rule benchmark_inference:
     """Speed, memory and size of a GGUF, alone on the machine: it takes all cores."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
     output:
         speed="results/runs/{run}/evaluation/{gguf}.inference.json",
@@ -31,7 +31,7 @@ rule benchmark_inference:
 use rule benchmark_inference as benchmark_inference_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
     output:
         speed="results/runs/{run}/evaluation/merged.inference.json",

@@ -64,7 +64,7 @@ rule choose_merge_base:
         facts=of_run("results/models/{model}/facts.json"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        tokens_check=of_run("results/data/{dataset}/{model}/tokens/check.json"),  # gate
+        tokens_check=ancient_verdict(TOKENS_GATE),
     output:
         choice="results/runs/{run}/merge_base.json",
     log:
@@ -133,7 +133,8 @@ rule check_merged:
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     output:
-        check="results/runs/{run}/merged_check.json",
+        check=update(MERGED_GATE.verdict),
+        passed=MERGED_GATE.passed,
     log:
         "logs/runs/{run}/check_merged.log",
     benchmark:
@@ -148,15 +149,16 @@ rule check_merged:
         mem_mb=memory_for_models(2.5),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.merge.model_dump_json(),
+        settings=MERGED_GATE.settings,
         adapter=merged_adapter,
-        output_version=output_version("export/check_merged"),
+        output_version=MERGED_GATE.version,
+        last_attempt=last_attempt(MERGED_GATE),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
-        " --check {output.check:q} > {log:q} 2>&1"
+        " --check {output.check:q} > {log:q} 2>&1" + PASSED
 
 
 use rule check_merged as check_fetched_merged with:
@@ -170,6 +172,7 @@ use rule check_merged as check_fetched_merged with:
     wildcard_constraints:
         run=any_run_of(MERGED_RUNS),
     params:
-        settings=CONFIG.evaluation.gates.merge.model_dump_json(),
+        settings=MERGED_GATE.settings,
         adapter=[],
-        output_version=output_version("export/check_merged"),
+        output_version=MERGED_GATE.version,
+        last_attempt=last_attempt(MERGED_GATE),

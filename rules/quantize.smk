@@ -31,7 +31,7 @@ use rule convert_gguf_base as convert_gguf with:
     # Not shared: its key would not tell two trainings of one recipe apart.
     input:
         merged="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
     output:
         gguf=kept("f16", "results/runs/{run}/gguf/{run}-F16.gguf"),
@@ -81,7 +81,8 @@ rule check_gguf:
         clean=of_run("results/data/{dataset}/clean/validation.parquet"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     output:
-        check="results/runs/{run}/gguf_check.json",
+        check=update(GGUF_GATE.verdict),
+        passed=GGUF_GATE.passed,
     log:
         "logs/runs/{run}/check_gguf.log",
     benchmark:
@@ -94,21 +95,22 @@ rule check_gguf:
         mem_mb=memory_for_models(2.5),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.gates.gguf.model_dump_json(),
-        output_version=output_version("export/check_gguf"),
+        settings=GGUF_GATE.settings,
+        output_version=GGUF_GATE.version,
+        last_attempt=last_attempt(GGUF_GATE),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
         " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
-        " --check {output.check:q} > {log:q} 2>&1"
+        " --check {output.check:q} > {log:q} 2>&1" + PASSED
 
 
 rule compute_imatrix:
     """Importance matrix of the F16 GGUF, on chats of the training split and files the user names."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
         texts=calibration_text_files(),
@@ -141,7 +143,7 @@ rule quantize_gguf:
     """One quantization of the F16 GGUF by llama.cpp's own quantizer; several run side by side."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         imatrix=imatrix_of_quantization,
     output:
         quantized="results/runs/{run}/gguf/{run}-{quant}.gguf",
@@ -169,7 +171,7 @@ rule quantize_awq:
     """The merged model in AWQ's 4 bits, calibrated on chats of the training split."""
     input:
         merged="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
     output:

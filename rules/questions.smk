@@ -34,7 +34,7 @@ rule evaluate_context:
     """Usable context of a GGUF: questions on long texts, up to what it serves."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         texts=context_text_files(),
@@ -68,7 +68,7 @@ rule evaluate_context:
 use rule evaluate_context as evaluate_context_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         texts=context_text_files(),
@@ -115,7 +115,7 @@ rule answer_prompts:
     """Greedy answers of a GGUF to the first prompts of the test split."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
@@ -147,7 +147,7 @@ rule answer_prompts:
 use rule answer_prompts as answer_prompts_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),

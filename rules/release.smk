@@ -34,8 +34,8 @@ rule package_release:
         tokenizer=of_run("results/models/{model}/tokenizer"),
         checkpoint=of_run("results/models/{model}/checkpoint"),
         beginning=beginning,
-        merged_check="results/runs/{run}/merged_check.json",
-        gguf_check="results/runs/{run}/gguf_check.json",
+        merged_check=ancient(MERGED_GATE.verdict),
+        gguf_check=ancient(GGUF_GATE.verdict),
         scores=lambda wildcards: run_scores(wildcards.run) + awq_scores(wildcards.run),
         base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
         dataset=lambda wildcards: expand(
@@ -58,6 +58,7 @@ rule package_release:
         config=lambda wildcards: release_json(wildcards.run),
         published=lambda wildcards: published_json(wildcards.run),
         benchmarks="benchmarks/runs/{run}",
+        gates=gate_samples(),
         output_version=output_version("export/package_release"),
     shell:
         "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"

@@ -70,7 +70,7 @@ rule collect_metrics:
         scores=lambda wildcards: evaluation_files([wildcards.run]),
         texts=lambda wildcards: text_scores([wildcards.run]),
         token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
-        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        checks=ancient([MERGED_GATE.verdict, GGUF_GATE.verdict]),
         training=lambda wildcards: training_reports(wildcards.run),
         merge_base=merge_base_choice,
         facts=of_run("results/models/{model}/facts.json"),
@@ -88,6 +88,7 @@ rule collect_metrics:
         runtime=growing(10),  # minutes
     params:
         runs=lambda wildcards: results_json([wildcards.run]),
+        gates=gate_samples(),
         output_version=output_version("report/collect_metrics"),
     shell:
         "python -m workflow_scripts.report.collect_metrics --run {wildcards.run:q}"
@@ -229,7 +230,7 @@ rule report_run:
         scores=lambda wildcards: evaluation_files([wildcards.run]),
         token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
         texts=lambda wildcards: text_scores([wildcards.run]),
-        checks=expand("results/runs/{{run}}/{gate}_check.json", gate=["merged", "gguf"]),
+        checks=ancient([MERGED_GATE.verdict, GGUF_GATE.verdict]),
         data=lambda wildcards: data_reports(wildcards.run),
         training=lambda wildcards: training_files(wildcards.run),
         facts=of_run("results/models/{model}/facts.json"),
@@ -253,6 +254,7 @@ rule report_run:
     params:
         runs=lambda wildcards: results_json([wildcards.run]),
         benchmarks="benchmarks/runs/{run}",
+        gates=gate_samples(),
         output_version=output_version("report/report_run"),
     shell:
         "python -m workflow_scripts.report.report_run --run {wildcards.run:q}"

@@ -26,7 +26,7 @@ rule evaluate_tasks:
     """Tasks of lm-evaluation-harness by a GGUF, through llama.cpp in the same process."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         fetched="results/evaluation/tasks.json",  # read from the cache
@@ -60,7 +60,7 @@ rule evaluate_tasks:
 use rule evaluate_tasks as evaluate_tasks_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         fetched="results/evaluation/tasks.json",
@@ -107,7 +107,7 @@ rule match_references:
     """Exact match of a GGUF's answers with the reference answers of the test split."""
     input:
         gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check="results/runs/{run}/gguf_check.json",  # gate, read by none
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
@@ -141,7 +141,7 @@ rule match_references:
 use rule match_references as match_references_merged with:
     input:
         checkpoint="results/runs/{run}/merged",
-        merged_check="results/runs/{run}/merged_check.json",  # gate, read by none
+        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokenizer=of_run("results/models/{model}/tokenizer"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),

@@ -198,12 +198,22 @@ def test_another_base_to_merge_into_merges_again_and_trains_nothing(
     assert not {"train_adapter", "plan_memory", "evaluate_perplexity_adapter"} & jobs.keys()
 
 
-def test_another_sample_of_the_token_gate_packs_and_trains_nothing(
-    tiny: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("gate", "settings", "jobs"),
+    [
+        ("tokens", {"n_conversations": 7}, {"check_tokens": 1}),
+        ("merge", {"perplexity_increase_fraction": 0.3}, {"check_merged": 2}),
+        ("merge", {"n_conversations": 5}, {"check_merged": 2}),
+        ("gguf", {"kl_divergence_nats": 1e-3}, {"check_gguf": 2}),
+        ("gguf", {"n_conversations": 5}, {"check_gguf": 2}),
+        ("gguf", {"parity_conversations": 7}, {"check_gguf": 2}),
+        ("merge_base", {"n_conversations": 7}, {}),  # no run asks for the choice
+    ],
+)
+def test_settings_of_a_gate_run_that_gate_alone(
+    tiny: Path, tmp_path: Path, gate: str, settings: dict, jobs: dict
 ) -> None:
-    jobs = changed(tiny, tmp_path, {"evaluation": {"gates": {"tokens": {"n_conversations": 7}}}})
-    assert jobs["check_tokens"] == 1
-    assert not {"render_chats", "pack_sequences", "train_adapter"} & jobs.keys()
+    assert changed(tiny, tmp_path, {"evaluation": {"gates": {gate: settings}}}) == jobs
 
 
 @pytest.mark.parametrize(
@@ -233,20 +243,6 @@ def test_what_need_not_stay_goes_and_nothing_else(
 def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -> None:
     overlay = {"datasets": {"stdlib-help": {"preview": {"n_conversations": 3}}}}
     assert changed(tiny, tmp_path, overlay) == {"preview_chats": 2}
-
-
-def test_new_gates_do_not_train(tiny: Path, tmp_path: Path) -> None:
-    jobs = changed(
-        tiny,
-        tmp_path,
-        {
-            "evaluation": {
-                "gates": {"merge": {"n_conversations": 5}, "gguf": {"n_conversations": 5}}
-            }
-        },
-    )
-    assert {"check_merged", "check_gguf"} <= jobs.keys()
-    assert not {"train_adapter", "merge_adapter", "pack_sequences"} & jobs.keys()
 
 
 TASKS = {

@@ -27,10 +27,16 @@ from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import TokensGateSettings, settings_from_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
     from transformers import PreTrainedTokenizerBase
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
+# What the prompt of an answer ends with, in every version of the tokenizer.
+PROMPT_ENDS = ("[/INST]", "[/TOOL_RESULTS]")
+PROMPT_END_TOKENS = 16  # that are decoded to look for it; v1 spells it out
+SHOWN_TOKENS = 12
+RENDER_AGAIN = "delete the tokens and render again; if it stays, please report it"
 TO_FIX = "check that the checkpoint's tokenizer files belong together"
 logger = log.stage_logger("check_tokens")
 
@@ -148,8 +154,33 @@ class Judge:
                 where=where,
                 found=closes,
                 expected=f"{of_all_turns}, or {of_last_turn} where the last turn is supervised",
-                to_fix="delete the tokens and render again; if it stays, please report it",
+                to_fix=RENDER_AGAIN,
             )
+        is_text = token_parity.is_text(chat.messages)
+        for start, end in supervised_runs(chat.document.is_supervised):
+            # A text has BOS alone in front.
+            is_whole = start == 1 if is_text else self._ends_a_prompt(found[:start])
+            if is_whole and found.index(self._eos_id, start) == end - 1:
+                continue
+            raise StageError(
+                "supervised tokens are not exactly an answer",
+                where=f"{where}, tokens {start} to {end - 1}",
+                found=f"…{self._decode(found[max(0, start - 4) : start])!r} in front of"
+                f" {self._decode(found[start:end][:SHOWN_TOKENS])!r}…",
+                expected="from the end of its question to its closing EOS",
+                to_fix=RENDER_AGAIN,
+            )
+
+    def _ends_a_prompt(self, token_ids: Sequence[int]) -> bool:
+        return self._decode(token_ids[-PROMPT_END_TOKENS:]).rstrip().endswith(PROMPT_ENDS)
+
+
+def supervised_runs(is_supervised: np.ndarray) -> list[tuple[int, int]]:
+    """First token and end of each stretch of supervised tokens."""
+    import numpy as np
+
+    edges = np.flatnonzero(np.diff(is_supervised.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def share_out(n_documents: Sequence[int], limit: int | None) -> list[int]:

@@ -1,9 +1,10 @@
 """Gate: the F16 GGUF reads text as the model was trained on, and computes what the merged model
 computes.
 
-Tokens: the chat template inside the file, its tokenizer inside llama.cpp, against the ids of
-training. Logits: KL divergence to the merged model in float32 on validation text, no piece longer
-than the window.
+Contents: every weight, bit for bit, and the metadata, against the merged folder
+(`gguf_contents.py`). Tokens: the chat template inside the file, its tokenizer inside llama.cpp,
+against the ids of training. Logits: KL divergence to the merged model in float32 on validation
+text, no piece longer than the window.
 
 python -m workflow_scripts.export.check_gguf --gguf run-F16.gguf --merged merged/ --facts facts.json
     --clean clean/validation.parquet --tokens tokens/validation.arrow --settings '{}' --threads 2
@@ -25,6 +26,7 @@ from workflow_scripts import files, log
 from workflow_scripts.data import token_parity
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.token_parity import Chat
+from workflow_scripts.export import gguf_contents
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
@@ -34,7 +36,7 @@ from workflow_scripts.settings import GgufGateSettings, settings_from_json
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 logger = log.stage_logger("check_gguf")
 
 
@@ -65,12 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     pieces = list(cutting.cut(scored, piece_tokens=piece_tokens))
     chats = token_parity.sample(arguments.clean, documents, settings.parity_conversations)
     official = load_mistral_tokenizer(arguments.merged, for_training=True)
+    contents = gguf_contents.check(arguments.gguf, arguments.merged, facts)
     merged = StreamedModel(
         arguments.merged, Weights(BaseWeights(arguments.merged)), window=facts["sliding_window"]
     )
     with LlamaCppModel(
         arguments.gguf, context_tokens=piece_tokens, n_threads=arguments.threads
     ) as model:
+        check_ends(model, arguments.gguf, official)
         parity = check_tokens(model, arguments.gguf, chats, official)
         compared = [
             divergence(expected, all_logits(model, piece))
@@ -80,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     divergences = torch.cat([kl for kl, _ in compared])
     agreements = torch.cat([agrees for _, agrees in compared])
     report = {
+        **contents,
         "n_conversations_token_parity": parity.n_compared,
         "n_conversations_left_out": parity.n_left_out,
         "n_conversations_llama_cpp_misreads": parity.n_misread,
@@ -99,6 +104,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix="convert again with the pinned llama-cpp-python; if it stays, please report it",
         )
     files.write_json(arguments.check, report)
+
+
+def check_ends(model: LlamaCppModel, gguf: Path, official: MistralTokenizer) -> None:
+    """Plain text is read with BOS in front and no EOS behind, as its users' programs ask for it.
+
+    Raises:
+        StageError: it is not.
+    """
+    tokenizer = official.instruct_tokenizer.tokenizer
+    tokens = model.tokenize("text", adds_bos=True, parses_control=False)
+    if tokens[0] != tokenizer.bos_id or tokens[1] == tokenizer.bos_id:
+        problem = "BOS once, in front"
+    elif tokens[-1] == tokenizer.eos_id:
+        problem = "no EOS at the end"
+    else:
+        return
+    raise StageError(
+        "the GGUF reads plain text with other control tokens than Mistral's tokenizer",
+        where=f"{gguf}, tokenizer.ggml.add_bos_token, .add_eos_token",
+        found=tokens,
+        expected=problem,
+        to_fix=gguf_contents.TO_FIX,
+    )
 
 
 class Parity(NamedTuple):

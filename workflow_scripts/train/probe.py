@@ -22,6 +22,7 @@ from workflow_scripts.log import StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+EDGES = 16  # places where the far edge of a window is tried, until one tells
 TO_FIX = "install the versions of requirements.lock: another one changed attention"
 
 
@@ -107,10 +108,11 @@ def _probed_rows(plan: Plan) -> tuple[list[Any], list[list[Any]]]:
 def _check_windows(
     decoder: Any, documents: Documents, plan: Plan, layer_windows: Sequence[int | None]
 ) -> dict[str, int]:
-    """The first layer of each window by itself: what the last token of a segment sees directly.
+    """The first layer of each window by itself: how far back the tokens of a segment see directly.
 
-    The segment is two windows long: tokens of the older one are out of sight. What must be seen is
-    asked of the oldest eighth in sight, so that a single token of little weight decides nothing.
+    The segment is two windows long: the last token must see nothing of the older one. Then one
+    token at a time is exchanged: the last one to see it is a window further, neither more nor less.
+    Several places are tried, as a token of little weight may move nothing in 16 bits.
     """
     import torch
 
@@ -124,8 +126,14 @@ def _check_windows(
         layer = layer_windows.index(window)
         with _one_layer(decoder, layer):
             is_seen_beyond = oldest > 0 and _moved(decoder, segment, slice(0, oldest))[-1]
-            in_sight = slice(oldest, oldest + -(-(n_tokens - oldest) // 8))
-            is_seen_within = _moved(decoder, segment, in_sight)[-1]
+            is_seen_within = False
+            for at in _places(oldest) if window else range(min(EDGES, n_tokens)):
+                if is_seen_beyond or is_seen_within:
+                    break
+                moved = _moved(decoder, segment, slice(at, at + 1))
+                last = at + window - 1 if window else n_tokens - 1
+                is_seen_beyond = bool(moved[last + 1 :].any())
+                is_seen_within = bool(moved[last])
         if is_seen_beyond or not is_seen_within:
             raise StageError(
                 "a layer's window is not the model's",
@@ -133,13 +141,20 @@ def _check_windows(
                 found=(
                     f"it sees tokens {window} or more back"
                     if is_seen_beyond
-                    else f"it sees none of the tokens {n_tokens - in_sight.stop} to"
-                    f" {n_tokens - 1 - oldest} back"
+                    else f"it does not see the token {window - 1} back"
+                    if window
+                    else f"it sees none of the first {min(EDGES, n_tokens)} tokens"
                 ),
                 expected=f"sliding_window {'null' if window is None else window} (facts.json)",
                 to_fix=TO_FIX,
             )
     return {"n_windows": len(probed), "n_windows_beyond_rows": len(windows) - len(probed)}
+
+
+def _places(oldest: int) -> list[int]:
+    """Tokens to exchange one by one, spread over those that the last token of the segment does not
+    see and the oldest that it does."""
+    return sorted({oldest * number // (EDGES - 1) for number in range(EDGES)}, reverse=True)
 
 
 def _moved(decoder: Any, batch: dict[str, Any], exchanged: slice) -> np.ndarray:

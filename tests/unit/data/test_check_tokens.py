@@ -114,6 +114,30 @@ def test_an_eos_that_is_not_supervised_is_found(check, tokens, answer):
     assert damaged["id"] in str(caught.value)
 
 
+def shifted(row, *, starts=0, ends=0):
+    """The first answer's span with its start or end moved."""
+    row["supervised_spans"][0] += starts
+    row["supervised_spans"][1] += ends
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(supervised_spans=[1, row["n_tokens"]]),
+        lambda row: shifted(row, starts=-1),
+        lambda row: shifted(row, starts=1),
+    ],
+    ids=["the questions too", "from one token before", "from its second token"],
+)
+def test_supervised_tokens_that_are_not_exactly_the_answers_are_found(check, tokens, change):
+    """Every closing EOS is supervised, and yet the questions are learned, or half an answer."""
+    name = damage(tokens / "train.arrow", change)
+    with pytest.raises(StageError, match="supervised tokens are not exactly an answer") as caught:
+        check()
+    for part in (name, "in front of", "expected: from the end of its question to its closing EOS"):
+        assert part in str(caught.value)
+
+
 def test_a_template_of_another_version_is_found(check, tokenizer_v3, exported_tokenizer, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(tokenizer_v3, mixed)

@@ -54,18 +54,45 @@ def test_a_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_mess
     check = tmp_path / "gguf_check.json"
     message = ends_with_message(check_gguf.main, arguments(chain, gguf, check))
     for part in (
-        "the GGUF computes something else than the merged model",
-        f"where:    {gguf}",
-        "found:    KL divergence",
-        "expected: at most 1e-05 (evaluation.gates.gguf.kl_divergence_nats)",
+        "a tensor of the GGUF is not the merged model's",
+        f"where:    {gguf}, blk.0.",
+        "elements differ",
         "to fix:   ",
     ):
         assert part in message
     assert not check.exists()
 
 
+def test_logits_further_apart_than_the_limit_stop_the_chain(chain, tmp_path, ends_with_message):
+    check = tmp_path / "gguf_check.json"
+    settings = '{"kl_divergence_nats": 1e-30}'
+    given = arguments(chain, chain.gguf, check, settings=settings)
+    message = ends_with_message(check_gguf.main, given)
+    for part in (
+        "the GGUF computes something else than the merged model",
+        f"where:    {chain.gguf}",
+        "found:    KL divergence",
+        "expected: at most 1e-30 (evaluation.gates.gguf.kl_divergence_nats)",
+        "to fix:   ",
+    ):
+        assert part in message
+    assert not check.exists()
+
+
+def test_a_file_that_puts_no_bos_in_front_stops_the_chain(chain, tmp_path, official):
+    gguf = shutil.copyfile(chain.gguf, tmp_path / "bare.gguf")
+    reader = llama_cpp_source.gguf_package().GGUFReader(gguf, "r+")
+    field = reader.fields["tokenizer.ggml.add_bos_token"]
+    field.parts[field.data[0]][0] = False
+    reader.data.flush()
+    with LlamaCppModel(gguf, context_tokens=64, n_threads=1) as model:
+        with pytest.raises(StageError, match="reads plain text with other control tokens") as error:
+            check_gguf.check_ends(model, gguf, official)
+    assert "tokenizer.ggml.add_bos_token" in str(error.value)
+
+
 def test_a_file_made_without_the_original_tokenizer_stops_the_chain(
-    chain, tmp_path, ends_with_message
+    chain, tmp_path, ends_with_message, official, chats
 ):
     """llama.cpp's converter then makes scores up, and text is read as other tokens."""
     bare = tmp_path / "bare"
@@ -76,15 +103,25 @@ def test_a_file_made_without_the_original_tokenizer_stops_the_chain(
     check = tmp_path / "gguf_check.json"
     message = ends_with_message(check_gguf.main, arguments(chain, gguf, check))
     for part in (
-        "the GGUF reads a conversation as other tokens than training did",
-        f"where:    {gguf}, conversation chat/",
-        "token 1, after '<s>'",
-        "found:    ",
-        "expected: 3='[INST]'",
-        "the base's tokenizer files and chat template",
+        "the GGUF's tokenizer is not the merged model's",
+        f"where:    {gguf}, token ",
+        "-1000.0",
+        "keep the base's tokenizer.model in the merged folder",
     ):
         assert part in message
     assert not check.exists()
+
+    # The sample of conversations shows it as well.
+    with LlamaCppModel(gguf, context_tokens=64, n_threads=1) as model:
+        with pytest.raises(StageError, match="reads a conversation as other tokens") as error:
+            check_gguf.check_tokens(model, gguf, chats, official)
+    for part in (
+        f"where:    {gguf}, conversation chat/",
+        "token 1, after '<s>'",
+        "expected: 3='[INST]'",
+        "the base's tokenizer files and chat template",
+    ):
+        assert part in str(error.value)
 
 
 @pytest.fixture(scope="module")
