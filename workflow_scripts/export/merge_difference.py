@@ -43,14 +43,18 @@ def described(
         results: of tensors with wrong elements.
         other_base: base + adapter with the base that was not asked for, where there are two.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[TensorResult]] = {}
     for result in results:
         cause = cause_of(result, reference, merged, other_base)
-        found.setdefault(cause, []).append(result.name)
+        found.setdefault(cause, []).append(result)
     lines = []
-    for cause, names in sorted(found.items(), key=lambda item: -len(item[1])):
+    for cause, group in sorted(found.items(), key=lambda item: -len(item[1])):
+        names = [result.name for result in group]
         shard = only_shard(names, reference)
-        lines.append(f"{named_together(names)}{f', all of {shard.name}' if shard else ''}: {cause}")
+        where = f"{named_together(names)}{f', all of {shard.name}' if shard else ''}"
+        n_wrong = sum(result.n_wrong for result in group)
+        n_elements = sum(result.n_elements for result in group)
+        lines.append(f"{where}: {cause} ({n_wrong:,} of {n_elements:,} numbers)")
     return lines
 
 
@@ -68,11 +72,11 @@ def cause_of(
     if whole is not None:
         if torch.equal(stored, reference.base.rows(name, slab).to(stored.dtype)):
             return "is the base's; the one that was trained in its place was left out"
-        return _damage(result, "is not the one that was trained")
+        return "is not the one that was trained"
     expected = reference.slab(name, slab)
     value = stored.double()
     if result.n_wrong < DAMAGED_FRACTION * result.n_elements:
-        return _damage(result, "is wrong in single numbers")
+        return "is wrong in single numbers"
     if expected.change is not None and torch.equal(stored, expected.base.to(stored.dtype)):
         return "is the base's; the adapter's change was left out"
     if expected.change is not None and reference.low_rank(slab.part).magnitude is not None:
@@ -88,13 +92,11 @@ def cause_of(
     if twin is not None:
         return f"holds the weights of {twin}"
     if expected.change is None:
-        return _damage(result, "is not the base's, and the adapter does not change it")
-    return _compared_change(result, value, stored.dtype, expected)
+        return "is not the base's, and the adapter does not change it"
+    return _compared_change(value, stored.dtype, expected)
 
 
-def _compared_change(
-    result: TensorResult, value: torch.Tensor, dtype: torch.dtype, expected: Expected
-) -> str:
+def _compared_change(value: torch.Tensor, dtype: torch.dtype, expected: Expected) -> str:
     """The change that was made, against the one that should have been."""
     wanted = (expected.total - expected.base).flatten()
     made = (value - expected.base).flatten()
@@ -110,11 +112,7 @@ def _compared_change(
         return "has the change of another adapter"
     if cosine < 1:
         return "has the change of another state of this adapter, such as an earlier checkpoint"
-    return _damage(result, "is not the expected sum")
-
-
-def _damage(result: TensorResult, what: str) -> str:
-    return f"{what}: {result.n_wrong:,} of {result.n_elements:,} elements"
+    return "is not the expected sum"
 
 
 def _same_weight(stored: torch.Tensor, name: str, slab: Slab, reference: Reference) -> str | None:

@@ -70,7 +70,7 @@ def test_one_damaged_number_stops_the_chain_with_a_message(
         "the merged model differs from base + adapter",
         f"where:    {damaged}",
         "found:    1 of 21 tensors: model.layers.1.mlp.down_proj.weight: ",
-        "is wrong in single numbers: 1 of 65,536 elements",
+        "is wrong in single numbers (1 of 65,536 numbers)",
         f"expected: {chain.checkpoint} + {chain.adapter}, each number rounded",
         "to fix:   merge again",
     ):
