@@ -22,7 +22,7 @@ from workflow_scripts import files, log
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import GgufSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 # Of a whole file: the sizes of an 8B model in tools/quantize/quantize.cpp over its 8.03e9 weights,
 # or the bits named there.
 BITS_PER_WEIGHT = {
@@ -34,6 +34,10 @@ BITS_PER_WEIGHT = {
     "IQ2_XS": 2.51, "Q2_0": 2.45, "IQ2_XXS": 2.26, "TQ2_0": 2.26, "IQ1_M": 1.95, "TQ1_0": 1.89,
     "IQ1_S": 1.76, "Q1_0": 1.33,
 }  # fmt: skip
+# Weights that a k-quant scales together. A tensor whose rows are not a multiple of it falls back to
+# Q5_0 or larger, at most to Q8_0: a model of width 576 in Q4_K_M took 6.0 bits a weight.
+K_BLOCK = 256
+ANY_WIDTH = {"F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL", "MXFP4"}
 # Of a 7B: 4 bits and a scale and a zero for every 128, embeddings and output layer in 16.
 AWQ_BITS = 4.6
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -96,11 +100,14 @@ def files_of(
     sizes = {"merged": 16.0, f"gguf/{run}-F16.gguf": 16.0}
     if has_awq:
         sizes["awq"] = AWQ_BITS
+    falls_back = any(facts[width] % K_BLOCK for width in ("hidden_size", "intermediate_size"))
     for name in gguf.quantizations:
         mix = gguf.mix(name)
         types = [mix.type, mix.output, mix.token_embd, *mix.tensors.values()]
         # Of a mix the largest of its types: more than it takes.
         bits = max(BITS_PER_WEIGHT[one] for one in types if one)
+        if falls_back and not ANY_WIDTH.issuperset(one for one in types if one):
+            bits = max(bits, BITS_PER_WEIGHT["Q8_0"])
         sizes[f"gguf/{run}-{name}.gguf"] = bits
     return {f"runs/{run}/{path}": round(bits * n_weights / 8) for path, bits in sizes.items()}
 

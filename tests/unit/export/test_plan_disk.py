@@ -15,6 +15,8 @@ Usage = namedtuple("Usage", "total used free")
 # Mistral 7B v0.3: 7.248e9 weights in three files.
 MISTRAL = {
     "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
     "files": {
         "config.json": {"size_bytes": 600},
         **{f"model-{n}.safetensors": {"size_bytes": 14_496_078_512 // 3} for n in range(3)},
@@ -74,6 +76,24 @@ def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_
     for part in parts:
         assert part in message
     assert not (tmp_path / "disk_plan.json").exists()
+
+
+def test_a_width_that_k_quants_cannot_have_is_planned_at_what_they_fall_back_to():
+    """SmolLM2-135M's weights as a Mistral: 125,093,000 of them, width 576. llama.cpp wrote
+    94,409,952 bytes in Q4_K_M, where 4.9 bits a weight are 76.6 MB, and 133,766,880 in Q8_0."""
+    facts = {
+        "dtype": "bfloat16",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "files": {"model.safetensors": {"size_bytes": 250_186_136}},
+    }
+    settings = GgufSettings(quantizations=["Q8_0", "Q4_K_M"])
+    sizes = plan_disk.files_of("one", facts, settings)
+    assert plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_K_M.gguf"] > 94_409_952
+    assert 133_766_880 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q8_0.gguf"] < 140e6
+    assert plan_disk.MARGIN * sizes["runs/one/gguf/one-F16.gguf"] > 250_994_400
+    even = plan_disk.files_of("one", facts | {"hidden_size": 512}, settings)
+    assert even["runs/one/gguf/one-Q4_K_M.gguf"] < 80e6
 
 
 def test_what_is_there_already_is_not_counted_again(plan, tmp_path):
