@@ -58,7 +58,7 @@ rule fetch_merged:
 
 
 rule choose_merge_base:
-    """Which weights the adapter is merged into, for `merge_base: auto`: both are scored in memory."""
+    """Which weights the adapter is merged into, for `merge_base: auto`: both are scored."""
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),
         facts=of_run("results/models/{model}/facts.json"),
@@ -76,7 +76,7 @@ rule choose_merge_base:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=memory_for_models(2.5),
+        mem_mb=memory_for_models(0.25),  # the 4-bit base of training; the rest is streamed
         runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.gates.merge_base.model_dump_json(),
@@ -146,7 +146,7 @@ rule check_merged:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=memory_for_models(2.5),
+        mem_mb=memory_for_models(0.25),  # the 4-bit base of training; the rest is streamed
         runtime=growing(120),  # minutes
     params:
         settings=MERGED_GATE.settings,

@@ -92,7 +92,7 @@ rule check_gguf:
     threads: threads_for_run
     resources:
         gpu=gpus_for_run,
-        mem_mb=memory_for_models(2.5),
+        mem_mb=memory_for_models(1.1),  # the GGUF; the merged model is streamed
         runtime=growing(120),  # minutes
     params:
         settings=GGUF_GATE.settings,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from workflow_scripts.export.exact_merge import (
+    ARITHMETIC,
     Expected,
     Files,
     Reference,
@@ -74,13 +75,12 @@ def cause_of(
             return "is the base's; the one that was trained in its place was left out"
         return "is not the one that was trained"
     expected = reference.slab(name, slab)
-    value = stored.double()
     if result.n_wrong < DAMAGED_FRACTION * result.n_elements:
         return "is wrong in single numbers"
     if expected.change is not None and torch.equal(stored, expected.base.to(stored.dtype)):
         return "is the base's; the adapter's change was left out"
     if expected.change is not None and reference.low_rank(slab.part).magnitude is not None:
-        slack = expected.base.abs() * 2.0**-18
+        slack = expected.base.abs() * ARITHMETIC + expected.change_slack
         if is_rounded(stored, expected.base + expected.change, slack).all():
             return "is merged without DoRA's magnitude"
     if other_base is not None:
@@ -93,26 +93,39 @@ def cause_of(
         return f"holds the weights of {twin}"
     if expected.change is None:
         return "is not the base's, and the adapter does not change it"
-    return _compared_change(value, stored.dtype, expected)
+    return _compared_change(stored, expected)
 
 
-def _compared_change(value: torch.Tensor, dtype: torch.dtype, expected: Expected) -> str:
-    """The change that was made, against the one that should have been."""
-    wanted = (expected.total - expected.base).flatten()
-    made = (value - expected.base).flatten()
-    # What rounding alone leaves of a change: with a small one, much of `made` is rounding.
-    rounding = (expected.total.to(dtype).double() - expected.total).flatten()
-    times = float(made @ wanted / (wanted @ wanted))
-    rest = made - times * wanted
-    if rest @ rest <= 2 * (rounding @ rounding):
-        return f"has the adapter's change {times:.3g} times; a wrong scale (alpha ÷ rank)"
-    size = float((made @ made - rounding @ rounding).clamp(min=0).sqrt() * wanted.norm())
-    cosine = float(made @ wanted) / size if size else 0.0
-    if abs(cosine) < RELATED:
+def _compared_change(stored: torch.Tensor, expected: Expected) -> str:
+    """The change that was made, against the one that should have been.
+
+    Weights lie on the grid of their own type, so most small changes are rounded away: a change is
+    compared after it was rounded, never with its exact value.
+    """
+    wanted = expected.total - expected.base
+    for times in _scales(stored.double() - expected.base, wanted):
+        slack = None if expected.slack is None else expected.slack * abs(times)
+        is_right = is_rounded(stored, expected.base + times * wanted, slack)
+        if is_right.double().mean() > 1 - DAMAGED_FRACTION:
+            return f"has the adapter's change {times:.3g} times; a wrong scale (alpha ÷ rank)"
+    made = (stored.double() - expected.base).flatten()
+    right = (expected.total.to(stored.dtype).double() - expected.base).flatten()
+    if torch.nn.functional.cosine_similarity(made, right, dim=0) < RELATED:
         return "has the change of another adapter"
-    if cosine < 1:
-        return "has the change of another state of this adapter, such as an earlier checkpoint"
-    return "is not the expected sum"
+    return "has the change of another state of this adapter, such as an earlier checkpoint"
+
+
+def _scales(made: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    """Factors between two scales that are near the one of the largest changes, the nearest first.
+
+    A scale is alpha ÷ rank or alpha ÷ √rank, so these are ratios of small numbers or their roots.
+    """
+    largest = wanted.abs().flatten().topk(min(64, wanted.numel())).indices
+    seen = float((made.flatten()[largest] / wanted.flatten()[largest]).median())
+    ratios = {one / other for one in range(1, 17) for other in range(1, 17)}
+    known = {sign * ratio**power for ratio in ratios for power in (1, 0.5) for sign in (-1, 1)}
+    near = [scale for scale in known if abs(scale - seen) <= 0.1 * abs(seen)]
+    return sorted(near, key=lambda scale: abs(scale - seen))[:12]
 
 
 def _same_weight(stored: torch.Tensor, name: str, slab: Slab, reference: Reference) -> str | None:

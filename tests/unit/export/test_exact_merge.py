@@ -131,8 +131,8 @@ def test_peft_s_merges_are_right_each_by_its_rounding(
 def test_a_change_that_cancels_out_on_a_weight_of_zero_is_right_however_it_is_rounded(
     base, adapter, tmp_path
 ):
-    """Real weights that came from 4 bits have exact zeros. There nothing hides that float32 left the
-    change itself uncertain by several numbers of the type."""
+    """Weights that came from 4 bits have exact zeros. On these nothing hides that float32 leaves
+    a change of nearly nothing uncertain by several numbers of the type."""
 
     def zero(tensors):
         for name in tensors:
