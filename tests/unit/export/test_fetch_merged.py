@@ -131,7 +131,7 @@ def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
         (given / "config.json" if damage == "no config" else shard).unlink()
     done = fetch(given)
     assert done.returncode == 1
-    expected = {"half a shard": "a shard of the model is damaged"}
+    expected = {"half a shard": "a weights file is damaged or cut short"}
     assert expected.get(damage, "the merged model is not there, or not whole") in done.stderr
     assert not (tmp_path / "merged").exists()
 
