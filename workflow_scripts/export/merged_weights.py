@@ -90,7 +90,7 @@ def overwrite(model: PreTrainedModel, base: BaseWeights, adapter: Adapter | None
 
 def check_fit(checkpoint: Path, base: BaseWeights, adapter: Adapter) -> None:
     """Every weight that the adapter changes must be there, in its shape, and belong to itself
-    alone.
+    alone; and the adapter must have all that its config names.
 
     Raises:
         StageError: the first that does not.
@@ -112,6 +112,7 @@ def check_fit(checkpoint: Path, base: BaseWeights, adapter: Adapter) -> None:
             found=f"no weight {', '.join(sorted(missing)[:10])}",
             expected="the model that the adapter was trained on",
         )
+    adapter.check_complete(base.parameters)
     for header in base.headers.values():
         for name in header:
             shape = base.shape(name)

@@ -263,6 +263,22 @@ def _listed(entries: Any) -> str:
     return ", ".join(entries[:SHOWN]) + more
 
 
+def check_types(found: Mapping[str, Stored]) -> None:
+    """
+    Raises:
+        StageError: a tensor is of a type without arithmetic here: integers, 8-bit floats.
+    """
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATS:
+            raise StageError(
+                "a tensor is stored in a type that is not merged here",
+                where=f"{tensor.path}, {name}",
+                found=tensor.dtype,
+                expected=", ".join(FLOATS),
+                to_fix="save it in 16 or 32 bits",
+            )
+
+
 def values(tensor: Stored) -> np.ndarray:
     """The bits of a stored tensor as unsigned integers, mapped from its file."""
     import numpy as np
@@ -306,7 +322,7 @@ def check_values(tensor: Stored, name: str) -> None:
         is_special = (block & block.dtype.type(exponent)) == exponent
         if is_special.any():
             raise StageError(
-                "the checkpoint holds a weight that is not a finite number",
+                "a weight is not a finite number",
                 where=f"{tensor.path}, {name}",
                 found=f"NaN or infinity at element {first + int(is_special.argmax())}",
                 expected="finite numbers: such a model answers with nonsense, or not at all",
@@ -316,7 +332,7 @@ def check_values(tensor: Stored, name: str) -> None:
         first += len(block)
     if is_zero and (name in (EMBEDDINGS, OUTPUT) or "norm" in name):
         raise StageError(
-            "the checkpoint holds a tensor of zeros where none can be",
+            "a tensor is all zeros where none can be",
             where=f"{tensor.path}, {name}",
             found=f"{first} zeros",
             expected="trained weights",
