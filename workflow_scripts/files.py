@@ -103,7 +103,7 @@ def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
     """Refuse a file that stands in for another: a Git LFS pointer, a web page saved under the
     file's name, or an empty file.
 
-    Every reader of a file that a user brings calls this first; a missing file is left to it.
+    Every reader of a file that a user brings calls this first; what cannot be opened is left to it.
 
     Args:
         may_be_empty: an empty file is right here.
@@ -113,7 +113,7 @@ def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
     try:
         with path.open("rb") as stream:
             start = stream.read(512)
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         return
     if start.startswith(LFS_POINTER):
         size = next((line for line in start.split(b"\n") if line.startswith(b"size ")), b"size ?")

@@ -35,7 +35,13 @@ def own_task_files():
     if folder is None:
         return []
     found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
-    files = [str(path) for path in found if "__pycache__" not in path.parts]
+    found = [path for path in found if "__pycache__" not in path.parts]
+    try:
+        for path in found:
+            check_whole(path, may_be_empty=True)
+    except StageError as error:
+        raise WorkflowError(f"evaluation.tasks.include: {error}") from None
+    files = [str(path) for path in found]
     if not any(name.endswith((".yaml", ".yml")) for name in files):
         raise WorkflowError(
             "there is no task file\n"
