@@ -15,6 +15,12 @@ def evaluation_text(wildcards):
     return fetched_texts(f"evaluation.texts.{text}", [CONFIG.evaluation.texts[text]])
 
 
+# Looked for here, so that what stands in for a text stops everything with its message alone.
+for text, name in CONFIG.evaluation.texts.items():
+    if not urls.is_url(name):
+        fetched_texts(f"evaluation.texts.{text}", [name])
+
+
 def context_text_files():
     return fetched_texts("evaluation.context.files", CONFIG.evaluation.context.files)
 

@@ -35,8 +35,22 @@ def disk_plan():
 
 
 def quantization_plans():
-    """Before anything is trained that is to become GGUFs."""
-    return expand("results/models/{model}/quantization_plan.json", model=built_models())
+    """Input function of a target that makes GGUFs: the types that llama.cpp will give them. What GGUF
+    has no form of is said before the first job."""
+
+    def plans(wildcards):
+        for name in built_models():
+            scaling = CONFIG.models[name].rope_scaling
+            if scaling and scaling.type == "dynamic":
+                raise WorkflowError(
+                    "GGUF has no form of dynamic NTK\n"
+                    f"  where:    models.{name}.rope_scaling.type\n"
+                    "  expected: linear or yarn, for a GGUF\n"
+                    "  to fix:   use yarn, or build the target `train`, which makes no GGUF"
+                )
+        return expand("results/models/{model}/quantization_plan.json", model=built_models())
+
+    return plans
 
 
 def held_out(*splits, runs=MADE_RUNS):
