@@ -58,6 +58,9 @@ rule all:
     default_target: True
     input:
         disk_plan(),
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         report_files(),
         preview_files(),
         release_files(),
@@ -78,6 +81,8 @@ rule preview:
 rule train:
     """An adapter of every run."""
     input:
+        recipe_checks(),
+        held_out("validation", runs=stopping_runs()),
         adapter_files(),
 
 
@@ -85,18 +90,25 @@ rule export:
     """Merged models and GGUFs of every run, their gates passed."""
     input:
         disk_plan(),
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation"),
         export_files(),
 
 
 rule adapter_gguf:
     """Adapters alone as GGUF LoRAs, and the base in F16 that they share at run time."""
     input:
+        recipe_checks(),
         adapter_gguf_files(),
 
 
 rule evaluate:
     """Scores and speed of every link of every run."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         evaluation_files(),
         text_scores(),
 
@@ -104,6 +116,9 @@ rule evaluate:
 rule report:
     """Tables and figures; `snakemake --report report.html` gathers them in one page."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         report_files(),
         preview_files(),
 
@@ -111,34 +126,50 @@ rule report:
 rule context:
     """Usable context of every run: base, merged model and smallest file."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         context_pages(),
 
 
 rule samples:
     """Answers of every link to the same prompts, to be read."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         "results/report/samples.html",
 
 
 rule tasks:
     """Tasks with a right answer by every run: base, merged model and smallest file."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         task_pages(),
 
 
 rule store:
     """Releases of every run on storage (`storage.releases`)."""
     input:
+        quantization_plans(),
+        recipe_checks(),
+        held_out("validation", "test"),
         lambda wildcards: stored_files(),
 
 
 rule experiment:
     """Runs of an overlay in config/experiments/, trained and compared; nothing is exported."""
     input:
+        recipe_checks(),
+        held_out("validation", runs=built(TRAINED_RUNS, MADE_RUNS)),
         experiment_files(),
 
 
 rule sweep:
     """Runs of the recipes with lists of values, trained, scored on validation, ranked; not exported."""
     input:
+        recipe_checks(made_sweep_runs()),
+        held_out("validation", runs=made_sweep_runs()),
         lambda wildcards: sweep_files(),

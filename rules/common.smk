@@ -1,6 +1,7 @@
 # Config, wildcard constraints, and what rules of every room use; no rules.
 import ast
 import gc
+import itertools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ sys.path.insert(0, str(WORKFLOW_FOLDER))
 from workflow_scripts import environment, shared, sweeps, urls
 from workflow_scripts.data import sources
 from workflow_scripts.export import frozen, given, origin, stored_release
+from workflow_scripts.files import check_whole
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -92,9 +94,13 @@ def settings_json(table, name, *keys):
 
 
 def fetched(name):
-    """A file of the user's as an input; one on storage is brought here for as long as jobs need it."""
+    """A file of the user's as an input; one on storage is brought here for as long as jobs need it.
+
+    What stands in for a file is refused here, before any job: some are read after training."""
     if not urls.is_url(name):
-        return str(Path(name).expanduser())
+        path = Path(name).expanduser()
+        check_whole(path, may_be_empty=True)  # an empty one among many is right
+        return str(path)
     urls.check_one_file(name)
     return remote(name)
 

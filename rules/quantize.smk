@@ -1,3 +1,28 @@
+rule plan_quantizations:
+    """Types that llama.cpp will give a model's tensors; early, so that fallbacks are said before
+    training. What it warns of is on the console too."""
+    input:
+        facts="results/models/{model}/facts.json",
+    output:
+        plan="results/models/{model}/quantization_plan.json",
+    log:
+        "logs/models/{model}/plan_quantizations.log",
+    priority: 100
+    localrule: True
+    conda:
+        "../envs/export.yaml"
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(5),  # minutes
+    params:
+        settings=quantizations_json(),
+        output_version=output_version("export/plan_quantizations"),
+    shell:
+        "python -m workflow_scripts.export.plan_quantizations --facts {input.facts:q}"
+        " --model {wildcards.model:q} --settings {params.settings:q} --plan {output.plan:q}"
+        " > {log:q} 2>&1; grep -h ' WARNING ' {log:q} >&2 || true"
+
+
 rule convert_gguf_base:
     """F16 GGUF of a base, by llama.cpp's own converter."""
     input:

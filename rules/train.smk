@@ -1,3 +1,30 @@
+rule check_recipe:
+    """Gate: ranks and targets of a recipe fit a model. It stops the others by being early, as soon as
+    facts are known: as an input of theirs it would train anew."""
+    input:
+        facts="results/models/{model}/facts.json",
+    output:
+        check="results/models/{model}/recipes/{recipe}_check.json",
+    log:
+        "logs/models/{model}/check_recipe/{recipe}.log",
+    wildcard_constraints:
+        recipe=any_of(CONFIG.recipes),
+    priority: 100
+    localrule: True
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=growing(500),
+        runtime=growing(5),  # minutes
+    params:
+        recipe=lambda wildcards: settings_json("recipes", wildcards.recipe),
+        output_version=output_version("train/check_recipe"),
+    shell:
+        "python -m workflow_scripts.train.check_recipe --facts {input.facts:q}"
+        " --recipe {params.recipe:q} --name {wildcards.recipe:q} --check {output.check:q}"
+        " > {log:q} 2>&1"
+
+
 rule plan_memory:
     """Gate: the run fits into the GPU's memory, or the nearest settings that do are named."""
     input:

@@ -94,12 +94,62 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+HTML_STARTS = (b"<!doctype html", b"<html")
+HTML_SUFFIXES = (".html", ".htm")
+
+
+def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
+    """Refuse a file that stands in for another: a Git LFS pointer, a web page saved under the
+    file's name, or an empty file.
+
+    Every reader of a file that a user brings calls this first; what cannot be opened is left to it.
+
+    Args:
+        may_be_empty: an empty file is right here.
+    Raises:
+        StageError: with what it is, and the way to the file itself.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(512)
+    except OSError:
+        return
+    if start.startswith(LFS_POINTER):
+        size = next((line for line in start.split(b"\n") if line.startswith(b"size ")), b"size ?")
+        raise StageError(
+            "a file is a Git LFS pointer, not the file itself",
+            where=path,
+            found=f"a text of {path.stat().st_size} bytes that stands for"
+            f" {size.removeprefix(b'size ').decode(errors='replace')} bytes",
+            expected="the file",
+            to_fix="run `git lfs install` and `git lfs pull` in the folder of the repository",
+        )
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(HTML_STARTS) and path.suffix.lower() not in HTML_SUFFIXES:
+        raise StageError(
+            "a file is a web page, not what its name says",
+            where=path,
+            found="HTML: an error or login page that was saved in its place",
+            expected=f"a file of the kind {path.suffix or path.name}",
+            to_fix="download it again; on a website take the `raw` or `download` link",
+        )
+    if not start and not may_be_empty:
+        raise StageError(
+            "a file is empty",
+            where=path,
+            found="0 bytes",
+            to_fix="fetch or write it again: an interrupted download or a full disk leaves these",
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         StageError: the file is missing, is not JSON, or holds something other than an object.
     """
+    check_whole(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -15,6 +15,12 @@ def evaluation_text(wildcards):
     return fetched_texts(f"evaluation.texts.{text}", [CONFIG.evaluation.texts[text]])
 
 
+# Looked for here, so that what stands in for a text stops everything with its message alone.
+for text, name in CONFIG.evaluation.texts.items():
+    if not urls.is_url(name):
+        fetched_texts(f"evaluation.texts.{text}", [name])
+
+
 def context_text_files():
     return fetched_texts("evaluation.context.files", CONFIG.evaluation.context.files)
 
@@ -35,7 +41,13 @@ def own_task_files():
     if folder is None:
         return []
     found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
-    files = [str(path) for path in found if "__pycache__" not in path.parts]
+    found = [path for path in found if "__pycache__" not in path.parts]
+    try:
+        for path in found:
+            check_whole(path, may_be_empty=True)
+    except StageError as error:
+        raise WorkflowError(f"evaluation.tasks.include: {error}") from None
+    files = [str(path) for path in found]
     if not any(name.endswith((".yaml", ".yml")) for name in files):
         raise WorkflowError(
             "there is no task file\n"

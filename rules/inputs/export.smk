@@ -56,6 +56,12 @@ def imatrix_json():
     return CONFIG.gguf.imatrix.model_dump_json(include={"n_tokens"})
 
 
+def quantizations_json():
+    """The keys of `gguf` that decide the types of tensors."""
+    keys = {"mixes": True, "quantizations": True, "imatrix": {"use"}}
+    return CONFIG.gguf.model_dump_json(include=keys)
+
+
 def calibration_text_files():
     """Text files of the user's that the importance matrix is computed on beside the chats."""
     return fetched_texts("gguf.imatrix.files", CONFIG.gguf.imatrix.files)

@@ -34,6 +34,69 @@ def disk_plan():
     return ["results/disk_plan.json"] if MADE_RUNS else []
 
 
+def quantization_plans():
+    """Input function of a target that makes GGUFs: the types that llama.cpp will give them. What GGUF
+    has no form of is said before the first job."""
+
+    def plans(wildcards):
+        for name in built_models():
+            scaling = CONFIG.models[name].rope_scaling
+            if scaling and scaling.type == "dynamic":
+                raise WorkflowError(
+                    "GGUF has no form of dynamic NTK\n"
+                    f"  where:    models.{name}.rope_scaling.type\n"
+                    "  expected: linear or yarn, for a GGUF\n"
+                    "  to fix:   use yarn, or build the target `train`, which makes no GGUF"
+                )
+        return expand("results/models/{model}/quantization_plan.json", model=built_models())
+
+    return plans
+
+
+def held_out(*splits, runs=MADE_RUNS):
+    """Input function of a target that scores some runs on these splits, before the first job: the
+    config gives them a share. It asks for no file; that a share came to a conversation is seen when
+    chats are rendered."""
+
+    def check(wildcards):
+        for name, split in itertools.product(runs, splits):
+            dataset = CONFIG.runs[name].dataset
+            if not getattr(CONFIG.datasets[dataset].cleaning, f"{split}_fraction"):
+                raise WorkflowError(nothing_held_out(name, dataset, split))
+        return []
+
+    return check
+
+
+def nothing_held_out(name, dataset, split):
+    ways_out = {
+        "validation": "`snakemake train` scores nothing afterwards",
+        "test": "`snakemake export` needs no test split",
+    }
+    return (
+        f"nothing is held out for {split}, and this build scores runs.{name} on it\n"
+        f"  where:    datasets.{dataset}.cleaning.{split}_fraction\n"
+        "  found:    0\n"
+        "  expected: a share above 0, of at least 20 conversations\n"
+        f"  to fix:   set {split}_fraction: 0.05 for some hundred conversations, 0.2 for fewer; or"
+        f" build less: {ways_out[split]}"
+    )
+
+
+def recipe_checks(runs=MADE_RUNS):
+    """Before chats are packed: the recipes of some runs fit their models."""
+    trained = [CONFIG.runs[name] for name in runs if CONFIG.runs[name].is_trained]
+    return sorted(
+        {f"results/models/{run.model}/recipes/{run.recipe}_check.json" for run in trained}
+    )
+
+
+def stopping_runs():
+    """Those of the build that stop early by their validation loss."""
+    runs = built(TRAINED_RUNS, MADE_RUNS)
+    return [name for name in runs if CONFIG.recipes[CONFIG.runs[name].recipe].early_stopping]
+
+
 def data_files():
     """Tokens of every run that passed their gate, and the plan of what is trained."""
     checks = {
@@ -235,6 +298,10 @@ def stored_files():
 def experiment_files():
     """Of an overlay in `config/experiments/`: its runs trained and compared, nothing exported."""
     return expand("results/report/experiment.{form}", form=["tsv", "md", "html", "svg"])
+
+
+def made_sweep_runs():
+    return [name for name in SWEEP_RUNS if not CONFIG.is_frozen(name)]
 
 
 def sweep_files():

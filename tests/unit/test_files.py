@@ -198,3 +198,46 @@ def test_other_errors_of_writing_stay_what_they_are(tmp_path):
     with pytest.raises(IsADirectoryError), files.atomic_folder(tmp_path / "merged") as folder:
         folder.write_text("a folder is no file")
     assert names_in(tmp_path) == []
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 587591\n"
+PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><title>404</title></html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("weights.safetensors", POINTER, ["Git LFS pointer", "587591 bytes", "git lfs pull"]),
+        ("chats.jsonl.gz", POINTER, ["Git LFS pointer", "where:"]),
+        ("chats.jsonl", PAGE, ["a web page", "of the kind .jsonl"]),
+        ("wiki.raw", b"<HTML lang=en>", ["a web page", "download it again"]),
+        ("config.json", b"", ["a file is empty"]),
+    ],
+)
+def test_what_stands_in_for_a_file_is_named(tmp_path, name, content, parts):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(StageError) as caught:
+        files.check_whole(path)
+    for part in [*parts, str(path)]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("page.html", PAGE),
+        ("chats.jsonl", b'{"text": "version https://git-lfs.github.com/spec/v1"}'),
+        ("text.txt", b"The <html> element is the root of a page."),
+        ("weights.bin", bytes(range(256))),
+    ],
+)
+def test_files_that_only_resemble_such_pass(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    files.check_whole(tmp_path / name)
+
+
+def test_an_empty_file_may_be_right_and_a_missing_one_is_its_readers(tmp_path):
+    (tmp_path / "shard.jsonl").touch()
+    files.check_whole(tmp_path / "shard.jsonl", may_be_empty=True)
+    files.check_whole(tmp_path / "missing.json")

@@ -194,3 +194,14 @@ def test_schema_and_option_tables_are_those_of_the_settings() -> None:
     readme = (REPOSITORY / settings_documents.README).read_text(encoding="utf-8")
     assert schema == settings_documents.schema_text(), repair
     assert readme == settings_documents.with_options(readme), repair
+
+
+def test_dynamic_scaling_is_refused_where_gguf_is_made_and_nowhere_else(workflow, tmp_path) -> None:
+    scaled = {"models": {"demo": {"rope_scaling": {"type": "dynamic", "factor": 2}}}}
+    (tmp_path / "dynamic.yaml").write_text(yaml.safe_dump(scaled))
+    command = ("-n", "--cores", 2, "--configfile", "dynamic.yaml")
+    assert jobs_of(workflow("train", *command))["train_adapter"] == 2
+    result = workflow("export", *command)
+    assert result.returncode == 1
+    for part in ("GGUF has no form of dynamic NTK", "models.demo.rope_scaling.type", "use yarn"):
+        assert part in result.stdout + result.stderr

@@ -63,13 +63,13 @@ def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
     tiny: Path, tmp_path: Path
 ) -> None:
     jobs = changed(tiny, tmp_path, {"gguf": {"quantizations": ["Q8_0", "Q4_K_M", "Q6_K"]}})
-    assert jobs == {"plan_disk": 1, "quantize_gguf": 2, **EVALUATED}
+    assert jobs == {"plan_disk": 1, "plan_quantizations": 1, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_a_new_mix_runs_what_a_new_quantization_runs(tiny: Path, tmp_path: Path) -> None:
     mix = {"mixes": {"Q4_K_L": {"type": "Q4_K_M", "output": "Q8_0"}}}
     jobs = changed(tiny, tmp_path, {"gguf": {**mix, "quantizations": ["Q8_0", "Q4_K_M", "Q4_K_L"]}})
-    assert jobs == {"plan_disk": 1, "quantize_gguf": 2, **EVALUATED}
+    assert jobs == {"plan_disk": 1, "plan_quantizations": 1, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
@@ -123,7 +123,7 @@ def test_without_an_imatrix_what_was_made_with_one_is_made_anew_and_the_imatrix_
     tiny: Path, tmp_path: Path
 ) -> None:
     jobs = changed(tiny, tmp_path, {"gguf": {"imatrix": {"use": "auto"}}})
-    assert jobs == {"quantize_gguf": 2, **EVALUATED}
+    assert jobs == {"plan_quantizations": 1, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_a_type_that_needs_an_imatrix_asks_for_it_by_itself(workflow, tmp_path: Path) -> None:
@@ -161,6 +161,7 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
 ) -> None:
     overlay = {"recipes": {"mistral-lora-demo": {"learning_rate": 9e-4}}}
     assert changed(tiny, tmp_path, overlay) == {
+        "check_recipe": 1,
         "plan_memory": 1,
         "train_adapter": 1,
         "merge_adapter": 1,

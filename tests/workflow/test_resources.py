@@ -122,7 +122,8 @@ def test_what_takes_seconds_or_downloads_asks_a_cluster_for_no_node(rules) -> No
     local = {name for name, rule in rules.items() if rule["is_local"]}
     reports = {name for name in rules if name.startswith("report_")}
     downloads = {name for name in rules if name.startswith("fetch_")}
-    others = {"plan_disk", "preview_chats", "push_release", "link_base_model"}
+    others = {"plan_disk", "plan_quantizations", "check_recipe"}
+    others |= {"preview_chats", "push_release", "link_base_model"}
     others |= {"collect_metrics", "tabulate_metrics"}
     assert local == reports | downloads | others
     for name in local - {"push_release"}:

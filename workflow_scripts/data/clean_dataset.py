@@ -131,6 +131,10 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
         name: settings.sources.get(name, ReadingSettings()).weight for name, *_ in arguments.source
     }
     report = write_tables(arguments.clean, chunks, selection, weights)
+    report["held_out_fractions"] = {
+        "validation": cleaning_settings.validation_fraction,
+        "test": cleaning_settings.test_fraction,
+    }
     check(
         report, arguments.clean / "rejected.parquet", limit=cleaning_settings.max_rejected_fraction
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log, parallel
+from workflow_scripts.data import held_out
 from workflow_scripts.data.documents import SPLITS, check_rejected, documents_schema
 from workflow_scripts.data.rendering import CannotRender, Renderer, Rendering
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("started %s settings=%s", log.versions("mistral-common"), arguments.settings)
     started = time.monotonic()
     paths = {split: arguments.clean / f"{split}.parquet" for split in SPLITS}
-    n_conversations = sum(map(n_rows, paths.values()))
+    check_splits(arguments.clean / "cleaning_report.json")
+    n_by_split = {split: n_rows(path) for split, path in paths.items()}
+    n_conversations = sum(n_by_split.values())
     batches = parallel.map_in_order(
         render_batch,
         clean_batches(paths),
@@ -83,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             n_read=n_conversations,
             limit=settings.max_rejected_fraction,
             key="datasets.<name>.rendering.max_rejected_fraction",
+        )
+        held_out.check_rendered(
+            n_by_split,
+            {split: total.n_supervised_tokens for split, total in totals.items()},
+            arguments.tokens / "rejected.parquet",
         )
         files.write_parquet(arguments.tokens / "rejected.parquet", table)
     report = summary(totals, table)
@@ -129,6 +137,20 @@ class Totals:
             batch.documents.column("n_supervised_tokens").to_numpy().sum()
         )
         self.n_by_length.update(1 << (int(length) - 1).bit_length() for length in lengths)
+
+
+def check_splits(cleaning_report: Path) -> None:
+    """Before anything is rendered: no split that the config holds out is empty.
+
+    A report of an older version says nothing of shares, and a folder of the user's may have none.
+
+    Raises:
+        StageError: as `held_out.check_splits`.
+    """
+    report = files.read_json(cleaning_report) if cleaning_report.is_file() else {}
+    if "held_out_fractions" in report:
+        for warning in held_out.check_splits(report, cleaning_report):
+            logger.warning("%s", warning)
 
 
 def n_rows(path: Path) -> int:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from workflow_scripts import urls
+from workflow_scripts import files, urls
 from workflow_scripts.data.rejections import Rejected
 from workflow_scripts.log import StageError
 
@@ -145,12 +145,13 @@ def read_chunks(
     Args:
         name: the `source_file` of its records, where that is not the path: a URL.
     Raises:
-        StageError: the file cannot be read to its end.
+        StageError: the file cannot be read to its end, or something stands in for it.
     """
     import pyarrow as pa
 
     path = str(path)
     suffix, compression = file_format(path)
+    files.check_whole(Path(path), may_be_empty=True)
     n_read = 0
     try:
         if suffix == ".parquet":

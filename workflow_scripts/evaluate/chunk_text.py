@@ -73,6 +73,7 @@ def read_text(path: Path) -> str:
     Raises:
         StageError: the file is missing or not UTF-8.
     """
+    files.check_whole(path)
     try:
         return path.read_bytes().decode().removesuffix("\n")
     except FileNotFoundError as error:

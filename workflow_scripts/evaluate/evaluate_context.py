@@ -109,6 +109,7 @@ def haystack_texts(paths: Sequence[Path] | None) -> Iterator[str]:
     """What the prompts are filled with: files of the user's, or what every machine has."""
     if paths:
         for path in paths:
+            files.check_whole(path)
             yield path.read_text(encoding="utf-8")
         return
     from workflow_scripts.models import stdlib_docs

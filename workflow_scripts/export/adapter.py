@@ -26,8 +26,13 @@ from safetensors import safe_open
 from workflow_scripts import files, log
 from workflow_scripts.export.tensor_names import Part
 from workflow_scripts.log import StageError
+from workflow_scripts.models import tensors
 
 PREFIX = "base_model.model."
+# Modules that PEFT takes for linear layers; a mixture's experts and router are parameters.
+LINEAR = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj|lm_head"
+)
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
 # What changes the arithmetic and is not built here: refuse it rather than merge it wrongly.
 UNSUPPORTED = (
@@ -64,7 +69,8 @@ class Adapter:
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
     Raises:
-        StageError: it is neither LoRA nor a full fine-tune, or has parts that are not merged here.
+        StageError: it is neither LoRA nor a full fine-tune, has parts that are not merged here, or
+            its file is damaged or lacks half of a pair.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,6 +79,10 @@ class Adapter:
         is_full = self._config.get("method") == "full"
         if not is_full:
             _check_config(self._config, folder / "adapter_config.json")
+        self._is_full = is_full
+        headers = tensors.stored([self._path])
+        tensors.check_types(headers)
+        self._check_pairs(headers)
         self._tensors = safe_open(self._path, framework="pt")
         stored = set(self._tensors.keys())
         self._factors = {} if is_full else self._find_factors(stored)
@@ -109,6 +119,8 @@ class Adapter:
             or (EMBEDDINGS <= self._whole.keys() and not self._config.get("modules_to_save"))
         )
         self._own = _OfThread()
+        for factors in self._factors.values():
+            self._check_rank(factors, headers)
 
     def scale(self, name: str) -> float:
         """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
@@ -180,6 +192,114 @@ class Adapter:
         if part.expert is not None and part.expert >= n_experts:
             raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
         return (n_rows if part.half is None else n_rows // 2, n_columns)
+
+    def check_complete(self, parameters: set[str]) -> None:
+        """Every module that the adapter's config names is in its file, in every layer.
+
+        Args:
+            parameters: of the base.
+        Raises:
+            StageError: naming the first ten that are missing.
+        """
+        missing = sorted(self._named(parameters) - self.targets)
+        if missing:
+            shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+            raise StageError(
+                "the adapter lacks modules that its adapter_config.json names",
+                where=self._path,
+                found=f"nothing for {len(missing)}: {shown}",
+                expected="every weight of the base"
+                if self._is_full
+                else "target_modules,"
+                " target_parameters and modules_to_save in every layer of layers_to_transform",
+                to_fix="fetch the adapter again, or save it again with PEFT: file and config must"
+                " belong together",
+            )
+
+    def _named(self, parameters: set[str]) -> set[str]:
+        """Those of the base's parameters that the adapter's config names.
+
+        Source: PEFT 0.21, `check_target_module_exists` in tuners/tuners_utils.py.
+        """
+        if self._is_full:
+            tied = EMBEDDINGS if EMBEDDINGS & self.targets else set()
+            return {name for name in parameters - tied if not tensors.is_position_table(name)}
+        config = self._config
+        layers = config.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        named = set()
+        for name in parameters:
+            module = name.removesuffix(".weight")
+            if _is_of(module, config.get("modules_to_save")):
+                named.add(name)
+            if any(name.endswith(f".{target}") for target in config.get("target_parameters") or []):
+                named.add(name)
+            linear = LINEAR.fullmatch(module)
+            if linear is None or _is_of(module, config.get("exclude_modules")):
+                continue
+            if layers and linear["layer"] and int(linear["layer"]) not in layers:
+                continue
+            targets = config.get("target_modules")
+            is_every = targets == "all-linear" and module != "lm_head"
+            if is_every or _is_of(module, targets):
+                named.add(name)
+        return named
+
+    def _check_pairs(self, headers: dict[str, tensors.Stored]) -> None:
+        """Every A has its B, and with DoRA its magnitudes.
+
+        Raises:
+            StageError: naming the first ten that are missing.
+        """
+        stems = [
+            name.removesuffix(".lora_A.weight")
+            for name in headers
+            if name.endswith(".lora_A.weight")
+        ]
+        needed = ["lora_B.weight"]
+        if self._config.get("use_dora"):
+            needed.append("lora_magnitude_vector")
+        missing = sorted(
+            f"{stem}.{name}" for stem in stems for name in needed if f"{stem}.{name}" not in headers
+        )
+        if missing:
+            raise StageError(
+                "the adapter is not whole",
+                where=self._path,
+                found=f"no {', '.join(missing[:10])}",
+                expected="lora_A and lora_B of every module, with DoRA its magnitudes too",
+                to_fix="fetch the adapter again, or save it again with PEFT",
+            )
+
+    def _check_rank(self, factors: Factors, headers: dict[str, tensors.Stored]) -> None:
+        """
+        Raises:
+            StageError: A and B have not the rank that the adapter's config says, or DoRA's
+                magnitudes are not one per row.
+        """
+        stem = factors.stem
+        where = f"{self._path}, {stem}"
+        down, up = (headers[f"{stem}.lora_{name}.weight"].shape for name in "AB")
+        rank = self._rank(factors.pattern_name)
+        # Of a mixture's experts all are stacked.
+        n_stacked = down[0] // rank if ".experts" in stem else 1
+        if (len(down), len(up)) != (2, 2) or not down[0] == up[1] == rank * n_stacked:
+            raise StageError(
+                "the adapter's matrices have another rank than its adapter_config.json says",
+                where=where,
+                found=f"A {list(down)}, B {list(up)}",
+                expected=f"rank {rank}: A [{rank}, in], B [out, {rank}]",
+                to_fix="take file and config from the same adapter: its scale is alpha ÷ rank",
+            )
+        magnitudes = headers.get(f"{stem}.lora_magnitude_vector")
+        if magnitudes is not None and magnitudes.shape != (up[0],):
+            raise StageError(
+                "the adapter has another number of magnitudes than rows",
+                where=where,
+                found=list(magnitudes.shape),
+                expected=[up[0]],
+                to_fix="fetch the adapter again, or save it again with PEFT",
+            )
 
     def check_shape(self, part: Part, base: tuple[int, ...]) -> None:
         """
@@ -313,6 +433,14 @@ class Adapter:
             expected=f"{expected}, as in the base",
             to_fix="take the model that the adapter was trained on",
         )
+
+
+def _is_of(module: str, wanted: str | list[str] | None) -> bool:
+    """Whether PEFT takes a module for one that a config names: by the end of its name, or by a
+    pattern of all of it."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in wanted or [])
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

@@ -101,6 +101,7 @@ def texts(
 
     from workflow_scripts.export import calibration
 
+    files.check_whole(path)
     try:
         with path.open(encoding="utf-8") as stream:
             text = stream.read(CHARACTERS_PER_TOKEN * n_tokens)

@@ -19,6 +19,7 @@ from typing import Any
 from workflow_scripts import files, hub, log
 from workflow_scripts.export import given
 from workflow_scripts.log import StageError
+from workflow_scripts.models import tensors
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -65,13 +66,14 @@ def check_fit(folder: Path, checkpoint: Path) -> None:
     """Now, and not when all that comes before the merge is made.
 
     Raises:
-        StageError: an adapter that is not merged here, or of another base.
+        StageError: an adapter that is not merged here, not whole, or of another base.
     """
     from workflow_scripts.export import merged_weights
     from workflow_scripts.export.adapter import Adapter
     from workflow_scripts.export.base_weights import BaseWeights
 
     merged_weights.check_fit(checkpoint, BaseWeights(checkpoint), Adapter(folder))
+    tensors.check_all_values([folder / "adapter_model.safetensors"])
 
 
 def described(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from workflow_scripts import files, hub, log
 from workflow_scripts.export import given
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.models import tensors
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         facts = files.read_json(arguments.facts)
         check_shape(folder, facts)
-        checkpoints.check_shards(folder)
+        checkpoints.check_whole(folder, checkpoints.read_facts(folder))
+        tensors.check_all_values(checkpoints.weight_files(folder))
         complete(folder, arguments.tokenizer, facts)
         files.write_json(folder / "source.json", origin)
     logger.info("wrote source=%s path=%s", run.merged, arguments.merged)

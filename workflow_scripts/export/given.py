@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from workflow_scripts import files
 from workflow_scripts.log import StageError
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -20,11 +21,13 @@ def adapter_files(folder: Path) -> list[Path]:
     """An adapter as PEFT saves it.
 
     Raises:
-        StageError: the folder holds none.
+        StageError: the folder holds none, or something that stands in for a file of it.
     """
     found = [folder / name for name in ADAPTER_FILES]
     missing = [path.name for path in found if not path.is_file()]
     if not missing:
+        for path in found:
+            files.check_whole(path)
         return found
     has_pickle = (folder / "adapter_model.bin").is_file()
     raise StageError(
@@ -43,7 +46,7 @@ def model_files(folder: Path) -> list[Path]:
     """What is taken of a merged model.
 
     Raises:
-        StageError: the folder holds none.
+        StageError: the folder holds none, or something that stands in for a file of it.
     """
     found = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
     has_weights = any(path.suffix == ".safetensors" for path in found)
@@ -55,4 +58,6 @@ def model_files(folder: Path) -> list[Path]:
             expected="config.json and model*.safetensors, as transformers' save_pretrained writes"
             " them",
         )
+    for path in found:
+        files.check_whole(path)
     return found

@@ -16,6 +16,7 @@ from workflow_scripts.export.adapter import EMBEDDINGS, Adapter
 from workflow_scripts.export.base_weights import BaseWeights
 from workflow_scripts.export.tensor_names import Slab, part, slabs
 from workflow_scripts.log import StageError
+from workflow_scripts.models.tensors import is_position_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,8 @@ def overwrite(model: PreTrainedModel, base: BaseWeights, adapter: Adapter | None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for header in base.headers.values():
         for name, entry in header.items():
+            if is_position_table(name):
+                continue  # in the file, but computed from config.json by the model
             shape = base.shape(name) if adapter is None else merged_shape(base, adapter, name)
             for slab in slabs(name, shape):
                 if adapter is None:
@@ -87,7 +90,7 @@ def overwrite(model: PreTrainedModel, base: BaseWeights, adapter: Adapter | None
 
 def check_fit(checkpoint: Path, base: BaseWeights, adapter: Adapter) -> None:
     """Every weight that the adapter changes must be there, in its shape, and belong to itself
-    alone.
+    alone; and the adapter must have all that its config names.
 
     Raises:
         StageError: the first that does not.
@@ -109,6 +112,7 @@ def check_fit(checkpoint: Path, base: BaseWeights, adapter: Adapter) -> None:
             found=f"no weight {', '.join(sorted(missing)[:10])}",
             expected="the model that the adapter was trained on",
         )
+    adapter.check_complete(base.parameters)
     for header in base.headers.values():
         for name in header:
             shape = base.shape(name)

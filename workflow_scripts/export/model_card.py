@@ -9,6 +9,7 @@ from typing import Any
 
 from workflow_scripts import __version__
 from workflow_scripts.export import modelfile, provenance
+from workflow_scripts.export.tensor_types import TOLD_FRACTION
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.settings import GgufSettings, RunSettings
 
@@ -38,6 +39,7 @@ def model_card(
     manifest: dict[str, Any] | None,
     scores: dict[str, dict[str, Any]],
     ggufs: Sequence[Path],
+    contents: dict[str, dict[str, Any]],
     gguf_settings: GgufSettings,
 ) -> str:
     """The whole card, in Markdown.
@@ -45,6 +47,7 @@ def model_card(
     Args:
         source: the base: a Hub id, or the name of its folder.
         scores: by link, from the base on.
+        contents: what each GGUF holds, by its file's name (`tensor_types.written`).
     """
     context = served_context(facts)
     base = scores["base"]["perplexity"]
@@ -69,7 +72,9 @@ def model_card(
             " these files."
         )
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    quantized = "\n".join(file_line(path, name, gguf_settings) for path in ggufs)
+    quantized = "\n".join(
+        file_line(path, name, gguf_settings, contents[path.name]) for path in ggufs
+    )
     ollama = f"ollama create {name} -f Modelfile && ollama run {name}"
     n_ctx = min(context, modelfile.DEFAULT_CONTEXT_TOKENS)
     python = (
@@ -95,11 +100,11 @@ line scores the same tokens.
 | --- | ---: | ---: |
 {chr(10).join(rows)}
 
-| file | size, GB | importance matrix |
-| --- | ---: | --- |
+| file | size, GB | bits per weight | share of the weights by type | importance matrix |
+| --- | ---: | ---: | --- | --- |
 {quantized}
 
-{about_imatrix(run, ggufs, name, gguf_settings)}
+{about_fallbacks(ggufs, contents)}{about_imatrix(run, ggufs, name, gguf_settings)}
 ## Limits
 
 {why_context}
@@ -146,11 +151,33 @@ def quantization(path: Path, run_name: str) -> str:
     return path.stem.removeprefix(f"{run_name}-")
 
 
-def file_line(path: Path, run_name: str, settings: GgufSettings) -> str:
+def file_line(path: Path, run_name: str, settings: GgufSettings, content: dict[str, Any]) -> str:
     name = quantization(path, run_name)
     uses_imatrix = name != "F16" and settings.uses_imatrix(name)
+    types = ", ".join(
+        f"{kind} {share:.1%}" for kind, share in content["type_fractions"].items() if share >= 5e-4
+    )
     return (
-        f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {'yes' if uses_imatrix else 'no'} |"
+        f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {content['bits_per_weight']:.2f} |"
+        f" {types} | {'yes' if uses_imatrix else 'no'} |"
+    )
+
+
+def about_fallbacks(ggufs: Sequence[Path], contents: dict[str, dict[str, Any]]) -> str:
+    """Files that hold other types than their names say, where llama.cpp had to fall back."""
+    lines = [
+        f"- `{path.name}`: {contents[path.name]['fallback_fraction']:.0%} of the weights, "
+        + ", ".join(f"{change}" for change in contents[path.name]["fallbacks"])
+        for path in ggufs
+        if contents[path.name]["fallback_fraction"] > TOLD_FRACTION
+    ]
+    if not lines:
+        return ""
+    return (
+        "llama.cpp stored these weights in other types than the files' names say, because the"
+        " length of\nthe model's rows is not a multiple of the types' blocks:\n\n"
+        + "\n".join(lines)
+        + "\n\n"
     )
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.durations import durations
-from workflow_scripts.export import model_card, modelfile, provenance
+from workflow_scripts.export import model_card, modelfile, provenance, tensor_types
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 from workflow_scripts.settings import GgufSettings, RunSettings, settings_from_json
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("package_release")
 
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     run = settings_from_json(RunSettings, arguments.settings)
     config = json.loads(arguments.config)
+    gguf_settings = settings_from_json(GgufSettings, json.dumps(config["gguf"]))
     facts = files.read_json(arguments.facts)
     scores = {path.stem: files.read_json(path) for path in arguments.scores}
     source_file = arguments.checkpoint / "source.json"
@@ -73,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in shipped:
             files.copy_or_link(arguments.tokenizer / name, folder / name)
         given, manifest = read_beginning(run, arguments.beginning)
+        contents = {
+            path.name: tensor_types.written(
+                path, facts, gguf_settings, model_card.quantization(path, arguments.name)
+            )
+            for path in arguments.ggufs
+        }
         card = model_card.model_card(
             arguments.name,
             run,
@@ -82,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             manifest=manifest,
             scores=scores,
             ggufs=arguments.ggufs,
-            gguf_settings=settings_from_json(GgufSettings, json.dumps(config["gguf"])),
+            contents=contents,
+            gguf_settings=gguf_settings,
         )
         files.write_text(folder / "README.md", card)
         origin = {
@@ -95,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "dataset_files": provenance.hashes(arguments.dataset),
             **({"given": provenance.without_folders(given)} if given else {}),
             "training": manifest,
+            "gguf_contents": contents,
             "gates": {path.stem: files.read_json(path) for path in arguments.checks},
             "scores": scores,
             "packages": provenance.versions(),

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
+from workflow_scripts.export import quantizer
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TENSORS_NEED_IMATRIX, MixSettings, settings_from_json
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 OUTPUT_VERSION = 1
 # Rows of one tensor in memory at once: without, the experts of a layer of Mixtral are 3 GB.
 BUFFER_BYTES = 512 * 2**20
-TEXT_BYTES = 127  # of a metadata value that llama.cpp is handed
 logger = log.stage_logger("quantize_gguf")
 
 
@@ -55,23 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(("quantize.imatrix.chunks_count", n) for n in [matrix.n_chunks] if n),
         ]
     if mix.tensors:
-        check_patterns(mix, tensor_names(arguments.gguf), arguments.gguf)
+        check_patterns(mix, list(quantizer.tensor_table(arguments.gguf)), arguments.gguf)
 
     llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = file_type(mix.type)
-    params.nthread = arguments.threads
+    params = quantizer.parameters(mix, n_threads=arguments.threads)
     params.max_buf_size = BUFFER_BYTES
-    if mix.output:
-        params.output_tensor_type = tensor_type(mix.output)
-    if mix.token_embd:
-        params.token_embedding_type = tensor_type(mix.token_embd)
-    # ctypes keeps what an array is made of, and the fields of a structure what they are set to.
-    if mix.tensors:
-        params.tt_overrides = tensor_overrides(mix.tensors)
     if importance:
-        params.imatrix = imatrix_entries(importance)
-        params.kv_overrides = metadata_overrides(overrides)
+        params.imatrix = quantizer.imatrix_entries(importance)
+        params.kv_overrides = quantizer.metadata_overrides(overrides)
     with files.atomic_file(arguments.quantized) as temporary:
         code = llama_cpp.llama_model_quantize(
             str(arguments.gguf).encode(), str(temporary).encode(), ctypes.byref(params)
@@ -89,53 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.quantized.stat().st_size,
         arguments.quantized,
     )
-
-
-def file_type(name: str) -> int:
-    """llama.cpp's number of a quantization type."""
-    import llama_cpp
-
-    kind = "ALL" if name == "F32" else "MOSTLY"
-    return getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{name}")
-
-
-def tensor_type(name: str) -> int:
-    """ggml's number of a tensor's type."""
-    from llama_cpp import GGML_TYPE_COUNT
-    from llama_cpp._ggml import libggml
-
-    libggml.ggml_type_name.restype = ctypes.c_char_p
-    names = [libggml.ggml_type_name(at).decode().upper() for at in range(GGML_TYPE_COUNT)]
-    return names.index(name)
-
-
-class _ReadingParameters(ctypes.Structure):
-    _fields_ = [("leaves_data", ctypes.c_bool), ("context", ctypes.c_void_p)]
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Of all tensors of a GGUF, by ggml: gguf-py takes seconds for the vocabulary before them.
-
-    Raises:
-        StageError: the file is no GGUF.
-    """
-    from llama_cpp._ggml import libggml
-
-    libggml.gguf_init_from_file.restype = ctypes.c_void_p
-    libggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, _ReadingParameters]
-    libggml.gguf_get_n_tensors.restype = ctypes.c_int64
-    libggml.gguf_get_n_tensors.argtypes = [ctypes.c_void_p]
-    libggml.gguf_get_tensor_name.restype = ctypes.c_char_p
-    libggml.gguf_get_tensor_name.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    libggml.gguf_free.argtypes = [ctypes.c_void_p]
-    file = libggml.gguf_init_from_file(str(path).encode(), _ReadingParameters(True, None))
-    if not file:
-        raise StageError("the GGUF cannot be read", where=path, to_fix="make it again")
-    try:
-        n = libggml.gguf_get_n_tensors(file)
-        return [libggml.gguf_get_tensor_name(file, at).decode() for at in range(n)]
-    finally:
-        libggml.gguf_free(file)
 
 
 def check_patterns(mix: MixSettings, names: Sequence[str], path: Path) -> None:
@@ -164,41 +108,6 @@ def check_patterns(mix: MixSettings, names: Sequence[str], path: Path) -> None:
                 to_fix="set `output` and `token_embd`, or name a narrower pattern",
             )
         left -= found
-
-
-def tensor_overrides(patterns: Mapping[str, str]) -> ctypes.Array:
-    import llama_cpp
-
-    entry = llama_cpp.llama_model_tensor_override
-    entries = [entry(pattern.encode(), tensor_type(name)) for pattern, name in patterns.items()]
-    return (entry * (len(entries) + 1))(*entries)  # the last one, null, ends it
-
-
-def imatrix_entries(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
-    import llama_cpp
-
-    entry = llama_cpp.llama_model_imatrix_data
-    pointer = ctypes.POINTER(ctypes.c_float)
-    entries = [
-        entry(name.encode(), values.ctypes.data_as(pointer), values.size)
-        for name, values in importance.items()
-    ]
-    return (entry * (len(entries) + 1))(*entries)
-
-
-def metadata_overrides(values: Sequence[tuple[str, str | int]]) -> ctypes.Array:
-    import llama_cpp
-
-    entries = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
-    for entry, (key, value) in zip(entries, values, strict=False):
-        entry.key = key.encode()
-        if isinstance(value, int):
-            entry.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-            entry.value.val_i64 = value
-        else:
-            entry.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-            entry.value.val_str = value.encode()[:TEXT_BYTES]
-    return entries
 
 
 if __name__ == "__main__":

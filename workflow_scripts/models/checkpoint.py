@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workflow_scripts import files
 from workflow_scripts.log import DOCTOR, StageError
-from workflow_scripts.models import exhaustion
+from workflow_scripts.models import exhaustion, tensors
+from workflow_scripts.models.tensors import TAKE_16_BITS
 
 if TYPE_CHECKING:
     from torch import device, dtype
@@ -28,6 +29,8 @@ NO_GPUS = ("", "-1", "NoDevFiles")
 # There where NVIDIA's driver is: Linux, and Windows' subsystem for it.
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 MODEL_TYPES = ("mistral", "mixtral", "ministral")
+# Of config.json; the second is what compressed-tensors wrote at first.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> dict[str, Any]:
@@ -37,10 +40,11 @@ def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> 
         scaling: stretches the model's positions; `rope_parameters` and `context_tokens` are then
             the stretched ones, and `rope_scaling` says from what.
     Raises:
-        StageError: not a Mistral or Mixtral, or a key that decides the shape is missing; or its
-            positions cannot be stretched so.
+        StageError: not a Mistral or Mixtral, already quantized, or a key that decides the shape is
+            missing; or its positions cannot be stretched so.
     """
     config = files.read_json(checkpoint / "config.json")
+    check_unquantized(config, checkpoint / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise StageError(
             "the checkpoint is not of the Mistral family",
@@ -79,6 +83,41 @@ def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> 
             to_fix="take config.json from the model's repository",
         ) from error
     return facts if scaling is None else facts | stretched(facts, scaling, checkpoint)
+
+
+def check_unquantized(config: Mapping[str, Any], path: Path) -> None:
+    """The weights are not already quantized: they could be neither merged nor quantized again.
+
+    Args:
+        config: content of a config.json.
+        path: of that file, for the message.
+    Raises:
+        StageError: naming the method, and what to take instead.
+    """
+    key = next((key for key in QUANTIZATION_KEYS if config.get(key)), None)
+    if key is None:
+        return
+    quantization = config[key]
+    method = quantization.get("quant_method") or quantization.get("format") or "unnamed method"
+    bits = [
+        f"{key}: {quantization[key]}"
+        for key in ("load_in_4bit", "load_in_8bit", "bits", "fmt", "format", "bnb_4bit_quant_type")
+        if quantization.get(key)
+    ]
+    raise StageError(
+        "the checkpoint is already quantized",
+        where=f"{path}, {key}",
+        found=", ".join([str(method), *bits]),
+        expected="the model in 16 or 32 bits: Tramontane quantizes it for training by itself"
+        " (recipes.<name>.method: qlora)",
+        to_fix=TAKE_16_BITS + twin(config),
+    )
+
+
+def twin(config: Mapping[str, Any]) -> str:
+    """Where the unquantized model may be, as far as a config.json tells."""
+    name = config.get("_name_or_path")
+    return f"; this one names {name} as its origin" if name and not Path(name).is_dir() else ""
 
 
 def own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,30 +233,57 @@ def weight_files(checkpoint: Path) -> list[Path]:
             where=missing[0] if missing else index,
             found="no such file" if missing else "no shard",
             expected="model.safetensors, or every shard that model.safetensors.index.json names",
+            to_fix=_other_weights(checkpoint),
         )
     return shards
+
+
+def _other_weights(checkpoint: Path) -> str:
+    """The remedy where a folder holds its weights in another form, or not all of them."""
+    if list(checkpoint.glob("pytorch_model*.bin")):
+        return (
+            "pytorch_model.bin is a pickle, which can run code and is not opened here: load it with"
+            " transformers and save_pretrained, or take a revision with safetensors"
+        )
+    if list(checkpoint.glob("consolidated*")):
+        return (
+            "consolidated files are in Mistral's own layout: fetch the repository's"
+            " model-*.safetensors, or convert them with transformers'"
+            " convert_mistral_weights_to_hf.py"
+        )
+    return "fetch what is missing"
 
 
 def check_shards(checkpoint: Path) -> None:
     """Every shard is as long as its header says; no weight is read.
 
     Raises:
-        StageError: a shard is missing or damaged.
+        StageError: a shard is missing, damaged, or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    tensors.stored(weight_files(checkpoint))
 
-    for shard in weight_files(checkpoint):
-        try:
-            with safe_open(shard, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise StageError(
-                "a shard of the model is damaged",
-                where=shard,
-                found=f"{error} ({shard.stat().st_size:,} bytes)",
-                expected="a whole safetensors file",
-                to_fix="make it again: fetch, or merge",
-            ) from error
+
+def check_whole(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """The folder holds one model, whole, as its config.json describes it; headers are read only.
+
+    Args:
+        facts: of `read_facts` on the folder.
+    Raises:
+        StageError: files are missing or damaged, or tensors are missing, extra, or of another
+            shape or type.
+    """
+    shards = weight_files(checkpoint)
+    single = checkpoint / "model.safetensors"
+    if single.is_file() and single not in shards:
+        raise StageError(
+            "the folder holds two models",
+            where=checkpoint,
+            found=f"{single.name}, and model.safetensors.index.json with {len(shards)} shards of"
+            " its own",
+            expected="one of them: transformers takes the first, llama.cpp's converter the index",
+            to_fix=f"move {single.name} away, or the index with its shards",
+        )
+    tensors.check_tensors(shards, facts, where=checkpoint)
 
 
 def default_device() -> device:

@@ -41,22 +41,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.is_local:
             link_folder(Path(settings.source).expanduser().resolve(), folder)
         else:
-            commit = hub.download(
-                settings.source,
-                settings.revision,
-                folder,
-                kind="base model",
-                key="models.<name>.source",
-                wanted=WANTED,
-                unwanted=UNWANTED,
-            )
+            commit = download(settings, settings.revision, folder, ["config.json"])
+            # A model that cannot be trained is refused before its weights are fetched.
+            checkpoints.read_facts(folder)
+            download(settings, commit, folder, WANTED)
             origin = {"source": settings.source, "commit": commit}
             files.write_json(folder / "source.json", origin)
         # Fail here, not after the data stages, when something a later stage needs is not there.
-        checkpoints.read_facts(folder)
-        checkpoints.check_shards(folder)
+        checkpoints.check_whole(folder, checkpoints.read_facts(folder))
         tokenizer_files.find_tokenizer(folder)
     logger.info("wrote path=%s", arguments.checkpoint)
+
+
+def download(settings: ModelSettings, revision: str | None, folder: Path, wanted: list[str]) -> str:
+    """Files of the model's repository; returns the commit they are of."""
+    assert settings.source is not None
+    return hub.download(
+        settings.source,
+        revision,
+        folder,
+        kind="base model",
+        key="models.<name>.source",
+        wanted=wanted,
+        unwanted=UNWANTED,
+    )
 
 
 def link_folder(source: Path, folder: Path) -> None:

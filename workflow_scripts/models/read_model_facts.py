@@ -4,6 +4,10 @@ Every stage that needs a fact about the model takes it from this file, never fro
 Where the config stretches the model's positions (RoPE scaling), the facts are those of the
 stretched model.
 
+This is also where an unusable checkpoint is refused, before chats are rendered or anything is
+trained: one that is already quantized, lacks a tensor or holds another, has a weight that is not a
+number, or has more or fewer embeddings than its tokenizer has tokens.
+
 python -m workflow_scripts.models.read_model_facts --checkpoint results/models/m/checkpoint
     --facts results/models/m/facts.json
 """
@@ -16,7 +20,7 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.models import checkpoint as checkpoints
-from workflow_scripts.models import tokenizer_files
+from workflow_scripts.models import tensors, tokenizer_files
 from workflow_scripts.settings import RopeScalingSettings, settings_from_json
 
 OUTPUT_VERSION = 2
@@ -38,16 +42,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     facts = checkpoints.read_facts(arguments.checkpoint, scaling)
     tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint, arguments.version or None)
+    checkpoints.check_whole(arguments.checkpoint, facts)
+    tokenizer_files.check_vocabulary(
+        tokenizer, facts["vocabulary_size"], where=arguments.checkpoint / "config.json"
+    )
     facts["tokenizer_version"] = arguments.version or tokenizer_files.tokenizer_version(tokenizer)
     counted = [
         arguments.checkpoint / "config.json",
         tokenizer,
         *checkpoints.weight_files(arguments.checkpoint),
     ]
-    facts["files"] = {
-        path.name: {"sha256": files.sha256(path), "size_bytes": path.stat().st_size}
-        for path in log.progress(counted, logger, total=len(counted), unit="files")
-    }
+    facts["files"] = {}
+    for path in log.progress(counted, logger, total=len(counted), unit="files"):
+        if path.suffix == ".safetensors":
+            # Here, as its bytes are read anyway.
+            tensors.check_all_values([path])
+        facts["files"][path.name] = {
+            "sha256": files.sha256(path),
+            "size_bytes": path.stat().st_size,
+        }
     if facts["sliding_window"] is None and "sliding_window" not in files.read_json(
         arguments.checkpoint / "config.json"
     ):

@@ -39,8 +39,14 @@ def find_tokenizer(folder: Path, version: str | None = None) -> Path:
     Args:
         version: only a file that can be of this version; None takes the most telling.
     Raises:
-        StageError: the folder has none of them.
+        StageError: the folder has none of them, or something else under its name.
     """
+    found = _find(folder, version)
+    files.check_whole(found)
+    return found
+
+
+def _find(folder: Path, version: str | None) -> Path:
     tekken = folder / "tekken.json"
     if tekken.is_file() and version in (None, TEKKEN):
         return tekken
@@ -64,7 +70,8 @@ def find_tokenizer(folder: Path, version: str | None = None) -> Path:
         found=", ".join(sorted(path.name for path in folder.glob("*token*")))
         or "no tokenizer file",
         expected=expected.get(version, f"tokenizer.model.{version} or tokenizer.model"),
-        to_fix="add the original tokenizer file of the base model to the folder",
+        to_fix="add the original tokenizer file of the base model to the folder; tokenizer.json"
+        " alone does not say which of Mistral's chat formats the model was trained on",
     )
 
 
@@ -111,6 +118,57 @@ def _lacks(path: Path, version: str) -> str | None:
         if not pieces.is_control(token_id):
             return token
     return None
+
+
+def n_tokens(path: Path) -> int:
+    """Tokens of a tokenizer file, control tokens included."""
+    if path.name == "tekken.json":
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        try:
+            return Tekkenizer.from_file(path).n_words
+        except (ValueError, KeyError, TypeError) as error:
+            raise unreadable(path, error) from error
+    return _sentencepiece(path).get_piece_size()
+
+
+def check_vocabulary(path: Path, n_rows: int, *, where: Path) -> None:
+    """Every token has a row of the embeddings, and every row a token.
+
+    Rows beyond the tokenizer's are refused as well, though training would not notice: the merged
+    folder's tokenizer and llama.cpp's converter both need one number. Such rows are tokens that a
+    fine-tune added (ChatML's two), or padding.
+
+    Args:
+        path: the tokenizer file that decides.
+        n_rows: rows of the embeddings, `vocabulary_size` of the facts.
+        where: config.json of the checkpoint, for the message.
+    Raises:
+        StageError: the two numbers differ.
+    """
+    found = n_tokens(path)
+    if found == n_rows:
+        return
+    if n_rows > found:
+        to_fix = (
+            "take the base that this model was made of; or remove the rows without a token, if"
+            " chats in Mistral's format need none of them: in transformers,"
+            f" model.resize_token_embeddings({found}), then save_pretrained to a new folder, with"
+            " the tokenizer file"
+        )
+    else:
+        to_fix = (
+            "put the model's own tokenizer file into its folder: with this one, text would be"
+            " encoded to tokens that the model has no embeddings for"
+        )
+    raise StageError(
+        f"the model has {'more' if n_rows > found else 'fewer'} embeddings than its tokenizer has"
+        " tokens",
+        where=f"{where}, vocab_size",
+        found=f"{n_rows} rows of embeddings, {found} tokens in {path.name}",
+        expected="one row for every token",
+        to_fix=to_fix,
+    )
 
 
 def load_mistral_tokenizer(folder: Path, *, for_training: bool) -> MistralTokenizer:
@@ -298,6 +356,18 @@ def tekken_to_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def unreadable(path: Path, error: Exception) -> StageError:
+    """The message of a tokenizer file that its library cannot read."""
+    return StageError(
+        "the tokenizer file cannot be read",
+        where=path,
+        found=f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        f" ({path.stat().st_size:,} bytes)",
+        expected="tekken.json or a SentencePiece model, as Mistral publishes it",
+        to_fix="fetch it again: it is damaged or cut short",
+    )
+
+
 def byte_characters() -> list[str]:
     """The character that byte-level BPE files write for each byte: itself where it is visible in
     Latin-1, else the next one from U+0100.
@@ -323,4 +393,7 @@ def _put_bos_in_front(tokenizer: Tokenizer) -> None:
 def _sentencepiece(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(path))
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise unreadable(path, error) from error

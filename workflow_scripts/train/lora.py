@@ -25,25 +25,49 @@ EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTER = "mlp.gate"
 
 
-def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int) -> int:
+def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int, name: str = "<name>") -> int:
     """Rank of k and v: the recipe's number, the uniform rank, or rank × kv heads ÷ heads.
 
+    Args:
+        name: of the recipe, for the message.
     Raises:
-        StageError: `matched` comes to no whole number.
+        StageError: `matched` does not give an integer.
     """
     if recipe.kv_rank == "uniform":
         return recipe.rank
     if recipe.kv_rank == "matched":
         rank, rest = divmod(recipe.rank * n_kv_heads, n_heads)
-        if rest or not rank:
+        if rest:
+            divisor = n_heads // math.gcd(n_heads, n_kv_heads)
+            lower = recipe.rank // divisor * divisor
+            nearest = [str(one) for one in (lower, lower + divisor) if one]
             raise StageError(
-                "the matched rank of k and v is no whole number",
-                where="recipes.<name>.rank",
+                f"kv_rank: matched gives {recipe.rank * n_kv_heads / n_heads:.2f} for k and v;"
+                f" choose a rank divisible by {divisor}",
+                where=f"recipes.{name}.rank",
                 found=f"{recipe.rank} × {n_kv_heads} kv heads ÷ {n_heads} heads",
-                expected=f"a multiple of {n_heads // n_kv_heads}",
+                expected=f"an integer, as {' or '.join(nearest)} would give",
+                to_fix=f"change recipes.{name}.rank, or set its kv_rank to `uniform` or a number",
             )
         return rank
     return recipe.kv_rank
+
+
+def check_recipe(recipe: RecipeSettings, facts: dict[str, Any], *, name: str = "<name>") -> None:
+    """A recipe can be used on a model; no weight is needed to say so.
+
+    Args:
+        facts: the model's, for its heads and experts.
+        name: of the recipe, for the messages.
+    Raises:
+        StageError: `kv_rank: matched` gives no integer, a target is not a module of the model, or a
+            mixture's setting meets a dense model.
+    """
+    check_mixture(recipe, facts)
+    if recipe.method == "full":
+        return
+    target_modules(recipe, facts)
+    kv_rank(recipe, n_heads=facts["n_heads"], n_kv_heads=facts["n_kv_heads"], name=name)
 
 
 def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:

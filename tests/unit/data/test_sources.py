@@ -445,3 +445,21 @@ def test_the_snakefile_can_name_files_without_loading_arrow():
     imported = set(done.stdout.split())
     assert "workflow_scripts.data.sources" in imported
     assert imported.isdisjoint({"numpy", "pyarrow", "pydantic", "mistral_common"})
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.zst"]
+)
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>rate limit</html>", "a web page"),
+    ],
+)
+def test_what_stands_in_for_a_file_is_named_before_it_is_read(tmp_path, suffix, content, part):
+    path = tmp_path / f"chats{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(StageError, match=part) as caught:
+        list(sources.read_chunks(path))
+    assert str(path) in str(caught.value)

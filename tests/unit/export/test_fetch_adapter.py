@@ -77,6 +77,124 @@ def test_a_pickle_is_refused_with_the_way_out(fetch, given):
     assert "save it again: adapter_model.bin is a pickle" in done.stderr
 
 
+def change_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+MODULE = "base_model.model.model.layers.1.self_attn.k_proj"
+A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+
+
+def leave_out(*names):
+    def change(weights):
+        for name in names:
+            del weights[name]
+
+    return change
+
+
+def replace(name, make):
+    def change(weights):
+        weights[name] = make(weights[name]).contiguous()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (leave_out(B), ["the adapter is not whole", f"no {B}"]),
+        (leave_out(A), ["tensors that are not merged here", B]),
+        (
+            leave_out(A, B),
+            ["lacks modules that its adapter_config.json names", "1.self_attn.k_pro"],
+        ),
+        (replace(A, lambda a: a[:4]), ["another rank", "A [4, 256]", "rank 8"]),
+        (replace(B, lambda b: b[:, :4]), ["another rank", "B [64, 4]"]),
+        (replace(A, lambda a: a.char()), ["a type that is not merged here", "I8"]),
+        (replace(A, lambda a: a * float("nan")), ["a weight is not a finite number", A]),
+    ],
+    ids=["no B", "no A", "no pair", "rank of A", "rank of B", "integers", "NaN"],
+)
+def test_an_adapter_that_is_not_whole_is_refused(fetch, given, tmp_path, change, parts):
+    change_weights(given, change)
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "adapter").exists()
+
+
+def test_a_layer_that_was_left_out_is_named(fetch, given):
+    def change(weights):
+        for name in [name for name in weights if ".layers.1." in name]:
+            del weights[name]
+
+    change_weights(given, change)
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1
+    assert "nothing for 7: model.layers.1.mlp.down_proj.weight, " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_to_transform": 0},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 4}},
+    ],
+    ids=str,
+)
+def test_whatever_peft_leaves_out_by_its_config_is_whole(
+    fetch, checkpoint, make_adapter, tmp_path, config
+):
+    config = {"target_modules": ["q_proj", "k_proj"], **config}
+    make_adapter(checkpoint, tmp_path / "given", **config)
+    done = fetch(adapter=str(tmp_path / "given"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_magnitudes_that_dora_lacks_are_named(fetch, checkpoint, make_adapter, tmp_path):
+    given = make_adapter(checkpoint, tmp_path / "given", use_dora=True)
+    change_weights(given, leave_out(f"{MODULE}.lora_magnitude_vector"))
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1
+    assert f"no {MODULE}.lora_magnitude_vector" in done.stderr
+
+
+def test_magnitudes_of_another_length_are_named(fetch, checkpoint, make_adapter, tmp_path):
+    given = make_adapter(checkpoint, tmp_path / "given", use_dora=True)
+    change_weights(given, replace(f"{MODULE}.lora_magnitude_vector", lambda one: one[:-1]))
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1
+    assert "magnitudes" in done.stderr and "found:    [63]" in done.stderr
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_an_lfs_pointer_in_an_adapter_is_recognized(fetch, given, name):
+    (given / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1
+    for part in ("a Git LFS pointer", str(given / name), "stands for 9 bytes", "git lfs pull"):
+        assert part in done.stderr
+
+
+def test_half_an_adapter_is_refused(fetch, given):
+    path = given / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    done = fetch(adapter=str(given))
+    assert done.returncode == 1 and "damaged or cut short" in done.stderr
+
+
 def test_an_adapter_of_another_base_is_refused_before_anything_is_made(
     fetch, make_checkpoint, make_adapter, tmp_path
 ):

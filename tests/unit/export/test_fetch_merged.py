@@ -122,6 +122,41 @@ def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):
     assert files.read_json(tmp_path / "merged" / "generation_config.json") == own
 
 
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing: model.layers.1.mlp.up_"),
+        (
+            lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
+            "not of the mod",
+        ),
+        (lambda w: w["model.norm.weight"].fill_(torch.nan), "a weight is not a finite number"),
+        (lambda w: w["model.norm.weight"].zero_(), "a tensor is all zeros"),
+    ],
+)
+def test_a_model_with_other_tensors_than_its_config_says_is_refused(
+    fetch, given, tmp_path, change, part
+):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(given / "model.safetensors")
+    change(weights)
+    save_file(weights, given / "model.safetensors", metadata={"format": "pt"})
+    done = fetch(given)
+    assert done.returncode == 1
+    assert part in done.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merged_model_that_is_quantized_is_refused(fetch, given):
+    config = files.read_json(given / "config.json")
+    files.write_json(
+        given / "config.json", config | {"quantization_config": {"quant_method": "awq"}}
+    )
+    done = fetch(given)
+    assert done.returncode == 1 and "already quantized" in done.stderr
+
+
 @pytest.mark.parametrize("damage", ["no config", "no weights", "half a shard"])
 def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
     shard = given / "model.safetensors"
@@ -131,7 +166,7 @@ def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
         (given / "config.json" if damage == "no config" else shard).unlink()
     done = fetch(given)
     assert done.returncode == 1
-    expected = {"half a shard": "a shard of the model is damaged"}
+    expected = {"half a shard": "a weights file is damaged or cut short"}
     assert expected.get(damage, "the merged model is not there, or not whole") in done.stderr
     assert not (tmp_path / "merged").exists()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import shutil
 
 import pytest
@@ -410,6 +411,28 @@ def test_tensors_without_an_adapter_are_the_bases_byte_for_byte(
         assert is_same != name.endswith("q_proj.weight"), name
 
 
+def test_position_tables_of_an_old_base_change_nothing(
+    checkpoint, tokenizer, uniform_adapter, tmp_path
+):
+    """Old checkpoints carry `inv_freq`: no parameter, and no part of what is merged."""
+    from workflow_scripts.export import merged_weights
+    from workflow_scripts.export.adapter import Adapter
+    from workflow_scripts.export.base_weights import BaseWeights
+
+    old = shutil.copytree(checkpoint, tmp_path / "old")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(16).float()}
+    path = old / "model.safetensors"
+    save_file(load_file(path) | table, path, metadata={"format": "pt"})
+    found = all_tensors(merge(old, tokenizer, uniform_adapter, tmp_path / "merged"))
+    expected = all_tensors(merge(checkpoint, tokenizer, uniform_adapter, tmp_path / "expected"))
+    assert found.keys() - expected.keys() == table.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    merged_weights.overwrite(model, BaseWeights(old), Adapter(uniform_adapter))
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
 def test_a_sharded_base_keeps_its_shards_and_index(
     make_checkpoint, make_adapter, tokenizer, tmp_path
 ):
@@ -497,17 +520,16 @@ def test_a_failure_within_a_shard_leaves_the_old_folder_as_it_was(
 ):
     merged = merge(checkpoint, tokenizer, uniform_adapter, tmp_path / "merged")
     before = (merged / "model.safetensors").read_bytes()
-    # B of the last module lost its rank: the product fails when its turn comes.
-    broken = tmp_path / "broken"
-    shutil.copytree(uniform_adapter, broken)
-    tensors = load_file(broken / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    tensors[name] = tensors[name][:, :3].contiguous()
-    save_file(tensors, broken / "adapter_model.safetensors")
-    with pytest.raises(RuntimeError):
-        merge(checkpoint, tokenizer, broken, merged)
+    # No file may grow beyond half a shard: the write fails when its turn comes.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(StageError, match="the disk is full"):
+            merge(checkpoint, tokenizer, uniform_adapter, merged)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (merged / "model.safetensors").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "broken"}
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
 def test_a_missing_shard_is_a_stage_error(make_checkpoint, uniform_adapter, tokenizer, tmp_path):

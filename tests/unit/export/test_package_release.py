@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import pytest
 
 from workflow_scripts import files
-from workflow_scripts.export import model_card, package_release
+from workflow_scripts.export import (
+    model_card,
+    package_release,
+    quantize_gguf,
+    quantizer,
+    tensor_types,
+)
 from workflow_scripts.export.provenance import PACKAGES
 
 CONFIG = {
@@ -28,8 +35,11 @@ PERPLEXITIES = {"base": 10.0, "base-nf4": 10.5, "merged": 5.0, "F16": 5.001, "Q4
 @pytest.fixture(scope="module")
 def inputs(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    (folder / "run-Q4_K_M.gguf").write_bytes(b"GGUF quantized")
-    (folder / "run-F16.gguf").write_bytes(b"GGUF sixteen bits")
+    shutil.copyfile(chain.gguf, folder / "run-F16.gguf")
+    quantize_gguf.main(
+        ["--gguf", str(chain.gguf), "--settings", '{"type": "Q4_K_M"}', "--threads", "1"]
+        + ["--quantized", str(folder / "run-Q4_K_M.gguf")]
+    )
     for name, perplexity in PERPLEXITIES.items():
         scores = {"n_conversations": 12, "n_scored_tokens": 3456, "piece_tokens": 300}
         files.write_json(folder / f"{name}.json", {**scores, "perplexity": perplexity})
@@ -94,6 +104,45 @@ def test_the_ggufs_take_no_second_place_on_the_disk(release, inputs):
         assert (release / name).stat().st_nlink == 2
 
 
+def test_card_and_provenance_state_the_types_and_bits_that_each_file_holds(release, inputs):
+    contents = files.read_json(release / "provenance.json")["gguf_contents"]
+    assert contents.keys() == {"run-F16.gguf", "run-Q4_K_M.gguf"}
+    card = (release / "README.md").read_text()
+    for name, content in contents.items():
+        table = quantizer.tensor_table(inputs / name)
+        n_weights = sum(tensor.n_elements for tensor in table.values())
+        assert content["n_weights"] == n_weights
+        bits = 8 * sum(tensor.n_bytes for tensor in table.values()) / n_weights
+        assert content["bits_per_weight"] == pytest.approx(bits, rel=1e-12)
+        assert sum(content["type_fractions"].values()) == pytest.approx(1)
+        (line,) = [line for line in card.splitlines() if line.startswith(f"| `{name}`")]
+        assert f" | {bits:.2f} | " in line
+    assert set(contents["run-F16.gguf"]["type_fractions"]) == {"F16", "F32"}
+    # The output layer is Q6_K, the rest of the matrices Q4_K: rows of 256.
+    assert set(contents["run-Q4_K_M.gguf"]["type_fractions"]) == {"Q4_K", "Q6_K", "F32"}
+    assert contents["run-Q4_K_M.gguf"]["fallback_fraction"] == 0
+    assert "other types than the files' names say" not in card
+
+
+def test_a_card_says_what_fell_back(inputs, chain, tmp_path):
+    narrow = files.read_json(chain.facts) | {"hidden_size": 192, "intermediate_size": 320}
+    narrow |= {"vocabulary_size": 64}
+    shapes = tensor_types.gguf_shapes(narrow)
+    tensor_types.write_shapes(tmp_path / "run-F16.gguf", narrow, shapes)
+    path = tmp_path / "run-Q4_K_M.gguf"
+    quantize_gguf.main(
+        ["--gguf", str(tmp_path / "run-F16.gguf"), "--settings", '{"type": "Q4_K_M"}']
+        + ["--threads", "1", "--quantized", str(path)]
+    )
+    settings = model_card.GgufSettings(quantizations=["Q4_K_M"], imatrix={"use": "never"})
+    content = tensor_types.written(path, narrow, settings, "Q4_K_M")
+    assert content["fallback_fraction"] > 0.7 and content["bits_per_weight"] > 5.5
+    said = model_card.about_fallbacks([path], {path.name: content})
+    assert "other types than the files' names say" in said and "Q4_K → Q5_0" in said
+    little = content | {"fallback_fraction": 0.049}
+    assert model_card.about_fallbacks([path], {path.name: little}) == ""
+
+
 def test_the_card_has_a_line_a_link_against_the_base(release):
     card = (release / "README.md").read_text()
     for line in (
@@ -118,7 +167,9 @@ def test_the_card_lists_every_file_with_its_size(release):
     card = (release / "README.md").read_text()
     for path in release.glob("*.gguf"):
         imatrix = "yes" if "Q4_K_M" in path.name else "no"
-        assert f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {imatrix} |" in card
+        (line,) = [line for line in card.splitlines() if line.startswith(f"| `{path.name}` |")]
+        assert line.startswith(f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | ")
+        assert line.endswith(f" | {imatrix} |")
     words = " ".join(card.split())
     assert "computes: on 51,200 tokens of the training split of `chats`." in words
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from workflow_scripts.export import llama_cpp_source, quantize_gguf
+from workflow_scripts.export import llama_cpp_source, quantize_gguf, quantizer
 from workflow_scripts.scoring.likelihood import divergence
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.settings import IGNORE_IMATRIX, NEED_IMATRIX, QuantizationType, TensorType
@@ -178,7 +178,7 @@ def test_the_types_are_all_that_llama_quantize_offers_and_no_other():
 
 
 def test_the_types_of_tensors_are_those_ggml_quantizes_to():
-    numbers = {name: quantize_gguf.tensor_type(name) for name in get_args(TensorType)}
+    numbers = {name: quantizer.tensor_type(name) for name in get_args(TensorType)}
     kinds = llama_cpp_source.gguf_package().GGMLQuantizationType
     assert numbers == {name: kinds[name].value for name in numbers}
 

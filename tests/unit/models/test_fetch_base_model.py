@@ -26,9 +26,25 @@ FILES = {
             "sliding_window": None,
         }
     ).encode(),
-    "model.safetensors": save({"weights": np.ones(3, dtype=np.float32)}),
     "tokenizer.model.v3": b"pieces",
 }
+MATRICES = {
+    "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64),
+    "mlp.down_proj": (64, 128), "input_layernorm": (64,), "post_attention_layernorm": (64,),
+}  # fmt: skip
+SHAPES = {
+    "model.embed_tokens.weight": (32768, 64),
+    "lm_head.weight": (32768, 64),
+    "model.norm.weight": (64,),
+    **{
+        f"model.layers.{layer}.{name}.weight": shape
+        for layer in (0, 1)
+        for name, shape in MATRICES.items()
+    },
+}
+WEIGHTS = {name: np.ones(shape, dtype=np.float16) for name, shape in SHAPES.items()}
+FILES["model.safetensors"] = save(WEIGHTS)
 # In the repository, but not wanted: the same weights again, and folders.
 ALSO_THERE = {
     "consolidated.safetensors": b"weights again",
@@ -108,7 +124,7 @@ def test_a_local_folder_with_half_a_shard_leaves_nothing_behind(fetch, source, t
     shard.write_bytes(shard.read_bytes()[:-4])
     done = fetch(source=str(source))
     assert done.returncode == 1
-    assert "a shard of the model is damaged" in done.stderr
+    assert "a weights file is damaged or cut short" in done.stderr
     assert not (tmp_path / "checkpoint").exists()
 
 

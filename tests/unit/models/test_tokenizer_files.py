@@ -176,7 +176,7 @@ def test_export_of_a_bare_v1_file_names_its_version(official_tokenizer, tmp_path
 )
 def test_the_most_telling_tokenizer_file_decides(tmp_path, present, chosen):
     for name in present:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"pieces")
     assert tokenizer_files.find_tokenizer(tmp_path).name == chosen
 
 
@@ -279,7 +279,7 @@ def test_the_version_asked_for_decides(official_tokenizer, tmp_path):
 )
 def test_the_version_asked_for_chooses_the_file(tmp_path, present, version, chosen):
     for name in present:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"pieces")
     assert tokenizer_files.find_tokenizer(tmp_path, version).name == chosen
 
 

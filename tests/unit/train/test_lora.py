@@ -70,22 +70,33 @@ def test_a_fresh_adapter_changes_no_logit(checkpoint, facts):
     assert torch.equal(before, after)
 
 
-@given(groups=st.integers(1, 16), n_kv_heads=st.integers(1, 16), rank=st.integers(1, 256))
-def test_the_matched_rank_is_the_same_budget_a_head_or_an_error(groups, n_kv_heads, rank):
+@given(n_heads=st.integers(1, 64), n_kv_heads=st.integers(1, 16), rank=st.integers(1, 256))
+def test_the_matched_rank_is_the_same_budget_a_head_or_an_error(n_heads, n_kv_heads, rank):
     recipe = RecipeSettings(rank=rank, kv_rank="matched")
-    n_heads = groups * n_kv_heads
-    if rank % groups:
-        with pytest.raises(StageError, match="no whole number"):
-            kv_rank(recipe, n_heads=n_heads, n_kv_heads=n_kv_heads)
-    else:
+    if rank * n_kv_heads % n_heads == 0:
         found = kv_rank(recipe, n_heads=n_heads, n_kv_heads=n_kv_heads)
         assert found >= 1 and found * n_heads == rank * n_kv_heads
+        return
+    with pytest.raises(StageError) as caught:
+        kv_rank(recipe, n_heads=n_heads, n_kv_heads=n_kv_heads)
+    # What the message says would do, does; and so do the ranks that it names.
+    divisor = int(caught.value.what.rpartition(" ")[2])
+    named = [int(word) for word in caught.value.parts["expected"].split() if word.isdigit()]
+    assert named and all(one % divisor == 0 for one in named)
+    for one in named:
+        better = RecipeSettings(rank=one, kv_rank="matched")
+        assert kv_rank(better, n_heads=n_heads, n_kv_heads=n_kv_heads) >= 1
 
 
-def test_a_matched_rank_that_is_no_whole_number_says_what_would_be(facts):
+def test_a_matched_rank_that_is_no_integer_says_what_would_be(facts):
     with pytest.raises(StageError) as caught:
         lora_config(RecipeSettings(rank=18, kv_rank="matched"), facts)
-    for part in ("recipes.<name>.rank", "18 × 2 kv heads ÷ 8 heads", "a multiple of 4"):
+    for part in (
+        "kv_rank: matched gives 4.50 for k and v; choose a rank divisible by 4",
+        "recipes.<name>.rank",
+        "18 × 2 kv heads ÷ 8 heads",
+        "16 or 20",
+    ):
         assert part in str(caught.value)
 
 
