@@ -1,7 +1,7 @@
 """What the running interpreter says about its own standard library: objects, signatures,
 docstrings.
 
-The demo's model is pre-trained on this text and its chats ask about it. Price of reading the
+The demo's chats ask about it. Price of reading the
 interpreter instead of shipping a corpus: the text differs between Python versions, so demo results
 do as well.
 """

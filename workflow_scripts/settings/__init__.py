@@ -59,9 +59,10 @@ from workflow_scripts.settings.fields import (
     is_local,
 )
 from workflow_scripts.settings.models import (
-    DemoModelSettings,
     ModelSettings,
+    RandomModelSettings,
     RopeScalingSettings,
+    TransplantSettings,
 )
 from workflow_scripts.settings.runs import (
     RunSettings,
@@ -86,7 +87,6 @@ __all__ = [
     "DatasetSettings",
     "DecontaminationSettings",
     "DemoDatasetSettings",
-    "DemoModelSettings",
     "EvaluationSettings",
     "GateSettings",
     "GgufSettings",
@@ -104,6 +104,7 @@ __all__ = [
     "RecallSettings",
     "RecipeSettings",
     "RenderingSettings",
+    "RandomModelSettings",
     "RopeScalingSettings",
     "RunSettings",
     "SampleSettings",
@@ -113,6 +114,7 @@ __all__ = [
     "TaskSettings",
     "TensorType",
     "TrainingSettings",
+    "TransplantSettings",
     "config_schema",
     "is_local",
     "load_config",
