@@ -368,11 +368,15 @@ def test_2e_4_as_text_is_accepted():
 @given(
     limit=st.integers(1, 10_000),
     recipe_limit=st.none() | st.integers(1, 10_000),
+    healing=st.integers(0, 10_000),
 )
-def test_max_steps_caps_recipes(limit, recipe_limit):
+def test_max_steps_caps_recipes_and_the_training_of_the_demos_base(limit, recipe_limit, healing):
     config = with_value("max_steps", limit)
     config["recipes"]["qlora"]["max_steps"] = recipe_limit
+    config["models"]["demo"] = {"transplant": {"n_healing_steps": healing}}
     loaded = load_config(config)
+    transplant = loaded.entry("models", "demo").transplant
+    assert transplant.n_healing_steps == min(limit, healing)
     steps = loaded.entry("recipes", "qlora").max_steps
     assert steps == min(limit, limit if recipe_limit is None else recipe_limit)
     # The smoke setting changes what stages are handed, and nothing else.

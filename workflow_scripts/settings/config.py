@@ -62,7 +62,8 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
-    """Smoke setting: no training takes more steps; null is no limit."""
+    """Smoke setting: no training, that of the demo's base included, takes more steps; null is
+    no limit."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
@@ -146,6 +147,10 @@ class Config(Settings):
         if isinstance(entry, RecipeSettings):
             limit = min(self.max_steps, entry.max_steps or self.max_steps)
             return entry.model_copy(update={"max_steps": limit})
+        if isinstance(entry, ModelSettings) and entry.transplant is not None:
+            limit = min(self.max_steps, entry.transplant.n_healing_steps)
+            transplant = entry.transplant.model_copy(update={"n_healing_steps": limit})
+            return entry.model_copy(update={"transplant": transplant})
         return entry
 
 
