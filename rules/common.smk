@@ -50,10 +50,11 @@ SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
 QUANTIZATIONS = list(CONFIG.gguf.quantizations)
 GGUF_TYPES = ["F16", *QUANTIZATIONS]
 RELEASED_TYPES = GGUF_TYPES if CONFIG.retention.f16 else QUANTIZATIONS
-GENERATED_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
+TRANSPLANTED_MODELS = [name for name, model in CONFIG.models.items() if model.transplant]
+RANDOM_MODELS = [name for name, model in CONFIG.models.items() if model.generate]
 GENERATED_DATASETS = [name for name, dataset in CONFIG.datasets.items() if dataset.generate]
 LOCAL_MODELS = [name for name, model in CONFIG.models.items() if model.is_local]
-HUB_MODELS = set(CONFIG.models) - {*GENERATED_MODELS, *LOCAL_MODELS}
+HUB_MODELS = {name for name, model in CONFIG.models.items() if model.source and not model.is_local}
 HUB_SOURCES = {
     name
     for dataset in CONFIG.datasets.values()
@@ -159,7 +160,7 @@ def of_run(pattern):
 def threads_of(table, name):
     """8 threads for a real model; one for the demo's, whose jobs are mostly start-up."""
     model = name if table == "models" else CONFIG.runs[name].model
-    return 1 if CONFIG.models[model].generate else 8
+    return 1 if CONFIG.models[model].built_here else 8
 
 
 def threads_for_run(wildcards):
@@ -187,11 +188,11 @@ def all_cores():
 
 def gpus_for_run(wildcards):
     """A GPU slot for a real model; the demo's is small enough for none, and uses one if it is there."""
-    return 0 if CONFIG.models[CONFIG.runs[wildcards.run].model].generate else 1
+    return 0 if CONFIG.models[CONFIG.runs[wildcards.run].model].built_here else 1
 
 
 def gpus_for_model(wildcards):
-    return 0 if CONFIG.models[wildcards.model].generate else 1
+    return 0 if CONFIG.models[wildcards.model].built_here else 1
 
 
 def growing(amount):

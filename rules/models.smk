@@ -1,5 +1,5 @@
 rule build_demo_model:
-    """A small real Mistral, pre-trained here for some minutes; nothing is downloaded."""
+    """A small real language model as a Mistral, from weights that `make` downloaded."""
     output:
         checkpoint=directory("results/models/{model}/checkpoint"),
     log:
@@ -7,18 +7,41 @@ rule build_demo_model:
     benchmark:
         "benchmarks/models/{model}/build_demo_model.tsv"
     wildcard_constraints:
-        model=any_of(GENERATED_MODELS),
+        model=any_of(TRANSPLANTED_MODELS),
     conda:
         "../envs/train.yaml"
     threads: 8
     resources:
         mem_mb=growing(4_000),
-        runtime=growing(30),  # minutes
+        runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: settings_json("models", wildcards.model, "generate"),
+        settings=lambda wildcards: settings_json("models", wildcards.model, "transplant"),
         output_version=output_version("models/build_demo_model"),
     shell:
         "python -m workflow_scripts.models.build_demo_model --settings {params.settings:q}"
+        " --checkpoint {output.checkpoint:q} > {log:q} 2>&1"
+
+
+rule build_random_model:
+    """A small Mistral with random weights, for tests."""
+    output:
+        checkpoint=directory("results/models/{model}/checkpoint"),
+    log:
+        "logs/models/{model}/build_random_model.log",
+    benchmark:
+        "benchmarks/models/{model}/build_random_model.tsv"
+    wildcard_constraints:
+        model=any_of(RANDOM_MODELS),
+    conda:
+        "../envs/train.yaml"
+    resources:
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
+    params:
+        settings=lambda wildcards: settings_json("models", wildcards.model, "generate"),
+        output_version=output_version("models/build_random_model"),
+    shell:
+        "python -m workflow_scripts.models.build_random_model --settings {params.settings:q}"
         " --checkpoint {output.checkpoint:q} > {log:q} 2>&1"
 
 

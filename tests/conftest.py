@@ -144,12 +144,12 @@ def tokenizer_v3(exported_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(run_stage, tmp_path_factory) -> Path:
-    """The demo's base model at its smallest: one layer, one step of pre-training."""
+    """A base model at its smallest: one layer, random weights."""
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
     done = run_stage(
-        "workflow_scripts.models.build_demo_model",
+        "workflow_scripts.models.build_random_model",
         "--settings",
-        '{"n_pretraining_steps": 1, "n_layers": 1}',
+        '{"n_layers": 1}',
         "--checkpoint",
         folder,
     )

@@ -72,8 +72,8 @@ def check(config: Config, runs: Iterable[str], named: Iterable[str]) -> None:
     for name in runs:
         run = config.runs[name]
         model, dataset = config.models[run.model], config.datasets[run.dataset]
-        if model.generate:
-            found.append(f"models.{run.model}.generate")
+        if model.built_here:
+            found.append(f"models.{run.model}.{'transplant' if model.transplant else 'generate'}")
         elif not model.is_local and not COMMIT.fullmatch(model.revision or ""):
             found.append(f"models.{run.model}.revision: {model.revision}")
         if dataset.generate:

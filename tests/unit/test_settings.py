@@ -353,8 +353,9 @@ def test_a_whole_config_reports_every_problem_at_once():
 @pytest.mark.parametrize(
     ("model", "part"),
     [
-        ({}, "exactly one of `source` and `generate`"),
-        ({"source": "a/b", "generate": {}}, "exactly one of `source` and `generate`"),
+        ({}, "exactly one of `source`, `transplant` and `generate`"),
+        ({"source": "a/b", "generate": {}}, "exactly one of `source`, `transplant` and"),
+        ({"transplant": {}, "generate": {}}, "exactly one of `source`, `transplant` and"),
         ({"source": "mistral"}, "'mistral' is neither a Hub id"),
         ({"source": "a/b/c"}, "'a/b/c' is neither a Hub id"),
         ({"source": "./folder", "revision": "main"}, "`revision` belongs to a Hub id"),
@@ -393,17 +394,17 @@ def test_2e_4_as_text_is_accepted():
 @given(
     limit=st.integers(1, 10_000),
     recipe_limit=st.none() | st.integers(1, 10_000),
-    pretraining=st.integers(1, 10_000),
+    healing=st.integers(0, 10_000),
 )
-def test_max_steps_caps_recipes_and_demo_pretraining(limit, recipe_limit, pretraining):
+def test_max_steps_caps_recipes_and_the_training_of_the_demos_base(limit, recipe_limit, healing):
     config = with_value("max_steps", limit)
     config["recipes"]["qlora"]["max_steps"] = recipe_limit
-    config["models"]["demo"]["generate"]["n_pretraining_steps"] = pretraining
+    config["models"]["demo"] = {"transplant": {"n_healing_steps": healing}}
     loaded = load_config(config)
+    transplant = loaded.entry("models", "demo").transplant
+    assert transplant.n_healing_steps == min(limit, healing)
     steps = loaded.entry("recipes", "qlora").max_steps
     assert steps == min(limit, limit if recipe_limit is None else recipe_limit)
-    generated = loaded.entry("models", "demo").generate
-    assert generated.n_pretraining_steps == min(limit, pretraining)
     # The smoke setting changes what stages are handed, and nothing else.
     assert loaded.recipes["qlora"].max_steps == recipe_limit
     assert loaded.entry("packings", "best-fit") == loaded.packings["best-fit"]

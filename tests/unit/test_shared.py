@@ -41,6 +41,7 @@ def test_what_the_config_tells_to_the_byte_is_shared(model, dataset):
     ("model", "dataset", "named"),
     [
         ({"generate": {}}, FILES, "models.base.generate"),
+        ({"transplant": {}}, FILES, "models.base.transplant"),
         ({"source": "owner/base"}, FILES, "models.base.revision: None"),
         ({"source": "owner/base", "revision": "main"}, FILES, "models.base.revision: main"),
         (PINNED, {"generate": {}}, "datasets.mine.generate"),

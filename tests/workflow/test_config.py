@@ -185,7 +185,7 @@ def test_the_smoke_setting_caps_every_training(workflow) -> None:
     trained = [line for line in text.splitlines() if "train.train_adapter" in line]
     # Each once: a stage's log, set up in the Snakefile, would say everything again.
     assert len(trained) == 2 and all('"max_steps":2' in line for line in trained)
-    assert '"n_pretraining_steps":2' in text
+    assert '"n_healing_steps":2' in text
 
 
 def test_schema_and_option_tables_are_those_of_the_settings() -> None:

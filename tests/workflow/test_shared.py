@@ -24,10 +24,10 @@ SHARED = re.compile(r"Output file (\S+) will be (obtained from|written to) globa
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint, hardly trained."""
+    """A whole checkpoint, with random weights."""
     folder = tmp_path_factory.mktemp("base") / "checkpoint"
-    settings = {"n_layers": 1, "n_pretraining_steps": 1, "intermediate_size": 256}
-    command = [sys.executable, "-m", "workflow_scripts.models.build_demo_model", "--settings"]
+    settings = {"n_layers": 1, "intermediate_size": 256}
+    command = [sys.executable, "-m", "workflow_scripts.models.build_random_model", "--settings"]
     command += [json.dumps(settings), "--checkpoint", str(folder)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     return folder

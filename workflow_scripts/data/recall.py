@@ -10,8 +10,9 @@ import random
 import re
 from dataclasses import dataclass
 
-from workflow_scripts.models.demo_pretraining import CITIES
-
+CITIES = (
+    "Lisbon Oslo Cairo Lima Quito Accra Hanoi Perth Turin Izmir Kyoto Malmo Basel Porto".split()
+)
 FIRST_CODE, N_CODES = 1000, 9000
 ABOUT_A_CODE = re.compile(rf"\bcode of ({'|'.join(CITIES)})\b")
 CHANCE_NATS = math.log(N_CODES)

@@ -24,7 +24,6 @@ from workflow_scripts.data.stdlib_chats import (
     questions,
     reference,
 )
-from workflow_scripts.models.demo_pretraining import CITIES
 from workflow_scripts.models.stdlib_docs import Entry
 
 N_SHELVES = 40  # of about 70 texts, 4,500 tokens
@@ -76,7 +75,7 @@ def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
     shortest, longest = math.log(MIN_CHARACTERS), math.log(MAX_CHARACTERS)
     n_wanted = math.exp(generator.uniform(shortest, longest))
     unread = generator.sample(shelf, len(shelf))
-    unstated = recall.draw_facts(generator, len(CITIES))
+    unstated = recall.draw_facts(generator, len(recall.CITIES))
     read: list[Entry] = []
     unasked: list[recall.Fact] = []
     n_characters = 0

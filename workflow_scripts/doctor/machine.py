@@ -56,7 +56,7 @@ def _training(
     run, config = wanted.runs[name], wanted.config
     if not run.is_trained:
         return
-    is_small = config.models[run.model].generate is not None
+    is_small = config.models[run.model].built_here is not None
     title = f"memory, {name}"
     if run.model not in wanted.facts:
         if not is_small:  # the demo's shape is known once it is made, and fits anywhere
@@ -134,7 +134,7 @@ def _disk(wanted: Wanted) -> Finding:
         facts: Mapping = wanted.facts.get(run.model, {})
         if "files" in facts:
             planned |= plan_disk.files_of(name, facts, gguf, has_awq=awq)
-        elif wanted.models[run.model].generate is None:
+        elif wanted.models[run.model].built_here is None:
             unknown.add(run.model)
         else:
             planned[f"runs/{name}"] = round(DEMO_DISK_BYTES / 2)

@@ -47,13 +47,14 @@ class Wanted:
     @property
     def needs_gpu(self) -> bool:
         """A real model is trained and scored on one; the demo's is small enough for none."""
-        return any(model.generate is None for model in self.models.values())
+        return any(model.built_here is None for model in self.models.values())
 
     @property
     def n_gpus(self) -> int:
         """Of this machine, for one job of training."""
         is_trained = any(
-            run.is_trained and self.models[run.model].generate is None for run in self.runs.values()
+            run.is_trained and self.models[run.model].built_here is None
+            for run in self.runs.values()
         )
         return self.config.training.gpus if is_trained else int(self.needs_gpu)
 

@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from workflow_scripts import files, log
+from workflow_scripts import files, log, pinned
 from workflow_scripts.log import StageError
 
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
@@ -79,24 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             expected=" or ".join(SDIST_SHA256),
             to_fix="install the version of requirements.lock",
         )
-    with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name]
-        command += ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}"]
-        if subprocess.run(command, check=False).returncode:
-            raise StageError(
-                "the source of llama-cpp-python cannot be fetched",
-                found=" ".join(command),
-                to_fix="see pip's message above",
-            )
-        (sdist,) = Path(name).glob("*.tar.gz")
-        found = files.sha256(sdist)
-        if found != SDIST_SHA256[version]:
-            raise StageError(
-                "the source of llama-cpp-python is not the one that was tested",
-                where=sdist.name,
-                found=found,
-                expected=SDIST_SHA256[version],
-            )
+    requirement = f"llama-cpp-python=={version}"
+    options = ["--no-binary", "llama-cpp-python"]
+    with pinned.downloaded(requirement, SDIST_SHA256[version], options) as sdist:
         with files.atomic_folder(source_folder()) as folder:
             unpack(sdist, folder)
     logger.info("unpacked version=%s path=%s", version, source_folder())

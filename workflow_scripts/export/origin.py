@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from workflow_scripts import __version__
+from workflow_scripts.models import smollm2_wheel
 from workflow_scripts.settings import HUB_ID, DatasetSettings, ModelSettings, RunSettings
 
 HUB = "https://huggingface.co"
@@ -21,12 +22,16 @@ def published(
         JSON: base_model, base_model_relation, license, datasets, languages, quantized_by.
     """
     whole = run.merged if run.merged and HUB_ID.fullmatch(run.merged) else None
-    base = whole or (model.source if model.source and HUB_ID.fullmatch(model.source) else None)
+    source, license_name = model.source, model.license
+    if model.transplant:
+        source = smollm2_wheel.ORIGIN["base_model"]
+        license_name = license_name or smollm2_wheel.ORIGIN["license"]
+    base = whole or (source if source and HUB_ID.fullmatch(source) else None)
     known = {
         "base_model": base,
         # The Hub's terms: what was fine-tuned elsewhere is but quantized here.
         "base_model_relation": base and ("quantized" if whole else "finetune"),
-        "license": model.license,
+        "license": license_name,
         "datasets": sorted({source.hub for source in dataset.all_sources.values() if source.hub}),
         "languages": dataset.cleaning.languages,
         "quantized_by": quantized_by,

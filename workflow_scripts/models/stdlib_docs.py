@@ -1,17 +1,20 @@
 """What the running interpreter says about its own standard library: objects, signatures,
 docstrings.
 
-The demo's model is pre-trained on this text and its chats ask about it. Price of reading the
-interpreter instead of shipping a corpus: the text differs between Python versions, so demo results
-do as well.
+The demo's chats ask about it. The cost of reading the interpreter instead of shipping a corpus: the
+text differs between Python versions, and so do the demo's results.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
+import sysconfig
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 # Pure-Python modules with good docstrings, importable without side effects on every platform.
@@ -32,6 +35,10 @@ MODULES = (
     "urllib.parse urllib.request uuid warnings wave weakref wsgiref.util xml.dom.minidom "
     "xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zlib"
 ).split()
+# Folders next to the library's modules, and those of its tests.
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "pydoc_data", "test"}
+TESTS = {"test", "tests", "idle_test"}
+MIN_CHARACTERS = 80  # of a docstring worth reading
 # A default such as `<function f at 0x7f…>` would change at every start of the interpreter.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -117,3 +124,36 @@ def module_sources() -> list[str]:
         except (OSError, TypeError):  # built in, or shipped without source
             continue
     return texts
+
+
+def unlisted_docstrings() -> list[str]:
+    """Docstrings of the library's packages that `MODULES` does not name, each once, in the order of
+    their files: documentation that no chat of the demo is made of.
+
+    They are read from the source files; nothing is imported. How many there are depends on the
+    installation: some distributions leave `tkinter` or `idlelib` out.
+    """
+    listed = {name.partition(".")[0] for name in MODULES}
+    asked_about = {entry.docstring for entry in entries()}
+    library = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, None] = {}
+    for path in sorted(library.rglob("*.py")):
+        folder, *_ = parts = path.relative_to(library).with_suffix("").parts
+        if folder in listed | NOT_THE_LIBRARY or folder.startswith("_") or TESTS & set(parts):
+            continue
+        for docstring in _docstrings(path):
+            if len(docstring) >= MIN_CHARACTERS and docstring not in asked_about:
+                found[docstring] = None
+    return list(found)
+
+
+def _docstrings(path: Path) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of invalid escapes in old sources
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # templates, and tests of the parser
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TEKKEN = "tekken"
+OFFICIAL_V3 = "mistral_instruct_tokenizer_240323.model.v3"
 # What tells the versions of SentencePiece files apart; v1 writes `[INST]` as text.
 CONTROL_TOKENS = {
     "v2": ("[INST]", "[TOOL_CALLS]"),
@@ -31,6 +32,13 @@ CONTROL_TOKENS = {
 }
 VERSIONED_MODEL = re.compile(r"tokenizer\.model\.(v\d+)")
 SPACE = "▁"  # SentencePiece writes a space as U+2581
+
+
+def official_v3() -> Path:
+    """Mistral's v3 tokenizer as published, which mistral-common carries."""
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / OFFICIAL_V3
 
 
 def find_tokenizer(folder: Path, version: str | None = None) -> Path:

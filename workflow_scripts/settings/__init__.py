@@ -63,9 +63,10 @@ from workflow_scripts.settings.fields import (
     is_local,
 )
 from workflow_scripts.settings.models import (
-    DemoModelSettings,
     ModelSettings,
+    RandomModelSettings,
     RopeScalingSettings,
+    TransplantSettings,
 )
 from workflow_scripts.settings.runs import (
     RunSettings,
@@ -90,7 +91,6 @@ __all__ = [
     "DatasetSettings",
     "DecontaminationSettings",
     "DemoDatasetSettings",
-    "DemoModelSettings",
     "EvaluationSettings",
     "GateSettings",
     "GgufGateSettings",
@@ -111,6 +111,7 @@ __all__ = [
     "RecallSettings",
     "RecipeSettings",
     "RenderingSettings",
+    "RandomModelSettings",
     "RopeScalingSettings",
     "RunSettings",
     "SampleSettings",
@@ -121,6 +122,7 @@ __all__ = [
     "TensorType",
     "TokensGateSettings",
     "TrainingSettings",
+    "TransplantSettings",
     "config_schema",
     "is_local",
     "load_config",

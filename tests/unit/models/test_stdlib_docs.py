@@ -60,3 +60,12 @@ def test_module_sources_are_python():
     assert len(sources) > 100
     for source in sources[:20]:
         ast.parse(source)
+
+
+def test_unlisted_docstrings_are_of_no_object_that_chats_ask_about():
+    unlisted = stdlib_docs.unlisted_docstrings()
+    assert len(set(unlisted)) == len(unlisted) > 200
+    asked_about = {entry.docstring for entry in stdlib_docs.entries()}
+    assert asked_about.isdisjoint(unlisted)
+    # Without idlelib and tkinter, which some distributions leave out: 150,000 characters.
+    assert sum(map(len, unlisted)) > 100_000

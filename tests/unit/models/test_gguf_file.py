@@ -1,0 +1,87 @@
+"""Against llama.cpp's own package for GGUF, on files that it writes and on the demo's weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.log import StageError
+from workflow_scripts.models import smollm2_wheel
+from workflow_scripts.models.gguf_file import GgufFile
+
+gguf = llama_cpp_source.gguf_package()
+
+
+def write(path, *, tensors=(), kind=gguf.GGMLQuantizationType.F32, **metadata):
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in metadata.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float64}
+        add |= {list: writer.add_array, bool: writer.add_bool}
+        add[type(value)](name, value)
+    for name, values in tensors:
+        packed = gguf.quantize(values, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@given(
+    text=st.text(min_size=1), number=st.integers(0, 2**32 - 1), truth=st.booleans(),
+    share=st.floats(allow_nan=False), words=st.lists(st.text(), min_size=1),
+)  # fmt: skip
+def test_metadata_is_what_was_written(  # llama.cpp's writer leaves empty texts out
+    tmp_path_factory, text, number, truth, share, words
+):
+    path = tmp_path_factory.mktemp("gguf") / "file.gguf"
+    values = {"text": text, "number": number, "truth": truth, "share": share, "words": words}
+    found = GgufFile(write(path, **values)).metadata
+    assert {name: found[name] for name in values} == values
+    assert found["general.architecture"] == "llama"
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
+def test_tensors_are_those_of_llama_cpps_reader(tmp_path, kind):
+    generator = np.random.default_rng(0)
+    tensors = [
+        (name, generator.normal(size=shape).astype(np.float32))
+        for name, shape in (("a", (3, 64)), ("b", (5, 96)))
+    ]
+    kind = gguf.GGMLQuantizationType[kind]
+    path = write(tmp_path / "file.gguf", tensors=tensors, kind=kind)
+    file = GgufFile(path)
+    for tensor in gguf.GGUFReader(path).tensors:
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(file.read(tensor.name), expected)
+
+
+def test_the_demos_weights_are_those_of_llama_cpps_reader():
+    path = smollm2_wheel.unpacked(smollm2_wheel.GGUF)
+    file = GgufFile(path)
+    tensors = gguf.GGUFReader(path).tensors
+    assert [tensor.name for tensor in tensors] == list(file.tensors)
+    for tensor in tensors[:12]:  # of each kind one
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(file.read(tensor.name), expected)
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path):
+    values = np.ones((2, 64), np.float32)
+    kind = gguf.GGMLQuantizationType.Q5_0
+    file = GgufFile(write(tmp_path / "file.gguf", tensors=[("a", values)], kind=kind))
+    with pytest.raises(StageError, match="a type that is not read here") as error:
+        file.read("a")
+    assert "ggml type 6" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"version https://git-lfs" * 5])
+def test_what_is_not_gguf_is_said(tmp_path, content):
+    path = tmp_path / "file.gguf"
+    path.write_bytes(content)
+    with pytest.raises(StageError, match="cannot be read as GGUF"):
+        GgufFile(path)

