@@ -71,6 +71,13 @@ def test_defaults_are_compared_as_python_and_not_as_text():
     assert first != signatures.parse("(a='x', b='438', c=(1, 2))")
 
 
+@pytest.mark.parametrize("other", ["(a, b=1)", "(a, /, b=1, *, c)", "(a, b=1, /)", "(*, a, b=1)"])
+def test_kinds_are_compared(other):
+    wanted = signatures.parse("(a, /, b=1)")
+    assert signatures.agree(wanted, wanted)
+    assert not signatures.agree(signatures.parse(other), wanted)
+
+
 def test_an_annotation_may_be_left_out_but_not_be_wrong():
     wanted = signatures.parse("(a: int, b: str = '') -> bool")
     for right in (
