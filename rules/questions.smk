@@ -134,7 +134,7 @@ rule answer_prompts:
         runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--gguf", input.gguf],
-        settings=CONFIG.evaluation.samples.model_dump_json(),
+        settings=samples_json(),
         output_version=output_version("evaluate/answer_prompts"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -159,7 +159,7 @@ use rule answer_prompts as answer_prompts_merged with:
         "benchmarks/runs/{run}/answer_prompts/merged.tsv"
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=CONFIG.evaluation.samples.model_dump_json(),
+        settings=samples_json(),
         output_version=output_version("evaluate/answer_prompts"),
 
 
@@ -182,5 +182,5 @@ use rule answer_prompts as answer_prompts_base with:
         runtime=growing(60),  # minutes
     params:
         link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=CONFIG.evaluation.samples.model_dump_json(),
+        settings=samples_json(),
         output_version=output_version("evaluate/answer_prompts"),

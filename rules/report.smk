@@ -196,6 +196,7 @@ rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
         metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+        answers=overview_answers(),
     output:
         page=report(
             "results/report/overview.html",
@@ -215,13 +216,14 @@ rule report_overview:
         runtime=growing(10),  # minutes
     params:
         runs=results_json(),
+        samples=json.dumps(dict.fromkeys(sampled_runs(), ["base", *SAMPLE_LINKS])),
         # Of the steps before, for a figure: no input, as no step of them makes the page anew.
         records=".snakemake/metadata",
         output_version=output_version("report/report_overview"),
     shell:
         "python -m workflow_scripts.report.report_overview --runs {params.runs:q}"
-        " --results results --records {params.records:q} --page {output.page:q}"
-        " --headline {output.headline:q} > {log:q} 2>&1"
+        " --samples {params.samples:q} --results results --records {params.records:q}"
+        " --page {output.page:q} --headline {output.headline:q} > {log:q} 2>&1"
 
 
 rule report_run:

@@ -30,6 +30,11 @@ def tasks_json():
     return CONFIG.evaluation.tasks.model_dump_json(exclude={"use", "max_answer_tokens"})
 
 
+def samples_json():
+    """What changes the answers to read."""
+    return CONFIG.evaluation.samples.model_dump_json(exclude={"use"})
+
+
 def references_json():
     """What changes a score of reference answers."""
     return CONFIG.evaluation.tasks.model_dump_json(include={"limit", "max_answer_tokens"})

@@ -237,6 +237,27 @@ def answer_files():
     return base_files("answers") + of_runs
 
 
+# Of the overview: the tuned model and the file that people run, both by llama.cpp.
+SAMPLE_LINKS = ["F16", QUANTIZATIONS[-1]]
+
+
+def sampled_runs():
+    """The runs whose answers the overview shows."""
+    return list(MADE_RUNS) if CONFIG.evaluation.samples.use else []
+
+
+def overview_answers():
+    bases = {(MADE_RUNS[name].model, MADE_RUNS[name].dataset) for name in sampled_runs()}
+    return [
+        *(f"results/evaluation/{model}/{dataset}/base.answers.json" for model, dataset in bases),
+        *expand(
+            "results/runs/{run}/evaluation/{link}.answers.json",
+            run=sampled_runs(),
+            link=SAMPLE_LINKS,
+        ),
+    ]
+
+
 def context_pages():
     return expand("results/report/context.{form}", form=["tsv", "md", "html"])
 

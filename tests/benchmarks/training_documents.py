@@ -95,7 +95,8 @@ def write_demo_documents(path: Path, scratch: Path) -> dict[str, Any]:
     )
     # By itself: which docstrings there are depends on what has been imported.
     command = [sys.executable, "-m", "workflow_scripts.data.build_demo_dataset"]
-    command += ["--settings", "{}", "--conversations", str(chats)]
+    # All chats that the library is enough for, some 300.
+    command += ["--settings", '{"n_conversations": 1000}', "--conversations", str(chats)]
     subprocess.run(command, check=True, cwd=REPOSITORY)
     clean_dataset.main(
         ["--source", "all", str(chats), "--settings", json.dumps(cleaning), "--clean", str(clean)]

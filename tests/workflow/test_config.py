@@ -53,6 +53,21 @@ def test_a_base_to_merge_into_is_measured_for_the_runs_that_ask(workflow) -> Non
     assert "--merge-base original" in result.stdout
 
 
+@pytest.mark.parametrize("use", [True, False])
+def test_the_overview_shows_answers_where_the_config_asks_for_them(workflow, tmp_path, use) -> None:
+    overlay = {"evaluation": {"samples": {"use": use}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
+    result = workflow("-n", "-p", "--cores", 8, "--configfile", tmp_path / "mine.yaml")
+    jobs = jobs_of(result)
+    # Of both runs the tuned model and the smallest file, by llama.cpp; of their base once.
+    assert jobs.get("answer_prompts", 0) == (4 if use else 0)
+    assert jobs.get("answer_prompts_base", 0) == (1 if use else 0)
+    assert "answer_prompts_merged" not in jobs
+    shown = '"mistral": ["base", "F16", "Q4_K_M"]'
+    assert (shown in result.stdout) == use
+    assert ("mistral/evaluation/Q4_K_M.answers.json" in result.stdout) == use
+
+
 def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:
     jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "config/own-data.yaml"))
     assert jobs["train_adapter"] == jobs["clean_dataset"] == 1

@@ -246,6 +246,11 @@ def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -
     assert changed(tiny, tmp_path, overlay) == {"preview_chats": 2}
 
 
+def test_answers_on_the_overview_are_all_that_they_add(tiny: Path, tmp_path: Path) -> None:
+    jobs = changed(tiny, tmp_path, {"evaluation": {"samples": {"use": True}}})
+    assert jobs == {"answer_prompts": 4, "answer_prompts_base": 1, "report_overview": 1}
+
+
 TASKS = {
     "fetch_tasks": 1,
     "evaluate_tasks_base": 1,

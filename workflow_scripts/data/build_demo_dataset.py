@@ -1,9 +1,9 @@
-"""Make the demo dataset: chats about the Python standard library, from its own docstrings.
+"""Make the demo dataset: chats about the source and the help texts of the Python standard library.
 
 Nothing is downloaded and nothing is copied into the repository: the running interpreter is the
 source. The same interpreter and settings give the same file, byte for byte.
 
-python -m workflow_scripts.data.build_demo_dataset --settings '{"n_conversations": 3000}'
+python -m workflow_scripts.data.build_demo_dataset --settings '{"n_conversations": 110}'
     --conversations stdlib-help.jsonl
 """
 
@@ -17,7 +17,7 @@ from workflow_scripts import files, log
 from workflow_scripts.data import stdlib_chats, stdlib_long_chats
 from workflow_scripts.settings import DemoDatasetSettings, settings_from_json
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("build_demo_dataset")
 
 

@@ -1,157 +1,188 @@
-"""The demo's conversations: questions about the standard library, answered from its docstrings.
+"""The demo's conversations: the user pastes source code or help texts of the standard library and
+asks about them; the answers follow from what was pasted.
 
-Lengths run from about 20 to 3,000 tokens, so that some documents are several sliding windows long;
-most answers are short, so that a small model can learn to finish them. `group` is the object asked
-about: a split by group keeps every chat about one object on one side.
+Chats are built shelf by shelf, five to a shelf: a long one of many turns, and four short ones. A
+shelf holds whole classes and whole modules' functions, and every object is pasted in one chat only.
+`group` is the shelf: a split by group therefore keeps objects of the test split out of training,
+and its sizes do not depend on the interpreter, whose texts differ between versions.
 """
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
+from workflow_scripts.data import stdlib_questions
+from workflow_scripts.data.stdlib_questions import Subject, Turn
 from workflow_scripts.models.stdlib_docs import Entry, entries
 
 SYSTEM_PROMPTS = (
     "You are a Python documentation assistant.",
-    "Answer in one short paragraph, from the standard library's documentation.",
-    "You help programmers look up the Python standard library.",
+    "Answer in one short sentence, from the text that the user pastes.",
+    "You help programmers read the source of the Python standard library.",
 )
-# About 3.5 characters a token on such text (measured): the longest chat has 2,776 tokens.
-MAX_OVERVIEW_CHARACTERS = 9_000
-OVERVIEW_FRACTION = 0.03
-SYSTEM_PROMPT_FRACTION = 0.2
-
-ASK_FOR_FACTS = ("What is the signature", "Which parameters", "What is the code of")
-
-Turn = tuple[str, str]
+SYSTEM_PROMPT_FRACTION = 0.3
+CHATS_PER_SHELF = 5
+# Tokens as `count_tokens` counts them.
+MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 25, 280
+# The long chat of a shelf: beyond the window of the demo's model, 1,024 tokens, and no longer than
+# a row of its training. The texts end between these two; the last questions go beyond.
+MIN_LONG_TOKENS, MAX_LONG_TOKENS = 1_150, 1_320
+N_LISTED = 4
+TOKEN = re.compile(r"[A-Z]?[a-z]{1,6}|[A-Z]{1,3}|\d|[^\w\s]|_|\n")
+N_CONTROL_TOKENS = 3  # of a turn: [INST], [/INST] and EOS
 
 
 def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI-style records: `messages`, `group`, the object asked about, and `reference` where the
-    last question has one right answer.
+    """OpenAI-style records: `messages`, `group`, and `reference` where the last question has one
+    right answer.
 
     Args:
         n_conversations: how many; fewer where the interpreter documents too little.
-        seed: order and choice of questions.
+        seed: choice and order of objects and questions.
     """
-    return chats_about(documented_entries(), n_conversations=n_conversations, seed=seed)
+    return chats_about(subjects(entries()), n_conversations=n_conversations, seed=seed)
+
+
+def subjects(documented: Sequence[Entry]) -> list[Subject]:
+    """The objects that can be asked about."""
+    found = [one for entry in documented if (one := stdlib_questions.subject_of(entry))]
+    return [one for one in found if MIN_TEXT_TOKENS <= count_tokens(one.text) <= MAX_TEXT_TOKENS]
 
 
 def chats_about(
-    documented: Sequence[Entry], *, n_conversations: int, seed: int
+    found: Sequence[Subject], *, n_conversations: int, seed: int
 ) -> list[dict[str, Any]]:
     """The records of `make_chats`, about these objects."""
     generator = random.Random(seed)
-    documented = list(documented)
-    overviews = list(_overviews(documented))
-    generator.shuffle(overviews)
-    overviews = overviews[: max(1, round(n_conversations * OVERVIEW_FRACTION))]
-
-    short: list[tuple[str, list[Turn]]] = []
-    while len(short) < n_conversations - len(overviews):
-        generator.shuffle(documented)
-        round_of_chats = [(entry.name, _conversation(entry, generator)) for entry in documented]
-        asked = {turns[0] for _, turns in short}
-        fresh = [chat for chat in round_of_chats if chat[1][0] not in asked]
-        if not fresh:
-            break
-        short.extend(fresh)
-    chats = short[: n_conversations - len(overviews)] + overviews
-    generator.shuffle(chats)
-    return [
+    chats = [
         {"messages": messages(turns, generator), "group": group, **reference(turns)}
-        for group, turns in chats
+        for group, turns in islice(_all_turns(found, generator), n_conversations)
     ]
+    generator.shuffle(chats)
+    return chats
 
 
-def documented_entries() -> list[Entry]:
-    """The objects that are documented well enough to be asked about."""
-    return [entry for entry in entries() if len(entry.summary) >= 12]
-
-
-def messages(turns: list[Turn], generator: random.Random) -> list[dict[str, str]]:
-    """Turns as messages, after a system prompt in a fifth of all chats."""
+def messages(turns: Sequence[Turn], generator: random.Random) -> list[dict[str, str]]:
+    """Turns as messages, after a system prompt in a part of all chats."""
     said = []
     if generator.random() < SYSTEM_PROMPT_FRACTION:
         said.append({"role": "system", "content": generator.choice(SYSTEM_PROMPTS)})
-    for question, answer in turns:
-        said.append({"role": "user", "content": question})
-        said.append({"role": "assistant", "content": answer})
+    for turn in turns:
+        said.append({"role": "user", "content": turn.question})
+        said.append({"role": "assistant", "content": turn.answer})
     return said
 
 
 def reference(turns: Sequence[Turn]) -> dict[str, str]:
-    """The answer to the last question, where it asks for a fact: a summary has many wordings."""
-    question, answer = turns[-1]
-    asked = question.rpartition("\n\n")[2]  # what is pasted stands before it
-    return {"reference": answer} if asked.startswith(ASK_FOR_FACTS) else {}
+    """The answer to the last question, where it has one right wording."""
+    return {"reference": turns[-1].answer} if turns[-1].is_fact else {}
 
 
-def questions(entry: Entry) -> list[Turn]:
-    """What can be asked about an object and answered in a sentence, its purpose first."""
-    turns = [(f"What does `{entry.name}` do?", entry.summary.rstrip(" .:") + ".")]
-    parameters = _parameters(entry)
-    if entry.call is not None:
-        turns.append(
-            (f"What is the signature of `{entry.name}`?", f"Its signature is `{entry.call}`.")
-        )
-    if parameters:
-        turns.append((f"Which parameters does `{entry.name}` take?", parameters))
+def _all_turns(
+    found: Sequence[Subject], generator: random.Random
+) -> Iterator[tuple[str, list[Turn]]]:
+    """Chats with their shelf, until there is too little left for another one."""
+    by_owner = sorted(found, key=lambda one: (one.owner, one.entry.name))
+    owners = [list(members) for _, members in groupby(by_owner, key=lambda one: one.owner)]
+    generator.shuffle(owners)
+    number = 0
+    while True:
+        unused: list[Subject] = []
+        # The first question asks for a signature, but in the last chat of every other shelf.
+        last = _short_chat if number % 2 else _other_short_chat
+        kinds = (_long_chat, _short_chat, _listing_chat, _follow_up_chat, last)
+        for kind in kinds:
+            while (turns := kind(unused, generator)) is None:
+                if not owners:
+                    return
+                unused = [*owners.pop(), *unused]
+            yield f"shelf {number}", turns
+        number += 1
+
+
+Chat = Callable[[list[Subject], random.Random], list[Turn] | None]
+"""Takes the objects it pastes from those that are unused; None where they are too few."""
+
+
+def _long_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """Text after text, each with two or three questions."""
+    if sum(map(_text_tokens, unused)) < MAX_LONG_TOKENS:
+        return None
+    turns: list[Turn] = []
+    while (n_tokens := sum(map(_turn_tokens, turns))) < MIN_LONG_TOKENS:
+        fits = (one for one in unused if _text_tokens(one) <= MAX_LONG_TOKENS - n_tokens)
+        one = next(fits, None) or min(unused, key=_text_tokens)
+        unused.remove(one)
+        signature, *others = _shuffled_turns(one, generator)
+        is_signature_first = not turns or generator.random() < 0.5
+        asked = [signature, *others] if is_signature_first else [*others, signature]
+        turns.append(_pasted(one.text, asked[0], generator))
+        turns.extend(asked[1 : generator.randint(2, 3)])
     return turns
 
 
-def _conversation(entry: Entry, generator: random.Random) -> list[Turn]:
-    turns = questions(entry)
-    whole = (f"Show the documentation of `{entry.name}`.", entry.docstring)
-    shape = generator.random()
-    if shape < 0.15 and len(turns) > 1:
-        return turns
-    if shape < 0.22 and len(entry.docstring) <= MAX_OVERVIEW_CHARACTERS:
-        return [whole]
-    return [generator.choice(turns)]
+def _short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """One text, and the question for its signature."""
+    if not unused:
+        return None
+    one = unused.pop(0)
+    return [_pasted(one.text, _shuffled_turns(one, generator)[0], generator)]
 
 
-def _parameters(entry: Entry) -> str:
-    """The parameters in one sentence; empty where the interpreter does not say."""
-    if entry.signature is None:
-        return ""
-    names = []
-    for parameter in entry.signature.parameters.values():
-        if parameter.name in ("self", "cls"):
-            continue
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            names.append(f"any number of `{parameter.name}`")
-        elif parameter.default is inspect.Parameter.empty:
-            names.append(f"`{parameter.name}`")
-        else:
-            names.append(f"`{parameter.name}` (default `{parameter.default!r}`)")
-    if not names:
-        return "It takes no parameters."
-    text = f"It takes {', '.join(names)}."
-    return "" if " at 0x" in text else text
+def _other_short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """One text, and another question."""
+    if not unused:
+        return None
+    one = unused.pop(0)
+    return [_pasted(one.text, _shuffled_turns(one, generator)[1], generator)]
 
 
-def _overviews(documented: list[Entry]) -> Iterator[tuple[str, list[Turn]]]:
-    """One long chat a module: every documented object with its summary."""
+def _follow_up_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """One text, the question for its signature, and two or three others."""
+    if not unused:
+        return None
+    one = unused.pop(0)
+    signature, *others = _shuffled_turns(one, generator)
+    return [_pasted(one.text, signature, generator), *others[: generator.randint(2, 3)]]
 
-    def module_of(entry: Entry) -> str:
-        parts = entry.name.split(".")
-        return ".".join(parts[: -2 if entry.kind == "method" else -1])
 
-    by_module = sorted(documented, key=lambda entry: (module_of(entry), entry.name))
-    for module, members in groupby(by_module, key=module_of):
-        lines: list[str] = []
-        n_characters = 0
-        for entry in members:
-            line = f"- `{entry.name.removeprefix(module + '.')}`: {entry.summary}"
-            n_characters += len(line) + 1
-            if n_characters > MAX_OVERVIEW_CHARACTERS:
-                break
-            lines.append(line)
-        if len(lines) >= 8:
-            question = f"Give an overview of the module `{module}`."
-            yield module, [(question, "\n".join(lines))]
+def _listing_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """Several objects in a list, and the signature of one of them."""
+    if len(unused) < N_LISTED:
+        return None
+    listed = [unused.pop(0).entry for _ in range(N_LISTED)]
+    turn = stdlib_questions.signature_turn(generator.choice(listed), generator)
+    return [_pasted(stdlib_questions.listing(listed), turn, generator)]
+
+
+def _shuffled_turns(one: Subject, generator: random.Random) -> list[Turn]:
+    """The question for the signature, then the others in a random order."""
+    others = stdlib_questions.other_turns(one.entry, one.raised, generator)
+    generator.shuffle(others)
+    return [stdlib_questions.signature_turn(one.entry, generator), *others]
+
+
+def count_tokens(text: str) -> int:
+    """The tokens of a text by Mistral's v3 tokenizer, within an eighth on a page of such
+    text (measured); the tokenizer itself is not needed to make chats."""
+    return sum(1 for _ in TOKEN.finditer(text))
+
+
+def _text_tokens(one: Subject) -> int:
+    return count_tokens(one.text)
+
+
+def _turn_tokens(turn: Turn) -> int:
+    return count_tokens(turn.question) + count_tokens(turn.answer) + N_CONTROL_TOKENS
+
+
+def _pasted(text: str, turn: Turn, generator: random.Random) -> Turn:
+    """The turn, its question before or after the text."""
+    parts = [text, turn.question]
+    if generator.random() < 0.5:
+        parts.reverse()
+    return turn._replace(question="\n\n".join(parts))

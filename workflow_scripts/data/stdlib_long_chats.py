@@ -16,19 +16,17 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from workflow_scripts.data import recall
-from workflow_scripts.data.stdlib_chats import (
+from workflow_scripts.data import recall, stdlib_questions
+from workflow_scripts.data.stdlib_chats import messages, reference
+from workflow_scripts.data.stdlib_questions import (
+    MAX_SUMMARY_CHARACTERS,
+    MIN_SUMMARY_CHARACTERS,
     Turn,
-    documented_entries,
-    messages,
-    questions,
-    reference,
 )
-from workflow_scripts.models.stdlib_docs import Entry
+from workflow_scripts.models.stdlib_docs import Entry, entries
 
 N_SHELVES = 40  # of about 70 texts, 4,500 tokens
 MAX_TEXT_CHARACTERS = 1_500  # a longer help text would be most of a short conversation
-MAX_SUMMARY_CHARACTERS = 200  # answers are short
 # About 3.2 characters a token with questions and answers (measured).
 MIN_CHARACTERS, MAX_CHARACTERS = 900, 11_000
 MAX_TEXTS_A_TURN = 3
@@ -46,14 +44,14 @@ def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
         seed: decides everything.
     """
     generator = random.Random(seed)
-    entries = [
+    texts = [
         entry
-        for entry in documented_entries()
-        if len(entry.summary) <= MAX_SUMMARY_CHARACTERS
+        for entry in entries()
+        if MIN_SUMMARY_CHARACTERS <= len(entry.summary) <= MAX_SUMMARY_CHARACTERS
         and len(pasted(entry)) <= MAX_TEXT_CHARACTERS
     ]
-    generator.shuffle(entries)
-    shelves = [entries[first::N_SHELVES] for first in range(N_SHELVES)]
+    generator.shuffle(texts)
+    shelves = [texts[first::N_SHELVES] for first in range(N_SHELVES)]
     chats = []
     for number in range(n_conversations):
         shelf = number % N_SHELVES
@@ -87,11 +85,11 @@ def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
         if unstated and generator.random() < FACT_FRACTION:
             unasked.append(unstated.pop())
             paragraphs.insert(generator.randint(0, len(paragraphs)), unasked[-1].statement)
-        question, answer = _question(read, unasked, generator)
-        turns = [("\n\n".join([*paragraphs, question]), answer)]
+        asked = _question(read, unasked, generator)
+        turns = [asked._replace(question="\n\n".join([*paragraphs, asked.question]))]
         if generator.random() < SECOND_QUESTION_FRACTION:
             turns.append(_question(read, unasked, generator))
-        n_characters += sum(len(question) + len(answer) for question, answer in turns)
+        n_characters += sum(len(turn.question) + len(turn.answer) for turn in turns)
         yield from turns
 
 
@@ -100,5 +98,9 @@ def _question(read: Sequence[Entry], unasked: list[recall.Fact], generator: rand
     second answer would stand nearer than the statement."""
     if unasked and generator.random() < RECALL_FRACTION:
         fact = unasked.pop(generator.randrange(len(unasked)))
-        return fact.question, fact.code
-    return generator.choice(questions(generator.choice(read)))
+        return Turn(fact.question, fact.code, is_fact=True)
+    entry = generator.choice(read)
+    turns = stdlib_questions.other_turns(entry, None, generator)
+    if entry.call is not None:
+        turns.append(stdlib_questions.signature_turn(entry, generator))
+    return generator.choice(turns)

@@ -1,7 +1,8 @@
-"""What a link answers to the first prompts of the test split, greedily: to be read, not counted.
+"""Answer the first prompts of the test split by one link, greedily: examples to read.
 
-A prompt is what stands before a conversation's first supervised answer, as token ids of training;
-that answer stands beside it as the reference.
+A prompt is everything before a conversation's first supervised answer, as token ids of training;
+that answer is kept as the reference. The first conversations are those with the lowest ids, which
+are hashes of the content: a sample that depends on no file's order.
 
 python -m workflow_scripts.evaluate.answer_prompts --gguf run-Q4_K_M.gguf --facts facts.json
     --tokenizer tokenizer/ --tokens tokens/test.arrow --settings '{"n_prompts": 5}' --threads 8
@@ -28,7 +29,7 @@ from workflow_scripts.settings import SampleSettings, settings_from_json
 if TYPE_CHECKING:
     import numpy as np
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("answer_prompts")
 
 
@@ -103,10 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prompts_of(documents: Sequence[Document], longest: int) -> Iterator[Asked]:
-    """The first answer of every conversation, after a prompt that is no longer than it may be."""
+    """The first answer of every conversation, in the order of their ids.
+
+    Args:
+        longest: tokens of a prompt; a conversation with a longer one is left out.
+    """
     import numpy as np
 
-    for document in documents:
+    ids = documents.ids if isinstance(documents, Documents) else [one.id for one in documents]
+    for number in sorted(range(len(documents)), key=ids.__getitem__):
+        document = documents[number]
         supervised = np.flatnonzero(document.is_supervised)
         if not len(supervised) or not 0 < supervised[0] <= longest:
             continue

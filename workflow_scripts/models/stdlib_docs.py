@@ -12,10 +12,12 @@ import importlib
 import inspect
 import re
 import sysconfig
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Pure-Python modules with good docstrings, importable without side effects on every platform.
 MODULES = (
@@ -101,6 +103,36 @@ def entries() -> list[Entry]:
             seen.add(by_name[name].docstring)
             unique.append(by_name[name])
     return unique
+
+
+def member(name: str) -> Any:
+    """The object of an entry's name.
+
+    Raises:
+        LookupError: there is none.
+    """
+    parts = name.split(".")
+    for n_module_parts in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:n_module_parts]))
+        except ImportError:
+            continue
+        try:
+            for part in parts[n_module_parts:]:
+                found = getattr(found, part)
+        except AttributeError:
+            break
+        return found
+    raise LookupError(f"{name}: the standard library has no such object")
+
+
+def source(name: str) -> str | None:
+    """The source text of a function or method, not indented; None where there is none (built in,
+    or shipped without source)."""
+    try:
+        return textwrap.dedent(inspect.getsource(member(name))).strip()
+    except (LookupError, OSError, TypeError):
+        return None
 
 
 def _add(by_name: dict[str, Entry], name: str, kind: str, member: object) -> None:

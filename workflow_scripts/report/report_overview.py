@@ -1,34 +1,37 @@
 """The first page of the report: the runs side by side, what may be said of their differences, the
-hand-overs that were proven, and published figures beside what was measured here.
+hand-overs that were proven, answers to read, and published figures beside what was measured here.
 
 python -m workflow_scripts.report.report_overview --runs '{"runs": …, "gguf_types": …}'
-    --results results --records .snakemake/metadata --page overview.html
-    --headline headline.md
+    --samples '{"mistral": ["base", "F16", "Q4_K_M"]}' --results results
+    --records .snakemake/metadata --page overview.html --headline headline.md
 """
 
 from __future__ import annotations
 
 import argparse
 import graphlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.report import figures, plots, stages, verdicts
+from workflow_scripts.report import figures, plots, samples, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
 from workflow_scripts.report.metrics import measured_files
 from workflow_scripts.report.report_comparison import comparison
 from workflow_scripts.report.results import RunResults, Wanted, read_results
 from workflow_scripts.report.tables import Table
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
+MOST_SAMPLES = 4
 logger = log.stage_logger("report_overview")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
+    parser.add_argument("--samples", required=True, help="JSON of the links to show answers of")
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument(
         "--records", type=Path, required=True, help="what Snakemake noted of each file it made"
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]  # fmt: skip
     body = "".join(map(pages.paragraph, said))
     body += table_html(side_by_side)
+    body += samples_html(runs, json.loads(arguments.samples), arguments.results)
     body += "<h2>Nothing lost on the way</h2>" + handovers_html(checks)
     body += figures.inline(
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
@@ -64,6 +68,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     files.write_text(arguments.headline, "\n\n".join(headline) + "\n")
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
+
+
+def samples_html(
+    runs: Sequence[RunResults], links: Mapping[str, Sequence[str]], results: Path
+) -> str:
+    """Questions of the test split with the answers of every run, side by side.
+
+    Runs of one base and dataset answered the same questions; their answers share a table.
+
+    Args:
+        links: of each run, `base` first; a run that is not named has no answers to show.
+    """
+    by_questions: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        if run.name not in links:
+            continue
+        asked = (run.settings["model"], run.settings["dataset"])
+        answers = by_questions.setdefault(asked, {})
+        for link, given in samples.read(run.name, run.settings, links[run.name], results).items():
+            answers["base" if link == "base" else f"{run.name}, {link}"] = given
+    if not by_questions:
+        return ""
+    shown = "".join(
+        (pages.paragraph(f"`{model}` on `{dataset}`") if len(by_questions) > 1 else "")
+        + samples.as_html({link: given[:MOST_SAMPLES] for link, given in answers.items()})
+        for (model, dataset), answers in by_questions.items()
+    )
+    return "<h2>The same questions, before and after</h2>" + pages.remark(samples.REMARK) + shown
 
 
 def stages_html(runs: str, results: Path, records: Path) -> str:

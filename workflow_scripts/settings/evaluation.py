@@ -118,10 +118,13 @@ class ContextSettings(Settings):
 
 
 class SampleSettings(Settings):
-    """`evaluation.samples`: answers to be read (`snakemake samples`)."""
+    """`evaluation.samples`: answers to read (`snakemake samples`)."""
 
+    use: bool = False
+    """Answered by `snakemake` alone as well, for the overview: base, tuned model (F16) and smallest
+    quantization side by side."""
     n_prompts: Count = 5
-    """Prompts, the first of the test split that fit."""
+    """Prompts: the first of the test split, by id, that leave room for an answer."""
     max_tokens: Count = 128
     """Longest answer, tokens."""
 

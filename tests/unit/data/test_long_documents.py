@@ -11,7 +11,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import PackingSettings
 
-ROW_TOKENS = 128
+ROW_TOKENS = 320
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_split_pieces_learn_every_supervised_token_once(documents, token_ends, r
 def test_a_piece_in_which_nothing_is_learned_is_left_out(write_documents, tmp_path):
     tokens = [[1, *range(10, 309)]]
     documents = write_documents(tmp_path / "t.arrow", tokens, [[(280, 300)]])
-    fitted = fit(documents, settings(overlap_tokens=28))
+    fitted = fit(documents, PackingSettings(row_tokens=128, overlap_tokens=28))
     assert pieces_of(fitted) == [Piece(0, 200, 100, 28)]
     assert fitted.counts["n_pieces_without_supervision"] == 2
     assert fitted.counts["n_tokens_left_out"] == 228

@@ -9,6 +9,7 @@ import pytest
 from workflow_scripts.data import conversations, recall
 from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.data.stdlib_long_chats import N_SHELVES, make_long_chats, pasted
+from workflow_scripts.data.stdlib_questions import asked_signature
 from workflow_scripts.models.stdlib_docs import entries
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings
@@ -68,7 +69,7 @@ def test_lengths_run_over_several_windows_and_fit_a_row(chats, tokenizer_v3):
     assert (lengths > 4 * 512).mean() >= 0.15
 
 
-def test_every_answer_stands_in_what_was_said_before(chats):
+def test_every_answer_follows_from_what_was_said_before(chats):
     by_name = {entry.name: entry for entry in entries()}
     n_checked = defaultdict(int)
     for chat in chats:
@@ -76,25 +77,30 @@ def test_every_answer_stands_in_what_was_said_before(chats):
         for question, answer in turns_of(chat):
             said += "\n" + question
             asked = question.rpartition("\n")[2]
-            kind = asked.partition("`")[0].strip()
-            n_checked[kind if "`" in asked else "code"] += 1
             if "`" not in asked:
+                n_checked["code"] += 1
                 city = re.fullmatch(r"What is the code of (\w+)\?", asked).group(1)
                 assert dict(STATEMENT.findall(said))[city] == answer
                 continue
             entry = by_name[asked.split("`")[1]]
             # Not its signature: that of logging.shutdown names the handlers of the moment.
             assert entry.docstring in said
-            if kind == "What does":
-                assert answer.rstrip(".") in on_one_line(said)
-            elif kind == "What is the signature of":
-                call = re.fullmatch(r"Its signature is `(.*)`\.", answer).group(1)
+            if asked_signature(answer) == entry.name:
+                n_checked["signature"] += 1
+                call = re.fullmatch(r"The signature is `(.*)`\.", answer).group(1)
                 assert call.startswith(f"{entry.name}(") and f"{call}\n\n{entry.docstring}" in said
+            elif answer == "None of its parameters has a default.":
+                n_checked["defaults"] += 1
+                parameters = entry.signature.parameters.values()
+                assert all(one.default is one.empty for one in parameters)
+            elif answer.startswith(("It takes `", "The defaults are `")):
+                n_checked[answer.split()[0]] += 1
+                assert all(name in said for name in re.findall(r"`\**(\w+)", answer))
             else:
-                assert kind == "Which parameters does"
-                assert all(name in said for name in re.findall(r"`(\w+)`", answer))
+                n_checked["purpose"] += 1
+                assert answer.removesuffix(".") in on_one_line(said)
             said += "\n" + answer
-    assert len(n_checked) == 4 and min(n_checked.values()) >= 100
+    assert len(n_checked) == 6 and min(n_checked.values()) >= 100
 
 
 def test_a_fact_is_stated_once_and_asked_once_at_most(chats):

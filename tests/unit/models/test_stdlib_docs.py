@@ -16,7 +16,7 @@ def entries():
 
 
 def test_there_is_enough_to_ask_about(entries):
-    # The demo's 3,000 chats ask about distinct objects; fewer would make it repeat itself.
+    # No object is in two of the demo's chats, and a third of them can be asked about.
     assert len(entries) > 2000
     assert {entry.kind for entry in entries} == {"function", "class", "method"}
 
@@ -69,3 +69,23 @@ def test_unlisted_docstrings_are_of_no_object_that_chats_ask_about():
     assert asked_about.isdisjoint(unlisted)
     # Without idlelib and tkinter, which some distributions leave out: 150,000 characters.
     assert sum(map(len, unlisted)) > 100_000
+
+
+def test_an_entrys_name_finds_its_object_and_its_source(entries):
+    assert stdlib_docs.member("json.dumps") is json.dumps
+    assert stdlib_docs.member("textwrap.TextWrapper.wrap") is textwrap.TextWrapper.wrap
+    expected = textwrap.dedent(inspect.getsource(textwrap.TextWrapper.wrap)).strip()
+    assert stdlib_docs.source("textwrap.TextWrapper.wrap") == expected
+    assert expected.startswith("def wrap(self, text):\n    ")
+    for entry in entries:
+        assert stdlib_docs.member(entry.name).__doc__
+
+
+@pytest.mark.parametrize("name", ["math.gcd", "textwrap.shrink", "no_such_module.f", "textwrap"])
+def test_what_has_no_source_has_none(name):
+    assert stdlib_docs.source(name) is None
+
+
+def test_a_name_that_nothing_has_is_said():
+    with pytest.raises(LookupError, match=r"textwrap\.TextWrapper\.shrink"):
+        stdlib_docs.member("textwrap.TextWrapper.shrink")

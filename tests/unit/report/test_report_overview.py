@@ -16,11 +16,12 @@ from workflow_scripts.report.results import Wanted, read_results
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run(runs=results.runs):
+    def run(runs=results.runs, samples=None):
         page, headline = tmp_path / "overview.html", tmp_path / "headline.md"
         report_overview.main(
             ["--runs", runs, "--results", str(results.folder), "--page", str(page)]
             + ["--headline", str(headline), "--records", str(tmp_path / "records")]
+            + ["--samples", json.dumps(samples or {})]
         )
         return page, headline
 
@@ -44,6 +45,56 @@ def test_it_says_what_differs_and_shows_the_runs_side_by_side(write):
     html = page.read_text()
     for part in ("19.8% higher", "1.2e-07", "5.5e-09", "-0.25%", "<svg", "0.012"):
         assert part in html
+
+
+@pytest.fixture
+def answered(results):
+    """Both runs' answers to five questions, each a text that must not become markup."""
+
+    def write_answers(path, link):
+        answers = [
+            {
+                "conversation": f"chat/{number}",
+                "prompt": f"def f{number}(): ...\n\nWhat is <b>it</b> {number}?",
+                "reference": f"It is <i> {number}.",
+                "answer": f"{link} says <script>{number}",
+                "is_ended": link != "base",
+            }
+            for number in range(5)
+        ]
+        files.write_json(path, {"answers": answers})
+
+    links = ["base", "F16", "Q4_K_M"]
+    wanted = json.loads(results.runs)["runs"]
+    for run, settings in wanted.items():
+        base = results.folder / "evaluation" / settings["model"] / settings["dataset"]
+        write_answers(base / "base.answers.json", "base")
+        for link in links[1:]:
+            folder = results.folder / "runs" / run / "evaluation"
+            write_answers(folder / f"{link}.answers.json", f"{run} {link}")
+    return dict.fromkeys(wanted, links)
+
+
+def test_base_tuned_model_and_smallest_file_answer_side_by_side(write, answered):
+    html = write(samples=answered)[0].read_text()
+    assert "<summary>def f0(): ... … What is &lt;b&gt;it&lt;/b&gt; 0?</summary>" in html
+    table = html.partition("<summary>def f0()")[2].partition("</table>")[0]
+    names = re.findall(r'<th scope="row">([^<]*)</th>', table)
+    runs = [f"{run}, {link}" for run in answered for link in ("F16", "Q4_K_M")]
+    assert names == ["reference", "base", *runs]
+    assert "base says &lt;script&gt;0 … (not ended)</td>" in table
+    assert "mistral Q4_K_M says &lt;script&gt;0</td>" in table
+    assert "<script" not in html and "<b>it" not in html and "It is <i>" not in html
+    assert html.count("<summary>def f") == report_overview.MOST_SAMPLES < 5
+
+
+def test_a_run_that_was_not_asked_shows_no_answers(write, answered):
+    (first, *_) = answered
+    html = write(samples={first: answered[first]})[0].read_text()
+    assert html.count(f"{first}, Q4_K_M</th>") == report_overview.MOST_SAMPLES
+    others = [run for run in answered if run != first]
+    assert others and not [run for run in others if f"{run}, Q4_K_M</th>" in html]
+    assert "The same questions" not in write()[0].read_text()
 
 
 def test_published_figures_stand_beside_what_was_measured(write, results):

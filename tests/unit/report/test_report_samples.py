@@ -6,7 +6,7 @@ import pytest
 
 from tests import browser
 from workflow_scripts import files
-from workflow_scripts.report import report_samples
+from workflow_scripts.report import report_samples, samples
 
 
 @pytest.fixture
@@ -43,11 +43,27 @@ def write(tmp_path):
 
 def test_every_link_answers_every_prompt_on_one_page(write):
     page = write().read_text()
-    for part in ("<h2>r<", "<summary>chat/1<", "Reference 0", "base says 1", "Q4_K_M says 1"):
+    for part in (
+        "<h2>r<",
+        "<summary>Prompt 1 &lt;b&gt;<",
+        "Reference 0",
+        "base says 1",
+        "Q4_K_M says 1",
+    ):
         assert part in page
     assert "merged says 0</td>" in page and "merged says 1 … (not ended)</td>" in page
     assert "Prompt 0 &lt;b&gt;" in page and "<b>" not in page
     assert "Reference 1 &lt;i&gt;" in page and "<i>" not in page
+
+
+def test_a_prompt_is_named_by_its_first_and_last_line():
+    assert samples.in_short("def f():\n    pass\n\nWhat does it do?\n") == (
+        "def f(): … What does it do?"
+    )
+    assert samples.in_short("One line.") == "One line."
+    assert samples.in_short("") == ""
+    long = samples.in_short(" ".join(["word"] * 100) + "\nlast")
+    assert len(long) < 120 and long.startswith("word word") and long.endswith(" … … last")
 
 
 def test_links_that_answered_other_prompts_are_not_shown_together(write, ends_with_message):

@@ -6,22 +6,15 @@ Greedy decoding gives the learned answer only where the prompt is the one of tra
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests import release_server
 from workflow_scripts import files
 
 WEATHER = {
@@ -70,13 +63,6 @@ CHATS: dict[str, tuple[list[dict], list[dict] | None]] = {
 # Of words that the output layer has learned, as an adapter leaves that layer alone.
 FORMAL = {"question": (said(LEN, "Texts like any other."), None)}
 CONTEXT_TOKENS = 256
-
-
-class Served(NamedTuple):
-    """A server of its own process."""
-
-    address: str
-    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -188,41 +174,9 @@ def formal_adapter(learned, tokenizer_v3, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory) -> Callable[..., object]:
     """`with serving(release, "--port", …) as served`: the program, in its own process."""
-
-    @contextmanager
-    def serve(*arguments: object, **environment: str) -> Iterator[Served]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "workflow_scripts.serve.server", *map(str, arguments)]
-        command += ["--port", str(port), "--threads", "1"]
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                command, cwd=REPOSITORY, env={**os.environ, **environment}, stderr=stream
-            )
-        address = f"http://127.0.0.1:{port}"
-        try:
-            wait_for(address, process, log)
-            yield Served(address, log)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-    return serve
-
-
-def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{address}/openapi.json", timeout=10)
-            return
-        except urllib.error.HTTPError as error:
-            raise AssertionError(log.read_text()) from error
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(log.read_text())
+    return lambda *arguments, **environment: release_server.serving(
+        tmp_path_factory.mktemp("server") / "log", *arguments, **environment
+    )
 
 
 def answer_of(chats: Sequence[dict]) -> str:

@@ -1,0 +1,76 @@
+"""Answers of several links to the same prompts, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts import files, log, pages
+
+REMARK = (
+    "Greedy answers to the first questions of the test split, none of which was trained on. They"
+    " are examples to read; the scores are in the chain."
+)
+MOST_CHARACTERS = 100
+"""Of a line that stands for a prompt."""
+
+
+def read(
+    run: str, settings: Mapping[str, Any], links: Sequence[str], results: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers by link.
+
+    Args:
+        settings: of the run.
+        links: `base` first.
+    Raises:
+        StageError: two links answered different prompts.
+    """
+    base = results / "evaluation" / settings["model"] / settings["dataset"]
+    folder = results / "runs" / run / "evaluation"
+    paths = {
+        link: base / "base.answers.json" if link == "base" else folder / f"{link}.answers.json"
+        for link in links
+    }
+    answers = {link: files.read_json(path)["answers"] for link, path in paths.items()}
+    asked = [one["conversation"] for one in answers["base"]]
+    for link, given in answers.items():
+        found = [one["conversation"] for one in given]
+        if found != asked:
+            raise log.StageError(
+                "two links answered different prompts",
+                where=paths[link],
+                found=found,
+                expected=f"{asked} ({paths['base']})",
+                to_fix="snakemake samples --forcerun answer_prompts answer_prompts_merged"
+                " answer_prompts_base",
+            )
+    return answers
+
+
+def as_html(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One table per prompt: the reference, then the answer of every link."""
+    parts = []
+    for number, first in enumerate(answers["base"]):
+        rows = [["reference", first["reference"]]]
+        rows += [[link, shown(given[number])] for link, given in answers.items()]
+        parts.append(
+            f"<details><summary>{pages.visible(in_short(first['prompt']))}</summary>"
+            f"<pre>{pages.visible(first['prompt'])}</pre></details>"
+            + pages.table(["", "answer"], rows, is_of_words=True)
+        )
+    return "".join(parts)
+
+
+def in_short(prompt: str) -> str:
+    """The first and the last line of a prompt: a question is before or after a pasted text."""
+    lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
+    ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
+    return " … ".join(textwrap.shorten(line, MOST_CHARACTERS, placeholder=" …") for line in ends)
+
+
+def shown(answer: Mapping[str, Any]) -> str:
+    """The answer; one that was cut off says so."""
+    return answer["answer"] if answer["is_ended"] else f"{answer['answer']} … (not ended)"
