@@ -46,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     origin = {"source": run.merged}
     with files.atomic_folder(arguments.merged) as folder:
+        judged = folder
         if is_local(run.merged):
-            link(Path(run.merged).expanduser().resolve(), folder)
+            # Messages then name the user's files, not links that go with this folder.
+            judged = Path(run.merged).expanduser().resolve()
+            link(judged, folder)
         else:
             origin["commit"] = hub.download(
                 run.merged,
@@ -58,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 wanted=list(given.MODEL_FILES),
             )
         facts = files.read_json(arguments.facts)
-        check_shape(folder, facts)
-        checkpoints.check_whole(folder, checkpoints.read_facts(folder))
-        tensors.check_all_values(checkpoints.weight_files(folder))
+        check_shape(judged, facts)
+        checkpoints.check_whole(judged, checkpoints.read_facts(judged))
+        tensors.check_all_values(checkpoints.weight_files(judged))
         complete(folder, arguments.tokenizer, facts)
         files.write_json(folder / "source.json", origin)
     logger.info("wrote source=%s path=%s", run.merged, arguments.merged)

@@ -38,8 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise StageError("no model to fetch", where="--settings, source", found=settings.source)
 
     with files.atomic_folder(arguments.checkpoint) as folder:
+        judged = folder
         if settings.is_local:
-            link_folder(Path(settings.source).expanduser().resolve(), folder)
+            # Messages then name the user's files, not links that go with this folder.
+            judged = Path(settings.source).expanduser().resolve()
+            link_folder(judged, folder)
         else:
             commit = download(settings, settings.revision, folder, ["config.json"])
             # A model that cannot be trained is refused before its weights are fetched.
@@ -48,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             origin = {"source": settings.source, "commit": commit}
             files.write_json(folder / "source.json", origin)
         # Fail here, not after the data stages, when something a later stage needs is not there.
-        checkpoints.check_whole(folder, checkpoints.read_facts(folder))
-        tokenizer_files.find_tokenizer(folder)
+        checkpoints.check_whole(judged, checkpoints.read_facts(judged))
+        tokenizer_files.find_tokenizer(judged)
     logger.info("wrote path=%s", arguments.checkpoint)
 
 

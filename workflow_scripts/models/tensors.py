@@ -42,8 +42,8 @@ QUANTIZED_PARTS = (
 BLOCK_ELEMENTS = 2**22
 SHOWN = 10
 TAKE_16_BITS = (
-    "name the unquantized model in 16 bits; an adapter that was trained on a quantized base merges"
-    " into that model, with runs.<name>.precision saying how it was loaded"
+    "set models.<name>.source to the unquantized model in 16 bits; an adapter that was trained on"
+    " this one merges into that, with runs.<name>.precision saying how it was loaded"
 )
 
 
