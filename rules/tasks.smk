@@ -208,7 +208,7 @@ rule report_tasks:
         runtime=growing(10),  # minutes
     params:
         runs=runs_json(),
-        links=CONTEXT_LINKS,
+        links=TASK_LINKS,
         kinds=task_kinds(),
         output_version=output_version("report/report_tasks"),
     shell:

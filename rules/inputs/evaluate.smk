@@ -70,11 +70,12 @@ def runs_json(names=RUNS):
 
 def results_json(names=RUNS):
     """The same with what else was measured of them: texts, and the links' context and tasks."""
-    asked = ["base", *CONTEXT_LINKS]
     also = {
         "texts": list(CONFIG.evaluation.texts),
-        "context": asked if CONFIG.evaluation.context.use else [],
-        "tasks": dict.fromkeys(task_kinds(), asked) if CONFIG.evaluation.tasks.use else {},
+        "context": ["base", *CONTEXT_LINKS] if CONFIG.evaluation.context.use else [],
+        "tasks": dict.fromkeys(
+            task_kinds() if CONFIG.evaluation.tasks.use else [], ["base", *TASK_LINKS]
+        ),
         "hub_ids": hub_ids(names),
     }
     return json.dumps(json.loads(runs_json(names)) | also)
@@ -92,7 +93,7 @@ def hub_ids(names):
 
 def context_json():
     """What the answers on long texts depend on."""
-    return CONFIG.evaluation.context.model_dump_json(exclude={"files", "use"})
+    return CONFIG.evaluation.context.model_dump_json(exclude={"files", "of_merged", "use"})
 
 
 def data_reports(name):

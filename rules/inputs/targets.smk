@@ -217,7 +217,8 @@ def base_files(what):
 
 
 # One that honours the window, and the file that people run.
-CONTEXT_LINKS = ["merged", QUANTIZATIONS[-1]]
+TASK_LINKS = ["merged", QUANTIZATIONS[-1]]
+CONTEXT_LINKS = TASK_LINKS if CONFIG.evaluation.context.of_merged else TASK_LINKS[1:]
 
 
 def context_scores(name):
@@ -275,7 +276,7 @@ def task_scores(name):
         "references": f"results/evaluation/{run.model}/{run.dataset}/base.references",
     }
     stems = [of_base[kind] for kind in task_kinds()] + expand(
-        f"results/runs/{name}/evaluation/{{link}}.{{kind}}", link=CONTEXT_LINKS, kind=task_kinds()
+        f"results/runs/{name}/evaluation/{{link}}.{{kind}}", link=TASK_LINKS, kind=task_kinds()
     )
     return expand("{stem}.{form}", stem=stems, form=["json", "parquet"])
 

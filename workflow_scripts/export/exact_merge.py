@@ -28,6 +28,7 @@ from workflow_scripts.export import safetensors_stream
 from workflow_scripts.export.live_adapter import LiveAdapter, LowRank
 from workflow_scripts.export.tensor_names import QUANTIZATION_BLOCK, Part, Slab, part, slabs
 from workflow_scripts.models.checkpoint import weight_files
+from workflow_scripts.models.tensors import is_position_table
 
 # Error of float32 arithmetic, relative to the magnitudes that were added up: sixteen units in the
 # last place. On real weights of rank 18, float32 products were within 2⁻²² of it.
@@ -306,8 +307,8 @@ def layout_difference(reference: Reference, merged: Files) -> str | None:
     base = reference.base
     for name, entry in base.entries.items():
         if name not in merged.entries:
-            if TIED.get(name) in merged.entries:
-                continue  # saved once: transformers ties it on loading
+            if TIED.get(name) in merged.entries or is_position_table(name):
+                continue  # transformers ties the one on loading, and computes the other
             return f"no tensor {name}"
         found = list(merged.entries[name]["shape"])
         whole = reference.replaced(part(name))

@@ -98,6 +98,8 @@ class ContextSettings(Settings):
     use: bool = False
     """Measured by `snakemake` alone as well, for the headline table and each run's page; on a 7B
     that is more prompts than everything else together."""
+    of_merged: bool = True
+    """Also measured on the merged model, next to the base and the last quantization."""
     tasks: Annotated[
         list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
     ] = ["single", "multi_key", "variable_tracing"]

@@ -208,6 +208,15 @@ def test_a_mixture_s_experts_and_router_are_compared_too(mixtral, train, tmp_pat
     assert any("experts.3.w1.weight" in line for line in lines)
 
 
+def test_position_tables_of_an_old_checkpoint_may_be_left_out(base, adapter, merged, tmp_path):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    old = changed(base, tmp_path / "old", add)
+    assert compared(old, adapter, merged)
+    assert compared(old, adapter, merged_by_us(old, adapter, tmp_path / "merged"))
+
+
 # Wrong merges, each by the name that the message gives it.
 
 
