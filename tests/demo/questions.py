@@ -51,7 +51,7 @@ def questions_of(test: Path, n: int) -> list[Question]:
     for row in rows[:n]:
         said = [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
         first = [message["role"] for message in said].index("assistant")
-        asked = asked_signature(said[first]["content"])
+        asked = asked_signature(said[first - 1]["content"])
         questions.append(Question(row["id"], said[:first], asked))
     return questions
 

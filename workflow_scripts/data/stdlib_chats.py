@@ -120,7 +120,7 @@ def _long_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | 
         signature, *others = _shuffled_turns(one, generator)
         is_signature_first = not turns or generator.random() < 0.5
         asked = [signature, *others] if is_signature_first else [*others, signature]
-        turns.append(_pasted(one.text, asked[0], generator))
+        turns.append(_pasted(one.text, asked[0]))
         turns.extend(asked[1 : generator.randint(2, 3)])
     return turns
 
@@ -130,7 +130,7 @@ def _short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] |
     if not unused:
         return None
     one = unused.pop(0)
-    return [_pasted(one.text, _shuffled_turns(one, generator)[0], generator)]
+    return [_pasted(one.text, _shuffled_turns(one, generator)[0])]
 
 
 def _other_short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
@@ -138,7 +138,7 @@ def _other_short_chat(unused: list[Subject], generator: random.Random) -> list[T
     if not unused:
         return None
     one = unused.pop(0)
-    return [_pasted(one.text, _shuffled_turns(one, generator)[1], generator)]
+    return [_pasted(one.text, _shuffled_turns(one, generator)[1])]
 
 
 def _follow_up_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
@@ -147,7 +147,7 @@ def _follow_up_chat(unused: list[Subject], generator: random.Random) -> list[Tur
         return None
     one = unused.pop(0)
     signature, *others = _shuffled_turns(one, generator)
-    return [_pasted(one.text, signature, generator), *others[: generator.randint(2, 3)]]
+    return [_pasted(one.text, signature), *others[: generator.randint(2, 3)]]
 
 
 def _listing_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
@@ -156,7 +156,7 @@ def _listing_chat(unused: list[Subject], generator: random.Random) -> list[Turn]
         return None
     listed = [unused.pop(0).entry for _ in range(N_LISTED)]
     turn = stdlib_questions.signature_turn(generator.choice(listed), generator)
-    return [_pasted(stdlib_questions.listing(listed), turn, generator)]
+    return [_pasted(stdlib_questions.listing(listed), turn)]
 
 
 def _shuffled_turns(one: Subject, generator: random.Random) -> list[Turn]:
@@ -180,9 +180,7 @@ def _turn_tokens(turn: Turn) -> int:
     return count_tokens(turn.question) + count_tokens(turn.answer) + N_CONTROL_TOKENS
 
 
-def _pasted(text: str, turn: Turn, generator: random.Random) -> Turn:
-    """The turn, its question before or after the text."""
-    parts = [text, turn.question]
-    if generator.random() < 0.5:
-        parts.reverse()
-    return turn._replace(question="\n\n".join(parts))
+def _pasted(text: str, turn: Turn) -> Turn:
+    """The turn, its question behind the text: behind a question a small model goes on with the
+    text instead of answering."""
+    return turn._replace(question=f"{text}\n\n{turn.question}")

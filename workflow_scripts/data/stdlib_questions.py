@@ -22,13 +22,15 @@ MAX_SUMMARY_CHARACTERS = 200
 MIN_SUMMARY_CHARACTERS = 12
 # A full stop after at least two letters (not that of `e.g.`), before a capital letter or the end.
 SENTENCE_END = re.compile(r"(?<=[a-z)\]`'\"]{2})\.(?=\s+[A-Z]|$)")
-SIGNATURE_ANSWER = re.compile(r"The signature is `([\w.]+)\(")
 
 SIGNATURE = (
     "What is the signature of `{name}`?",
     "Give the signature of `{name}`.",
     "Show me the signature of `{name}`.",
     "Which signature does `{name}` have?",
+)
+SIGNATURE_QUESTION = re.compile(
+    "|".join(re.escape(wording).replace(r"\{name\}", r"([\w.]+)") for wording in SIGNATURE)
 )
 DEFAULTS = (
     "Which parameters of `{name}` have defaults, and which?",
@@ -121,7 +123,9 @@ def first_sentence(entry: Entry) -> str:
 
 
 def signature_turn(entry: Entry, generator: random.Random) -> Turn:
-    return _turn(SIGNATURE, entry, f"The signature is `{entry.call}`.", generator)
+    """Answered with the object's last name, as the definition in the pasted text has it."""
+    call = f"{entry.name.rpartition('.')[2]}{(entry.call or '').removeprefix(entry.name)}"
+    return _turn(SIGNATURE, entry, f"The signature is `{call}`.", generator)
 
 
 def other_turns(
@@ -168,10 +172,11 @@ def exceptions_raised(
     return tuple(dict.fromkeys(names))
 
 
-def asked_signature(answer: str) -> str | None:
-    """The object whose signature an answer of this dataset gives; None where it gives none."""
-    found = SIGNATURE_ANSWER.match(answer)
-    return found.group(1) if found else None
+def asked_signature(question: str) -> str | None:
+    """The object whose signature a user's message of this dataset asks for; None where it asks for
+    none."""
+    found = SIGNATURE_QUESTION.search(question)
+    return found[found.lastindex] if found and found.lastindex else None
 
 
 def _turn(wordings: Sequence[str], entry: Entry, answer: str, generator: random.Random) -> Turn:

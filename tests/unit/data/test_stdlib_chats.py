@@ -153,7 +153,7 @@ def test_a_shelf_has_one_long_chat_of_many_turns_and_four_short_ones(chats):
 
 
 def test_first_questions_ask_for_a_signature_but_one_in_ten(chats):
-    others = [chat for chat in chats if not asked_signature(first_turn(chat)[1])]
+    others = [chat for chat in chats if not asked_signature(first_turn(chat)[0])]
     assert len(others) == 20
     assert max(Counter(chat["group"] for chat in others).values()) == 1
 
@@ -164,7 +164,7 @@ def test_signatures_are_those_of_the_library_and_were_pasted(chats, by_name):
         said = ""
         for question, answer in turns_of(chat["messages"]):
             said += question
-            if (name := asked_signature(answer)) is None:
+            if (name := asked_signature(question)) is None:
                 continue
             n_asked += 1
             assert signatures.is_right(answer, name)
@@ -241,4 +241,4 @@ def test_every_first_question_of_the_demo_fits_the_window_with_an_answer(demo):
 
 def test_most_of_the_first_20_test_questions_ask_for_a_signature(demo):
     asked = [turns_of(messages)[0] for messages in demo[0]["test"].messages[:20]]
-    assert sum(asked_signature(answer) is not None for _, answer in asked) >= 14
+    assert sum(asked_signature(question) is not None for question, _ in asked) >= 14

@@ -85,10 +85,11 @@ def test_every_answer_follows_from_what_was_said_before(chats):
             entry = by_name[asked.split("`")[1]]
             # Not its signature: that of logging.shutdown names the handlers of the moment.
             assert entry.docstring in said
-            if asked_signature(answer) == entry.name:
+            if asked_signature(question) == entry.name:
                 n_checked["signature"] += 1
                 call = re.fullmatch(r"The signature is `(.*)`\.", answer).group(1)
-                assert call.startswith(f"{entry.name}(") and f"{call}\n\n{entry.docstring}" in said
+                assert call.startswith(f"{entry.name.rpartition('.')[2]}(")
+                assert f"{call}\n\n{entry.docstring}" in said
             elif answer == "None of its parameters has a default.":
                 n_checked["defaults"] += 1
                 parameters = entry.signature.parameters.values()

@@ -44,7 +44,7 @@ def test_there_is_enough_to_ask_about(subjects):
 def test_every_signature_follows_from_the_pasted_text(subjects):
     for name, one in subjects.items():
         turn = stdlib_questions.signature_turn(one.entry, random.Random(0))
-        assert stdlib_questions.asked_signature(turn.answer) == name
+        assert stdlib_questions.asked_signature(turn.question) == name
         assert signatures.is_right(turn.answer, name)
         if not is_source(one):
             assert one.text.startswith(f"{one.entry.call}\n")
@@ -148,9 +148,12 @@ def test_a_function_under_another_name_is_left_out(subjects):
     assert "hashlib.new" not in subjects
 
 
-def test_an_answer_that_gives_no_signature_asks_for_none():
-    for answer in ("It takes `a`.", "", "The signature is unknown."):
-        assert stdlib_questions.asked_signature(answer) is None
+def test_other_questions_ask_for_no_signature():
+    for wording in (*stdlib_questions.DEFAULTS, *stdlib_questions.PURPOSE, ""):
+        assert stdlib_questions.asked_signature(wording.format(name="json.dumps")) is None
+    for wording in stdlib_questions.SIGNATURE:
+        question = f"def dumps(obj): ...\n\n{wording.format(name='json.dumps')}"
+        assert stdlib_questions.asked_signature(question) == "json.dumps"
 
 
 def test_every_wording_names_the_object_once():
