@@ -1,7 +1,8 @@
 # What scores and the report depend on; no rules.
 def scoring_json():
     """The keys of `evaluation` that change a score; gates and timing are others'."""
-    return CONFIG.evaluation.model_dump_json(include={"piece_tokens", "max_conversations"})
+    keys = {"piece_tokens", "full_length", "max_conversations"}
+    return CONFIG.evaluation.model_dump_json(include=keys)
 
 
 def text_of_run(wildcards):

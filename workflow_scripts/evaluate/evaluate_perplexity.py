@@ -81,17 +81,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         long = {
             number
             for number, document in enumerate(documents)
-            if len(document.input_ids) > piece_tokens
+            if settings.full_length and len(document.input_ids) > piece_tokens
         }
         whole = cutting.cut(documents, piece_tokens=facts["context_tokens"])
         whole_nats = nats | score_documents(
             model, (piece for piece in whole if piece.document in long)
         )
-        scores = TokenScores.of(documents, nats, whole_nats=whole_nats, sources=sources)
+        scores = TokenScores.of(
+            documents,
+            nats,
+            whole_nats=whole_nats if settings.full_length else None,
+            sources=sources,
+        )
         report |= scores.metrics()
-        report["n_conversations_beyond_piece"] = len(long)
-        full_length = scores.metrics(scores.whole_nats)
-        report |= {f"full_length_{key}": value for key, value in full_length.items()}
+        if settings.full_length:
+            report["n_conversations_beyond_piece"] = len(long)
+            full_length = scores.metrics(scores.whole_nats)
+            report |= {f"full_length_{key}": value for key, value in full_length.items()}
     report |= {
         "by_position": scores.by_position(),
         "by_turn": scores.by_turn(),

@@ -48,7 +48,7 @@ TRAINED_AS = {
 # unit), so a right merge is at about half of it.
 N_ROUNDINGS = 3
 # Tokens on which divergences are measured: enough for a mean that every weight has a part in.
-DIVERGENCE_TOKENS = 2048
+DIVERGENCE_TOKENS = 1024
 # Logits of two float32 computations of the same model: measured 1e-11 on a real model whose merge
 # is stored in float32, where there is nothing to round.
 ARITHMETIC_NATS = 1e-8

@@ -166,6 +166,9 @@ class EvaluationSettings(Settings):
     piece_tokens: Annotated[Count, Field(ge=16)] | None = None
     """Longest piece scored along the chain, tokens; null is the sliding window, else the
     context."""
+    full_length: bool = True
+    """Conversations longer than a piece are also scored whole, by the links that honour the
+    window."""
     max_conversations: Count | None = None
     """Conversations scored, the first of the split's order (`test` along the chain, `validation`
     by position); null is all."""

@@ -147,6 +147,17 @@ def test_whole_conversations_are_scored_beside_their_pieces(chain, merged_model,
     assert report["loss_nats_per_token"] != report["full_length_loss_nats_per_token"]
 
 
+def test_without_full_length_only_pieces_are_scored(chain, tmp_path):
+    given = ["--checkpoint", chain.merged]
+    whole = score(chain, tmp_path / "whole.json", *given)
+    report = score(chain, tmp_path / "pieces.json", *given, settings='{"full_length": false}')
+    left_out = {key for key in whole if key.startswith("full_length_")}
+    assert left_out and report.keys() == whole.keys() - left_out - {"n_conversations_beyond_piece"}
+    assert report["loss_nats_per_token"] == whole["loss_nats_per_token"]
+    table = files.read_parquet(tmp_path / "pieces.tokens.parquet")
+    assert "whole_nats" not in table.column_names
+
+
 def test_the_live_adapter_and_the_merged_model_score_alike(chain, tmp_path):
     merged = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
     live = score(
