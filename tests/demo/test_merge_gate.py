@@ -118,7 +118,7 @@ def judged(
     arguments = argparse.Namespace(
         checkpoint=base, adapter=adapter, merged=merged, precision=precision, merge_base=merge_base
     )
-    return check_merged.compared_exactly(arguments)
+    return check_merged.compared_exactly(arguments)[0]
 
 
 def with_config(adapter: Path, folder: Path, **changed: Any) -> Path:
@@ -266,9 +266,10 @@ def test_the_live_adapter_is_read_without_a_weight_of_the_base():
 
 
 @pytest.mark.parametrize("run", ADAPTERS)
-def test_divergence_of_a_right_merge_is_below_that_of_rounding_at_random(run):
-    """What the gate measured in the build; a fixed limit of 1e-5 had refused it."""
+def test_a_right_merge_computes_the_rounded_sum(run):
+    """What the gate measured in the build; a fixed limit of 1e-5 on the first figure refused it."""
     report = files.read_json(RESULTS / "runs" / run / "merged_check.json")
     print({key: report[key] for key in report if "kl" in key or "loss" in key})
-    assert 1e-5 < report["kl_divergence_nats"] < min(report["rounding_kl_divergence_nats"])
+    assert report["kl_divergence_nats"] > 1e-5
+    assert report["kl_divergence_from_rounded_nats"] < 1e-7
     assert MergeGateSettings().n_conversations >= report["n_conversations"]

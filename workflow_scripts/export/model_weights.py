@@ -105,6 +105,40 @@ class LiveWeights(Weights):
         return weight
 
 
+class NearestWeights(Weights):
+    """base + adapter rounded to nearest by PEFT's own reading, as a right merge is.
+
+    Args:
+        dtypes: parameter → type that it is rounded to.
+        roundings: parameter → what was rounded, as `exact_merge.TensorResult` names it; `once`
+            where it is not in here.
+    """
+
+    def __init__(
+        self,
+        base: BaseWeights,
+        live: LiveAdapter,
+        dtypes: Mapping[str, torch.dtype],
+        roundings: Mapping[str, str],
+    ) -> None:
+        super().__init__(base)
+        self._live, self._dtypes, self._roundings = live, dtypes, roundings
+        self._sums = LiveWeights(base, live)
+
+    def __getitem__(self, parameter: str) -> torch.Tensor:
+        dtype = self._dtypes[parameter if parameter in self._dtypes else TIED[parameter]]
+        rounding = self._roundings.get(parameter, "once")
+        if rounding == "once":
+            return self._sums[parameter].to(dtype).float()
+        weight = super().__getitem__(parameter)
+        adapter_dtype = dtype if rounding == "adapter_first" else torch.float32
+        for expert, low_rank in enumerate(self._live.low_rank[parameter]):
+            target = weight[expert] if weight.dim() == 3 else weight
+            up, down = (matrix.to(adapter_dtype).float() for matrix in (low_rank.up, low_rank.down))
+            target.add_((low_rank.scale * (up @ down)).to(dtype))
+        return weight.to(dtype).float()
+
+
 class RoundedWeights(Mapping[str, torch.Tensor]):
     """Weights rounded up or down at random, so that the mean of each is right: what rounding alone
     does to a model.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.unit.export.test_exact_merge import merged_by_peft
 from workflow_scripts import files
 from workflow_scripts.export import check_merged, merge_adapter
 from workflow_scripts.log import StageError
@@ -48,10 +49,9 @@ def test_the_right_merge_passes_and_says_how_near_it_is(chain, tmp_path, as_json
     assert report["n_conversations"] == 3
     assert (report["n_tensors"], report["n_adapted_tensors"]) == (21, 14)
     assert report["rounding"] == "once"
-    # Rounding to nearest errs half as much as rounding at random: measured 0.45 to 0.55 of it.
     by_rounding = report["rounding_kl_divergence_nats"]
     assert len(by_rounding) == 3 and min(by_rounding) > 0
-    assert 0.3 * max(by_rounding) < report["kl_divergence_nats"] < 0.8 * min(by_rounding)
+    assert report["kl_divergence_from_rounded_nats"] < 0.01 * min(by_rounding)
     assert report["kl_divergence_nats"] <= report["max_kl_divergence_nats"]
     assert report["top1_agreement_fraction"] > 0.95
     ratio = report["merged_perplexity"] / report["adapter_perplexity"]
@@ -114,7 +114,7 @@ def test_a_merge_that_is_worse_than_its_adapter_stops_the_chain(
 MEASURED = {
     "n_conversations": 20,
     "n_divergence_tokens": 2000,
-    "kl_divergence_nats": 1e-4,
+    "kl_divergence_from_rounded_nats": 1e-8,
     "rounding_kl_divergence_nats": [2e-4, 2.1e-4, 1.9e-4],
     "merged_perplexity": 10.3,
     "adapter_perplexity": 10.0,
@@ -143,8 +143,8 @@ MEASURED = {
             | {"loss_difference_nats_per_token": 0.019},
             None,
         ),
-        ({"kl_divergence_nats": 2.2e-4}, "computes something else than base"),
-        ({"kl_divergence_nats": math.nan}, "computes something else than base"),
+        ({"kl_divergence_from_rounded_nats": 1e-5}, "computes something else than base"),
+        ({"kl_divergence_from_rounded_nats": math.nan}, "computes something else than base"),
         ({"merged_perplexity": math.inf}, "computes no numbers"),
     ],
 )
@@ -179,7 +179,7 @@ def test_every_method_passes_on_the_base_it_was_trained_on(
     given = arguments(chain, merged, as_json(**GATES), check, adapter=adapter, precision=precision)
     check_merged.main([str(argument) for argument in given])
     report = files.read_json(check)
-    assert 0 < report["kl_divergence_nats"] < min(report["rounding_kl_divergence_nats"])
+    assert report["kl_divergence_from_rounded_nats"] < 1e-7 < report["kl_divergence_nats"]
     quantized = {"native": "float32", "int8": "int8"}[precision]
     assert report["adapter_precision"] == quantized or torch.cuda.is_available()
     ratio = report["merged_perplexity"] / report["adapter_perplexity"]
@@ -203,7 +203,7 @@ def test_a_merge_into_the_dequantized_base_is_judged_against_that_base(
     check_merged.main([str(argument) for argument in given])
     report = files.read_json(check)
     assert report["merge_base"] == "dequantized"
-    assert 0 < report["kl_divergence_nats"] < min(report["rounding_kl_divergence_nats"])
+    assert report["kl_divergence_from_rounded_nats"] < 1e-7 < report["kl_divergence_nats"]
     # Nearer to the live adapter on its 4-bit base than a merge into the original.
     original = tmp_path / "original.json"
     check_merged.main([str(a) for a in arguments(chain, chain.merged, as_json(**GATES), original)])
@@ -329,7 +329,26 @@ def test_a_merge_that_forgot_the_stretched_positions_is_found(
     given = arguments(chain, merged, as_json(**GATES), check, facts=tmp_path / "facts.json")
     check_merged.main([str(argument) for argument in given])
     report = files.read_json(check)
-    assert report["kl_divergence_nats"] < min(report["rounding_kl_divergence_nats"])
+    assert report["kl_divergence_from_rounded_nats"] < 1e-7
+
+
+@pytest.mark.parametrize("options", [{}, {"is_safe": True}, {"autocast_adapter_dtype": False}])
+def test_a_small_change_that_rounding_takes_away_is_a_right_merge_by_whoever_made_it(
+    chain, make_adapter, folder, tmp_path, as_json, options
+):
+    """Weights lie on the grid of bfloat16: of changes far below its step most are lost, all towards
+    nothing. Rounding at random keeps them on average, so its divergence is no limit for that of a
+    right merge: here it is below it, and on real weights it was a third."""
+    adapter = make_adapter(chain.checkpoint, tmp_path / "adapter", size=2e-4)
+    merged_by_peft(chain.checkpoint, adapter, tmp_path / "peft", **options)
+    for path in (tmp_path / "peft").glob("*.safetensors"):
+        shutil.copyfile(path, folder / path.name)
+    check = tmp_path / "check.json"
+    given = arguments(chain, folder, as_json(**GATES), check, adapter=adapter)
+    check_merged.main([str(argument) for argument in given])
+    report = files.read_json(check)
+    assert report["kl_divergence_from_rounded_nats"] < 1e-8
+    assert report["kl_divergence_nats"] > 0
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def merged_by_peft(base, adapter, folder, *, dtype="bfloat16", is_safe=False, **
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     live = PeftModel.from_pretrained(model, adapter, **options)
-    live.merge_and_unload(safe_merge=is_safe).save_pretrained(folder, max_shard_size="300KB")
+    live.merge_and_unload(safe_merge=is_safe).save_pretrained(folder)
     return folder
 
 
