@@ -140,7 +140,8 @@ rule check_tokens:
     shell:
         "python -m workflow_scripts.data.check_tokens --clean {params.clean:q}"
         " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"
-        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1" + PASSED
+        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1"
+        " && printf %s {params.settings:q}' '{params.output_version} > {output.passed:q}"
 
 
 rule pack_sequences:

@@ -158,7 +158,8 @@ rule check_merged:
         " python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
-        " --check {output.check:q} > {log:q} 2>&1" + PASSED
+        " --check {output.check:q} > {log:q} 2>&1"
+        " && printf %s {params.settings:q}' '{params.output_version} > {output.passed:q}"
 
 
 use rule check_merged as check_fetched_merged with:

@@ -128,7 +128,8 @@ rule check_gguf:
         " python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
         " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
-        " --check {output.check:q} > {log:q} 2>&1" + PASSED
+        " --check {output.check:q} > {log:q} 2>&1"
+        " && printf %s {params.settings:q}' '{params.output_version} > {output.passed:q}"
 
 
 rule compute_imatrix:

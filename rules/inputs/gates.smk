@@ -19,9 +19,6 @@ GGUF_GATE = Gate(
     output_version("export/check_gguf"),
 )
 
-# The end of a gate's command: with which settings it passed.
-PASSED = " && printf %s {params.settings:q}' '{params.output_version} > {output.passed:q}"
-
 
 def last_attempt(gate):
     """A gate's param that changes until it passes."""
