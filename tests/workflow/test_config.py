@@ -63,9 +63,9 @@ def test_the_overview_shows_answers_where_the_config_asks_for_them(workflow, tmp
     assert jobs.get("answer_prompts", 0) == (4 if use else 0)
     assert jobs.get("answer_prompts_base", 0) == (1 if use else 0)
     assert "answer_prompts_merged" not in jobs
-    shown = '"mistral": ["base", "F16", "Q4_K_M"]'
+    shown = '"mistral": ["base", "F16", "Q4_0"]'
     assert (shown in result.stdout) == use
-    assert ("mistral/evaluation/Q4_K_M.answers.json" in result.stdout) == use
+    assert ("mistral/evaluation/Q4_0.answers.json" in result.stdout) == use
 
 
 def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:
