@@ -153,9 +153,6 @@ rule tasks:
 rule store:
     """Releases of every run on storage (`storage.releases`)."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
         lambda wildcards: stored_files(),
 
 

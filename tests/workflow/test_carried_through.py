@@ -71,5 +71,5 @@ def test_scaling_fetches_no_model_and_tokenizes_nothing_again(tiny: Path, tmp_pa
     jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, path))
     assert jobs["read_model_facts"] == 1
     assert jobs["train_adapter"] == jobs["merge_adapter"] == 2
-    untouched = {"build_demo_model", "export_tokenizer", "clean_dataset", "render_chats"}
+    untouched = {"build_random_model", "export_tokenizer", "clean_dataset", "render_chats"}
     assert not untouched & jobs.keys()

@@ -57,7 +57,7 @@ def test_the_first_page_draws_every_step_behind_its_figures(tiny: Path) -> None:
     boxes = re.findall(r'class="name"[^>]*>(\w+)</text><text[^>]*>([^<]+)<', drawn)
     n_jobs = {name: int(about.split(" · ")[1].split()[0]) for name, about in boxes}
     assert n_jobs["train_adapter"] == n_jobs["merge_adapter"] == n_jobs["check_gguf"] == 2
-    assert n_jobs["render_chats"] == n_jobs["build_demo_model"] == 1
+    assert n_jobs["render_chats"] == n_jobs["build_random_model"] == 1
     assert n_jobs["quantize_gguf"] == 4
     assert {"package_release", "report_overview", "report_run"}.isdisjoint(n_jobs)
     assert "there is no record" not in drawn

@@ -70,12 +70,12 @@ def test_a_run_of_a_sweep_trains_with_the_settings_of_a_plain_recipe(workflow, o
         )
         return line.replace(f"runs/{run}", "runs/RUN").replace(f"checkpoints/{run}", "…")
 
-    name = "rates.learning_rate-4e-3"
+    name = "rates.learning_rate-7e-4"
     assert command(swept, name).split(">")[0] == command(alone, "alone").split(">")[0]
 
 
 def test_a_run_of_a_sweep_that_build_names_is_exported_alone(workflow, overlay) -> None:
-    path = overlay({"build": ["rates.learning_rate-4e-3"]})
+    path = overlay({"build": ["rates.learning_rate-7e-4"]})
     jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", RATES, path))
     assert jobs["train_adapter"] == jobs["merge_adapter"] == jobs["package_release"] == 1
     assert "report_sweep" not in jobs
@@ -90,7 +90,7 @@ def test_another_value_trains_that_run_only(workflow, overlay) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ({"build": ["rates"]}, ["build: found 'rates'", "a sweep", "rates.learning_rate-1e-3"]),
+        ({"build": ["rates"]}, ["build: found 'rates'", "a sweep", "rates.learning_rate-7e-4"]),
         (
             {"recipes": {"rates": {"sweep": False}}},
             ["recipes.rates.learning_rate: found [", "set recipes.rates.sweep: true"],

@@ -119,9 +119,8 @@ def gate_peak(folder, tokenizer, random_documents, *, n_layers, precision):
 def test_the_gate_holds_no_model_but_the_4_bit_one_that_training_held(
     tmp_path, tokenizer_v3, random_documents, precision, largest_share, monkeypatch
 ):
-    """What twelve layers take beyond two, as a share of these ten in 16 bits (272 MB). A model in 16
-    bits would be 1, one in float32 2. Measured 0 to 0.2 without a 4-bit base and 0.3 to 0.4 with
-    it."""
+    """What twelve layers take beyond two, as a share of these ten in 16 bits (272 MB): a model in
+    16 bits is 1, one in float32 2. Measured 0 to 0.2 without a 4-bit base, 0.3 to 0.4 with one."""
     # As a 7B's, whose matrices are too large for the heap: freed, they go back to the kernel.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     peaks = [
