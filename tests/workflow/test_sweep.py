@@ -44,7 +44,7 @@ def test_a_run_of_a_sweep_trains_with_the_settings_of_a_plain_recipe(workflow, o
     swept = workflow("sweep", "-n", "-p", "--cores", 8, "--configfile", RATES).stdout
     recipe = {
         **yaml.safe_load((REPOSITORY / RATES).read_text())["recipes"]["rates"],
-        "learning_rate": 0.004,
+        "learning_rate": 0.0007,
     }
     del recipe["sweep"]
     plain = {
