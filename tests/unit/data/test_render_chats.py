@@ -268,7 +268,7 @@ def test_the_same_chats_in_another_format_have_identical_tokens(
 ):
     from workflow_scripts.data import clean_dataset
 
-    chats = make_chats(n_conversations=90, seed=1)
+    chats = make_chats(n_conversations=200, seed=1)
     if shape is as_prompt_and_completion:
         chats = [chat for chat in chats if len(chat["messages"]) == 2]
     files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": c["messages"]} for c in chats])
