@@ -2,21 +2,21 @@
 
 
 rule evaluate_perplexity:
-    """Perplexity of a GGUF on the supervised tokens of the test conversations, each one's kept."""
+    """Perplexity of the F16 GGUF on the supervised tokens of the test conversations, each one's kept."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
+        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
         gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
         facts=of_run("results/models/{model}/facts.json"),
         tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
         clean=of_run("results/data/{dataset}/clean/test.parquet"),
         tokens_check=ancient_verdict(TOKENS_GATE),
     output:
-        scores="results/runs/{run}/evaluation/{gguf}.json",
-        token_scores="results/runs/{run}/evaluation/{gguf}.tokens.parquet",
+        scores="results/runs/{run}/evaluation/F16.json",
+        token_scores="results/runs/{run}/evaluation/F16.tokens.parquet",
     log:
-        "logs/runs/{run}/evaluate_perplexity/{gguf}.log",
+        "logs/runs/{run}/evaluate_perplexity/F16.log",
     benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/{gguf}.tsv"
+        "benchmarks/runs/{run}/evaluate_perplexity/F16.tsv"
     conda:
         "../envs/export.yaml"
     threads: threads_for_run
@@ -34,6 +34,38 @@ rule evaluate_perplexity:
         " --facts {input.facts:q} --tokens {input.tokens:q} --clean {input.clean:q}"
         " --settings {params.settings:q} --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
+
+
+use rule evaluate_perplexity as evaluate_perplexity_quantization with:
+    # Its divergence from F16 comes from the same pass.
+    input:
+        gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
+        reference="results/runs/{run}/gguf/{run}-F16.gguf",
+        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
+        facts=of_run("results/models/{model}/facts.json"),
+        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_run("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=ancient_verdict(TOKENS_GATE),
+    output:
+        scores="results/runs/{run}/evaluation/{quant}.json",
+        token_scores="results/runs/{run}/evaluation/{quant}.tokens.parquet",
+        divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
+    log:
+        "logs/runs/{run}/evaluate_perplexity/{quant}.log",
+    benchmark:
+        "benchmarks/runs/{run}/evaluate_perplexity/{quant}.tsv"
+    resources:
+        gpu=0,
+        # Both models; with less the program takes them in turns.
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
+    params:
+        link=lambda wildcards, input, output: [
+            *("--gguf", input.gguf, "--reference", input.reference),
+            *("--divergence", output.divergence),
+        ],
+        settings=scoring_json(),
+        output_version=output_version("evaluate/evaluate_perplexity"),
 
 
 use rule evaluate_perplexity as evaluate_perplexity_merged with:
@@ -229,38 +261,6 @@ use rule evaluate_text_merged as evaluate_text_base with:
         gpu=gpus_for_model,
         mem_mb=memory_for_models(2),
         runtime=growing(240),  # minutes
-
-
-rule evaluate_divergence:
-    """KL divergence and top-1 agreement of a quantization with F16, on the chain's own tokens."""
-    input:
-        reference="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
-    output:
-        divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
-    log:
-        "logs/runs/{run}/evaluate_divergence/{quant}.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_divergence/{quant}.tsv"
-    conda:
-        "../envs/export.yaml"
-    threads: threads_for_run
-    resources:
-        # Both models; with less the program takes them in turns.
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
-    params:
-        settings=scoring_json(),
-        output_version=output_version("evaluate/evaluate_divergence"),
-    shell:
-        "python -m workflow_scripts.evaluate.evaluate_divergence --reference {input.reference:q}"
-        " --gguf {input.gguf:q} --facts {input.facts:q} --tokens {input.tokens:q}"
-        " --settings {params.settings:q} --threads {threads}"
-        " --divergence {output.divergence:q} > {log:q} 2>&1"
 
 
 rule evaluate_positions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -86,6 +87,7 @@ def ask_base(results: Path, folder: Path, n: int, max_tokens: int) -> list[Answe
     command += ["--checkpoint", model / "checkpoint", "--facts", model / "facts.json"]
     command += ["--tokenizer", model / "tokenizer", "--tokens", data / "demo/tokens/test.arrow"]
     command += ["--settings", json.dumps({"n_prompts": n, "max_tokens": max_tokens})]
+    command += ["--threads", str(os.cpu_count())]
     done = subprocess.run(
         [*map(str, command), "--answers", str(path)],
         cwd=REPOSITORY,

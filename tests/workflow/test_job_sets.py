@@ -45,8 +45,7 @@ def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
 
 # What follows a quantization that is made, of both runs.
 EVALUATED = {
-    "evaluate_perplexity": 2,
-    "evaluate_divergence": 2,
+    "evaluate_perplexity_quantization": 2,
     "evaluate_text": 2,
     "benchmark_inference": 2,
     "report_overview": 1,
@@ -170,8 +169,8 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "check_gguf": 1,
         "compute_imatrix": 1,
         "quantize_gguf": 2,
-        "evaluate_perplexity": 3,
-        "evaluate_divergence": 2,
+        "evaluate_perplexity": 1,
+        "evaluate_perplexity_quantization": 2,
         "evaluate_text": 3,
         "evaluate_text_merged": 1,
         "evaluate_perplexity_adapter": 1,

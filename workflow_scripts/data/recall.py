@@ -28,7 +28,11 @@ class Fact:
 
     @property
     def statement(self) -> str:
-        return f"The code of {self.city} is {self.code}."
+        return f"{self.answer_start} {self.code}."
+
+    @property
+    def answer_start(self) -> str:
+        return f"The code of {self.city} is"
 
     @property
     def question(self) -> str:

@@ -28,10 +28,10 @@ SYSTEM_PROMPT_FRACTION = 0.3
 CHATS_PER_SHELF = 5
 # Tokens as `count_tokens` counts them.
 MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 25, 280
-# The long chat of a shelf: beyond the window of the demo's model, 1,024 tokens, and no longer than
-# a row of its training. The texts end between these two; the last questions go beyond.
-MIN_LONG_TOKENS, MAX_LONG_TOKENS = 1_150, 1_320
-N_LISTED = 4
+# The long chat of a shelf: beyond the window of the demo's model, 512 tokens, and no longer than a
+# row of its training, 1,024. The texts end between these two; the last questions go beyond.
+MIN_LONG_TOKENS, MAX_LONG_TOKENS = 600, 740
+N_LISTED, N_ASKED_OF_LISTED = 4, 3
 TOKEN = re.compile(r"[A-Z]?[a-z]{1,6}|[A-Z]{1,3}|\d|[^\w\s]|_|\n")
 N_CONTROL_TOKENS = 3  # of a turn: [INST], [/INST] and EOS
 
@@ -109,7 +109,7 @@ Chat = Callable[[list[Subject], random.Random], list[Turn] | None]
 
 
 def _long_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
-    """Text after text, each with two or three questions."""
+    """Text after text, each with all questions."""
     if sum(map(_text_tokens, unused)) < MAX_LONG_TOKENS:
         return None
     turns: list[Turn] = []
@@ -121,42 +121,47 @@ def _long_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | 
         is_signature_first = not turns or generator.random() < 0.5
         asked = [signature, *others] if is_signature_first else [*others, signature]
         turns.append(_pasted(one.text, asked[0]))
-        turns.extend(asked[1 : generator.randint(2, 3)])
+        turns.extend(asked[1:])
     return turns
 
 
 def _short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
-    """One text, and the question for its signature."""
-    if not unused:
-        return None
-    one = unused.pop(0)
-    return [_pasted(one.text, _shuffled_turns(one, generator)[0])]
-
-
-def _other_short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
-    """One text, and another question."""
-    if not unused:
-        return None
-    one = unused.pop(0)
-    return [_pasted(one.text, _shuffled_turns(one, generator)[1])]
-
-
-def _follow_up_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
-    """One text, the question for its signature, and two or three others."""
+    """One text, the question for its signature, and two others."""
     if not unused:
         return None
     one = unused.pop(0)
     signature, *others = _shuffled_turns(one, generator)
-    return [_pasted(one.text, signature), *others[: generator.randint(2, 3)]]
+    return [_pasted(one.text, signature), *others[:2]]
+
+
+def _other_short_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """One text, and all questions but the one for its signature."""
+    if not unused:
+        return None
+    one = unused.pop(0)
+    _, first, *others = _shuffled_turns(one, generator)
+    return [_pasted(one.text, first), *others]
+
+
+def _follow_up_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
+    """One text, the question for its signature, and all others."""
+    if not unused:
+        return None
+    one = unused.pop(0)
+    signature, *others = _shuffled_turns(one, generator)
+    return [_pasted(one.text, signature), *others]
 
 
 def _listing_chat(unused: list[Subject], generator: random.Random) -> list[Turn] | None:
-    """Several objects in a list, and the signature of one of them."""
+    """Several objects in a list, and the signatures of three of them."""
     if len(unused) < N_LISTED:
         return None
     listed = [unused.pop(0).entry for _ in range(N_LISTED)]
-    turn = stdlib_questions.signature_turn(generator.choice(listed), generator)
-    return [_pasted(stdlib_questions.listing(listed), turn)]
+    first, *others = (
+        stdlib_questions.signature_turn(one, generator)
+        for one in generator.sample(listed, N_ASKED_OF_LISTED)
+    )
+    return [_pasted(stdlib_questions.listing(listed), first), *others]
 
 
 def _shuffled_turns(one: Subject, generator: random.Random) -> list[Turn]:

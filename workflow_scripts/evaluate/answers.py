@@ -20,9 +20,9 @@ class Answer(NamedTuple):
     """What a model made of one prompt."""
 
     is_exact: bool
-    """Greedy decoding would give the right answer, and end there."""
+    """Greedy decoding would give the right code; what it says after that does not count."""
     nats: float
-    """Negative log-likelihood of the right answer, without its EOS."""
+    """Negative log-likelihood of the right code."""
 
 
 def answer(model: LogitModel, needle: Needle) -> Answer:
@@ -37,7 +37,7 @@ def answer(model: LogitModel, needle: Needle) -> Answer:
     logits = all_logits(model, Piece(0, needle.input_ids, np.arange(start, end)))
     right = torch.from_numpy(needle.input_ids[start:end].astype(np.int64))
     nats = torch.nn.functional.cross_entropy(logits, right, reduction="none").double()
-    return Answer(bool((logits.argmax(dim=-1) == right).all()), float(nats[:-1].sum()))
+    return Answer(bool((logits.argmax(dim=-1) == right).all()), float(nats.sum()))
 
 
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:

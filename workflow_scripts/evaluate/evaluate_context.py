@@ -38,7 +38,7 @@ from workflow_scripts.settings import ContextSettings, settings_from_json
 if TYPE_CHECKING:
     from workflow_scripts.scoring.likelihood import LogitModel
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 RULER_PERCENT = 85.6
 NOLIMA_FRACTION = 0.85
 NOLIMA_SHORT_TOKENS = 1024  # its base score is the best up to here

@@ -26,7 +26,7 @@ from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, ha
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import RecallSettings, settings_from_json
 
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 logger = log.stage_logger("evaluate_recall")
 
 

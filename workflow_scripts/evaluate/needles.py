@@ -1,7 +1,7 @@
 """Needles: a fact put into held-out text at a chosen depth, and asked for at the end.
 
 A prompt is one question of a user, in the chat template: text, the statement in a paragraph of its
-own, text, the question. Prompts of one number share text, city and code over all lengths and
+own, text, the question; and the beginning of the answer, up to the code. Prompts of one number share text, city and code over all lengths and
 depths, so that what differs between two cells is how much text there is and where the statement
 stands.
 
@@ -36,9 +36,9 @@ class Needle:
 
     question: Question
     input_ids: np.ndarray
-    """(n_tokens,) int32: prompt, answer, EOS."""
+    """(n_tokens,) int32: prompt, beginning of the answer, code."""
     answer: tuple[int, int]
-    """Half-open range of the answer with its EOS, at the end."""
+    """Half-open range of the code, at the end."""
 
 
 def haystack(messages: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -140,13 +140,16 @@ class NeedlePrompts:
         order = sorted(range(len(places)), key=lambda at: (places[at], at), reverse=True)
         for at in order:
             lines.insert(places[at], f"\n{question.statements[at][1]}\n")
-        messages = [
-            {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()},
-            {"role": "assistant", "content": question.answer},
-        ]
-        rendering = self._renderer.render(messages)
-        (answer,) = rendering.supervised_spans
-        return Needle(question, rendering.input_ids, answer)
+        asked = {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()}
+        begun = self._answered(asked, question.answer_start)
+        ids = self._answered(asked, f"{question.answer_start} {question.answer}")
+        assert (ids[: len(begun)] == begun).all(), question
+        return Needle(question, ids, (len(begun), len(ids)))
+
+    def _answered(self, asked: Mapping[str, Any], answer: str) -> np.ndarray:
+        """Token ids of a question and an answer, without the EOS behind it."""
+        messages = [asked, {"role": "assistant", "content": answer}]
+        return self._renderer.render(messages).input_ids[:-1]
 
 
 def default_lengths(window: int | None, context_tokens: int) -> list[int]:

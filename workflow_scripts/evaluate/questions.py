@@ -23,26 +23,35 @@ N_HOPS = 4  # as RULER's default
 
 @dataclass(frozen=True)
 class Question:
-    """What is put into a text, what is asked, and the right answer."""
+    """What is put into a text, what is asked, and the right answer.
+
+    The model's turn begins with `answer_start`, as RULER's answer prefixes do: a model that was
+    never tuned on chats knows then what is wanted.
+    """
 
     statements: tuple[tuple[float, str], ...]
     """Where each stands (0 the beginning of the text, 1 its end), and its text."""
     text: str
+    answer_start: str
+    """`The code of Oslo is`"""
     answer: str
 
 
 def single(generator: random.Random, depth_fraction: float) -> Question:
     """The code of a city, stated at a depth."""
     (fact,) = recall.draw_facts(generator, 1)
-    return Question(((depth_fraction, fact.statement),), fact.question, fact.code)
+    return _about(fact, ((depth_fraction, fact.statement),))
 
 
 def multi_key(generator: random.Random, depth_fraction: float) -> Question:
     """The same, with the codes of other cities at random depths."""
     fact, *others = recall.draw_facts(generator, 1 + N_DISTRACTORS)
     distractors = tuple((generator.random(), other.statement) for other in others)
-    statements = ((depth_fraction, fact.statement), *distractors)
-    return Question(statements, fact.question, fact.code)
+    return _about(fact, ((depth_fraction, fact.statement), *distractors))
+
+
+def _about(fact: recall.Fact, statements: tuple[tuple[float, str], ...]) -> Question:
+    return Question(statements, fact.question, fact.answer_start, fact.code)
 
 
 def variable_tracing(generator: random.Random, depth_fraction: float) -> Question:
@@ -62,7 +71,8 @@ def variable_tracing(generator: random.Random, depth_fraction: float) -> Questio
     statements = tuple(
         ((number + 0.5) / len(said), statement) for number, statement in enumerate(said)
     )
-    return Question(statements, f"What number is the variable {names[-1]}?", fact.code)
+    text = f"What number is the variable {names[-1]}?"
+    return Question(statements, text, f"The variable {names[-1]} is", fact.code)
 
 
 TASKS: dict[str, Callable[[random.Random, float], Question]] = {

@@ -35,7 +35,7 @@ class Link:
     speed: dict[str, Any] | None
     """Of benchmark_inference; None for the base and AWQ, which are scored alone."""
     divergence: dict[str, Any] | None = None
-    """Of evaluate_divergence, for the quantizations."""
+    """Of `evaluate_perplexity --reference`, for the quantizations."""
     texts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Of evaluate_text, by name, for the links that are scored on texts."""
     context: dict[str, Any] | None = None

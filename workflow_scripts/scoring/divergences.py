@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from workflow_scripts.log import StageError
-from workflow_scripts.scoring.likelihood import log_probabilities
+from workflow_scripts.scoring.likelihood import log_probabilities, token_losses
 from workflow_scripts.scoring.ratio import ratio
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Divergences(NamedTuple):
     """(n,) bool: both find the same token the likeliest."""
     probability_change: np.ndarray
     """(n,) float64: of the token that comes; the reference's is taken away."""
+    nats: np.ndarray
+    """(n,) float64: the other model's loss, as `likelihood.token_losses` has it for every link."""
 
 
 def compare(
@@ -49,6 +51,7 @@ def compare(
     kl: list[Tensor] = []
     agrees: list[Tensor] = []
     change: list[Tensor] = []
+    nats: list[Tensor] = []
     wanted = torch.from_numpy(targets.astype(np.int64))
     done = 0
     for p_logits, q_logits in zip(reference, other, strict=True):
@@ -58,6 +61,7 @@ def compare(
                 found=f"{q_logits.shape[1]} tokens",
                 expected=f"{p_logits.shape[1]}, those of the reference",
             )
+        nats.append(token_losses(q_logits, wanted[done : done + len(q_logits)]))
         agrees.append(p_logits.argmax(dim=-1) == q_logits.argmax(dim=-1))
         for log_p, log_q in log_probabilities(p_logits, q_logits):
             kl.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
@@ -65,7 +69,7 @@ def compare(
             change.append((log_q.gather(1, right).exp() - log_p.gather(1, right).exp())[:, 0])
             done += len(log_p)
     assert done == len(targets), (done, len(targets))
-    return Divergences(*(torch.cat(parts).numpy() for parts in (kl, agrees, change)))
+    return Divergences(*(torch.cat(parts).numpy() for parts in (kl, agrees, change, nats)))
 
 
 def by_document(
@@ -91,7 +95,7 @@ def metrics(divergences: Mapping[int, Divergences]) -> dict[str, float | None]:
     Args:
         divergences: by document.
     """
-    kl, agrees, change = (list(column) for column in zip(*divergences.values(), strict=True))
+    kl, agrees, change, _ = (list(column) for column in zip(*divergences.values(), strict=True))
     counts = np.array([len(part) for part in kl])
     tokens = np.concatenate(kl)
 

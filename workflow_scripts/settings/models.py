@@ -37,7 +37,7 @@ class TransplantSettings(Settings):
     """`models.<name>.transplant`: SmolLM2-135M-Instruct as a Mistral, with a sliding window and
     Mistral's v3 tokenizer."""
 
-    sliding_window: Count | None = 1024
+    sliding_window: Count | None = 512
     """Keys a query sees, itself included; null is full causal attention."""
     context_tokens: Annotated[Count, Field(le=8192)] = 8192
     """Longest input the model is advertised for, tokens; SmolLM2 was trained on 8,192."""

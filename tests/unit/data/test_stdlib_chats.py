@@ -25,7 +25,7 @@ from workflow_scripts.models.stdlib_docs import entries
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings
 
-WINDOW = 1024  # tokens, of the demo's model
+WINDOW = 512  # tokens, of the demo's model
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_a_split_without_conversations_is_a_stage_error(
         + [tmp_path / "test.arrow", "--settings", "{}", "--threads", 1]
         + ["--scores", tmp_path / "scores.json", "--token-scores", tmp_path / "scores.parquet"],
     )
-    for part in ("nothing to score", "test.arrow", "no document", "test_fraction"):
+    for part in ("nothing to score", "test.arrow", "0 documents", "test_fraction"):
         assert part in message
     assert [path.name for path in tmp_path.iterdir()] == ["test.arrow"]
 

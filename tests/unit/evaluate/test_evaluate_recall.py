@@ -18,7 +18,12 @@ from workflow_scripts.evaluate.needles import Needle
 from workflow_scripts.evaluate.questions import Question
 from workflow_scripts.scoring.transformers_model import TransformersModel
 
-QUESTION = Question(((0.5, "The code of Oslo is 1234."),), "What is the code of Oslo?", "1234")
+QUESTION = Question(
+    statements=((0.5, "The code of Oslo is 1234."),),
+    text="What is the code of Oslo?",
+    answer_start="The code of Oslo is",
+    answer="1234",
+)
 SETTINGS = '{"lengths_tokens": [120, 60], "depths": [1, 0], "n_prompts": 3}'
 
 
@@ -108,7 +113,7 @@ def test_exact_is_what_greedy_decoding_would_answer(tiny_model, seed):
     prompt = np.random.default_rng(seed).integers(3, 300, size=40)
     decoded = greedy(tiny_model.model, prompt, 5)
     assert answer(tiny_model, needle_of(prompt, decoded)).is_exact
-    for at in range(5):  # a wrong token anywhere, the last (where EOS stands) among them
+    for at in range(5):  # a wrong token anywhere, the last among them
         wrong = decoded.copy()
         wrong[at] = (wrong[at] + 1) % 300
         assert not answer(tiny_model, needle_of(prompt, wrong)).is_exact
@@ -127,13 +132,13 @@ def test_generation_with_a_cache_answers_the_same_beyond_the_window(tiny_model):
     assert answer(tiny_model, needle_of(prompt, generated.numpy())).is_exact
 
 
-def test_nats_are_those_of_the_answer_without_its_end(tiny_model):
+def test_nats_are_those_of_the_whole_code(tiny_model):
     generator = np.random.default_rng(1)
     prompt, right = generator.integers(3, 300, size=30), generator.integers(3, 300, size=5)
     tokens = torch.from_numpy(np.concatenate([prompt, right]))[None]
     with torch.no_grad():
         log_p = tiny_model.model(tokens, use_cache=False).logits[0].log_softmax(dim=-1)
-    expected = -sum(log_p[29 + at, right[at]].item() for at in range(4))
+    expected = -sum(log_p[29 + at, right[at]].item() for at in range(5))
     assert answer(tiny_model, needle_of(prompt, right)).nats == pytest.approx(expected, abs=1e-3)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from workflow_scripts import files
-from workflow_scripts.evaluate import evaluate_divergence, evaluate_perplexity
+from workflow_scripts.evaluate import evaluate_perplexity
 from workflow_scripts.export import convert_gguf
 
 VOCABULARY = 32_768
@@ -121,9 +121,10 @@ def test_uniform_from_unigram_diverges_by_the_logarithm_less_the_entropy(
     chain, uniform, unigram, tokens, tmp_path
 ):
     path = tmp_path / "divergence.json"
-    evaluate_divergence.main(
+    evaluate_perplexity.main(
         ["--reference", str(unigram["--gguf"]), "--gguf", str(uniform["--gguf"]), "--facts"]
         + [str(chain.facts), "--tokens", str(tokens), "--settings", "{}", "--threads", "1"]
+        + ["--scores", str(tmp_path / "Q.json"), "--token-scores", str(tmp_path / "Q.parquet")]
         + ["--divergence", str(path)]
     )
     report = files.read_json(path)

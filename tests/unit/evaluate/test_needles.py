@@ -62,12 +62,11 @@ def test_a_prompt_is_as_long_as_asked_and_ends_with_question_and_code(
     # A word more would not fit; a word of this text has 30 tokens at most, a rule of dashes.
     assert length - 30 <= len(needle.input_ids) <= length
     assert needle.input_ids[0] == 1 and needle.answer[1] == len(needle.input_ids)
-    assert needle.input_ids[-1] == 2
+    assert 2 not in needle.input_ids  # the answer is begun, not ended
     start, end = needle.answer
-    assert (
-        tokenizer.decode(needle.input_ids[start : end - 1].tolist()).strip()
-        == needle.question.answer
-    )
+    assert tokenizer.decode(needle.input_ids[start:end].tolist()).strip() == needle.question.answer
+    before = tokenizer.decode(needle.input_ids[:start].tolist())
+    assert before.endswith(needle.question.answer_start)
     text = text_of(needle, tokenizer)
     assert text.count(needle.question.statements[0][1]) == text.count(needle.question.text) == 1
     assert text.index(needle.question.statements[0][1]) < text.index(needle.question.text)
@@ -111,13 +110,13 @@ def test_the_tokens_are_those_the_template_gives_the_same_chat(prompts, tokenize
 
     needle = prompts.make(2, length_tokens=300, depth_fraction=0.5)
     inside = text_of(needle, tokenizer)
-    user = inside.removesuffix(needle.question.answer).rstrip()
+    answer = f"{needle.question.answer_start} {needle.question.answer}"
     messages = [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": needle.question.answer},
+        {"role": "user", "content": inside.removesuffix(answer).rstrip()},
+        {"role": "assistant", "content": answer},
     ]
     expected = tokenizer.encode_chat_completion(ChatCompletionRequest.from_openai(messages))
-    assert needle.input_ids.tolist() == expected.tokens
+    assert [*needle.input_ids.tolist(), 2] == expected.tokens
 
 
 @pytest.mark.parametrize("paragraphs", [[], ["A few words."], ["word " * 150]])
@@ -144,10 +143,8 @@ def test_lengths_follow_the_window_and_end_at_the_context():
 
 def test_a_fact_says_what_it_is_asked_for():
     fact = Fact("Oslo", "1234")
-    assert (fact.statement, fact.question) == (
-        "The code of Oslo is 1234.",
-        "What is the code of Oslo?",
-    )
+    assert fact.statement == f"{fact.answer_start} 1234." == "The code of Oslo is 1234."
+    assert fact.question == "What is the code of Oslo?"
 
 
 @pytest.mark.parametrize("task", ["multi_key", "variable_tracing"])
@@ -166,6 +163,7 @@ def test_another_key_of_the_text_is_no_answer(prompts):
     question = prompts.make(1, length_tokens=400, depth_fraction=0.5, task="multi_key").question
     asked = question.text.removeprefix("What is the code of ").rstrip("?")
     right = f"The code of {asked} is {question.answer}."
+    assert right.startswith(question.answer_start)
     assert [text for _, text in question.statements].count(right) == 1
     assert len({text for _, text in question.statements}) == 4
 
@@ -181,3 +179,4 @@ def test_a_chain_of_variables_leads_to_its_answer(prompts):
     assert len(values) == 5
     name = question.text.removeprefix("What number is the variable ").rstrip("?")
     assert values[name] == question.answer and name == list(values)[-1]
+    assert question.answer_start == f"The variable {name} is"

@@ -29,7 +29,7 @@ def test_it_is_a_plain_mistral_with_a_window_in_bfloat16(built):
     config = json.loads((built / "config.json").read_text())
     assert config["architectures"] == ["MistralForCausalLM"]
     assert config["model_type"] == "mistral"
-    assert config["sliding_window"] == 1024
+    assert config["sliding_window"] == 512
     assert config["dtype"] == "bfloat16"
     assert config["vocab_size"] == 32768
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)

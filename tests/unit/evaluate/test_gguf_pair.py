@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from torch.nn.functional import kl_div
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
-from workflow_scripts.evaluate import evaluate_divergence
-from workflow_scripts.evaluate.evaluate_divergence import rounds
+from workflow_scripts.evaluate import evaluate_perplexity, gguf_pair
+from workflow_scripts.evaluate.gguf_pair import rounds
 from workflow_scripts.scoring import divergences
 from workflow_scripts.scoring.likelihood import all_logits
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
@@ -24,14 +25,16 @@ NOT_MEASURED = {"n_models_in_memory", "duration_seconds"}
 @pytest.fixture
 def compare(chain, tmp_path):
     def run(gguf, *more, reference=chain.gguf, tokens=chain.tokens, settings="{}"):
-        path = tmp_path / "divergence" / "Q.divergence.json"
-        evaluate_divergence.main(
+        folder = tmp_path / "evaluation"
+        outputs = [folder / name for name in ("Q.json", "Q.tokens.parquet", "Q.divergence.json")]
+        flags = zip(("--scores", "--token-scores", "--divergence"), outputs, strict=True)
+        evaluate_perplexity.main(
             ["--reference", str(reference), "--gguf", str(gguf), "--facts", str(chain.facts)]
             + ["--tokens", str(tokens), "--settings", settings, "--threads", "1"]
-            + [*map(str, more), "--divergence", str(path)]
+            + [*map(str, more), *(str(part) for pair in flags for part in pair)]
         )
-        assert list(path.parent.iterdir()) == [path]  # no logits are left
-        return files.read_json(path)
+        assert sorted(folder.iterdir()) == sorted(outputs)  # no logits are left
+        return files.read_json(outputs[2])
 
     return run
 
@@ -103,7 +106,7 @@ def test_models_that_take_turns_give_the_same_to_the_bit(
     compare, chain, quantize, monkeypatch, n_logits_on_disk
 ):
     together = compare(quantize(chain.gguf, "Q4_K_M"))
-    monkeypatch.setattr(evaluate_divergence, "SCRATCH_BYTES", 4 * n_logits_on_disk)
+    monkeypatch.setattr(gguf_pair, "SCRATCH_BYTES", 4 * n_logits_on_disk)
     in_turns = compare(quantize(chain.gguf, "Q4_K_M"), "--memory-gb", 0.001)
     assert (together["n_models_in_memory"], in_turns["n_models_in_memory"]) == (2, 1)
     for key in together.keys() - NOT_MEASURED:
@@ -111,12 +114,12 @@ def test_models_that_take_turns_give_the_same_to_the_bit(
 
 
 def test_memory_for_both_is_two_files_two_caches_and_what_is_computed_in(chain, quantize):
-    pair = evaluate_divergence.Pair(chain.gguf, quantize(chain.gguf, "Q8_0"), 300, 1)
-    needed = evaluate_divergence.needed_bytes(pair, files.read_json(chain.facts))
+    pair = gguf_pair.GgufPair(chain.gguf, quantize(chain.gguf, "Q8_0"), 300, 1)
+    needed = pair.needed_bytes(files.read_json(chain.facts))
     sizes = sum(path.stat().st_size for path in (chain.gguf, quantize(chain.gguf, "Q8_0")))
     # Two layers of 2 heads of 32 numbers, keys and values in F16, for 300 tokens.
-    assert needed == sizes + 2 * (300 * 2 * 2 * 2 * 32 * 2) + evaluate_divergence.OTHER_BYTES
-    assert 0 < evaluate_divergence.available_bytes() < 2**50
+    assert needed == sizes + 2 * (300 * 2 * 2 * 2 * 32 * 2) + gguf_pair.OTHER_BYTES
+    assert 0 < gguf_pair.available_bytes() < 2**50
 
 
 def test_a_file_does_not_diverge_from_itself(compare, chain):
@@ -185,25 +188,34 @@ def test_models_of_different_vocabularies_are_not_compared(
         assert part in message
 
 
-def test_a_split_without_a_supervised_token_is_a_stage_error(
-    chain, write_documents, tmp_path, ends_with_message
+@pytest.mark.parametrize("memory", [[], ["--memory-gb", 0.001]], ids=["both", "in turns"])
+def test_the_loss_of_every_token_is_that_of_the_quantization_alone(
+    compare, chain, quantize, tmp_path, memory
 ):
-    write_documents(tmp_path / "test.arrow", [[1, 5, 6]], [[]])
-    message = ends_with_message(
-        evaluate_divergence.main,
-        ["--reference", chain.gguf, "--gguf", chain.gguf, "--facts", chain.facts, "--tokens"]
-        + [tmp_path / "test.arrow", "--settings", "{}", "--threads", 1]
-        + ["--divergence", tmp_path / "divergence.json"],
+    compare(quantize(chain.gguf, "Q4_K_M"), *memory)
+    alone = [str(tmp_path / name) for name in ("Q.json", "Q.tokens.parquet")]
+    evaluate_perplexity.main(
+        ["--gguf", str(quantize(chain.gguf, "Q4_K_M")), "--facts", str(chain.facts)]
+        + ["--tokens", str(chain.tokens), "--settings", "{}", "--threads", "1"]
+        + ["--scores", alone[0], "--token-scores", alone[1]]
     )
-    for part in ("nothing to compare on", "test.arrow", "1 documents", "test_fraction"):
-        assert part in message
-    assert [path.name for path in tmp_path.iterdir()] == ["test.arrow"]
+    together = tmp_path / "evaluation"
+    assert (together / "Q.tokens.parquet").read_bytes() == Path(alone[1]).read_bytes()
+    found, expected = (files.read_json(path) for path in (together / "Q.json", Path(alone[0])))
+    assert found | {"duration_seconds": 0} == expected | {"duration_seconds": 0}
 
 
-def test_help_starts_without_torch(ask_for_help):
-    done, imported = ask_for_help("workflow_scripts.evaluate.evaluate_divergence")
-    assert done.returncode == 0
-    assert not imported & {"torch", "transformers", "llama_cpp", "numpy"}
+@pytest.mark.parametrize(
+    "flags", [["--reference", "F16.gguf"], ["--divergence", "Q.json"]], ids=lambda flags: flags[0]
+)
+def test_a_reference_and_what_is_written_of_it_go_together(chain, capsys, flags):
+    with pytest.raises(SystemExit):
+        evaluate_perplexity.main(
+            ["--gguf", str(chain.gguf), "--facts", str(chain.facts), "--tokens", str(chain.tokens)]
+            + ["--settings", "{}", "--threads", "1", "--scores", "Q.json", "--token-scores", "Q"]
+            + flags
+        )
+    assert "--reference and --divergence go together" in capsys.readouterr().err
 
 
 @given(
