@@ -172,8 +172,8 @@ def _shuffled_turns(one: Subject, generator: random.Random) -> list[Turn]:
 
 
 def count_tokens(text: str) -> int:
-    """The tokens of a text by Mistral's v3 tokenizer, within an eighth on a page of such
-    text (measured); the tokenizer itself is not needed to make chats."""
+    """The tokens of a text by Mistral's v3 tokenizer, within a sixth on a long chat (measured);
+    the tokenizer itself is not needed to make chats."""
     return sum(1 for _ in TOKEN.finditer(text))
 
 

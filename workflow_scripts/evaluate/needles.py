@@ -1,9 +1,9 @@
 """Needles: a fact put into held-out text at a chosen depth, and asked for at the end.
 
 A prompt is one question of a user, in the chat template: text, the statement in a paragraph of its
-own, text, the question; and the beginning of the answer, up to the code. Prompts of one number share text, city and code over all lengths and
-depths, so that what differs between two cells is how much text there is and where the statement
-stands.
+own, text, the question; and the beginning of the answer, up to the code. Prompts of one number
+share text, city and code over all lengths and depths, so that what differs between two cells is how
+much text there is and where the statement stands.
 
 Source: the task is G. Kamradt's "needle in a haystack" (2023), with a code that cannot be guessed.
 """

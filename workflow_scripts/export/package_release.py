@@ -22,7 +22,7 @@ from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 from workflow_scripts.settings import GgufSettings, RunSettings, settings_from_json
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 logger = log.stage_logger("package_release")
 
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.name,
             run,
             model_card.front_matter(json.loads(arguments.published)),
-            source=provenance.without_folders(source["source"]),
+            source=provenance.without_folders(source),
             facts=facts,
             manifest=manifest,
             scores=scores,

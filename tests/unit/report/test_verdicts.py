@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 
+import numpy as np
 import pytest
 
 from tests.unit.report.conftest import CHANGES
@@ -30,6 +32,21 @@ def test_a_difference_is_said_to_be_one_beyond_its_error(mean, error, parts):
     assert sentence.startswith("The perplexity of a is ") and sentence.endswith(".")
     for part in parts:
         assert part in sentence
+
+
+def test_the_smallest_difference_that_would_be_seen_is_found_four_times_in_five():
+    """Against normal draws: a true difference of that size is larger than its error so often."""
+    error = 0.02
+    said = verdicts.smallest_seen(Ratio(0.001, error))
+    fraction = float(re.search(r"is ([\d.]+)%\.$", said)[1]) / 100
+    draws = np.random.default_rng(0).normal(math.log1p(fraction), error, size=100_000)
+    is_shown = draws > verdicts.STANDARD_ERRORS * error
+    assert is_shown.mean() == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("error", [None, 0.0])
+def test_nothing_is_said_of_what_would_be_seen_without_an_error(error):
+    assert verdicts.smallest_seen(Ratio(0.1, error)) == ""
 
 
 def test_the_runs_are_compared_token_by_token(results):
