@@ -43,7 +43,6 @@ RULER_PERCENT = 85.6
 NOLIMA_FRACTION = 0.85
 NOLIMA_SHORT_TOKENS = 1024  # its base score is the best up to here
 SHORTEST_TOKENS = 128
-MAX_LONG_CONVERSATIONS = 50
 N_DRAWS = 2000
 INTERVAL_PERCENT = (2.5, 97.5)
 logger = log.stage_logger("evaluate_context")
@@ -80,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.gguf, context_tokens=context, n_threads=arguments.threads
         ) as model:
             cells = measure(model, prompts, lengths, settings)
-            gain = long_gain(model, documents, settings.short_tokens, context)
+            gain = long_gain(model, documents, context, settings)
     else:
         model = links.load_transformers(arguments, facts)
         cells = measure(model, prompts, lengths, settings)
-        gain = long_gain(model, documents, settings.short_tokens, context)
+        gain = long_gain(model, documents, context, settings)
     scores = scores_by_length(cells)
     report = {
         "advertised_tokens": facts["context_tokens"],
@@ -249,24 +248,26 @@ def effective_intervals(cells: Sequence[Mapping[str, Any]], *, seed: int) -> dic
 
 
 def long_gain(
-    model: LogitModel, documents: Sequence[Document], short_tokens: int, context_tokens: int
+    model: LogitModel, documents: Sequence[Document], context_tokens: int, settings: ContextSettings
 ) -> dict[str, Any]:
     """Loss with `short_tokens` of context less that with all, of supervised tokens beyond them.
 
     Args:
         documents: of the test split; the first that are longer than `short_tokens` count.
+        context_tokens: all that the link is given.
     """
     import numpy as np
 
     from workflow_scripts.scoring.likelihood import score_documents
     from workflow_scripts.scoring.ratio import ratio
 
+    short_tokens = settings.short_tokens
     long = [
         document
         for document in documents
         if len(document.input_ids) > short_tokens
         and document.is_supervised[short_tokens:context_tokens].any()
-    ][:MAX_LONG_CONVERSATIONS]
+    ][: settings.n_long_conversations]
     found: dict[str, Any] = {
         "n_long_conversations": len(long),
         "long_gain_nats_per_token": None,

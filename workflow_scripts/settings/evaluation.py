@@ -115,6 +115,9 @@ class ContextSettings(Settings):
     """Text files that the prompts are filled with; none is Python's own documentation."""
     short_tokens: Count = 2048
     """Context against which the whole is held: what does a test conversation gain by the rest?"""
+    n_long_conversations: NonNegative = 50
+    """Test conversations longer than `short_tokens` that this is measured on, at most; 0 leaves it
+    out."""
     seed: NonNegative = 0
     """Which texts and facts."""
 

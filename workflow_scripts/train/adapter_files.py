@@ -32,8 +32,8 @@ def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folde
         if hasattr(model, "peft_config"):
             for config in model.peft_config.values():
                 config.base_model_name_or_path = name
-            # Embeddings are never a target. Told nothing, PEFT asks the Hub for the base's config to
-            # see whether they were resized, and warns where there is no network.
+            # Embeddings are never a target. Left to itself PEFT asks the Hub for the base's config
+            # to see whether they were resized, and warns where there is no network.
             model.save_pretrained(str(saved), state_dict=weights, save_embedding_layers=False)
         else:
             save_file(weights, saved / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -196,14 +196,22 @@ def test_the_gain_of_long_context_is_of_the_same_tokens():
     documents = [
         Document(str(n), np.arange(n, dtype=np.int32) % 10, np.ones(n, bool)) for n in (30, 80, 100)
     ]
-    found = evaluate_context.long_gain(Forgetful(), documents, 32, 200)
+    settings = ContextSettings(short_tokens=32)
+    found = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
     # With at most 32 tokens of context each costs 2; with all, those from position 40 on cost 1.
     n_tokens = (80 - 32) + (100 - 32)
     assert found["n_long_conversations"] == 2 and found["n_long_tokens"] == n_tokens
     assert found["long_gain_nats_per_token"] == pytest.approx((n_tokens - 16) / n_tokens, rel=1e-5)
     assert found["long_gain_standard_error_nats_per_token"] < 0.1
-    none = evaluate_context.long_gain(Forgetful(), documents[:1], 32, 200)
+    none = evaluate_context.long_gain(Forgetful(), documents[:1], 200, settings)
     assert none["long_gain_nats_per_token"] is None
+    settings = ContextSettings(short_tokens=32, n_long_conversations=1)
+    one = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
+    assert (one["n_long_conversations"], one["n_long_tokens"]) == (1, 80 - 32)
+    settings = ContextSettings(short_tokens=32, n_long_conversations=0)
+    assert evaluate_context.long_gain(Forgetful(), documents, 200, settings) == none | {
+        "n_long_conversations": 0
+    }
 
 
 @pytest.mark.parametrize("link", ["checkpoint", "gguf"])
