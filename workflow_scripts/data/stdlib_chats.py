@@ -27,10 +27,10 @@ SYSTEM_PROMPTS = (
 SYSTEM_PROMPT_FRACTION = 0.3
 CHATS_PER_SHELF = 5
 # Tokens as `count_tokens` counts them.
-MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 25, 280
+MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 25, 200
 # The long chat of a shelf: beyond the window of the demo's model, 512 tokens, and no longer than a
 # row of its training, 1,024. The texts end between these two; the last questions go beyond.
-MIN_LONG_TOKENS, MAX_LONG_TOKENS = 600, 740
+MIN_LONG_TOKENS, MAX_LONG_TOKENS = 580, 680
 N_LISTED, N_ASKED_OF_LISTED = 4, 3
 TOKEN = re.compile(r"[A-Z]?[a-z]{1,6}|[A-Z]{1,3}|\d|[^\w\s]|_|\n")
 N_CONTROL_TOKENS = 3  # of a turn: [INST], [/INST] and EOS

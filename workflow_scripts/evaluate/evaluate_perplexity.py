@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from workflow_scripts.scoring.likelihood import Scores
     from workflow_scripts.scoring.pieces import Piece
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("evaluate_perplexity")
 
 

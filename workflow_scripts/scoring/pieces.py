@@ -58,6 +58,8 @@ def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, in
     """Where a document is cut: start and end of each piece, and how many of its tokens are context
     that an earlier piece has scored. Of these the first stands for the BOS in front.
 
+    The last piece is as long as it need be: it carries no more context than the others.
+
     Args:
         n_tokens: of the document.
         piece_tokens: as in `cut`.
@@ -68,7 +70,8 @@ def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, in
     while end < n_tokens:
         scored_from = end
         end = min(n_tokens, end + longest - longest // 2)
-        yield end - longest, end, scored_from - (end - longest)
+        start = scored_from - longest // 2
+        yield start, end, scored_from - start
 
 
 def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
