@@ -2,7 +2,7 @@
 
 
 rule evaluate_perplexity:
-    """Perplexity of the F16 GGUF on the supervised tokens of the test conversations, each one's kept."""
+    """Perplexity of a link on the supervised tokens of the test conversations, each one's kept."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
         gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none

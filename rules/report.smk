@@ -381,6 +381,7 @@ rule report_experiment:
     params:
         runs=experiment_json(),
         recall=["--recall"] if CONFIG.evaluation.recall.n_prompts else [],
+        n_prompts=CONFIG.evaluation.recall.n_prompts,  # in the caption
         output_version=output_version("report/report_experiment"),
     shell:
         "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"

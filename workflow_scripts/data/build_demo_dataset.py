@@ -3,7 +3,7 @@
 Nothing is downloaded and nothing is copied into the repository: the running interpreter is the
 source. The same interpreter and settings give the same file, byte for byte.
 
-python -m workflow_scripts.data.build_demo_dataset --settings '{"n_conversations": 110}'
+python -m workflow_scripts.data.build_demo_dataset --settings '{"n_conversations": 115}'
     --conversations stdlib-help.jsonl
 """
 
@@ -17,7 +17,7 @@ from workflow_scripts import files, log
 from workflow_scripts.data import stdlib_chats, stdlib_long_chats
 from workflow_scripts.settings import DemoDatasetSettings, settings_from_json
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 logger = log.stage_logger("build_demo_dataset")
 
 

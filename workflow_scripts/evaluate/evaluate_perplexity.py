@@ -93,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         nats = score_gguf(arguments, pieces)
     else:
         report["precision"] = links.measured_precision(arguments.precision, arguments.checkpoint)
-        long = [
+        long = {
             number
             for number, document in enumerate(documents)
             if len(document.input_ids) > piece_tokens
-        ]
+        }
         nats, whole_nats = score_transformers(
             arguments, facts, documents, pieces, long if settings.full_length else None
         )
@@ -165,7 +165,7 @@ def score_transformers(
     facts: dict[str, Any],
     documents: Sequence[Document],
     pieces: Sequence[Piece],
-    long: Sequence[int] | None,
+    long: set[int] | None,
 ) -> tuple[Scores, Scores | None]:
     """Loss of each scored token by a checkpoint, by document: in pieces, and in whole documents.
 

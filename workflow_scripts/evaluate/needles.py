@@ -94,11 +94,9 @@ class NeedlePrompts:
         text = self._text(generator, MAX_CHARACTERS_A_TOKEN * length_tokens)
         ends = [0, *(match.start() for match in WORD_END.finditer(text))]
 
-        def rendered(n_words: int) -> Needle:
-            return self._render(text[: ends[n_words]], question)
-
         def length(n_words: int) -> int:
-            return len(rendered(n_words).input_ids)
+            asked = self._asked(text[: ends[n_words]], question)
+            return len(self._answered(asked, question, question.answer))
 
         # A word more is a token more, or none where two words join; so the length hardly ever
         # falls, and a bisection finds the edge.
@@ -119,7 +117,7 @@ class NeedlePrompts:
                 to_fix="raise datasets.<name>.cleaning.validation_fraction, name more files, or"
                 " lower the lengths_tokens of evaluation.recall or evaluation.context",
             )
-        return rendered(n_words)
+        return self._needle(self._asked(text[: ends[n_words]], question), question)
 
     def _text(self, generator: random.Random, n_characters: int) -> str:
         """Paragraphs in their order from a random one on, the first following the last."""
@@ -132,7 +130,8 @@ class NeedlePrompts:
             n_characters -= len(paragraph)
         return "\n\n".join(chosen)
 
-    def _render(self, text: str, question: Question) -> Needle:
+    def _asked(self, text: str, question: Question) -> Mapping[str, Any]:
+        """The user's message: the text with the statements in it, and the question."""
         lines = text.split("\n")
         places = [round(depth * len(lines)) for depth, _ in question.statements]
         # From the last on, so that what is put in moves no place that is still to come; of two at
@@ -140,15 +139,21 @@ class NeedlePrompts:
         order = sorted(range(len(places)), key=lambda at: (places[at], at), reverse=True)
         for at in order:
             lines.insert(places[at], f"\n{question.statements[at][1]}\n")
-        asked = {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()}
-        begun = self._answered(asked, question.answer_start)
-        ids = self._answered(asked, f"{question.answer_start} {question.answer}")
-        assert (ids[: len(begun)] == begun).all(), question
-        return Needle(question, ids, (len(begun), len(ids)))
+        return {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()}
 
-    def _answered(self, asked: Mapping[str, Any], answer: str) -> np.ndarray:
-        """Token ids of a question and an answer, without the EOS behind it."""
-        messages = [asked, {"role": "assistant", "content": answer}]
+    def _needle(self, asked: Mapping[str, Any], question: Question) -> Needle:
+        import numpy as np
+
+        begun, ids = (self._answered(asked, question, answer) for answer in ("", question.answer))
+        # A vocabulary of one's own may have a token that reaches over the end of the beginning.
+        differs = np.flatnonzero(begun != ids[: len(begun)])
+        start = int(differs[0]) if len(differs) else len(begun)
+        return Needle(question, ids, (start, len(ids)))
+
+    def _answered(self, asked: Mapping[str, Any], question: Question, answer: str) -> np.ndarray:
+        """Token ids of the question and the answer, without the EOS behind it."""
+        answered = f"{question.answer_start} {answer}".rstrip()
+        messages = [asked, {"role": "assistant", "content": answered}]
         return self._renderer.render(messages).input_ids[:-1]
 
 

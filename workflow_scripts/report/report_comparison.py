@@ -18,7 +18,7 @@ from workflow_scripts.report.report_tasks import NONE_ASKED, is_share, name_of, 
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 logger = log.stage_logger("report_comparison")
 
 
@@ -118,7 +118,7 @@ def note_on_context(runs: Sequence[RunResults]) -> str:
     n_prompts = sorted({report["n_prompts"] for report in measured})
     return (
         " Usable context: the longest length up to which 85.6 % of the questions on a text are"
-        " answered (RULER), and 95 % of what so many prompts leave possible;"
+        " answered (RULER), with the 95 % interval of that many prompts;"
         f" {' or '.join(f'{n:,}' for n in n_prompts)} prompts a link."
     )
 

@@ -16,7 +16,7 @@ from workflow_scripts import files, log, pages
 from workflow_scripts.report import figures, plots, tables
 from workflow_scripts.report.tables import Table, with_error
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 Reports = Mapping[str, Mapping[str, Any]]
 logger = log.stage_logger("report_context")
 
@@ -83,12 +83,12 @@ def context(runs: Mapping[str, Reports]) -> Table:
             "Scores are per cent of right answers over tasks made after RULER, each task weighing"
             " the same. Effective ÷ advertised: the longest length up to which every score is at"
             " least 85.6 (RULER), or at least 85 % of the best at up to 1,024 tokens (NoLiMa);"
-            " in brackets 95 % of what so many prompts leave possible (Jeffreys);"
+            " in brackets the 95 % interval of so many prompts (Jeffreys);"
             " “not measurable” is a link that answers nothing even at the shortest length. The gain"
             f" is what tokens beyond {first['short_tokens']:,} lose when no more context than that"
-            " is given, nats a token ± a standard error; a dash where no test conversation is so"
-            " long. GGUFs are asked up to the window, beyond which llama.cpp computes another"
-            " model."
+            " is given, nats a token ± a standard error; a dash where it was not measured or no test"
+            " conversation is so long. GGUFs are tested and advertised up to the window only,"
+            " because llama.cpp does not apply it."
         ),
         header=[
             "Link",
@@ -102,7 +102,8 @@ def context(runs: Mapping[str, Reports]) -> Table:
 
 
 def effective(report: Mapping[str, Any], definition: str) -> str:
-    """`2,048 / 32,768 (1,024–4,096)`.
+    """Effective length, what the link is advertised for (a GGUF up to its window), and the 95 %
+    interval: `2,048 / 32,768 (1,024–4,096)`.
 
     Args:
         definition: `ruler` or `nolima`.
@@ -112,7 +113,7 @@ def effective(report: Mapping[str, Any], definition: str) -> str:
     length, low, high = (
         report[f"effective_tokens_{definition}{end}"] for end in ("", "_low", "_high")
     )
-    return f"{length:,} / {report['advertised_tokens']:,} ({low:,}–{high:,})"
+    return f"{length:,} / {report['context_tokens']:,} ({low:,}–{high:,})"
 
 
 def gain(report: Mapping[str, Any]) -> str:

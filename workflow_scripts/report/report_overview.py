@@ -23,7 +23,7 @@ from workflow_scripts.report.report_comparison import comparison
 from workflow_scripts.report.results import RunResults, Wanted, read_results
 from workflow_scripts.report.tables import Table
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 MOST_SAMPLES = 4
 logger = log.stage_logger("report_overview")
 

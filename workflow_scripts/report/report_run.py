@@ -22,7 +22,7 @@ from workflow_scripts.report.report_packing import rows_html
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.report.tables import mebibytes, with_error
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 logger = log.stage_logger("report_run")
 
 

@@ -14,6 +14,9 @@ STANDARD_ERRORS = 1.96
 SEEN_STANDARD_ERRORS = STANDARD_ERRORS + 0.84
 
 
+LEAST_TOLD_FRACTION = 0.0005  # shown as 0.1 %
+
+
 def paired(link: Link, other: Link) -> Ratio:
     """Loss of a link less that of another on the same tokens, nats a token.
 
@@ -40,14 +43,10 @@ def perplexity_change(name: str, other: str, difference: Ratio) -> str:
         )
     error = f"{100 * ratio * difference.standard_error:.1f}"
     is_shown = abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
-    judged = (
-        "which is more than its error"
-        if is_shown
-        else "which is no more than its error, so no difference is shown"
-    )
+    judged = "a significant difference" if is_shown else "no significant difference"
     return (
-        f"The perplexity of {name} is {change} that of {other}"
-        f" (± {error} percentage points, paired), {judged}."
+        f"The perplexity of {name} is {change} that of {other} (standard error {error} percentage"
+        f" points, paired): {judged} at 95 %."
     )
 
 
@@ -63,13 +62,14 @@ def of_run(run: RunResults) -> list[str]:
 
 
 def smallest_seen(difference: Ratio) -> str:
-    """One sentence on what a comparison could have shown; empty where no error is known."""
-    if not difference.standard_error:
+    """One sentence on what a comparison could have shown; empty where no error is known, or it
+    rounds to nothing."""
+    fraction = math.expm1(SEEN_STANDARD_ERRORS * (difference.standard_error or 0))
+    if fraction < LEAST_TOLD_FRACTION:
         return ""
-    fraction = math.expm1(SEEN_STANDARD_ERRORS * difference.standard_error)
     return (
-        " The smallest difference that these conversations would show, four times in five, is"
-        f" {fraction:.1%}."
+        f" A difference of {fraction:.1%} is the smallest that these conversations would show four"
+        " times in five."
     )
 
 

@@ -20,11 +20,11 @@ from workflow_scripts.settings.fields import (
 class DemoDatasetSettings(Settings):
     """`datasets.<name>.generate`: chats about the standard library, from its own source."""
 
-    n_conversations: Count = 110
-    """How many chats; `mixed` ends at about 280, where every object has been asked about."""
+    n_conversations: Count = 115
+    """How many chats; `mixed` ends at about 300, where every object has been asked about."""
     length: Literal["mixed", "long"] = "mixed"
-    """`mixed`: source and help texts pasted by the user and questions about them, four chats of 60
-    to 500 tokens to one of 1,050 to 1,600; `long`: help texts pasted over several turns with facts
+    """`mixed`: source and help texts pasted by the user and questions about them, four short
+    chats to one of 600 to 900 tokens; `long`: help texts pasted over several turns with facts
     to recall, 250 to 3,800 tokens. Both have a `group` for `cleaning.split_by`."""
     seed: NonNegative = 0
     """Which questions are asked, in which order."""

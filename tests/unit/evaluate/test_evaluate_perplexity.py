@@ -212,17 +212,18 @@ def test_a_link_is_scored_at_the_positions_of_its_facts(chain, tmp_path):
     assert abs(found["loss_nats_per_token"] - plain["loss_nats_per_token"]) > 1e-3
 
 
-def test_a_split_without_conversations_is_a_stage_error(
-    chain, random_documents, tmp_path, ends_with_message
+@pytest.mark.parametrize("tokens", [[], [[1, 5, 6]]], ids=["no conversation", "none supervised"])
+def test_a_split_without_a_supervised_token_is_a_stage_error(
+    chain, write_documents, tmp_path, ends_with_message, tokens
 ):
-    random_documents(tmp_path / "test.arrow", [])
+    write_documents(tmp_path / "test.arrow", tokens, [[] for _ in tokens])
     message = ends_with_message(
         evaluate_perplexity.main,
         ["--checkpoint", chain.merged, "--facts", chain.facts, "--tokens"]
         + [tmp_path / "test.arrow", "--settings", "{}", "--threads", 1]
         + ["--scores", tmp_path / "scores.json", "--token-scores", tmp_path / "scores.parquet"],
     )
-    for part in ("nothing to score", "test.arrow", "0 documents", "test_fraction"):
+    for part in ("nothing to score", "test.arrow", f"{len(tokens)} documents", "test_fraction"):
         assert part in message
     assert [path.name for path in tmp_path.iterdir()] == ["test.arrow"]
 

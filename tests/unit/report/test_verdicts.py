@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from tests.unit.report.conftest import CHANGES
+from tests.unit.report.conftest import CHANGES, token_scores
 from workflow_scripts.report import verdicts
 from workflow_scripts.report.results import read_results
 from workflow_scripts.scoring.ratio import Ratio
@@ -19,11 +19,14 @@ from workflow_scripts.scoring.ratio import Ratio
         (
             math.log(0.9),
             0.01,
-            ["10.0% lower than that of b (± 0.9", "which is more than its error"],
+            [
+                "10.0% lower than that of b (standard error 0.9",
+                ": a significant difference at 95 %",
+            ],
         ),
-        (math.log(1.1), 0.01, ["10.0% higher than that of b", "which is more than its error"]),
-        (0.0195, 0.01, ["higher", "no more than its error, so no difference is shown"]),
-        (0.0197, 0.01, ["higher", "which is more than its error"]),
+        (math.log(1.1), 0.01, ["10.0% higher than that of b", ": a significant difference"]),
+        (0.0195, 0.01, ["higher", ": no significant difference at 95 %"]),
+        (0.0197, 0.01, ["higher", ": a significant difference"]),
         (-0.5, None, ["lower", "of a single conversation no error is known"]),
     ],
 )
@@ -38,13 +41,13 @@ def test_the_smallest_difference_that_would_be_seen_is_found_four_times_in_five(
     """Against normal draws: a true difference of that size is larger than its error so often."""
     error = 0.02
     said = verdicts.smallest_seen(Ratio(0.001, error))
-    fraction = float(re.search(r"is ([\d.]+)%\.$", said)[1]) / 100
+    fraction = float(re.search(r"A difference of ([\d.]+)%", said)[1]) / 100
     draws = np.random.default_rng(0).normal(math.log1p(fraction), error, size=100_000)
     is_shown = draws > verdicts.STANDARD_ERRORS * error
     assert is_shown.mean() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize("error", [None, 0.0])
+@pytest.mark.parametrize("error", [None, 0.0, 1e-4])
 def test_nothing_is_said_of_what_would_be_seen_without_an_error(error):
     assert verdicts.smallest_seen(Ratio(0.1, error)) == ""
 
@@ -59,11 +62,22 @@ def test_the_runs_are_compared_token_by_token(results):
     assert "mistral, merged, is 19.8% higher than that of generic" in sentence
 
 
+def test_two_runs_are_told_what_their_conversations_would_show(results):
+    runs = read_results(results.runs, results.folder)
+    path = runs[1].link("merged").token_scores
+    token_scores([1.5, 1.6, 1.9, 2.1]).write(path)
+    (sentence,) = verdicts.of_runs(runs)
+    difference = verdicts.paired(runs[1].link("merged"), runs[0].link("merged"))
+    assert (
+        sentence.endswith(verdicts.smallest_seen(difference)) and "four times in five" in sentence
+    )
+
+
 def test_a_run_is_compared_with_its_base_and_its_smallest_file_with_f16(results):
     run = read_results(results.runs, results.folder)[0]
     merged, smallest = verdicts.of_run(run)
     error = 100 * 0.505 * statistics.stdev(CHANGES) / 2
-    assert f"is 49.5% lower than that of the base (± {error:.1f}" in merged
+    assert f"is 49.5% lower than that of the base (standard error {error:.1f}" in merged
     assert "generic’s Q4_K_M is 8.9% higher than that of its F16 file" in smallest
 
 

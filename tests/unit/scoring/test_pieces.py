@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts.data.documents import Document
-from workflow_scripts.scoring.pieces import comparable_tokens, cut, longest
+from workflow_scripts.scoring.pieces import comparable_tokens, cut, longest, stretches
 
 
 @st.composite
@@ -24,6 +24,18 @@ piece_lengths = st.integers(4, 60)
 def sources(piece):
     """Positions in the document of a piece's scored tokens."""
     return piece.input_ids[piece.scored].tolist()
+
+
+@given(n_tokens=st.integers(1, 300), piece_tokens=piece_lengths)
+def test_every_piece_but_the_first_carries_half_a_piece_of_context(n_tokens, piece_tokens):
+    first, *others = stretches(n_tokens, piece_tokens)
+    assert first == (0, min(n_tokens, piece_tokens), 0)
+    end = first[1]
+    for start, next_end, n_context in others:
+        assert n_context == min(piece_tokens, n_tokens) // 2
+        assert start + n_context == end < next_end <= start + piece_tokens
+        end = next_end
+    assert end == n_tokens
 
 
 @given(documents=st.lists(rendered(), max_size=4), piece_tokens=st.none() | piece_lengths)
