@@ -70,8 +70,8 @@ def chain(runs: Sequence[RunResults]) -> Table:
             " change of perplexity against the link that this one is made from: the line above, for"
             " a quantization F16, for AWQ the merged model. Its standard error is that of the"
             " difference, paired token by token, which cancels how hard the text is: a change"
-            " smaller than twice its error is not significant. A quantization's KL divergence to F16 and the share of tokens whose"
-            " likeliest next one is the same are over the same tokens. “Whole conversations” are"
+            " smaller than twice its error is not significant. A quantization's KL divergence to"
+            " F16 and the share of tokens whose likeliest next one is the same are over the same tokens. “Whole conversations” are"
             " scored without cutting, by the links that honour the sliding window."
             f"{note_on_widths(runs)}{note_on_texts(runs, texts)}"
         ),

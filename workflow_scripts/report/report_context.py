@@ -86,8 +86,8 @@ def context(runs: Mapping[str, Reports]) -> Table:
             " in brackets the 95 % interval of so many prompts (Jeffreys);"
             " “not measurable” is a link that answers nothing even at the shortest length. The gain"
             f" is what tokens beyond {first['short_tokens']:,} lose when no more context than that"
-            " is given, nats a token ± a standard error; a dash where it was not measured or no test"
-            " conversation is so long. GGUFs are tested and advertised up to the window only,"
+            " is given, nats a token ± a standard error; a dash where it was not measured or no"
+            " test conversation is so long. GGUFs are tested and advertised up to the window only,"
             " because llama.cpp does not apply it."
         ),
         header=[

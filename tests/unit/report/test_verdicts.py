@@ -68,9 +68,8 @@ def test_two_runs_are_told_what_their_conversations_would_show(results):
     token_scores([1.5, 1.6, 1.9, 2.1]).write(path)
     (sentence,) = verdicts.of_runs(runs)
     difference = verdicts.paired(runs[1].link("merged"), runs[0].link("merged"))
-    assert (
-        sentence.endswith(verdicts.smallest_seen(difference)) and "four times in five" in sentence
-    )
+    assert "four times in five" in sentence
+    assert sentence.endswith(verdicts.smallest_seen(difference))
 
 
 def test_a_run_is_compared_with_its_base_and_its_smallest_file_with_f16(results):
