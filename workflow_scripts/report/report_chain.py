@@ -71,8 +71,9 @@ def chain(runs: Sequence[RunResults]) -> Table:
             " a quantization F16, for AWQ the merged model. Its standard error is that of the"
             " difference, paired token by token, which cancels how hard the text is: a change"
             " smaller than twice its error is not significant. A quantization's KL divergence to"
-            " F16 and the share of tokens whose likeliest next one is the same are over the same tokens. “Whole conversations” are"
-            " scored without cutting, by the links that honour the sliding window."
+            " F16 and the share of tokens whose likeliest next one is the same are over the same"
+            " tokens. “Whole conversations” are scored without cutting, by the links that honour"
+            " the sliding window."
             f"{note_on_widths(runs)}{note_on_texts(runs, texts)}"
         ),
         header=[

@@ -92,7 +92,7 @@ def test_a_width_that_k_quants_cannot_have_is_planned_at_what_they_fall_back_to(
     settings = GgufSettings(quantizations=["Q8_0", "Q4_K_M", "Q4_0"])
     sizes = plan_disk.files_of("one", facts, settings)
     # Its output layer fell back to Q8_0; 4.34 bits a weight would be 67.9 MB.
-    assert 80_849_216 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_0.gguf"] < 84e6
+    assert 80_849_216 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_0.gguf"] < 85e6
     assert plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_K_M.gguf"] > 94_409_952
     assert 133_766_880 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q8_0.gguf"] < 140e6
     assert plan_disk.MARGIN * sizes["runs/one/gguf/one-F16.gguf"] > 250_994_400
