@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as scratch:
         for name, settings in (
             ("transplanted_without_window", {"n_healing_steps": 0, "sliding_window": None}),
-            ("transplanted", {"n_healing_steps": 0}),
+            ("transplanted_window_1024", {"n_healing_steps": 0, "sliding_window": 1024}),
+            ("healed_without_window", {"sliding_window": None}),
+            ("healed_window_1024", {"sliding_window": 1024}),
             ("healed", {}),
         ):
             folder, started = Path(scratch) / name, time.monotonic()

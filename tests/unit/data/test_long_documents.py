@@ -11,7 +11,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import PackingSettings
 
-ROW_TOKENS = 320
+ROW_TOKENS = 256
 
 
 @pytest.fixture(scope="module")

@@ -269,8 +269,9 @@ def test_the_same_chats_in_another_format_have_identical_tokens(
     from workflow_scripts.data import clean_dataset
 
     chats = make_chats(n_conversations=200, seed=1)
-    if shape is as_prompt_and_completion:
-        chats = [chat for chat in chats if len(chat["messages"]) == 2]
+    if shape is as_prompt_and_completion:  # which has one turn, and no system prompt
+        turns = [[one for one in chat["messages"] if one["role"] != "system"] for chat in chats]
+        chats = [{"messages": messages[:2]} for messages in turns]
     files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": c["messages"]} for c in chats])
     write(tmp_path / name, [shape(chat) for chat in chats])
     tokens = []

@@ -77,7 +77,7 @@ def test_shipped_files_give_the_official_ids_on_demo_chats(renderers):
     by_mistral, by_transformers = renderers
     chats = [chat["messages"] for chat in make_chats(n_conversations=120, seed=1)]
     roles = {tuple(message["role"] for message in messages) for messages in chats}
-    assert ("system", "user", "assistant") in roles and max(map(len, roles)) > 3
+    assert {one[0] for one in roles} == {"system", "user"} and max(map(len, roles)) > 3
     for messages in chats:
         assert by_transformers(messages) == by_mistral(messages)
 
