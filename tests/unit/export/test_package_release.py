@@ -172,7 +172,7 @@ def test_the_card_lists_every_file_with_its_size(release):
         assert line.startswith(f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | ")
         assert line.endswith(f" | {imatrix} |")
     words = " ".join(card.split())
-    assert "computes: on 51,200 tokens of the training split of `chats`." in words
+    assert "computed on 51,200 tokens of the training split of `chats`." in words
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])

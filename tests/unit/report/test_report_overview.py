@@ -101,7 +101,7 @@ def test_published_figures_stand_beside_what_was_measured(write, results):
     _, headline = write()
     assert row(headline, "Tuned recipe: perplexity")[1:4] == [
         "12 % lower",
-        "19.8 ± 0.0 %, mistral against generic on tiny",
+        "+19.8 ± 0.0 %, mistral against generic on tiny",
         "measured",
     ]
     assert row(headline, "Tuned recipe: memory")[2].startswith("+100.0 %")
