@@ -59,12 +59,14 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies in it, else float32.
 
     A CPU without AVX512-BF16 or AMX takes nine times as long in bfloat16 (1,024 × 256 by
-    256 × 1,024 on an AVX2 core: 71 ms, in float32 8 ms).
+    256 × 1,024 on an AVX2 core: 71 ms, in float32 8 ms). `ATEN_CPU_CAPABILITY` may keep torch from
+    what the hardware has.
     """
     import torch
 
     if device.type == "cpu":
-        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        is_fast = has_bf16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     else:
         is_fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if is_fast else torch.float32

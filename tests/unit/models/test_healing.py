@@ -45,6 +45,15 @@ def small_model(window: int | None) -> MistralForCausalLM:
     return MistralForCausalLM(config)
 
 
+def test_a_cpu_that_is_told_to_compute_as_an_older_one_does_not_multiply_in_bfloat16(run_python):
+    code = (
+        "import torch; from workflow_scripts.models.healing import product_dtype;"
+        "print(product_dtype(torch.device('cpu')))"
+    )
+    done = run_python(code, ATEN_CPU_CAPABILITY="avx2")
+    assert done.stdout.strip() == "torch.float32", done.stderr
+
+
 def test_the_model_learns_and_keeps_its_window():
     rows = healing.read_rows(lambda text: [ord(c) % 2_000 for c in text], n_rows=30, seed=0)
     for window in (None, 1024):
