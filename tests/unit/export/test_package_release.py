@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from typing import get_args
 
 import pytest
 
@@ -15,6 +16,7 @@ from workflow_scripts.export import (
 )
 from workflow_scripts.export.provenance import PACKAGES
 from workflow_scripts.models import smollm2_wheel
+from workflow_scripts.settings import RecipeSettings, RunSettings
 
 CONFIG = {
     "model": {"source": "owner/base", "license": "apache-2.0"},
@@ -268,6 +270,14 @@ def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path)
     package_release.main(arguments(moved, inputs, tmp_path / "release"))
     assert files.read_json(tmp_path / "release" / "provenance.json")["base"] == source
     assert f"\n{source['source']}, fine-tuned" in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_a_card_has_words_for_every_method_of_training():
+    methods = get_args(RecipeSettings.model_fields["method"].annotation)
+    assert model_card.TRAINED.keys() == set(methods)
+    run = RunSettings(**RUN)
+    said = model_card.what_it_is(run, "base", {"identity": {"recipe": {"method": "qlora"}}})
+    assert "base, fine-tuned with QLoRA (the base in NF4)" in said
 
 
 def test_the_card_of_the_demo_names_the_wheel_of_its_weights(chain, inputs, release, tmp_path):
