@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -90,6 +91,13 @@ def test_awq_stands_last_against_the_merged_model(results):
     # Its file's size; what it would take with AWQ's kernels was not timed.
     assert rows[6][3:] == [""] * 6 + ["7.0 MiB"]
     assert rows[13][2].startswith("+0.00 ± ")
+
+
+def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(results):
+    run = read_results(results.runs, results.folder)[0]
+    run.links.append(replace(run.link("Q4_K_M"), name="Q2_K"))
+    assert report_chain.source(run, run.link("Q2_K")).name == "F16"
+    assert report_chain.source(run, run.link("F16")).name == "merged"
 
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
