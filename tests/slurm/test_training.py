@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.slurm.conftest import OVERLAY, Cluster, configured, processes_in, wait_until
+from tests.slurm.conftest import (
+    OVERLAY,
+    Cluster,
+    command_of,
+    configured,
+    processes_in,
+    wait_until,
+)
 from workflow_scripts import files
 
 pytestmark = pytest.mark.slurm
-# For more than the 30 s after which Slurm looks at its limits again: 60 s on an idle machine.
-LONG = {"max_steps": 40, "epochs": 100, "evaluations": 1}
+STEPS = {"max_steps": 10, "epochs": 100, "evaluations": 1}
 RUN = {
     "model": "demo",
     "dataset": "stdlib-help",
@@ -34,6 +41,11 @@ def losses(folder: Path, run: str) -> list[float]:
     ]
 
 
+def trainings(folder: Path) -> list[psutil.Process]:
+    """The processes that train the run `limited`."""
+    return [one for one in processes_in(folder) if "checkpoints/limited" in command_of(one)]
+
+
 def manifest_of(folder: Path, run: str) -> dict:
     return files.read_json(adapter_of(folder, run) / "training_manifest.json")
 
@@ -44,7 +56,7 @@ def test_training_that_meets_its_time_limit_saves_and_ends_with_the_loss_of_one_
     overlay = {
         "runs": {"limited": RUN, "whole": RUN},
         "build": ["limited", "whole"],
-        "recipes": {"mistral-lora-demo": LONG},
+        "recipes": {"mistral-lora-demo": STEPS},
     }
     process = cluster.start(copied, "train", *configured(copied, overlay))
     log = copied / "logs" / "runs" / "limited" / "train_adapter.log"
@@ -54,11 +66,15 @@ def test_training_that_meets_its_time_limit_saves_and_ends_with_the_loss_of_one_
         for comment, number in cluster.jobs().items()
         if "train_adapter" in comment and "limited" in comment
     ]
+    # Slurm looks at its limits every 30 s, in which a fast machine may be done: training is held,
+    # until Slurm, which wakes what it sends TERM to.
+    for training in trainings(copied):
+        training.suspend()
     # Its time was to be up in a day, and is now up in less than the profile's 300 s before TERM.
     cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=4")
     wait_until(lambda: job not in cluster.jobs().values(), 180, "Slurm ends the job")
     # Where a cluster tracks processes it would have killed one that was not done with saving.
-    assert not [one for one in processes_in(copied) if "checkpoints/limited" in one]
+    assert not trainings(copied)
     code, output = cluster.wait(process, copied, 900)
     assert code == 0, output[-8000:]
     assert f"SLURM-job '{job}' failed" in output
