@@ -3,7 +3,7 @@
     python -m tests.benchmarks.demo_model --output tests/benchmarks/results/demo_model.json
 
 The steps: SmolLM2 with its own tokenizer; its weights with Mistral's tokenizer by means of rows,
-without and with the window; the model that `build_demo_model` writes. Measured are nats per byte,
+without and with the window; healed, all the way and as `build_demo_model` does. Measured are nats per byte,
 which do not depend on the tokenizer, and what a five-digit code costs that a sentence before last
 stated. NumPy's docstrings are not among the texts that the model is trained on.
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,7 +29,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.benchmarks import machine
-from workflow_scripts.models import build_demo_model, smollm2, smollm2_wheel, tokenizer_files
+from workflow_scripts.models import (
+    build_demo_model,
+    healing,
+    smollm2,
+    smollm2_wheel,
+    tokenizer_files,
+)
 
 # 23 KB in documents of 900 to 1,900 tokens of Mistral's: half of them longer than the window.
 FUNCTIONS = "histogram percentile linspace interp meshgrid searchsorted".split()
@@ -119,15 +126,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     encode = SentencePieceProcessor(model_file=str(tokenizer_files.official_v3())).encode
     with TemporaryDirectory() as scratch:
-        for name, settings in (
-            ("transplanted_without_window", {"n_healing_steps": 0, "sliding_window": None}),
-            ("transplanted_window_1024", {"n_healing_steps": 0, "sliding_window": 1024}),
-            ("healed_without_window", {"sliding_window": None}),
-            ("healed_window_1024", {"sliding_window": 1024}),
-            ("healed", {}),
+        kept = healing.SHARE_OF_CHANGE
+        for name, share, settings in (
+            ("transplanted_without_window", 0, {"n_healing_steps": 0, "sliding_window": None}),
+            ("transplanted_window_1024", 0, {"n_healing_steps": 0, "sliding_window": 1024}),
+            ("healed_all_the_way_window_1024", 1, {"sliding_window": 1024}),
+            ("healed_without_window", kept, {"sliding_window": None}),
+            ("healed_window_1024", kept, {"sliding_window": 1024}),
+            ("healed", kept, {}),
         ):
             folder, started = Path(scratch) / name, time.monotonic()
-            build_demo_model.main(["--settings", json.dumps(settings), "--checkpoint", str(folder)])
+            with mock.patch.object(healing, "SHARE_OF_CHANGE", share):
+                build_demo_model.main(
+                    ["--settings", json.dumps(settings), "--checkpoint", str(folder)]
+                )
             seconds = time.monotonic() - started
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             steps[name] = {"building_seconds": seconds, **measure(model, encode, BOS)}

@@ -25,7 +25,7 @@ from workflow_scripts.models import (
 )
 from workflow_scripts.settings import TransplantSettings, settings_from_json
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 logger = log.stage_logger("build_demo_model")
 
 

@@ -43,7 +43,7 @@ class TransplantSettings(Settings):
     """Longest input the model is advertised for, tokens; SmolLM2 was trained on 8,192."""
     n_healing_steps: NonNegative = 16
     """Training steps of 512 tokens that accustom the model to its window and tokenizer."""
-    learning_rate: Positive = 3.0e-4
+    learning_rate: Positive = 4.5e-4
     """Peak of the schedule of those steps."""
     seed: NonNegative = 0
     """Order of their text."""

@@ -80,3 +80,20 @@ def test_it_trains_with_half_a_row_in_view():
     model.config.sliding_window = None
     (found,) = healing.heal(model, rows, learning_rate=1e-9, logger=logging.getLogger("test"))
     assert abs(found - expected[healing.WINDOW]) < abs(found - expected[None])
+
+
+def test_it_goes_two_thirds_of_the_way(monkeypatch):
+    rows = healing.read_rows(lambda text: [ord(c) % 2_000 for c in text], n_rows=3, seed=0)
+
+    def healed(share: float) -> list[torch.Tensor]:
+        monkeypatch.setattr(healing, "SHARE_OF_CHANGE", share)
+        model = small_model(None)
+        healing.heal(model, rows, learning_rate=0.01, logger=logging.getLogger("test"))
+        return list(model.parameters())
+
+    start, part, whole = healed(0), healed(2 / 3), healed(1)
+    for before, found, after in zip(start, part, whole, strict=True):
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(found, before + (after - before) * 2 / 3)
+    for before, found in zip(start, small_model(None).parameters(), strict=True):
+        torch.testing.assert_close(before, found, rtol=0, atol=0)
