@@ -3,9 +3,9 @@
     python -m tests.benchmarks.demo_model --output tests/benchmarks/results/demo_model.json
 
 The steps: SmolLM2 with its own tokenizer; its weights with Mistral's tokenizer by means of rows,
-without and with the window; healed, all the way and as `build_demo_model` does. Measured are nats per byte,
-which do not depend on the tokenizer, and what a five-digit code costs that a sentence before last
-stated. NumPy's docstrings are not among the texts that the model is trained on.
+without and with the window; healed, all the way and as `build_demo_model` does. Measured are nats
+per byte, which do not depend on the tokenizer, and the nats of a five-digit code that the sentence
+before last stated. NumPy's docstrings are not among the texts that the model is trained on.
 """
 
 from __future__ import annotations
