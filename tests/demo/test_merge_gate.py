@@ -16,35 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import REPOSITORY
+from tests.demo.conftest import BASE, DTYPES, RESULTS
 from workflow_scripts import files
 from workflow_scripts.export import check_merged, exact_merge, merge_adapter
 from workflow_scripts.export.live_adapter import LiveAdapter
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import MergeGateSettings
 
-RESULTS = REPOSITORY / "results"
-BASE = RESULTS / "models" / "demo" / "checkpoint"
 TOKENIZER = RESULTS / "models" / "demo" / "tokenizer"
 ADAPTERS = {run: RESULTS / "runs" / run / "adapter" for run in ("mistral", "generic")}
-DTYPES = ("bfloat16", "float16", "float32")
 LAYER = "model.layers.17"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """The base in three types and several shards, with values that bfloat16 does not hold."""
-    from transformers import MistralForCausalLM
-
-    folder = tmp_path_factory.mktemp("bases")
-    generator = torch.Generator().manual_seed(0)
-    for dtype in DTYPES:
-        model = MistralForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters() if dtype != "bfloat16" else ():
-                parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=generator))
-        model.to(getattr(torch, dtype)).save_pretrained(folder / dtype, max_shard_size="100MB")
-    return {dtype: folder / dtype for dtype in DTYPES}
 
 
 @pytest.fixture(scope="module")
