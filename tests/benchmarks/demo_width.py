@@ -6,8 +6,9 @@
 A k-quant packs blocks of 256 values of a row. 576 is no multiple of 256, so llama.cpp gives other
 types than asked. Zeros that make the width 768 keep the model's function and allow k-quants, with
 43 % more parameters. The merged model of a finished demo build is quantized as it is and widened;
-compared are size, perplexity of the test conversations and divergence from F16. The time of a
-training step is measured for both widths, in turns.
+compared are size, perplexity of the test conversations, divergence from F16, and how much of the
+adapter's change of the weights is left. The time of a training step is measured for both widths, in
+turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -25,15 +27,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from tests.benchmarks import machine
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_perplexity
-from workflow_scripts.export import compute_imatrix, convert_gguf, quantize_gguf
+from workflow_scripts.export import compute_imatrix, convert_gguf, llama_cpp_source, quantize_gguf
 
 WIDTH, N_HEADS, N_KV_HEADS = 768, 12, 4  # from 576, 9 and 3: as many queries a key as before
-QUANTIZATIONS = {"as_it_is": ("Q8_0", "Q4_0"), "widened": ("Q8_0", "Q4_0", "Q4_K_M")}
+QUANTIZATIONS = {
+    "as_it_is": ("Q8_0", "Q5_0", "Q4_0", "Q4_1"),
+    "widened": ("Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M"),
+}
 STEP_TOKENS = 1024
 N_STEPS = 5
 THREADS = "2"
@@ -94,8 +100,36 @@ def step_seconds(models: dict[str, MistralForCausalLM]) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
+def kept_change(base: Path, f16: Path, quantized: Path) -> float:
+    """How much of what training changed a quantization keeps: 1 is all, 0 is the base's weights.
+
+    The change of the feed-forward weights (F16 minus base), and what is left of it (quantized minus
+    base) projected onto it.
+    """
+    sys.path.insert(0, str(llama_cpp_source.converter("gguf-py")))
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    weights = load_file(base / "model.safetensors")
+    files_of = [{one.name: one for one in GGUFReader(path).tensors} for path in (f16, quantized)]
+    kept = changed = 0.0
+    for name in files_of[0]:
+        place = re.fullmatch(r"blk\.(\d+)\.ffn_(up|gate|down)\.weight", name)
+        if place is None:
+            continue
+        before = weights[f"model.layers.{place[1]}.mlp.{place[2]}_proj.weight"].double().numpy()
+        rows, columns = before.shape  # a widened tensor has zeros beyond
+        change, left = (
+            dequantize(tensors[name].data, tensors[name].tensor_type)[:rows, :columns] - before
+            for tensors in files_of
+        )
+        kept += float((change * left).sum())
+        changed += float((change * change).sum())
+    return kept / changed
+
+
 def measure_quantizations(
-    merged: Path, facts: Path, tokens: Path, clean: Path, types: Sequence[str]
+    base: Path, merged: Path, facts: Path, tokens: Path, clean: Path, types: Sequence[str]
 ) -> dict[str, Any]:
     """What each type makes of a merged model."""
     folder = merged.parent
@@ -132,6 +166,7 @@ def measure_quantizations(
             "size_bytes": gguf.stat().st_size,
             "perplexity": files.read_json(scores)["perplexity"],
             "divergence": files.read_json(divergence),
+            "kept_change": kept_change(base, f16, gguf),
         }
     return found
 
@@ -173,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["models"][name] = {
                 "n_parameters": model.num_parameters(),
                 "quantizations": measure_quantizations(
+                    results / "models" / "demo" / "checkpoint",
                     folder,
                     own_facts,
                     data / "demo" / "tokens",
