@@ -135,22 +135,16 @@ def wait_until(is_so: Callable[[], object], seconds: float, what: str) -> object
     pytest.fail(f"waited for {seconds} s: {what}")
 
 
-def processes_in(folder: Path) -> list[psutil.Process]:
-    """The processes that run in a folder."""
+def processes_in(folder: Path) -> list[str]:
+    """Commands of the processes that run in a folder."""
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.AccessDenied, psutil.NoSuchProcess):
+        try:
             if Path(process.cwd()) == folder:
-                found.append(process)
+                found.append(" ".join(process.cmdline()))
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
     return found
-
-
-def command_of(process: psutil.Process) -> str:
-    """A process's command; empty once it has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def free_port() -> int:
