@@ -11,8 +11,8 @@ from tests.slurm.conftest import OVERLAY, Cluster, configured, processes_in, wai
 from workflow_scripts import files
 
 pytestmark = pytest.mark.slurm
-# Slurm looks at its limits every 30 s: 40 steps were done before that on a fast machine.
-LONG = {"max_steps": 120, "epochs": 100, "evaluations": 1}
+# Slurm looks at its limits every 30 s; 120 steps take as long on a fast machine.
+LONG = {"max_steps": 300, "epochs": 100, "evaluations": 1}
 RUN = {
     "model": "demo",
     "dataset": "stdlib-help",
