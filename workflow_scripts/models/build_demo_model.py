@@ -73,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.encode, n_rows=settings.n_healing_steps, seed=settings.seed
         )
         losses = healing.heal(
-            model.to(default_device()), text, learning_rate=settings.learning_rate, logger=logger
+            model.to(default_device()),
+            text,
+            learning_rate=settings.learning_rate,
+            share_of_change=healing.SHARE_OF_CHANGE,
+            logger=logger,
         )
     with files.atomic_folder(arguments.checkpoint) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)

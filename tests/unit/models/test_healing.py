@@ -59,7 +59,11 @@ def test_the_model_learns_and_keeps_its_window():
     for window in (None, 1024):
         model = small_model(window)
         losses = healing.heal(
-            model, rows, learning_rate=0.01, logger=logging.getLogger("test_healing")
+            model,
+            rows,
+            learning_rate=0.01,
+            share_of_change=1,
+            logger=logging.getLogger("test_healing"),
         )
         assert len(losses) == 30
         assert losses[-1] < losses[0] - 2  # 7.6 nats of guessing, 4 measured
@@ -78,17 +82,18 @@ def test_it_trains_with_half_a_row_in_view():
         model.config.sliding_window = window
         expected[window] = model(input_ids=rows, labels=rows, use_cache=False).loss.item()
     model.config.sliding_window = None
-    (found,) = healing.heal(model, rows, learning_rate=1e-9, logger=logging.getLogger("test"))
+    logger = logging.getLogger("test")
+    (found,) = healing.heal(model, rows, learning_rate=1e-9, share_of_change=1, logger=logger)
     assert abs(found - expected[healing.WINDOW]) < abs(found - expected[None])
 
 
-def test_it_goes_two_thirds_of_the_way(monkeypatch):
+def test_it_keeps_the_share_of_the_change_that_was_asked_for():
     rows = healing.read_rows(lambda text: [ord(c) % 2_000 for c in text], n_rows=3, seed=0)
 
     def healed(share: float) -> list[torch.Tensor]:
-        monkeypatch.setattr(healing, "SHARE_OF_CHANGE", share)
         model = small_model(None)
-        healing.heal(model, rows, learning_rate=0.01, logger=logging.getLogger("test"))
+        logger = logging.getLogger("test")
+        healing.heal(model, rows, learning_rate=0.01, share_of_change=share, logger=logger)
         return list(model.parameters())
 
     start, part, whole = healed(0), healed(2 / 3), healed(1)
