@@ -1,4 +1,4 @@
-"""The other gates on the real weights of a finished demo build, in each type of checkpoint."""
+"""The gate of the GGUF, and the choice of the base to merge into, on a finished demo build."""
 
 from __future__ import annotations
 
