@@ -24,11 +24,13 @@ test-tasks: .venv-tasks/.installed .venv/.tests-installed  ## test what runs lm-
 lint: .venv/.tests-installed
 	ruff check .
 	ruff format --check .
+	mypy
 	snakefmt --check Snakefile rules
 	snakemake --lint
 
-schema: .venv/.installed  ## write config/config.schema.json and the table in config/README.md
+schema: .venv/.installed  ## write config/config.schema.json, the table in config/README.md, docs/records.md
 	python -m workflow_scripts.settings_documents
+	python -m workflow_scripts.handover.documents
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… make)")'

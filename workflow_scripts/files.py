@@ -143,7 +143,7 @@ def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:  # untyped: any file; ours are read by records
     """A JSON object.
 
     Raises:
@@ -167,7 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(
+    path: Path,
+    content: Mapping[str, Any],  # untyped: any JSON object
+) -> None:
     """A JSON object, indented, its keys in the order given; NaN is refused (JSON has none)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
@@ -178,7 +181,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_jsonl(
+    path: Path,
+    records: Sequence[Mapping[str, Any]],  # untyped: any JSON objects
+) -> None:
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
     write_text(path, "".join(line + "\n" for line in lines))
 

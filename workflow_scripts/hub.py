@@ -107,6 +107,7 @@ def download(
         otherwise=f"download it elsewhere and set `{key.rpartition('.')[2]}` to the folder",
     ):
         commit = HfApi().model_info(repository, revision=revision).sha
+        assert commit is not None  # a repository has one
         if revision != commit:
             logger.warning(
                 "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only"

@@ -78,7 +78,7 @@ def run_stage(main: Callable[[], None]) -> int:
     return 0
 
 
-def fields(values: Mapping[str, object]) -> str:
+def fields(values: Mapping[str, object]) -> str:  # untyped: a log line may show anything
     """`key=value` pairs for a log line; nested tables are left to the file they are written to."""
     return " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 LIST_KEYS = frozenset({"target_modules", "modules_to_save"})
 """Keys of a recipe that are lists themselves: of these a sweep holds a list of lists."""
@@ -24,7 +23,7 @@ class Combination:
 
     recipe: str
     """The recipe as written."""
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     """Swept keys, in the order written, with the value of each."""
     places: Mapping[str, int]
     """Swept keys with the value's place in its list, from 0."""
@@ -34,7 +33,7 @@ class Combination:
 class Expanded:
     """A config without sweeps, and what was one."""
 
-    config: Any
+    config: object
     recipes: dict[str, Combination] = field(default_factory=dict)
     """By name of the expanded recipe."""
     runs: dict[str, list[str]] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Expanded:
     """Lines `path: what is wrong`; where there are any, `config` is not to be used."""
 
 
-def expand(config: Any) -> Expanded:
+def expand(config: object) -> Expanded:
     """One recipe and one run of each combination of a sweep's values; all else stays as it is.
 
     Names are `<recipe>.<key>-<value>.<key>-<value>`, and the runs' alike.
@@ -51,7 +50,9 @@ def expand(config: Any) -> Expanded:
     Args:
         config: of any shape: what is no sweep is left to validation.
     """
-    recipes, runs = (_mapping(config, table) for table in ("recipes", "runs"))
+    if not isinstance(config, Mapping):
+        return Expanded(config)
+    recipes, runs = (_table(config, name) for name in ("recipes", "runs"))
     combinations: dict[str, dict[str, Combination]] = {}
     problems: list[str] = []
     for name, recipe in recipes.items():
@@ -63,24 +64,25 @@ def expand(config: Any) -> Expanded:
     if not combinations:
         return Expanded(config)
 
-    all_recipes: dict[str, Any] = {}
+    all_recipes: dict[str, object] = {}
     origins: dict[str, Combination] = {}
     for name, recipe in recipes.items():
         if name not in combinations:
             all_recipes[name] = recipe
             continue
+        assert isinstance(recipe, Mapping)  # it has combinations
         # Not a sweep any more: what is trained, and its fingerprint, are those of a plain recipe.
         plain = {key: value for key, value in recipe.items() if key != "sweep"}
         for suffix, combination in combinations[name].items():
             problems += _taken("recipes", f"{name}{suffix}", recipes, all_recipes)
-            all_recipes[f"{name}{suffix}"] = plain | combination.values
+            all_recipes[f"{name}{suffix}"] = {**plain, **combination.values}
             origins[f"{name}{suffix}"] = combination
 
-    all_runs: dict[str, Any] = {}
+    all_runs: dict[str, object] = {}
     swept_runs: dict[str, list[str]] = {}
     for name, run in runs.items():
         recipe = run.get("recipe") if isinstance(run, Mapping) else None
-        if not isinstance(recipe, str) or recipe not in combinations:
+        if not (isinstance(run, Mapping) and isinstance(recipe, str) and recipe in combinations):
             all_runs[name] = run
             continue
         swept_runs[name] = []
@@ -93,22 +95,25 @@ def expand(config: Any) -> Expanded:
     return Expanded(expanded, origins, swept_runs, problems)
 
 
-def _mapping(config: Any, table: str) -> Mapping[str, Any]:
-    found = config.get(table) if isinstance(config, Mapping) else None
+def _table(
+    config: Mapping[str, object],  # untyped: YAML, before it is validated
+    name: str,
+) -> Mapping[str, object]:  # untyped: the same
+    found = config.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
-def _is_true(value: Any) -> bool:
+def _is_true(value: object) -> bool:
     return isinstance(value, bool | int | str) and value in TRUE
 
 
-def _is_swept(key: str, value: Any) -> bool:
+def _is_swept(key: str, value: object) -> bool:
     if not isinstance(value, list) or key == "sweep":
         return False
     return key not in LIST_KEYS or any(isinstance(one, list) for one in value)
 
 
-def _combine(recipe: str, swept: Mapping[str, list[Any]]) -> dict[str, Combination]:
+def _combine(recipe: str, swept: Mapping[str, list[object]]) -> dict[str, Combination]:
     """Combinations by the end of their name, the last key's values changing first."""
     combinations = {}
     for picked in itertools.product(*(enumerate(values) for values in swept.values())):
@@ -119,14 +124,14 @@ def _combine(recipe: str, swept: Mapping[str, list[Any]]) -> dict[str, Combinati
     return combinations
 
 
-def _wrong_values(path: str, swept: Mapping[str, list[Any]]) -> list[str]:
+def _wrong_values(path: str, swept: Mapping[str, list[object]]) -> list[str]:
     if not swept:
         return [f"{path}: `sweep: true` expects a list of values for at least one key"]
     problems = []
     for key, values in swept.items():
         if not values:
             problems.append(f"{path}.{key}: found an empty list, expected the values to try")
-        names: dict[str, Any] = {}
+        names: dict[str, object] = {}
         for place, value in enumerate(values):
             name = short(value)
             if name in names:
@@ -137,12 +142,12 @@ def _wrong_values(path: str, swept: Mapping[str, list[Any]]) -> list[str]:
     return problems
 
 
-def _taken(table: str, name: str, *known: Mapping[str, Any]) -> list[str]:
+def _taken(table: str, name: str, *known: Container[str]) -> list[str]:
     is_taken = any(name in one for one in known)
     return [f"{table}.{name}: a sweep makes an entry of this name as well"] * is_taken
 
 
-def _built_whole(build: Any, swept_runs: Mapping[str, list[str]]) -> list[str]:
+def _built_whole(build: object, swept_runs: Mapping[str, list[str]]) -> list[str]:
     """A sweep stops at its scores: what is exported is one of its runs, named whole."""
     return [
         f"build: found {name!r}, which is a sweep of {len(swept_runs[name])} runs; `snakemake"
@@ -158,7 +163,7 @@ def _either(names: list[str]) -> str:
     return " or ".join([*map(repr, names[:10]), *["one of the others"] * (len(names) > 10)])
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value as part of a name: two that are equal have the same, two that differ do not.
 
     Numbers below 0.01 as `2e-4`, however they were written (YAML reads `2e-4` as text); a list as

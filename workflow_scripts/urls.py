@@ -41,8 +41,9 @@ def plugin(url: str) -> str:
     Raises:
         StageError: it is not installed.
     """
-    scheme = SCHEME.match(url)[1]
-    name = PLUGINS.get(scheme, scheme)
+    scheme = SCHEME.match(url)
+    assert scheme is not None, url  # `is_url`
+    name = PLUGINS.get(scheme[1], scheme[1])
     if importlib.util.find_spec(f"snakemake_storage_plugin_{name.replace('-', '_')}") is None:
         package = f"snakemake-storage-plugin-{name}"
         lock = "--no-deps -r requirements-cluster.lock" if name == "s3" else package

@@ -31,9 +31,10 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from tests.benchmarks import machine
-from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_perplexity
 from workflow_scripts.export import compute_imatrix, convert_gguf, llama_cpp_source, quantize_gguf
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.scores import Divergence, Scores
 
 WIDTH, N_HEADS, N_KV_HEADS = 768, 12, 4  # from 576, 9 and 3: as many queries a key as before
 QUANTIZATIONS = {
@@ -164,8 +165,8 @@ def measure_quantizations(
         )
         found[name] = {
             "size_bytes": gguf.stat().st_size,
-            "perplexity": files.read_json(scores)["perplexity"],
-            "divergence": files.read_json(divergence),
+            "perplexity": Scores.read(scores).perplexity,
+            "divergence": Divergence.read(divergence).content(),
             "kept_change": kept_change(base, f16, gguf),
         }
     return found
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results = arguments.results
     merged = results / "runs" / arguments.run / "merged"
-    facts = results / "models" / "demo" / "facts.json"
+    facts = Facts.read(results / "models" / "demo" / "facts.json")
     data = results / "data" / "stdlib-help"
     narrow = MistralForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     wide = widened(narrow)
@@ -198,13 +199,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = Path(scratch) / "merged"
             shutil.copytree(merged, folder, ignore=shutil.ignore_patterns("*.safetensors"))
             model.to(torch.bfloat16).save_pretrained(folder)
-            shape = {
-                "hidden_size": model.config.hidden_size,
-                "n_heads": model.config.num_attention_heads,
-                "n_kv_heads": model.config.num_key_value_heads,
-            }
             own_facts = Path(scratch) / "facts.json"
-            files.write_json(own_facts, files.read_json(facts) | shape)
+            facts.changed(
+                hidden_size=model.config.hidden_size,
+                n_heads=model.config.num_attention_heads,
+                n_kv_heads=model.config.num_key_value_heads,
+            ).write(own_facts)
             result["models"][name] = {
                 "n_parameters": model.num_parameters(),
                 "quantizations": measure_quantizations(

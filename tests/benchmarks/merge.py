@@ -23,7 +23,7 @@ from typing import Any
 from tests.benchmarks import measured_command
 from tests.benchmarks.machine import REPOSITORY, circumstances, versions
 from tests.benchmarks.merge_table import table
-from tests.benchmarks.model_shapes import CONFIGS
+from tests.benchmarks.model_shapes import CONFIGS, bare_facts
 from workflow_scripts import files, log
 
 logger = log.stage_logger("merge")
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scratch = Path(name)
         shards = write_checkpoint(scratch / "base", config, shard_bytes=SHARD_BYTES)
         write_adapter(scratch / "adapter", config, rank=RANK)
+        bare_facts(config).write(scratch / "facts.json")
         (scratch / "tokenizer").mkdir()
         result |= {
             "shape": arguments.shape,
@@ -90,7 +91,8 @@ def run(
     """One contestant, once.
 
     Args:
-        scratch: with `base`, `adapter` and `tokenizer`; `merged` is written, and removed.
+        scratch: with `base`, `adapter`, `facts.json` and `tokenizer`; `merged` is written, and
+            removed.
     """
     merged = scratch / "merged"
     paths = ["--checkpoint", scratch / "base", "--adapter", scratch / "adapter"]
@@ -98,6 +100,7 @@ def run(
     if contestant in ("original", "dequantized"):
         command = [sys.executable, "-m", "workflow_scripts.export.merge_adapter", *paths]
         command += ["--merge-base", contestant, "--tokenizer", scratch / "tokenizer"]
+        command += ["--facts", scratch / "facts.json"]
     else:
         command = [sys.executable, "-m", "tests.benchmarks.merge_contestants", *paths]
         command += ["--contestant", contestant]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files
-from workflow_scripts.models.checkpoint import read_facts
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.models.checkpoint import read_shape
 
 COMMON = {
     "model_type": "mistral",
@@ -56,8 +57,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def facts_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What read_model_facts says of a checkpoint with this config."""
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    """The shape of a checkpoint with this config."""
     with tempfile.TemporaryDirectory() as folder:
         files.write_json(Path(folder) / "config.json", config)
-        return read_facts(Path(folder))
+        return read_shape(Path(folder))
+
+
+def bare_facts(config: dict[str, Any], *, tokenizer_version: str = "v3") -> Facts:
+    """Facts of a checkpoint with this config, without the hashes of its files."""
+    shape = shape_of(config).model_dump()
+    return Facts(**shape, tokenizer_version=tokenizer_version, files={})

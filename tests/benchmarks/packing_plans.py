@@ -25,7 +25,7 @@ import numpy as np
 from tests.benchmarks import measured_command
 from tests.benchmarks.document_lengths import chat_lengths, summary
 from tests.benchmarks.machine import REPOSITORY, circumstances, version_in, versions
-from tests.benchmarks.model_shapes import CONFIGS, facts_of
+from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.packing_plans_table import table
 from workflow_scripts import files, log
 from workflow_scripts.data import balance, packing
@@ -171,7 +171,7 @@ def measure_balance(n_documents: int) -> dict[str, Any]:
     n_documents_of_row = np.diff(rows.first_piece)
     windows = []
     for window in (CONFIGS["mistral-7b"]["sliding_window"], None):
-        model = CostModel.of(facts_of({**CONFIGS["mistral-7b"], "sliding_window": window}))
+        model = CostModel.of(shape_of({**CONFIGS["mistral-7b"], "sliding_window": window}))
         costs = model.training_flops(
             rows.n_tokens,
             SUPERVISED_FRACTION * rows.n_tokens,

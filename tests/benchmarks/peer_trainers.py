@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.model_shapes import facts_of
+from tests.benchmarks.model_shapes import shape_of
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.settings import RecipeSettings
 
@@ -72,7 +72,7 @@ def trl_trainer(work: Work) -> Any:
         args=SFTConfig(**_packing_options(work), **_options(work)),
         train_dataset=_columns(work.documents),
         processing_class=word_tokenizer(),
-        peft_config=lora_config(work.recipe, facts_of(work.config)),
+        peft_config=lora_config(work.recipe, shape_of(work.config)),
     )
 
 
@@ -95,7 +95,7 @@ def transformers_peft_trainer(work: Work) -> Any:
         "gradient_accumulation_steps": work.batches_per_step,
     }
     return Trainer(
-        model=get_peft_model(model, lora_config(work.recipe, facts_of(work.config))),
+        model=get_peft_model(model, lora_config(work.recipe, shape_of(work.config))),
         args=TrainingArguments(**options),
         train_dataset=_columns(work.documents),
         data_collator=DataCollatorForSeq2Seq(word_tokenizer(), padding=True),

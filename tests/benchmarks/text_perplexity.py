@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from tests import llama_cpp_tools
 from tests.benchmarks import measured_command
 from tests.benchmarks.machine import REPOSITORY, circumstances, versions
-from tests.benchmarks.model_shapes import CONFIGS, facts_of
+from tests.benchmarks.model_shapes import CONFIGS, bare_facts
 from tests.benchmarks.text_perplexity_table import table
 from workflow_scripts import files, log
 
@@ -129,9 +129,9 @@ def write_ggufs(scratch: Path, config: dict[str, Any], types: Sequence[str]) -> 
     from workflow_scripts.models import tokenizer_files
 
     write_checkpoint(scratch / "base", config)
-    files.write_json(scratch / "facts.json", facts_of(config))
     tokenizer = TOKENIZERS[config["vocab_size"]]
     version = tokenizer[-2:]
+    bare_facts(config, tokenizer_version=version).write(scratch / "facts.json")
     (scratch / "published").mkdir()
     shutil.copyfile(
         Path(mistral_common.__file__).parent / "data" / tokenizer,

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks import peer_trainers
-from tests.benchmarks.model_shapes import CONFIGS, facts_of
+from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.peer_trainers import Work
 from tests.benchmarks.training_meter import Meter
+from tests.training import identity_of
 from workflow_scripts import files, log
 from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.documents import Documents
@@ -127,7 +128,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=SEED,
     )
     meter = Meter(
-        cost=CostModel.of(facts_of(config)),
+        cost=CostModel.of(shape_of(config)),
         n_warm_up=arguments.warm_up_steps,
         most_seconds=arguments.most_seconds,
     )
@@ -193,7 +194,7 @@ def our_trainer(
     from workflow_scripts.train.model import adapt
     from workflow_scripts.train.trainer import make_trainer
 
-    facts = facts_of(config)
+    facts = shape_of(config)
     packing = PackingSettings(strategy=ours.strategy, row_tokens=row_tokens, seed=SEED)
     # No document is longer than a row, so none is split and no tokenizer read.
     plan, _ = make_plan(documents, facts, packing, Path())
@@ -210,7 +211,7 @@ def our_trainer(
         plan=plan,
         train=documents,
         validation=documents,  # asked for by none
-        identity={"benchmark": "training_contestants"},
+        identity=identity_of(recipe=recipe),
     )
     base = random_base(config, attention=ours.attention or attention.register(), seed=recipe.seed)
     if liger_runs(job.training.kernels):
@@ -233,7 +234,7 @@ def checkpointed_layers(job: Any) -> int:
 
     wanted = job.training.gradient_checkpointing
     if wanted != "auto" or default_device().type == "cpu":
-        return job.facts["n_layers"] if wanted == "full" else 0
+        return job.facts.n_layers if wanted == "full" else 0
     import torch
 
     from workflow_scripts.train.memory import device, fit

@@ -123,7 +123,7 @@ class Meter:
             raise log.StageError(
                 "more than an epoch was trained", found=trainer.state.epoch, expected="at most 1"
             )
-        history = read_history(trainer.state.log_history)["train"]
+        history = read_history(trainer.state.log_history).train
         seconds = [self.ends[at] - self.ends[at - 1] for at in range(self._first_measured, n_steps)]
         micro_batches = slice(
             self._first_measured * self.micro_batches_per_step,
@@ -155,10 +155,10 @@ class Meter:
             "peak_memory_bytes": self.peak_memory_bytes,
             "peak_reserved_bytes": self.peak_reserved_bytes,
             "training_memory_bytes": self.peak_memory_bytes - self.memory_before_bytes,
-            "first_loss_nats_per_token": history[0]["loss_nats_per_token"],
-            "final_loss_nats_per_token": history[-1]["loss_nats_per_token"],
-            "smallest_gradient_norm": min(entry["gradient_norm"] for entry in history),
-            "median_gradient_norm": statistics.median(e["gradient_norm"] for e in history),
+            "first_loss_nats_per_token": history[0].loss_nats_per_token,
+            "final_loss_nats_per_token": history[-1].loss_nats_per_token,
+            "smallest_gradient_norm": min(entry.gradient_norm for entry in history),
+            "median_gradient_norm": statistics.median(e.gradient_norm for e in history),
         }
 
     def arithmetic(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.benchmarks.machine import circumstances, versions
-from tests.benchmarks.model_shapes import CONFIGS, facts_of
+from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.training_contestants import OURS, SEED, our_trainer
 from tests.benchmarks.training_documents import write_demo_documents, write_documents
 from tests.benchmarks.training_throughput import MEASURES, PACKAGES
@@ -136,8 +136,8 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     measure, config = MEASURES[arguments.shape], CONFIGS[arguments.shape]
-    facts = facts_of(config)
-    widths = {facts[name] * facts["head_dim"] for name in ("n_heads", "n_kv_heads")}
+    facts = shape_of(config)
+    widths = {facts.query_size, facts.kv_size}
     rank = next(rank for rank in RANKS if rank not in widths)
     row_tokens = arguments.row_tokens or measure.row_tokens
     n_rows = arguments.rows or measure.rows_per_micro_batch

@@ -13,8 +13,9 @@ import pytest
 from tests import release_server
 from tests.conftest import REPOSITORY
 from tests.demo.questions import Answered, ask_base, ask_server, questions_of, shown
-from workflow_scripts import files
 from workflow_scripts.data.documents import SPLITS, Documents
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.scores import Scores
 from workflow_scripts.scoring.token_scores import TokenScores
 
 RESULTS = REPOSITORY / "results"
@@ -27,7 +28,7 @@ MAX_TOKENS = 200
 
 
 def perplexity(run: str, link: str) -> float:
-    return files.read_json(RESULTS / "runs" / run / "evaluation" / f"{link}.json")["perplexity"]
+    return Scores.read(RESULTS / "runs" / run / "evaluation" / f"{link}.json").perplexity
 
 
 def smallest_quantization(run: str) -> Path:
@@ -60,8 +61,8 @@ def test_training_is_bounded_by_the_data() -> None:
 
 
 def test_a_fifth_of_the_test_chats_is_longer_than_the_window() -> None:
-    facts = files.read_json(RESULTS / "models" / "demo" / "facts.json")
-    assert facts["sliding_window"] == WINDOW
+    facts = Facts.read(RESULTS / "models" / "demo" / "facts.json")
+    assert facts.sliding_window == WINDOW
     for split in SPLITS:
         lengths = Documents(DATA / "demo" / "tokens" / f"{split}.arrow").lengths
         assert (lengths > WINDOW).mean() >= 0.2

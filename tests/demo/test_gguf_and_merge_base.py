@@ -10,6 +10,7 @@ import pytest
 from tests.demo.conftest import BASE, RESULTS
 from workflow_scripts import files
 from workflow_scripts.export import check_gguf, choose_merge_base, convert_gguf
+from workflow_scripts.handover.gates import GgufCheck, MergeBaseChoice
 from workflow_scripts.log import StageError
 from workflow_scripts.models import read_model_facts
 
@@ -32,7 +33,7 @@ def facts_of(folder: Path) -> Path:
     return facts
 
 
-def gguf_check(gguf: Path, merged: Path, facts: Path) -> dict:
+def gguf_check(gguf: Path, merged: Path, facts: Path) -> GgufCheck:
     check = gguf.with_suffix(".json")
     check_gguf.main(
         [
@@ -42,7 +43,7 @@ def gguf_check(gguf: Path, merged: Path, facts: Path) -> dict:
             *("--settings", "{}", "--threads", "2", "--check", str(check)),
         ]
     )
-    return files.read_json(check)
+    return GgufCheck.read(check)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_right_gguf_passes(bases, tmp_path, dtype, window):
     )
     found = gguf_check(gguf, merged, facts)
     print(f"{dtype}, window {window}: {found}")
-    assert found["n_tensors"] == 272 and found["n_conversations_token_parity"] > 0
+    assert found.n_tensors == 272 and found.n_conversations_token_parity > 0
     # The same file for a model of another window is another model's.
     other = folder_of(bases[dtype], tmp_path / "other" / "merged", window=256)
     with pytest.raises(StageError, match="metadata is not the merged model's"):
@@ -75,12 +76,14 @@ def test_the_base_to_merge_into_is_the_better_or_the_nearer_one(run, tmp_path):
             *("--settings", "{}", "--choice", str(choice)),
         ]
     )
-    found = files.read_json(choice)
+    found = MergeBaseChoice.read(choice)
     print(f"{run}: {found}")
-    chosen = found["merge_base"]
-    (other,) = {"original", "dequantized"} - {chosen}
-    difference = found["loss_difference_nats_per_token"]
-    if abs(difference) > 2 * found["loss_difference_standard_error_nats_per_token"]:
-        assert found[chosen]["perplexity"] < found[other]["perplexity"]
+    chosen, other = found.original, found.dequantized
+    if found.merge_base == "dequantized":
+        chosen, other = other, chosen
+    difference = found.loss_difference_nats_per_token
+    error = found.loss_difference_standard_error_nats_per_token
+    if abs(difference) > 2 * error:
+        assert chosen.perplexity < other.perplexity
     else:
-        assert found[chosen]["kl_divergence_nats"] < found[other]["kl_divergence_nats"]
+        assert chosen.kl_divergence_nats < other.kl_divergence_nats

@@ -23,6 +23,7 @@ from workflow_scripts.export.live_adapter import LiveAdapter
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import MergeGateSettings
 
+FACTS = RESULTS / "models" / "demo" / "facts.json"
 TOKENIZER = RESULTS / "models" / "demo" / "tokenizer"
 ADAPTERS = {run: RESULTS / "runs" / run / "adapter" for run in ("mistral", "generic")}
 LAYER = "model.layers.17"
@@ -76,8 +77,8 @@ def later(tmp_path_factory) -> Path:
 
 def merged_by_us(base: Path, adapter: Path, folder: Path, merge_base: str = "original") -> Path:
     merge_adapter.main(
-        ["--checkpoint", str(base), "--tokenizer", str(TOKENIZER), "--adapter", str(adapter)]
-        + ["--merge-base", merge_base, "--merged", str(folder)]
+        ["--checkpoint", str(base), "--facts", str(FACTS), "--tokenizer", str(TOKENIZER)]
+        + ["--adapter", str(adapter), "--merge-base", merge_base, "--merged", str(folder)]
     )
     return folder
 
@@ -94,12 +95,12 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path, dtype: str, *, is_sa
 
 def judged(
     base: Path, adapter: Path, merged: Path, *, precision: str = "nf4", merge_base: str = "original"
-) -> dict[str, Any]:
+) -> check_merged.ExactResult:
     """The exact half of the gate, as the gate calls it."""
     arguments = argparse.Namespace(
         checkpoint=base, adapter=adapter, merged=merged, precision=precision, merge_base=merge_base
     )
-    return check_merged.compared_exactly(arguments)[0]
+    return check_merged.compared_exactly(arguments)
 
 
 def with_config(adapter: Path, folder: Path, **changed: Any) -> Path:
@@ -127,7 +128,7 @@ def test_our_merge_passes(bases, tmp_path, dtype, merge_base):
     merged = merged_by_us(bases[dtype], ADAPTERS["mistral"], tmp_path / "merged", merge_base)
     found = judged(bases[dtype], ADAPTERS["mistral"], merged, merge_base=merge_base)
     print(f"{dtype}, {merge_base}: {found}")
-    assert found["n_adapted_tensors"] == 210 and found["rounding"] == "once"
+    assert found.n_adapted_tensors == 210 and found.rounding == "once"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,8 +140,8 @@ def test_peft_s_merge_passes(bases, dora, tmp_path, dtype, is_safe, kind):
     found = judged(bases[dtype], adapter, merged)
     print(f"PEFT, {kind}, {dtype}, safe_merge={is_safe}: {found}")
     rounds_first = is_safe and kind == "lora" and dtype != "float32"
-    assert found["n_adapted_tensors"] == 210
-    assert found["rounding"] == ("change_first" if rounds_first else "once")
+    assert found.n_adapted_tensors == 210
+    assert found.rounding == ("change_first" if rounds_first else "once")
 
 
 @pytest.fixture

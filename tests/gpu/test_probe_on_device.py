@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
+from tests.facts import facts_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
 from workflow_scripts.data.packing import STRATEGIES, Pieces
 from workflow_scripts.data.plan import Plan
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import default_device, read_facts
+from workflow_scripts.models.checkpoint import default_device
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
 from workflow_scripts.train.model import trainable_model
@@ -58,7 +59,7 @@ def model(tmp_path_factory):
         initializer_range=0.06,
     )
     MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return trainable_model(folder, read_facts(folder), RecipeSettings(rank=8)).train()
+    return trainable_model(folder, facts_of(folder), RecipeSettings(rank=8)).train()
 
 
 def plan(strategy):

@@ -15,16 +15,18 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from tests.facts import facts_of
+from tests.unit.train.shapes import setup_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
 from workflow_scripts.data.packing import Piece
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train import attention, optimization
 from workflow_scripts.train.activations import save_less
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.kernels import use_liger
-from workflow_scripts.train.memory.prediction import Setup, predict
+from workflow_scripts.train.memory.prediction import predict
 from workflow_scripts.train.memory.shape import PlannedRun
 from workflow_scripts.train.model import adapt
 
@@ -101,7 +103,7 @@ def model_of(checkpoint, device, *, has_liger=False):
     )
     if has_liger:
         use_liger(base)
-    model = adapt(base, read_facts(checkpoint), RECIPE).train()
+    model = adapt(base, facts_of(checkpoint), RECIPE).train()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,7 +237,7 @@ def test_every_optimizer_takes_a_step_along_the_gradient(device, checkpoint, doc
 
 def peak_of_a_7b(cuda, folder, *, row_tokens, setup):
     """Most bytes of two steps of QLoRA at rank 32 on one row, as the allocator counts them."""
-    from tests.benchmarks.model_shapes import CONFIGS, facts_of
+    from tests.benchmarks.model_shapes import CONFIGS, shape_of
     from tests.benchmarks.random_models import random_base
     from workflow_scripts.train.kernels import liger_runs
 
@@ -246,7 +248,7 @@ def peak_of_a_7b(cuda, folder, *, row_tokens, setup):
     base = random_base(config, attention=attention.register(), seed=0)
     if liger_runs("auto"):
         use_liger(base)
-    model = adapt(base, facts_of(config), RECIPE_OF_7B).train()
+    model = adapt(base, shape_of(config), RECIPE_OF_7B).train()
     save_less(
         model,
         n_checkpointed_layers=setup.n_checkpointed_layers,
@@ -273,7 +275,7 @@ def test_a_row_of_mistral_7b_fits(cuda, tmp_path, row_tokens, offloads, limit):
     """Every layer checkpointed."""
     if torch.cuda.mem_get_info()[0] < limit + 4 * GB:
         pytest.skip("not enough free memory on this GPU")
-    setup = Setup(1, 32, offloads)
+    setup = setup_of(1, 32, offloads)
     assert peak_of_a_7b(cuda, tmp_path, row_tokens=row_tokens, setup=setup) <= limit
 
 
@@ -291,17 +293,17 @@ def test_a_row_of_mistral_7b_fits(cuda, tmp_path, row_tokens, offloads, limit):
 def test_the_memory_of_a_7b_is_predicted_within_a_tenth(
     cuda, tmp_path, row_tokens, n_checkpointed_layers, offloads
 ):
-    from tests.benchmarks.model_shapes import CONFIGS, facts_of
+    from tests.benchmarks.model_shapes import CONFIGS, shape_of
 
-    setup = Setup(1, n_checkpointed_layers, offloads)
+    setup = setup_of(1, n_checkpointed_layers, offloads)
     run = PlannedRun(
-        facts_of(CONFIGS["mistral-7b"]),
+        shape_of(CONFIGS["mistral-7b"]),
         RECIPE_OF_7B,
         TrainingSettings(),
         row_tokens=row_tokens,
         device_type="cuda",
     )
-    predicted = predict(run, setup)["peak"]
+    predicted = predict(run, setup).peak
     if torch.cuda.mem_get_info()[0] < 1.2 * predicted:
         pytest.skip("not enough free memory on this GPU")
     found = peak_of_a_7b(cuda, tmp_path, row_tokens=row_tokens, setup=setup)

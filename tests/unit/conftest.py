@@ -17,11 +17,12 @@ import pyarrow as pa
 import pytest
 
 from tests import llama_cpp_tools
+from tests.facts import facts_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents, documents_schema
 from workflow_scripts.data.packing import Row, Rows
 from workflow_scripts.data.plan import Plan
-from workflow_scripts.models.checkpoint import read_facts
+from workflow_scripts.handover.facts import Facts
 
 WINDOW = 8
 VOCABULARY = 300
@@ -96,11 +97,7 @@ def write_facts() -> Callable[..., Path]:
     """`write_facts(checkpoint, path)`: the facts and file hashes, no tokenizer asked for."""
 
     def write(checkpoint: Path, path: Path) -> Path:
-        hashes = {
-            file.name: {"sha256": files.sha256(file), "size_bytes": file.stat().st_size}
-            for file in sorted(checkpoint.glob("*.safetensors"))
-        }
-        files.write_json(path, {**read_facts(checkpoint), "files": hashes})
+        facts_of(checkpoint).write(path)
         return path
 
     return write
@@ -112,8 +109,8 @@ def facts_path(checkpoint, write_facts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def facts(facts_path) -> dict:
-    return files.read_json(facts_path)
+def facts(facts_path) -> Facts:
+    return Facts.read(facts_path)
 
 
 @pytest.fixture(scope="session")
@@ -297,8 +294,9 @@ def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chai
     files.write_arrow(paths.tokens, pa.Table.from_pylist(rows, schema=documents_schema()))
 
     merge_adapter.main(
-        ["--checkpoint", str(paths.checkpoint), "--tokenizer", str(paths.tokenizer)]
-        + ["--adapter", str(paths.adapter), "--merged", str(paths.merged)]
+        ["--checkpoint", str(paths.checkpoint), "--facts", str(paths.facts)]
+        + ["--tokenizer", str(paths.tokenizer), "--adapter", str(paths.adapter)]
+        + ["--merged", str(paths.merged)]
     )
     convert_gguf.main(
         ["--merged", str(paths.merged), "--facts", str(paths.facts)]

@@ -34,7 +34,7 @@ from tests.benchmarks import (
     training_throughput,
     training_throughput_table,
 )
-from tests.benchmarks.model_shapes import CONFIGS, facts_of
+from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.segment_tree import Spaces, best_fit_decreasing
 from workflow_scripts import files
 from workflow_scripts.data import packing
@@ -459,7 +459,7 @@ def test_arithmetic_is_that_of_the_layers_and_pairs_of_the_model():
         for query in range(length)
         for key in range(query + 1)
     )
-    meter = training_meter.Meter(cost=CostModel.of(facts_of(config)), n_warm_up=1)
+    meter = training_meter.Meter(cost=CostModel.of(shape_of(config)), n_warm_up=1)
     found = meter.arithmetic(lengths, 30, 2.0, n_checkpointed_layers=1)
     linear = 4 * sum(n_weights.values()) * sum(lengths)
     heads = config["num_attention_heads"]

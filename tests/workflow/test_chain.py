@@ -37,7 +37,7 @@ def test_losses_of_tokens_make_up_a_link_s_score_and_pair_with_those_of_the_next
     links = ["adapter", "merged", "F16", "Q8_0", "Q4_K_M"]
     tokens = [TokenScores.read(folder / f"{link}.tokens.parquet") for link in links]
     for link, one in zip(links, tokens, strict=True):
-        assert one.metrics()["perplexity"] == scores(tiny, run, link)["perplexity"]
+        assert one.metrics().perplexity == scores(tiny, run, link)["perplexity"]
         assert set(one.sources) == {"demo"}
     for before, one in itertools.pairwise(tokens):
         assert one.scores_the_same(before)

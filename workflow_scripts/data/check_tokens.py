@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data import token_parity
 from workflow_scripts.data.documents import SPLITS, Documents
 from workflow_scripts.data.token_parity import Chat
+from workflow_scripts.handover.tokens import TokensCheck
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import TokensGateSettings, settings_from_json
@@ -29,7 +30,6 @@ from workflow_scripts.settings import TokensGateSettings, settings_from_json
 if TYPE_CHECKING:
     import numpy as np
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-    from transformers import PreTrainedTokenizerBase
 
 OUTPUT_VERSION = 3
 # What the prompt of an answer ends with, in every version of the tokenizer.
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = f"{arguments.tokens / split}.arrow"
         for chat in log.progress(chats, logger, total=share, unit="documents"):
             judge.compare(chat, f"{where}, conversation {chat.document.id}")
-    report = {"n_documents": sum(map(len, documents.values())), **judge.report()}
-    files.write_json(arguments.check, report)
-    logger.info("passed %s", log.fields(report))
+    check = judge.check(n_documents=sum(map(len, documents.values())))
+    check.write(arguments.check)
+    logger.info("passed %s", log.fields(check.content()))
 
 
 class Judge:
@@ -75,11 +75,12 @@ class Judge:
         from transformers import AutoTokenizer
 
         self._official: MistralTokenizer = load_mistral_tokenizer(tokenizer, for_training=True)
-        self._shipped: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+        # transformers declares unions of everything that its methods may return.
+        self._shipped: Any = AutoTokenizer.from_pretrained(tokenizer)
         self._eos_id = self._official.instruct_tokenizer.tokenizer.eos_id
         control = (token.content for token in self._shipped.added_tokens_decoder.values())
         self._control = re.compile("|".join(map(re.escape, control)))
-        self._counts: Counter[str] = Counter()
+        self._n_conversations = self._n_with_tools = self._n_by_template = 0
         self._reasons: Counter[str] = Counter()
 
     def compare(self, chat: Chat, where: str) -> None:
@@ -92,23 +93,26 @@ class Judge:
         expected = token_parity.official_tokens(self._official, chat.messages, chat.tools)
         self._compare(found, expected, "mistral-common", where)
         self._check_supervision(chat, found, where)
-        self._counts["n_conversations"] += 1
-        self._counts["n_with_tools"] += chat.uses_tools
+        self._n_conversations += 1
+        self._n_with_tools += chat.uses_tools
         reason = self._why_not_by_template(chat)
         if reason is not None:
             self._reasons[reason] += 1
             return
         rendered = self._by_template(chat)
         self._compare(found, rendered, "tokenizer.json and chat_template.jinja", where)
-        self._counts["n_compared_with_template"] += 1
+        self._n_by_template += 1
 
-    def report(self) -> dict[str, Any]:
-        counts = ("n_conversations", "n_with_tools", "n_compared_with_template")
+    def check(self, *, n_documents: int) -> TokensCheck:
+        """What was compared, of this many documents."""
         reasons = sorted(self._reasons.items(), key=lambda item: (-item[1], item[0]))
-        return {
-            **{name: self._counts[name] for name in counts},
-            "n_compared_with_mistral_common_alone": dict(reasons),
-        }
+        return TokensCheck(
+            n_documents=n_documents,
+            n_conversations=self._n_conversations,
+            n_with_tools=self._n_with_tools,
+            n_compared_with_template=self._n_by_template,
+            n_compared_with_mistral_common_alone=dict(reasons),
+        )
 
     def _compare(self, found: list[int], expected: list[int], reference: str, where: str) -> None:
         token_parity.compare(

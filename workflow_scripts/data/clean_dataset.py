@@ -17,14 +17,14 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from workflow_scripts import files, log
 from workflow_scripts.data import cleaning, conversations, languages, sources
 from workflow_scripts.data.cleaning import CleanedChunk, Cleaner, Shard, Task
-from workflow_scripts.data.cleaning_report import CleaningReport
+from workflow_scripts.data.cleaning_report import CleaningCounts
 from workflow_scripts.data.documents import SPLITS, check_rejected
 from workflow_scripts.data.selection import (
     EXACT_DUPLICATE,
@@ -33,6 +33,7 @@ from workflow_scripts.data.selection import (
     REASONS,
     Selection,
 )
+from workflow_scripts.handover.cleaning import CleaningReport
 from workflow_scripts.parallel import map_in_order
 from workflow_scripts.settings import CleanDatasetSettings, ReadingSettings, settings_from_json
 
@@ -130,16 +131,18 @@ def clean(arguments: argparse.Namespace, settings: CleanDatasetSettings, scratch
     weights = {
         name: settings.sources.get(name, ReadingSettings()).weight for name, *_ in arguments.source
     }
-    report = write_tables(arguments.clean, chunks, selection, weights)
-    report["held_out_fractions"] = {
-        "validation": cleaning_settings.validation_fraction,
-        "test": cleaning_settings.test_fraction,
-    }
+    counts = write_tables(arguments.clean, chunks, selection, weights)
+    report = counts.report(
+        {
+            "validation": cleaning_settings.validation_fraction,
+            "test": cleaning_settings.test_fraction,
+        }
+    )
     check(
         report, arguments.clean / "rejected.parquet", limit=cleaning_settings.max_rejected_fraction
     )
-    files.write_json(arguments.clean / "cleaning_report.json", report)
-    logger.info("cleaned %s", log.fields(report))
+    report.write(arguments.clean / "cleaning_report.json")
+    logger.info("cleaned %s", log.fields(report.content()))
 
 
 def tasks(
@@ -213,8 +216,8 @@ def _strings(value: object) -> Iterator[str]:
 
 def write_tables(
     folder: Path, chunks: Sequence[CleanedChunk], selection: Selection, weights: dict[str, float]
-) -> dict[str, Any]:
-    """The splits and what was rejected, in the order they were read; returns the report.
+) -> CleaningCounts:
+    """The splits and what was rejected, in the order they were read; returns their counts.
 
     A chunk at a time: memory holds no more of the dataset than one group of rows a file.
     """
@@ -222,7 +225,7 @@ def write_tables(
 
     schema = conversations.clean_schema()
     is_kept = selection.reasons == KEPT
-    report = CleaningReport(weights, n_kept=int(is_kept.sum()))
+    counts = CleaningCounts(weights, n_kept=int(is_kept.sum()))
     with contextlib.ExitStack() as open_files:
 
         def opened(name: str, schema: pa.Schema) -> Callable[[pa.Table], None]:
@@ -239,17 +242,17 @@ def write_tables(
                 mask = is_kept[here] & (selection.splits[here] == at)
                 rows = kept.filter(pa.array(mask)).select(schema.names)
                 write_split[split](rows)
-                report.count_kept(split, rows)
+                counts.count_kept(split, rows)
             rejected = rejected_of(chunk, kept, selection, start)
             write_rejected(rejected)
-            report.count_rejected(rejected)
-            report.count_chunk(
+            counts.count_rejected(rejected)
+            counts.count_chunk(
                 chunk.source,
                 n_read=chunk.n_read,
                 n_characters=chunk.n_characters[is_kept[here]],
                 personal_data=chunk.personal_data,
             )
-    return report.as_json()
+    return counts
 
 
 def rejected_of(chunk: CleanedChunk, kept: pa.Table, selection: Selection, start: int) -> pa.Table:
@@ -277,27 +280,27 @@ def rejected_of(chunk: CleanedChunk, kept: pa.Table, selection: Selection, start
     return rejected.drop_columns("position")
 
 
-def check(report: dict[str, Any], rejected: Path, *, limit: float) -> None:
+def check(report: CleaningReport, rejected: Path, *, limit: float) -> None:
     """Stop where more was rejected than the config accepts, or nothing is left to train on.
 
     Raises:
         StageError: with the first of the rejected, or the counts.
     """
-    reasons = report["rejected_by_reason"]
+    reasons = report.rejected_by_reason
     check_rejected(
         first_rejected(rejected),
         logger,
-        n_read=report["n_read"],
+        n_read=report.n_read,
         n_rejected=sum(n for reason, n in reasons.items() if reason not in NOT_DAMAGE),
         limit=limit,
         key="datasets.<name>.cleaning.max_rejected_fraction",
     )
-    if not report["n_train"]:
+    if not report.n_train:
         by_reason = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "none"
         raise log.StageError(
             "no conversation is left for training",
             where=rejected,
-            found=f"{report['n_read']} read; rejected: {by_reason}",
+            found=f"{report.n_read} read; rejected: {by_reason}",
             to_fix="data/README.md tells what is accepted; see also the shares of the splits",
         )
 

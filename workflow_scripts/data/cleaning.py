@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from workflow_scripts import files
 from workflow_scripts.data import (
@@ -27,6 +27,7 @@ from workflow_scripts.data import (
 )
 from workflow_scripts.data.conversations import Conversation
 from workflow_scripts.data.documents import SPLITS
+from workflow_scripts.data.messages import Message
 from workflow_scripts.data.rejections import Rejected
 from workflow_scripts.settings import CleanDatasetSettings, CleaningSettings, ReadingSettings
 
@@ -97,12 +98,40 @@ class CleanedChunk:
     """By kind, in what was kept."""
 
 
+class Place(TypedDict):
+    """Where a record was read."""
+
+    source: str
+    source_file: str
+    source_line: int
+    position: int
+    """In its chunk, from 0."""
+
+
+class KeptRow(Place):
+    """A row of `clean_schema`, as Arrow takes it, and its `position`."""
+
+    id: str
+    messages: list[Message]
+    tools: str | None
+    references: list[str] | None
+    n_copies: int
+    corrections: list[str]
+
+
+class RejectedRecord(Place):
+    """A row of `rejected_schema`, as Arrow takes it, and its `position`."""
+
+    reason: str
+    detail: str
+    raw: str
+
+
 @dataclass(frozen=True)
 class Kept:
     """One conversation that passed, before the whole dataset is looked at."""
 
-    row: dict[str, Any]
-    """Of `clean_schema`, and `position`."""
+    row: KeptRow
     split: str
     digest: bytes
     n_characters: int
@@ -123,24 +152,24 @@ class Cleaner:
         reading = self._reading.get(task.source, ReadingSettings())
         kept: list[Kept] = []
         raw: list[str] = []
-        rejected: list[dict[str, Any]] = []
+        rejected: list[RejectedRecord] = []
         n_read = n_bytes = 0
         for position, record in enumerate(sources.records(task.chunk)):
             n_read += 1
             n_bytes += len(record.raw.encode()) + 1
-            origin = {
+            place: Place = {
                 "source": task.source,
                 "source_file": record.source_file,
                 "source_line": record.source_line,
                 "position": position,
             }
             try:
-                kept.append(self._judge(record, reading, origin))
+                kept.append(self._judge(record, reading, place))
                 raw.append(record.raw)
             except Rejected as rejection:
                 rejected.append(
                     {
-                        **origin,
+                        **place,
                         "reason": rejection.reason,
                         "detail": rejection.detail,
                         "raw": record.raw,
@@ -164,9 +193,7 @@ class Cleaner:
             personal_data=sum((one.personal_data for one in kept), Counter()),
         )
 
-    def _judge(
-        self, record: sources.Record, reading: ReadingSettings, origin: dict[str, Any]
-    ) -> Kept:
+    def _judge(self, record: sources.Record, reading: ReadingSettings, place: Place) -> Kept:
         """One record as a conversation.
 
         Raises:
@@ -193,14 +220,14 @@ class Cleaner:
             n_copies = copies(conversation_id, reading.weight)
             if not n_copies:
                 raise Rejected(LEFT_OUT, f"weight {reading.weight:g}")
-        row = {
+        row: KeptRow = {
             "id": conversation_id,
             "messages": messages,
             "tools": conversation.tools,
             "references": self._without_personal_data(conversation.references),
             "n_copies": n_copies,
             "corrections": [*conversation.corrections, *mended.corrections],
-            **origin,
+            **place,
         }
         return Kept(
             row=row,
@@ -223,8 +250,8 @@ class Cleaner:
             return redacted if is_replaced else text
 
         for message in conversation.messages:
-            if message.get("content"):
-                message["content"] = look(message["content"])
+            if content := message.get("content"):
+                message["content"] = look(content)
             for call in message.get("tool_calls") or ():
                 call["function"]["arguments"] = in_json(call["function"]["arguments"], look)
         return found
@@ -270,7 +297,7 @@ class Cleaner:
         return duplicates.band_keys(hashes, offsets, threshold=settings.threshold)
 
     def _write(
-        self, shard: Shard, kept: list[Kept], raw: list[str], rejected: list[dict[str, Any]]
+        self, shard: Shard, kept: list[Kept], raw: list[str], rejected: list[RejectedRecord]
     ) -> None:
         import pyarrow as pa
 
@@ -354,4 +381,4 @@ def split_key(conversation: Conversation, split_by: str) -> str:
         return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     messages = conversation.messages
     first = next((one for one in messages if one["role"] == "user"), messages[0])
-    return " ".join(first["content"].casefold().split())
+    return " ".join((first["content"] or "").casefold().split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflow_scripts.data import languages
-from workflow_scripts.data.documents import SPLITS
+from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,8 +21,8 @@ N_LANGUAGE_SAMPLE = 1000
 LANGUAGE_SAMPLE_CHARACTERS = 2000
 
 
-class CleaningReport:
-    """Counts of one dataset.
+class CleaningCounts:
+    """Counts of one dataset, as its chunks pass.
 
     Args:
         weights: of each source.
@@ -90,40 +90,46 @@ class CleaningReport:
         """What was rejected or dropped (`rejected_schema`)."""
         self._reasons.update(_counts(rows["reason"]))
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything counted, for `cleaning_report.json`."""
-        n_kept = sum(self._n_by_split.values())
+    def report(self, held_out_fractions: Mapping[str, float]) -> CleaningReport:
+        """Everything counted.
+
+        Args:
+            held_out_fractions: shares of `validation` and `test` in the config.
+        """
         n_read = sum(self._n_read.values())
         n_rejected = sum(self._reasons.values())
-        assert n_read == n_kept + n_rejected, (n_read, n_kept, n_rejected)  # nothing disappears
-        return {
-            "n_read": n_read,
-            "n_corrected": self._n_corrected,
-            **{f"n_{split}": self._n_by_split[split] for split in SPLITS},
-            "n_train_weighted": self._n_train_weighted,
-            "n_with_reference": self._n_with_reference,
-            "n_rejected": n_rejected,
-            "rejected_by_reason": dict(self._reasons.most_common()),
-            "corrections": dict(self._corrections.most_common()),
-            "by_source": {
-                name: {
-                    "n_read": self._n_read[name],
-                    "n_kept": self._n_kept[name],
-                    "n_rejected": self._n_read[name] - self._n_kept[name],
-                    "weight": weight,
-                }
+        report = CleaningReport(
+            n_read=n_read,
+            n_corrected=self._n_corrected,
+            n_train=self._n_by_split["train"],
+            n_validation=self._n_by_split["validation"],
+            n_test=self._n_by_split["test"],
+            n_train_weighted=self._n_train_weighted,
+            n_with_reference=self._n_with_reference,
+            n_rejected=n_rejected,
+            rejected_by_reason=dict(self._reasons.most_common()),
+            corrections=dict(self._corrections.most_common()),
+            by_source={
+                name: SourceCounts(
+                    n_read=self._n_read[name],
+                    n_kept=self._n_kept[name],
+                    n_rejected=self._n_read[name] - self._n_kept[name],
+                    weight=weight,
+                )
                 for name, weight in self._weights.items()
             },
-            "roles": dict(self._roles.most_common()),
-            "n_messages": {str(n): self._n_messages[n] for n in sorted(self._n_messages)},
-            "characters_histogram": {
-                "edges": list(CHARACTER_EDGES),
-                "counts": self._characters.tolist(),
-            },
-            "languages": dict(self._languages.most_common()),
-            "n_language_sample": sum(self._languages.values()),
-            "personal_data": dict(self._personal_data.most_common()),
-        }
+            roles=dict(self._roles.most_common()),
+            n_messages=dict(sorted(self._n_messages.items())),
+            characters_histogram=Histogram(
+                edges=CHARACTER_EDGES, counts=tuple(self._characters.tolist())
+            ),
+            languages=dict(self._languages.most_common()),
+            n_language_sample=sum(self._languages.values()),
+            personal_data=dict(self._personal_data.most_common()),
+            held_out_fractions=dict(held_out_fractions),
+        )
+        assert n_read == report.n_kept + n_rejected, report  # nothing disappears
+        return report
 
 
 def _counts(values: pa.Array | pa.ChunkedArray) -> dict[Any, int]:

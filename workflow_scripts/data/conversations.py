@@ -12,11 +12,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts.data import schemas
+from workflow_scripts.data.messages import Function, Message, ToolCall
 from workflow_scripts.data.rejections import Rejected
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ FOLLOWS = {
     "assistant": ("system", "user", "assistant", "tool"),
     "tool": ("assistant", "tool"),
 }
-MESSAGE_FIELDS = ("role", "content", "tool_calls", "weight")
 BETWEEN_JOINED = "\n\n"  # as mistral-common joins
 
 
@@ -92,17 +92,29 @@ def rejected_schema() -> pa.Schema:
     )
 
 
+class RejectedRow(NamedTuple):
+    """A row of `rejected_schema`."""
+
+    source: str
+    source_file: str
+    source_line: int
+    reason: str
+    detail: str | None
+    raw: str | None
+    """The row as read."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A chat that mistral-common renders, or a plain text."""
 
-    messages: list[dict[str, Any]]
-    """As in `clean_schema`, null fields left out."""
+    messages: list[Message]
+    """Null fields left out."""
     tools: str | None
     """JSON: OpenAI's list of tools."""
     references: list[str] | None
     """Right answers to the last question; None where the record marks none."""
-    fields: Mapping[str, Any]
+    fields: schemas.Json
     """The record it came from."""
     corrections: list[str]
     """What was mended, each phrase once."""
@@ -123,8 +135,8 @@ def parse(content: Any, reading: ReadingSettings, mend: Callable[[str], str]) ->
         text = _text(chat.messages[0]["content"], mend, corrections)
         if not text:
             raise Rejected("an empty message")
-        messages = [{"role": schemas.TEXT, "content": text}]
-        return Conversation(messages, None, None, chat.fields, [*corrections])
+        plain: Message = {"role": schemas.TEXT, "content": text}
+        return Conversation([plain], None, None, chat.fields, [*corrections])
     messages = _read(chat.messages, mend, corrections)
     _check_order(messages)
     if any("tool_calls" in message or message["role"] == "tool" for message in messages):
@@ -139,9 +151,9 @@ def parse(content: Any, reading: ReadingSettings, mend: Callable[[str], str]) ->
 
 def _read(
     raw: Sequence[Any], mend: Callable[[str], str], corrections: dict[str, None]
-) -> list[dict[str, Any]]:
+) -> list[Message]:
     """Each message by itself, up to the last answer."""
-    messages = []
+    messages: list[Message] = []
     roles = [_role(message, number) for number, message in enumerate(raw, start=1)]
     if not roles:
         raise Rejected("no messages")
@@ -178,8 +190,8 @@ def _shown(value: Any) -> str:
 
 
 def _read_system(
-    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
-) -> dict[str, Any] | None:
+    message: schemas.Json, mend: Callable[[str], str], corrections: dict[str, None]
+) -> Message | None:
     text = _text(message.get("content"), mend, corrections)
     if not text:
         corrections["empty system message dropped"] = None
@@ -188,8 +200,8 @@ def _read_system(
 
 
 def _read_user(
-    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
-) -> dict[str, Any]:
+    message: schemas.Json, mend: Callable[[str], str], corrections: dict[str, None]
+) -> Message:
     text = _text(message.get("content"), mend, corrections)
     if not text:
         raise Rejected("an empty message")
@@ -197,9 +209,9 @@ def _read_user(
 
 
 def _read_assistant(
-    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
-) -> dict[str, Any]:
-    read: dict[str, Any] = {"role": "assistant"}
+    message: schemas.Json, mend: Callable[[str], str], corrections: dict[str, None]
+) -> Message:
+    read: Message = {"role": "assistant"}
     text = _text(message.get("content"), mend, corrections)
     if text:
         read["content"] = text
@@ -220,8 +232,8 @@ def _read_assistant(
 
 
 def _read_tool(
-    message: dict[str, Any], mend: Callable[[str], str], corrections: dict[str, None]
-) -> dict[str, Any]:
+    message: schemas.Json, mend: Callable[[str], str], corrections: dict[str, None]
+) -> Message:
     content = message.get("content")
     parts = content if isinstance(content, list) else ()
     if content is None:
@@ -233,16 +245,21 @@ def _read_tool(
     content = _joined_parts(content)
     content = _encodable(content, corrections)
     _json_content(content)
+    read: Message = {
+        "role": "tool",
+        "content": content,
+        "tool_call_id": _given_id(message.get("tool_call_id")),
+    }
     name = message.get("name") or None
     if name is not None:
-        _check_function_name(name)
+        read["name"] = _function_name(name)
     if message["role"] == "function":
         corrections["function_call made tool_calls"] = None
-    read = {"role": "tool", "content": content, "tool_call_id": _given_id(message, "tool_call_id")}
-    return read if name is None else {**read, "name": name}
+    return read
 
 
-READERS = {
+Reader = Callable[[schemas.Json, Callable[[str], str], dict[str, None]], Message | None]
+READERS: dict[str, Reader] = {
     "system": _read_system,
     "user": _read_user,
     "assistant": _read_assistant,
@@ -326,7 +343,8 @@ def _json_content(text: str) -> Any:
 
 def _check_json(value: Any) -> None:
     """That a JSON value can be written as UTF-8, and read and written by recursion."""
-    level, depth = [[value]], -1
+    level: list[Any] = [[value]]
+    depth = -1
     while level:
         depth += 1
         if depth > MAX_NESTING:
@@ -344,7 +362,7 @@ def _check_json(value: Any) -> None:
 # Order
 
 
-def _check_order(messages: Sequence[dict[str, Any]]) -> None:
+def _check_order(messages: Sequence[Message]) -> None:
     previous = "system"
     has_user = False
     for number, message in enumerate(messages, start=1):
@@ -359,13 +377,13 @@ def _check_order(messages: Sequence[dict[str, Any]]) -> None:
         previous = role
 
 
-def _join(messages: list[dict[str, Any]], corrections: dict[str, None]) -> list[dict[str, Any]]:
+def _join(messages: list[Message], corrections: dict[str, None]) -> list[Message]:
     """Neighbours of one role as one message, which mistral-common makes of them anyway.
 
     Here already, so that an answer is one message to whoever reads the result. System messages are
     left: from v7 on each keeps its own.
     """
-    joined: list[dict[str, Any]] = []
+    joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None
         role = message["role"]
@@ -374,12 +392,17 @@ def _join(messages: list[dict[str, Any]], corrections: dict[str, None]) -> list[
             continue
         if (last.get("weight") == 0) != (message.get("weight") == 0):
             raise Rejected("answers in a row of different weight")
-        texts = [part["content"] for part in (last, message) if "content" in part]
-        both = {**last, **message}
+        # In the order of a message that came whole: an id is made of it.
+        both: Message = {"role": role}
+        texts = [text for part in (last, message) if (text := part.get("content"))]
         if texts:
             both["content"] = BETWEEN_JOINED.join(texts)
-        # In the order of a message that came whole: an id is made of it.
-        joined[-1] = {field: both[field] for field in MESSAGE_FIELDS if field in both}
+        if calls := message.get("tool_calls") or last.get("tool_calls"):
+            both["tool_calls"] = calls
+        weight = message.get("weight", last.get("weight"))
+        if weight is not None:
+            both["weight"] = weight
+        joined[-1] = both
         corrections["messages in a row joined"] = None
     return joined
 
@@ -387,7 +410,7 @@ def _join(messages: list[dict[str, Any]], corrections: dict[str, None]) -> list[
 # Tools
 
 
-def _calls(message: dict[str, Any], corrections: dict[str, None]) -> list[dict[str, Any]]:
+def _calls(message: schemas.Json, corrections: dict[str, None]) -> list[ToolCall]:
     """An answer's tool calls, their ids as they were."""
     calls = message.get("tool_calls")
     if not calls and message.get("function_call"):
@@ -399,14 +422,13 @@ def _calls(message: dict[str, Any], corrections: dict[str, None]) -> list[dict[s
     return [_call(call, corrections) for call in calls]
 
 
-def _call(call: Any, corrections: dict[str, None]) -> dict[str, Any]:
+def _call(call: Any, corrections: dict[str, None]) -> ToolCall:
     if not isinstance(call, dict):
         raise Rejected("a tool call is no object", schemas.json_type(call))
-    function = call.get("function", call)  # some leave the layer between out
-    if call.get("type") not in (None, "function") or not isinstance(function, dict):
+    given = call.get("function", call)  # some leave the layer between out
+    if call.get("type") not in (None, "function") or not isinstance(given, dict):
         raise Rejected("a tool call is no function call", _shown(call.get("type")))
-    name, arguments = function.get("name"), function.get("arguments")
-    _check_function_name(name)
+    name, arguments = _function_name(given.get("name")), given.get("arguments")
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
         corrections["tool arguments written as JSON"] = None
@@ -414,30 +436,31 @@ def _call(call: Any, corrections: dict[str, None]) -> dict[str, Any]:
         arguments = "{}"  # as mistral-common has it
     if not isinstance(arguments, str) or not isinstance(_json_content(arguments), dict):
         raise Rejected("tool arguments are no JSON object", _shown(arguments))
-    function = {"name": name, "arguments": _encodable(arguments, corrections)}
-    return {"id": _given_id(call, "id"), "type": "function", "function": function}
+    function: Function = {"name": name, "arguments": _encodable(arguments, corrections)}
+    return {"id": _given_id(call.get("id")), "type": "function", "function": function}
 
 
-def _given_id(holder: Mapping[str, Any], field: str) -> str | None:
-    given = holder.get(field)
+def _given_id(given: Any) -> str | None:
     return None if given in NO_ID else str(given)
 
 
-def _check_function_name(name: Any) -> None:
+def _function_name(name: Any) -> str:
+    """The name, once mistral-common accepts it."""
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         raise Rejected("a function name that is refused", _shown(name))
+    return name
 
 
-def _match_results(messages: Sequence[dict[str, Any]], corrections: dict[str, None]) -> None:
+def _match_results(messages: Sequence[Message], corrections: dict[str, None]) -> None:
     """Give every call and its result one valid id, in place.
 
     The last answer's calls need no result: what a tool says afterwards is not learned.
     """
-    taken = {call["id"] for message in messages for call in message.get("tool_calls", ())}
+    taken = {call["id"] for message in messages for call in message.get("tool_calls") or ()}
     for at, message in enumerate(messages):
-        if message["role"] == "tool":
+        if message["role"] != "assistant":
             continue
-        calls = message.get("tool_calls", [])
+        calls = message.get("tool_calls") or []
         rest = messages[at + 1 :]
         results = list(itertools.takewhile(lambda other: other["role"] == "tool", rest))
         detail = f"message {at + 1}: {len(calls)} calls, {len(results)} results"
@@ -447,27 +470,29 @@ def _match_results(messages: Sequence[dict[str, Any]], corrections: dict[str, No
             raise Rejected("a tool call without its result", detail)
         here: set[str] = set()
         for call, result in _pairs(calls, results):
-            given = call["id"] or (result and result["tool_call_id"])
-            if call["id"] is None or (result and result["tool_call_id"] is None):
+            of_result = None if result is None else result["tool_call_id"]
+            given = call["id"] or of_result
+            if call["id"] is None or (result is not None and of_result is None):
                 corrections["tool call ids filled in"] = None
             if given is not None and CALL_ID.fullmatch(given) and given not in here:
-                call["id"] = given
+                valid = given
             else:
                 if given is not None:
                     corrections["tool call ids replaced"] = None
-                call["id"] = _new_id(given or "", taken)
-            here.add(call["id"])
-            taken.add(call["id"])
+                valid = _new_id(given or "", taken)
+            call["id"] = valid
+            here.add(valid)
+            taken.add(valid)
             if result is not None:
-                result["tool_call_id"] = call["id"]
+                result["tool_call_id"] = valid
 
 
 def _pairs(
-    calls: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    calls: Sequence[ToolCall], results: Sequence[Message]
+) -> Iterator[tuple[ToolCall, Message | None]]:
     """Each call with its result: by their ids, and where one of them has none by their order."""
     waiting = list(calls)
-    without_call = []
+    without_call: list[Message | None] = []
     for result in results:
         given = result["tool_call_id"]
         of = [at for at, call in enumerate(waiting) if given is not None and call["id"] == given]
@@ -475,17 +500,18 @@ def _pairs(
             yield waiting.pop(of[0]), result
         else:
             without_call.append(result)
-    for call, result in itertools.zip_longest(waiting, without_call):
-        if result is not None:
-            named = result.get("name", call["function"]["name"])
-            has_ids = None not in (call["id"], result["tool_call_id"])
+    without_call += [None] * (len(waiting) - len(without_call))
+    for call, same_place in zip(waiting, without_call, strict=True):
+        if same_place is not None:
+            named = same_place.get("name", call["function"]["name"])
+            has_ids = None not in (call["id"], same_place["tool_call_id"])
             if has_ids or named != call["function"]["name"]:
-                detail = _shown(result["tool_call_id"] or named)
+                detail = _shown(same_place["tool_call_id"] or named)
                 raise Rejected("a tool result without its call", detail)
-        yield call, result
+        yield call, same_place
 
 
-def _new_id(given: str, taken: set[str]) -> str:
+def _new_id(given: str, taken: set[str | None]) -> str:
     """An id as mistral-common demands it: of the one that was given, and of no chance."""
     for attempt in itertools.count():
         digest = hashlib.sha256(f"{attempt} {given}".encode(errors="surrogatepass")).digest()
@@ -511,7 +537,7 @@ def _tools(tools: Any) -> str | None:
     return _checked_tools(text)
 
 
-def _wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _wrapped(tool: schemas.Json) -> schemas.Json:
     """A function without the layer around it, as OpenAI's `functions` and ShareGPT have it."""
     function = {key: value for key, value in tool.items() if key != "type"}
     return {"type": tool.get("type", "function"), "function": function}
@@ -536,16 +562,16 @@ def _checked_tools(text: str) -> str:
                 found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             detail = f"tool {number}: {found}"[:200]
             raise Rejected("a tool that mistral-common refuses", detail) from error
-        _check_function_name(function.name)
+        _function_name(function.name)
     return text
 
 
 # Identity
 
 
-def conversation_id(messages: Sequence[Mapping[str, Any]], tools: str | None = None) -> str:
+def conversation_id(messages: Sequence[Message], tools: str | None = None) -> str:
     """16 hexadecimal digits of the content's SHA-256: equal content, equal id."""
-    content = messages if tools is None else [messages, tools]
+    content: object = messages if tools is None else [messages, tools]
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

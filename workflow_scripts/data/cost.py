@@ -8,13 +8,12 @@ by tokens alone leaves GPUs waiting.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from workflow_scripts.data.packing import Rows
+from workflow_scripts.handover.facts import ModelShape
 
 
 def attention_pairs(lengths: np.ndarray | int, window: int | None) -> np.ndarray:
@@ -56,22 +55,22 @@ class CostModel:
     """Of each layer; None is full causal."""
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> CostModel:
+    def of(cls, facts: ModelShape) -> CostModel:
         """The cost of a model's shape.
 
         Args:
             facts: of `read_model_facts`; of a mixture's experts those that are active count.
         """
-        hidden, heads = facts["hidden_size"], facts["n_heads"] * facts["head_dim"]
-        kv_heads = facts["n_kv_heads"] * facts["head_dim"]
-        n_experts = facts["n_experts_per_token"] or 1
+        hidden, heads = facts.hidden_size, facts.n_heads * facts.head_dim
+        kv_heads = facts.n_kv_heads * facts.head_dim
+        n_experts = facts.n_experts_per_token or 1
         weights = hidden * (2 * heads + 2 * kv_heads)
-        weights += n_experts * 3 * hidden * facts["intermediate_size"]
+        weights += n_experts * 3 * hidden * facts.intermediate_size
         return cls(
-            linear_flops_per_token=4.0 * weights * facts["n_layers"],
-            output_flops_per_supervised_token=4.0 * hidden * facts["vocabulary_size"],
+            linear_flops_per_token=4.0 * weights * facts.n_layers,
+            output_flops_per_supervised_token=4.0 * hidden * facts.vocabulary_size,
             attention_flops_per_pair=2.0 * (2 + 5) * heads,
-            layer_windows=tuple(facts["layer_windows"]),
+            layer_windows=tuple(facts.layer_windows),
         )
 
     def pairs(self, rows: Rows, *, crosses_documents: bool) -> np.ndarray:

@@ -6,7 +6,7 @@ The Arrow files are mapped into memory, never read whole. `input_ids` is a list 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from logging import Logger
@@ -49,7 +49,7 @@ class Document:
     """(n_tokens,) bool: the loss counts the prediction of this token."""
 
 
-class Documents(Sequence[Document]):
+class Documents:
     """The documents of one split, read from the mapped file as they are asked for.
 
     A file has many record batches; they are kept apart, as joining them would copy every token
@@ -76,6 +76,9 @@ class Documents(Sequence[Document]):
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def __iter__(self) -> Iterator[Document]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> Document:
         import numpy as np

@@ -11,9 +11,10 @@ exact, and with one that is kept: nothing is dropped by an estimate, nor by a ch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from workflow_scripts.data.messages import Message
 from workflow_scripts.data.shingles import mixed
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ NO_KEY = 0
 MOST_COMPARED = 16
 
 
-def normalized_digest(messages: Sequence[Mapping[str, Any]], tools: str | None) -> bytes:
+def normalized_digest(messages: Sequence[Message], tools: str | None) -> bytes:
     """16 bytes, equal where conversations say the same, but for case and white space.
 
     Roles, tool calls and the tools on offer count. Ids of calls do not, they are random; nor does

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, hub, log
+from workflow_scripts.handover.origin import HubRows
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import SourceSettings, settings_from_json
 
@@ -55,19 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     builder = open_builder(settings, origin)
     dataset = prepare(settings, builder)
     write_rows(arguments.rows, dataset)
-    manifest = {
-        "hub": settings.hub,
-        "revision": settings.revision,
-        "commit": origin.commit,
-        "subset": builder.config.name,
-        "split": settings.split,
-        "n_rows": len(dataset),
-        "columns": dataset.column_names,
-        "datasets_version": datasets.__version__,
-        "sha256": files.sha256(arguments.rows),
-    }
-    files.write_json(arguments.manifest, manifest)
-    logger.info("wrote path=%s %s", arguments.rows, log.fields(manifest))
+    manifest = HubRows(
+        hub=settings.hub,
+        revision=settings.revision,
+        commit=origin.commit,
+        subset=builder.config.name,
+        split=settings.split,
+        n_rows=len(dataset),
+        columns=tuple(dataset.column_names),
+        datasets_version=datasets.__version__,
+        sha256=files.sha256(arguments.rows),
+    )
+    manifest.write(arguments.manifest)
+    logger.info("wrote path=%s %s", arguments.rows, log.fields(manifest.content()))
 
 
 class Origin(NamedTuple):
@@ -92,16 +93,18 @@ def locate(settings: SourceSettings) -> Origin:
     import datasets
     from huggingface_hub import HfApi
 
-    root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "by_commit" / settings.hub
+    hub_id = _hub_id(settings)
+    root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "by_commit" / hub_id
     try:
         with _refusals_explained(settings):
-            published = HfApi().dataset_info(settings.hub, revision=settings.revision)
+            published = HfApi().dataset_info(hub_id, revision=settings.revision)
             if published.gated:
                 # Anyone may read about a gated dataset; its files are what is refused.
-                HfApi().auth_check(settings.hub, repo_type="dataset")
+                HfApi().auth_check(hub_id, repo_type="dataset")
     except hub.HubUnreachable as error:
         return _locate_offline(settings, root, error)
     _refuse_script(settings, [file.rfilename for file in published.siblings or ()])
+    assert published.sha is not None  # the Hub always says it
     if published.sha != settings.revision:
         logger.warning(
             "resolved hub=%s revision=%s commit=%s: set `revision` to the commit, the only name"
@@ -117,6 +120,7 @@ def _locate_offline(settings: SourceSettings, root: Path, error: hub.HubUnreacha
     import datasets
 
     commit = settings.revision
+    assert commit is not None  # SourceSettings demands one with `hub`
     if not COMMIT.fullmatch(commit):
         raise StageError(
             "offline, and only the Hub knows which commit a branch or tag names",
@@ -151,7 +155,7 @@ def _cached_subsets(cache: Path) -> list[str]:
 
 
 def _refuse_script(settings: SourceSettings, names: Sequence[str]) -> None:
-    script = settings.hub.rpartition("/")[2] + ".py"
+    script = _hub_id(settings).rpartition("/")[2] + ".py"
     if script in names:
         raise StageError(
             "the dataset is made by a loading script, which `datasets` no longer runs",
@@ -247,6 +251,11 @@ def _json_text(value: object) -> str | None:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _hub_id(settings: SourceSettings) -> str:
+    assert settings.hub is not None  # `main` refuses a source without one
+    return settings.hub
+
+
 def _page(settings: SourceSettings) -> str:
     return f"https://huggingface.co/datasets/{settings.hub}"
 
@@ -254,7 +263,7 @@ def _page(settings: SourceSettings) -> str:
 def _refusals_explained(settings: SourceSettings) -> AbstractContextManager[None]:
     return hub.refusals_explained(
         "dataset",
-        settings.hub,
+        _hub_id(settings),
         page=_page(settings),
         key="datasets.<name>.hub",
         revision=settings.revision,

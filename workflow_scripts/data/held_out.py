@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from workflow_scripts.handover.cleaning import CleaningReport
 from workflow_scripts.log import StageError
 
 # With fewer conversations, intervals are wider than most differences between runs.
@@ -24,24 +24,21 @@ USUAL_SHARE, LARGEST_SHARE = 0.2, 0.3
 HELD_OUT = ("validation", "test")
 
 
-def check_splits(cleaning_report: Mapping[str, Any], where: Path) -> list[str]:
+def check_splits(cleaning_report: CleaningReport, where: Path) -> list[str]:
     """Every split that the config gives a share holds a conversation.
 
     Args:
-        cleaning_report: of clean_dataset, with the shares that it split by.
+        cleaning_report: without the shares it split by, nothing is checked.
         where: that file, for messages.
     Returns:
         Warnings about splits of few conversations.
     Raises:
         StageError: a split is empty.
     """
-    n_kept = sum(cleaning_report[f"n_{split}"] for split in ("train", *HELD_OUT))
-    shares = {
-        split: cleaning_report["held_out_fractions"][split]
-        for split in HELD_OUT
-        if cleaning_report["held_out_fractions"][split]
-    }
-    empty = [split for split in shares if not cleaning_report[f"n_{split}"]]
+    n_kept, n_by_split = cleaning_report.n_kept, cleaning_report.n_by_split
+    fractions = cleaning_report.held_out_fractions or {}
+    shares = {split: share for split, share in fractions.items() if share}
+    empty = [split for split in shares if not n_by_split[split]]
     if empty:
         raise StageError(
             f"the {' and the '.join(empty)} split {'is' if len(empty) == 1 else 'are'} empty: gates"
@@ -59,10 +56,10 @@ def check_splits(cleaning_report: Mapping[str, Any], where: Path) -> list[str]:
             " test split, `snakemake train` neither",
         )
     return [
-        f"found {cleaning_report[f'n_{split}']} conversations in the {split} split: too few to tell"
+        f"found {n_by_split[split]} conversations in the {split} split: too few to tell"
         f" runs apart; {remedy(split, n_kept, share)}"
         for split, share in shares.items()
-        if cleaning_report[f"n_{split}"] < USEFUL
+        if n_by_split[split] < USEFUL
     ]
 
 

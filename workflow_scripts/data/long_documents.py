@@ -10,7 +10,7 @@ import numpy as np
 
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.packing import Piece, Pieces, Rows
-from workflow_scripts.data.splitting import TokenEnds, split
+from workflow_scripts.data.splitting import Cut, TokenEnds, split
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import PackingSettings
 
@@ -91,7 +91,7 @@ def fit(
 
 def _split(
     documents: Documents, at: int, settings: PackingSettings, ends: TokenEnds | None
-) -> tuple[list[Piece], list[str]]:
+) -> tuple[list[Piece], list[Cut]]:
     input_ids = documents[at].input_ids
     parts, cuts = split(
         input_ids,

@@ -8,20 +8,21 @@ python -m workflow_scripts.data.pack_sequences --tokens train.arrow --tokenizer 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.long_documents import COUNTS, Fitted, fit, supervised_tokens
+from workflow_scripts.data.long_documents import Fitted, fit, supervised_tokens
 from workflow_scripts.data.packing import STRATEGIES, Pieces
 from workflow_scripts.data.packing_report import measure
 from workflow_scripts.data.plan import Plan, write_plan
 from workflow_scripts.data.splitting import TokenEnds
+from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import PackingSettings, settings_from_json
 
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, required=True, help="to write: fill and cost")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(PackingSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    if settings.row_tokens > facts["context_tokens"]:
+    facts = Facts.read(arguments.facts)
+    if settings.row_tokens > facts.context_tokens:
         raise log.StageError(
             "a row of training is longer than the model's context",
             where="packings.<name>.row_tokens",
             found=settings.row_tokens,
-            expected=f"at most {facts['context_tokens']} ({arguments.facts})",
+            expected=f"at most {facts.context_tokens} ({arguments.facts})",
         )
     documents = Documents(arguments.tokens)
     if not len(documents):
@@ -67,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix="raise packings.<name>.row_tokens",
         )
     write_plan(arguments.plan, plan)
-    report = measure(plan, documents, facts) | counts
-    files.write_json(arguments.report, report)
-    logger.info("packed %s", log.fields(report))
+    report = measure(plan, documents, facts, counts)
+    report.write(arguments.report)
+    logger.info("packed %s", log.fields(report.content()))
 
 
 def make_plan(
-    documents: Documents, facts: Mapping[str, Any], settings: PackingSettings, tokenizer: Path
-) -> tuple[Plan, dict[str, int]]:
-    """The plan, and what was cut or left out."""
+    documents: Documents, facts: ModelShape, settings: PackingSettings, tokenizer: Path
+) -> tuple[Plan, Counter[str]]:
+    """The plan, and what was cut or left out, by `long_documents.COUNTS`."""
     crosses_documents = settings.strategy == "concatenate"
     if crosses_documents:
         fitted = Fitted(Pieces.whole(documents.lengths))
@@ -95,7 +96,7 @@ def make_plan(
         attention_pairs=pairs,
         training_flops=cost.training_flops(rows.n_tokens, n_supervised, pairs),
     )
-    return plan, {name: fitted.counts[name] for name in COUNTS}
+    return plan, fitted.counts
 
 
 def read_token_ends(tokenizer: Path) -> TokenEnds:

@@ -81,7 +81,7 @@ class Pieces:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Sequence[Row]):
+class Rows:
     """Rows of training as columns; an item is the list of a row's pieces."""
 
     pieces: Pieces

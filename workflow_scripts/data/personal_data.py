@@ -61,7 +61,8 @@ def redact(text: str) -> tuple[str, Counter[str]]:
     findings = find(text)
     if not findings:
         return text, Counter()
-    parts, position = [], 0
+    parts: list[str] = []
+    position = 0
     for finding in findings:
         parts += (text[position : finding.start], PLACEHOLDERS[finding.kind])
         position = finding.end
@@ -271,9 +272,9 @@ def _phones(text: str, numbers: list[tuple[int, int]]) -> Iterator[tuple[int, in
                 if _is_phone(match[0]):
                     yield match.span()
         if CALLED.search(text, max(0, start - 40), start):
-            match = CALLED_NUMBER.match(text, start, end + 2)
-            if match:
-                yield match.span()
+            called = CALLED_NUMBER.match(text, start, end + 2)
+            if called:
+                yield called.span()
 
 
 def _is_phone(number: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -83,7 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_conversations=%d path=%s", len(shown), arguments.preview)
 
 
-def read_origins(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+class Origin(NamedTuple):
+    """Where a conversation came from, and what was mended."""
+
+    source_file: str
+    source_line: int
+    corrections: list[str]
+
+
+def read_origins(path: Path, ids: Collection[str]) -> dict[str, Origin]:
     """Where each of these conversations came from, and what was mended.
 
     Raises:
@@ -92,12 +100,16 @@ def read_origins(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
     from pyarrow import parquet
 
     columns = ["id", "source_file", "source_line", "corrections"]
-    origins: dict[str, dict[str, Any]] = {}
+    origins: dict[str, Origin] = {}
     with parquet.ParquetFile(path, pre_buffer=False) as table:
         for rows in table.iter_batches(1000, columns=columns):
             if len(origins) == len(ids):
                 break
-            origins |= {row["id"]: row for row in rows.to_pylist() if row["id"] in ids}
+            origins |= {
+                conversation_id: Origin(**row)
+                for row in rows.to_pylist()
+                if (conversation_id := row.pop("id")) in ids
+            }
     missing = sorted(set(ids) - origins.keys())
     if missing:
         raise log.StageError(
@@ -170,11 +182,11 @@ class Shown:
         lost = self.document.is_supervised[position]
         return "sees nothing of the above" + (", so its first token is not learned" if lost else "")
 
-    def facts(self, origin: Mapping[str, Any]) -> dict[str, str]:
+    def facts(self, origin: Origin) -> dict[str, str]:
         n_tokens = len(self.document.input_ids)
         n_supervised = int(self.document.is_supervised.sum())
         facts = {
-            "from": f"{origin['source_file']}:{origin['source_line']}",
+            "from": f"{origin.source_file}:{origin.source_line}",
             "tokens": f"{n_tokens:,}",
             "supervised": f"{n_supervised:,} ({pages.share(n_supervised, n_tokens)})",
         }
@@ -182,8 +194,8 @@ class Shown:
             facts["copies an epoch"] = f"{self.n_copies:,}"
         if self.pieces:
             facts["packed into"] = rows_text(sorted({piece.row for piece in self.pieces}))
-        if origin["corrections"]:
-            facts["corrected"] = ", ".join(origin["corrections"])
+        if origin.corrections:
+            facts["corrected"] = ", ".join(origin.corrections)
         return facts
 
 
@@ -215,7 +227,7 @@ def header_html(path: Path, documents: Documents, plan: Plan, version: str, *, n
 
 
 def conversation_html(
-    shown: Shown, origin: Mapping[str, Any], *, tokenizer: Tokenizer, max_tokens: int
+    shown: Shown, origin: Origin, *, tokenizer: Tokenizer, max_tokens: int
 ) -> str:
     """One conversation: where it is from, and its tokens."""
     document = shown.document

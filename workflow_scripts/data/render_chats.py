@@ -19,12 +19,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from workflow_scripts import files, log, parallel
 from workflow_scripts.data import held_out
 from workflow_scripts.data.documents import SPLITS, check_rejected, documents_schema
+from workflow_scripts.data.messages import Message
 from workflow_scripts.data.rendering import CannotRender, Renderer, Rendering
+from workflow_scripts.handover.cleaning import CleaningReport
+from workflow_scripts.handover.tokens import RenderingReport, SplitTokens
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import RenderingSettings, settings_from_json
 
@@ -94,11 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         files.write_parquet(arguments.tokens / "rejected.parquet", table)
     report = summary(totals, table)
-    files.write_json(arguments.tokens / "rendering_report.json", report)
+    report.write(arguments.tokens / "rendering_report.json")
     duration = time.monotonic() - started
-    logger.info(
-        "rendered %s", log.fields({**report, "tokens_per_second": report["n_tokens"] / duration})
-    )
+    measured = {**report.content(), "tokens_per_second": report.n_tokens / duration}
+    logger.info("rendered %s", log.fields(measured))
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ def check_splits(cleaning_report: Path) -> None:
     Raises:
         StageError: as `held_out.check_splits`.
     """
-    report = files.read_json(cleaning_report) if cleaning_report.is_file() else {}
-    if "held_out_fractions" in report:
+    if cleaning_report.is_file():
+        report = CleaningReport.read(cleaning_report)
         for warning in held_out.check_splits(report, cleaning_report):
             logger.warning("%s", warning)
 
@@ -209,7 +211,7 @@ def render_batch(batch: CleanBatch) -> RenderedBatch:
     rejected: list[tuple[int, CannotRender]] = []
     tools = batch.rows.column("tools").to_pylist()
     conversations = list(read_messages(batch.rows.column("messages")))
-    contents = [message["content"] for messages in conversations for message in messages]
+    contents = (message["content"] for messages in conversations for message in messages)
     _loaded.renderer.encode_ahead(filter(None, contents))
     for row, messages in enumerate(conversations):
         try:
@@ -241,7 +243,7 @@ def check_length(n_tokens: int, limit: int | None) -> None:
         raise CannotRender("too many tokens", f"{n_tokens} tokens, at most {limit} wanted")
 
 
-def read_messages(column: pa.ListArray) -> Iterator[list[dict[str, Any]]]:
+def read_messages(column: pa.ListArray) -> Iterator[list[Message]]:
     """The messages of each conversation of a batch.
 
     Column by column: `to_pylist` makes an object of every null of every message, and takes longer
@@ -255,7 +257,8 @@ def read_messages(column: pa.ListArray) -> Iterator[list[dict[str, Any]]]:
         if flat.field(name).null_count < len(flat)
     ]
     values = [flat.field(name).to_pylist() for name in fields]
-    messages = [dict(zip(fields, one, strict=True)) for one in zip(*values, strict=True)]
+    rows = [dict(zip(fields, one, strict=True)) for one in zip(*values, strict=True)]
+    messages = cast("list[Message]", rows)
     offsets = column.offsets.to_pylist()
     first = offsets[0] if offsets else 0
     for start, end in zip(offsets, offsets[1:], strict=False):
@@ -323,27 +326,25 @@ def rejected_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
     return pa.Table.from_batches(batches, schema=rejected_schema()).combine_chunks()
 
 
-def summary(totals: Mapping[str, Totals], rejected: pa.Table) -> dict[str, Any]:
+def summary(totals: Mapping[str, Totals], rejected: pa.Table) -> RenderingReport:
     """What the report says: sums, then each split, then why conversations were left out."""
     counts = Counter(rejected["reason"].to_pylist())
-    return {
-        "n_documents": sum(total.n_documents for total in totals.values()),
-        "n_rejected": len(rejected),
-        "n_tokens": sum(total.n_tokens for total in totals.values()),
-        "n_supervised_tokens": sum(total.n_supervised_tokens for total in totals.values()),
-        "splits": {
-            split: {
-                "n_documents": total.n_documents,
-                "n_tokens": total.n_tokens,
-                "n_supervised_tokens": total.n_supervised_tokens,
-                "n_documents_up_to_tokens": {
-                    str(length): n for length, n in sorted(total.n_by_length.items())
-                },
-            }
+    return RenderingReport(
+        n_documents=sum(total.n_documents for total in totals.values()),
+        n_rejected=len(rejected),
+        n_tokens=sum(total.n_tokens for total in totals.values()),
+        n_supervised_tokens=sum(total.n_supervised_tokens for total in totals.values()),
+        splits={
+            split: SplitTokens(
+                n_documents=total.n_documents,
+                n_tokens=total.n_tokens,
+                n_supervised_tokens=total.n_supervised_tokens,
+                n_documents_up_to_tokens=dict(sorted(total.n_by_length.items())),
+            )
             for split, total in totals.items()
         },
-        "n_rejected_by_reason": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-    }
+        n_rejected_by_reason=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+    )
 
 
 if __name__ == "__main__":

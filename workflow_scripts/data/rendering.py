@@ -19,18 +19,16 @@ import itertools
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from workflow_scripts.data.messages import Message, ToolCall
 from workflow_scripts.data.segment_cache import TOKEN_BYTES, TextEncoder
 
 if TYPE_CHECKING:
     import numpy as np
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-Message = Mapping[str, Any]
-"""A row of `conversations.clean_schema`'s `messages`; keys may be missing where they are null."""
 
 TURN = ("user", "assistant")
 # Stands for the content of a message while the library writes a chat's shape; private characters,
@@ -109,7 +107,8 @@ class Renderer:
         self._supervises_last_turn = supervise == "last_turn"
         # Copies of our own, so that the caller's tokenizer never answers with stand-ins.
         self._tokenizer = copy.copy(tokenizer)
-        self._instruct = copy.copy(tokenizer.instruct_tokenizer)
+        # Some of its methods are replaced below, one of which its base class does not declare.
+        self._instruct: Any = copy.copy(tokenizer.instruct_tokenizer)
         self._instruct.tokenizer = copy.copy(tokenizer.instruct_tokenizer.tokenizer)
         self._tokenizer.instruct_tokenizer = self._instruct
         self.bos_id: int = self._instruct.tokenizer.bos_id
@@ -144,12 +143,13 @@ class Renderer:
             CannotRender: the library refuses it, or it holds nothing to learn.
         """
         if len(messages) == 1 and messages[0]["role"] == "text":
-            return self._render_text(messages[0]["content"])
+            return self._render_text(messages[0]["content"] or "")
         written = self._written(messages, tools)
         texts = [
             self._encode_text(
                 "".join(
-                    messages[part]["content"] if isinstance(part, int) else part for part in parts
+                    (messages[part]["content"] or "") if isinstance(part, int) else part
+                    for part in parts
                 )
             )
             for parts in written.texts
@@ -209,11 +209,11 @@ class Renderer:
             return self._ask(self._plain_skeleton, messages)
         roles = tuple(message["role"] for message in messages)
         if roles not in self._shapes:
-            marked = [
+            marked: list[Message] = [
                 {"role": role, "content": MARK.format(number)} for number, role in enumerate(roles)
             ]
             written = self._ask(self._plain_skeleton, marked)
-            parts = [_parts(text) for (text,) in written.texts]
+            parts = [_parts(str(text)) for (text,) in written.texts]
             self._shapes[roles] = dataclasses.replace(written, texts=parts)
         return self._shapes[roles]
 
@@ -234,12 +234,17 @@ class Renderer:
         )
         from mistral_common.protocol.instruct.request import InstructRequest, ModelSettings
 
-        kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+        # Type checkers do not see the classmethods of these models.
+        kinds: dict[str, Any] = {
+            "system": SystemMessage,
+            "user": UserMessage,
+            "assistant": AssistantMessage,
+        }
         system_prompt = None
         if messages[0]["role"] == "system" and not self._normalizer._system_prompt_in_begin:
             system_prompt = messages[0]["content"]
             messages = messages[1:]
-        request = InstructRequest.model_construct(
+        request: Any = InstructRequest.model_construct(
             messages=[
                 kinds[message["role"]].model_construct(content=message["content"])
                 for message in messages
@@ -300,7 +305,7 @@ def chat_request(messages: Sequence[Message], tools: str | None) -> Any:
     )
 
 
-def openai_message(message: Message) -> dict[str, Any]:
+def openai_message(message: Message) -> dict[str, Any]:  # untyped: what the libraries take
     """A message without what is null in its table, and without our own `weight`."""
     kept = _without_nulls(message)
     kept.pop("weight", None)
@@ -362,7 +367,7 @@ def _parts(text: str) -> list[str | int]:
     return [int(part) if at % 2 else part for at, part in enumerate(parts) if part]
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(row: Message | ToolCall) -> dict[str, Any]:  # untyped: for `openai_message`
     return {key: value for key, value in row.items() if value is not None}
 
 

@@ -23,6 +23,8 @@ from workflow_scripts.data.rejections import Rejected
 if TYPE_CHECKING:
     from workflow_scripts.settings import ReadingSettings
 
+# An object before it is recognized: any keys, and values of any type.
+Json = dict[str, Any]  # untyped: a user's file
 # The role of a plain text, which no message may claim.
 TEXT = "text"
 # By format, what makes a record one.
@@ -73,7 +75,7 @@ class RawChat(NamedTuple):
     """A plain text is one message of the role `text`."""
     tools: Any
     reference: Any
-    fields: Mapping[str, Any]
+    fields: Json
     """The whole record, for what else it holds."""
 
 
@@ -122,7 +124,7 @@ def parsed(value: Any) -> Any:
 class _Fields:
     """A record or a message, asked by our names for its fields."""
 
-    def __init__(self, content: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def __init__(self, content: Json, columns: Mapping[str, str]) -> None:
         self.content = content
         self.columns = columns
 
@@ -152,13 +154,13 @@ class _Fields:
             for message in messages
         ]
 
-    def system(self) -> Iterator[dict[str, Any]]:
+    def system(self) -> Iterator[Json]:
         """The system message that stands beside the others."""
         if not _is_blank(self["system"]):
             yield {"role": "system", "content": self["system"]}
 
 
-def _message(message: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _message(message: Json, columns: Mapping[str, str]) -> Json:
     if not columns and message.get("role") not in (None, "function_call"):
         return message
     fields = _Fields(message, columns)
@@ -170,7 +172,7 @@ def _message(message: dict[str, Any], columns: Mapping[str, str]) -> dict[str, A
     return named
 
 
-def _spelled_calls(content: Any) -> list[dict[str, Any]]:
+def _spelled_calls(content: Any) -> list[Json]:
     """Tool calls of ShareGPT, where they are the message's text."""
     calls = parsed(content)
     if isinstance(calls, dict):

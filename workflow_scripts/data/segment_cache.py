@@ -16,7 +16,7 @@ import operator
 import re
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenizer
@@ -85,7 +85,7 @@ class SegmentCache:
         Each segment is looked up once: that is most of the time.
         """
         known = self._newer.get
-        found = [list(map(known, segments)) for segments in texts]
+        found: list[list[bytes | None]] = [list(map(known, segments)) for segments in texts]
         unseen: set[str] = set()
         with_gaps = []
         for segments, own in zip(texts, found, strict=True):
@@ -94,7 +94,7 @@ class SegmentCache:
                 unseen.update(itertools.compress(segments, is_gap))
                 with_gaps.append((segments, own))
         if not with_gaps:
-            return found
+            return cast("list[list[bytes]]", found)
         fresh = {segment: self._older[segment] for segment in unseen & self._older.keys()}
         new = sorted(unseen - fresh.keys())
         fresh.update(zip(new, self._encode(new), strict=True))
@@ -103,7 +103,7 @@ class SegmentCache:
                 if token_ids is None:
                     own[at] = fresh[segments[at]]
         self._remember(fresh)
-        return found
+        return cast("list[list[bytes]]", found)  # the gaps are filled
 
     def _remember(self, fresh: dict[str, bytes]) -> None:
         short = (item for item in fresh.items() if len(item[0]) <= MAX_SEGMENT_CHARACTERS)
@@ -126,7 +126,8 @@ class TextEncoder:
         from mistral_common.tokens.tokenizers.tekken import is_tekkenizer
 
         self._library_encode = tokenizer.encode
-        self._library_model = tokenizer._model
+        library: Any = tokenizer  # `_model` is of its classes, not of their base
+        self._library_model = library._model
         self._cut: Callable[[str], list[str]] | None = None
         self._cache = SegmentCache(lambda segments: [], max_segments=max_segments)
         if is_sentencepiece_tokenizer(tokenizer) and _is_cut_at_spaces(tokenizer):
@@ -198,8 +199,9 @@ def _is_cut_at_spaces(tokenizer: Tokenizer) -> bool:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.file_path.read_bytes())
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
+    protobuf: Any = sentencepiece_model_pb2  # it makes its classes at run time
+    model = protobuf.ModelProto.FromString(tokenizer.file_path.read_bytes())
+    kinds = protobuf.ModelProto.SentencePiece.Type
     of_text = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
     keeps_text = (
@@ -209,7 +211,7 @@ def _is_cut_at_spaces(tokenizer: Tokenizer) -> bool:
         and not normalizer.precompiled_charsmap
         and not trainer.treat_whitespace_as_suffix
     )
-    is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    is_bpe = trainer.model_type == protobuf.TrainerSpec.BPE
     spans_a_cut = any(
         "\n" in piece.piece or SPACE_MARK in piece.piece.lstrip(SPACE_MARK)
         for piece in model.pieces

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from workflow_scripts.data.messages import Message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +48,7 @@ def _spaced(text: str) -> str:
     return text.casefold().translate(_SEPARATED)
 
 
-def comparable_text(messages: Sequence[Mapping[str, Any]]) -> str:
+def comparable_text(messages: Sequence[Message]) -> str:
     """What of a conversation is compared: all it says, and what it calls, but no system message.
 
     A system prompt is often shared by a whole dataset, and would make everything alike.

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from workflow_scripts import files, urls
 from workflow_scripts.data.rejections import Rejected
@@ -161,7 +161,7 @@ def read_chunks(
         else:
             values = _json_texts(path, suffix, compression)
             chunks = (
-                Chunk(path, *map(list, zip(*group, strict=True)))
+                Chunk(path, [number for number, _ in group], [text for _, text in group])
                 for group in _groups(values, records_per_chunk, size=lambda item: len(item[1]))
             )
         for chunk in chunks:
@@ -274,7 +274,9 @@ def _values(path: str, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     text, at, at_end = b"", 0, False
     index, line, is_array, is_closed = 0, 1, None, False
     while True:
-        start = BETWEEN.match(text, at).end()
+        between = BETWEEN.match(text, at)
+        assert between is not None  # it matches nothing as well
+        start = between.end()
         line += text.count(b"\n", at, start)
         is_closed |= b"]" in text[at:start]
         at = start
@@ -317,8 +319,8 @@ def _value_end(text: bytes, start: int) -> int | None:
                         return token.end()
         return None
     # A text, a number or a word: no record, but one that is to be rejected by its number.
-    token = SCALAR.match(text, start)
-    return token.end() if token and token.end() < len(text) else None
+    scalar = SCALAR.match(text, start)
+    return scalar.end() if scalar and scalar.end() < len(text) else None
 
 
 # Tables
@@ -374,12 +376,14 @@ def _parquet_chunks(path: str, n_records: int) -> Iterator[Chunk]:
 
 def records(chunk: Chunk) -> Iterator[Record]:
     """The records of a chunk, one for each, in order."""
+    parsed: Iterator[Parsed]
     if isinstance(chunk.content, bytes):
         parsed = map(_arrow_row, _arrow_rows(chunk.content))
     elif chunk.columns:
-        parsed = (_cells_row(chunk.columns, cells) for cells in chunk.content)
+        rows = cast("list[list[str]]", chunk.content)
+        parsed = (_cells_row(chunk.columns, cells) for cells in rows)
     else:
-        parsed = map(_json_value, chunk.content)
+        parsed = map(_json_value, cast("list[bytes]", chunk.content))
     for number, (raw, content, rejection) in zip(chunk.numbers, parsed, strict=True):
         yield Record(chunk.source_file, number, raw, content, rejection)
 

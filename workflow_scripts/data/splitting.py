@@ -72,11 +72,13 @@ def split(
     kinds: list[Cut] = []
     n_placed = n_context = 0
     while (room := row_tokens - n_context) < len(input_ids) - n_placed:
-        end, kind = n_placed + room, "token"
-        for ends, filled, name in (
+        end = n_placed + room
+        kind: Cut = "token"
+        candidates: tuple[tuple[np.ndarray, float, Cut], ...] = (
             (turn_ends, FILLED_AT_TURN, "turn"),
             (sentence_ends, FILLED_AT_SENTENCE, "sentence"),
-        ):
+        )
+        for ends, filled, name in candidates:
             at = int(np.searchsorted(ends, n_placed + room, side="right")) - 1
             if at >= 0 and ends[at] - n_placed >= filled * room:
                 end, kind = int(ends[at]), name

@@ -13,9 +13,10 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from workflow_scripts.data import stdlib_questions
+from workflow_scripts.data.messages import Message
 from workflow_scripts.data.stdlib_questions import Subject, Turn
 from workflow_scripts.models.stdlib_docs import Entry, entries
 
@@ -36,9 +37,18 @@ TOKEN = re.compile(r"[A-Z]?[a-z]{1,6}|[A-Z]{1,3}|\d|[^\w\s]|_|\n")
 N_CONTROL_TOKENS = 3  # of a turn: [INST], [/INST] and EOS
 
 
-def make_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI-style records: `messages`, `group`, and `reference` where the last question has one
-    right answer.
+class DemoChat(TypedDict):
+    """One record of the demo's dataset."""
+
+    messages: list[Message]
+    group: str
+    """The shelf that its texts are from."""
+    reference: NotRequired[str]
+    """The answer to the last question, where it has one right wording."""
+
+
+def make_chats(*, n_conversations: int, seed: int) -> list[DemoChat]:
+    """Chats about objects of the standard library.
 
     Args:
         n_conversations: how many; fewer where the interpreter documents too little.
@@ -53,33 +63,29 @@ def subjects(documented: Sequence[Entry]) -> list[Subject]:
     return [one for one in found if MIN_TEXT_TOKENS <= count_tokens(one.text) <= MAX_TEXT_TOKENS]
 
 
-def chats_about(
-    found: Sequence[Subject], *, n_conversations: int, seed: int
-) -> list[dict[str, Any]]:
+def chats_about(found: Sequence[Subject], *, n_conversations: int, seed: int) -> list[DemoChat]:
     """The records of `make_chats`, about these objects."""
     generator = random.Random(seed)
     chats = [
-        {"messages": messages(turns, generator), "group": group, **reference(turns)}
+        chat_of(turns, group, generator)
         for group, turns in islice(_all_turns(found, generator), n_conversations)
     ]
     generator.shuffle(chats)
     return chats
 
 
-def messages(turns: Sequence[Turn], generator: random.Random) -> list[dict[str, str]]:
-    """Turns as messages, after a system prompt in a part of all chats."""
-    said = []
+def chat_of(turns: Sequence[Turn], group: str, generator: random.Random) -> DemoChat:
+    """Turns as a record, after a system prompt in a part of all chats."""
+    said: list[Message] = []
     if generator.random() < SYSTEM_PROMPT_FRACTION:
         said.append({"role": "system", "content": generator.choice(SYSTEM_PROMPTS)})
     for turn in turns:
         said.append({"role": "user", "content": turn.question})
         said.append({"role": "assistant", "content": turn.answer})
-    return said
-
-
-def reference(turns: Sequence[Turn]) -> dict[str, str]:
-    """The answer to the last question, where it has one right wording."""
-    return {"reference": turns[-1].answer} if turns[-1].is_fact else {}
+    chat: DemoChat = {"messages": said, "group": group}
+    if turns[-1].is_fact:
+        chat["reference"] = turns[-1].answer
+    return chat
 
 
 def _all_turns(

@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from workflow_scripts.data import recall, stdlib_questions
-from workflow_scripts.data.stdlib_chats import messages, reference
+from workflow_scripts.data.stdlib_chats import DemoChat, chat_of
 from workflow_scripts.data.stdlib_questions import (
     MAX_SUMMARY_CHARACTERS,
     MIN_SUMMARY_CHARACTERS,
@@ -35,9 +34,8 @@ RECALL_FRACTION = 0.3  # of the questions, where a fact is left to ask for
 SECOND_QUESTION_FRACTION = 0.5  # of the turns that paste, followed by one that only asks
 
 
-def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
-    """OpenAI-style records: `messages`, `group`, the shelf its texts are from, and `reference`
-    where the last question has one right answer.
+def make_long_chats(*, n_conversations: int, seed: int) -> list[DemoChat]:
+    """Chats with long texts, pasted over several turns.
 
     Args:
         n_conversations: how many.
@@ -56,8 +54,7 @@ def make_long_chats(*, n_conversations: int, seed: int) -> list[dict[str, Any]]:
     for number in range(n_conversations):
         shelf = number % N_SHELVES
         turns = list(_turns(shelves[shelf], generator))
-        said = messages(turns, generator)
-        chats.append({"messages": said, "group": f"shelf {shelf}", **reference(turns)})
+        chats.append(chat_of(turns, f"shelf {shelf}", generator))
     generator.shuffle(chats)
     return chats
 

@@ -203,8 +203,9 @@ def _parameters(entry: Entry) -> list[inspect.Parameter]:
 
 
 def _shown(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return stars.get(parameter.kind, "") + parameter.name
+    is_starred = parameter.kind == inspect.Parameter.VAR_POSITIONAL
+    is_double_starred = parameter.kind == inspect.Parameter.VAR_KEYWORD
+    return ("*" if is_starred else "**" if is_double_starred else "") + parameter.name
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -221,5 +222,6 @@ def _definition(source: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     if len(statements) != 1:
         return None
     definition = statements[0]
-    is_function = isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
-    return definition if is_function else None
+    if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return definition
+    return None

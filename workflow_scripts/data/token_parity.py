@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts.data.documents import Document, Documents
-from workflow_scripts.data.rendering import Message, chat_request, openai_message
+from workflow_scripts.data.messages import Message
+from workflow_scripts.data.rendering import chat_request, openai_message
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SHOWN_TOKENS = 6  # shown from there on
 class Chat(NamedTuple):
     """A conversation and its document."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     tools: str | None
     document: Document
 
@@ -139,7 +140,7 @@ def official_tokens(
     """
     if is_text(messages):
         encode = official.instruct_tokenizer.tokenizer.encode
-        return encode(messages[0]["content"], bos=True, eos=True)
+        return encode(messages[0]["content"] or "", bos=True, eos=True)
     return official.encode_chat_completion(chat_request(messages, tools)).tokens
 
 
@@ -149,7 +150,7 @@ def is_text(messages: Sequence[Message]) -> bool:
 
 def template_arguments(
     messages: Sequence[Message], tools: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:  # untyped: what transformers takes
     """Messages and tools for a chat template, their JSON spelled as mistral-common spells it.
 
     A template writes JSON as it gets it; the library parses it and writes it anew.
@@ -178,7 +179,7 @@ def why_template_differs(
     is_sentencepiece = _is_sentencepiece(official)
     if is_text(messages):
         # A SentencePiece tokenizer.json puts the leading space only where there is none yet.
-        begins = messages[0]["content"].startswith((" ", "▁"))
+        begins = (messages[0]["content"] or "").startswith((" ", "▁"))
         return "a text that begins with a space" if is_sentencepiece and begins else None
     last_user = last_question(messages)
     for at, message in enumerate(messages):

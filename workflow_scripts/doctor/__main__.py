@@ -10,7 +10,6 @@ python -m workflow_scripts.doctor --configfile my-data.yaml --workflow-profile p
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = []
     for finding in examine(arguments):
         findings.append(finding)
-    print(json.dumps(as_json(findings), indent=2) if arguments.json else table(findings))
+    print(as_json(findings) if arguments.json else table(findings))
     return 0 if is_complete(findings) else 1
 
 
@@ -69,7 +68,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("config", "missing", f"not read: {error}", None, "install the packages first")
 
     found, answer = cluster.partitions()
-    torch = probes.answers_of("torch")
+    torch = probes.ask_torch()
     gpus, driver, failed = devices.nvidia_smi()
     gpus = gpus or devices.seen_by(torch)
     needs_gpu = wanted is not None and wanted.needs_gpu
@@ -83,7 +82,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         torch, driver, needs_gpu=needs_gpu, locked=locked.get("torch", "")
     )
     yield from devices.llama_cpp_findings(
-        probes.answers_of("llama_cpp"),
+        probes.ask_llama_cpp(),
         has_gpu=bool(gpus),
         locked=locked.get("llama_cpp_python", ""),
     )

@@ -81,7 +81,7 @@ def how_to_install(plugin: str) -> str:
     return f"pip install {plugin}"
 
 
-def _settings(profile: Path | None) -> dict[str, Any]:
+def _settings(profile: Path) -> dict[str, Any]:  # untyped: a profile of Snakemake's
     import yaml
 
     try:
@@ -92,7 +92,10 @@ def _settings(profile: Path | None) -> dict[str, Any]:
 
 
 def _slurm(
-    profile: Path | None, settings: dict[str, Any], found: list[Partition], answer: Answer
+    profile: Path | None,
+    settings: dict[str, Any],  # untyped: a profile of Snakemake's
+    found: list[Partition],
+    answer: Answer,
 ) -> Iterator[Finding]:
     if answer.code != 0:
         yield Finding(

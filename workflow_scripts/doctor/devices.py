@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from workflow_scripts.doctor.finding import Finding, ask
+from workflow_scripts.doctor.finding import Finding, Status, ask
+from workflow_scripts.doctor.probes import LlamaCpp, NoAnswer, Torch, Tried
 
 SECONDS = 20  # the driver of eight sleeping GPUs takes several
 # Of outputs of about 1: float32 is exact to 1e-6, bfloat16 has eight bits.
@@ -60,16 +60,18 @@ def nvidia_smi() -> tuple[list[Gpu], Driver | None, str | None]:
     return gpus, Driver(rows[0][4], _version(cuda[1] if cuda else "")), None
 
 
-def seen_by(torch: Mapping[str, Any]) -> list[Gpu]:
+def seen_by(torch: Torch | NoAnswer) -> list[Gpu]:
     """As PyTorch lists them: containers may come without nvidia-smi."""
+    if isinstance(torch, NoAnswer):
+        return []
     return [
         Gpu(
-            device["name"],
-            ".".join(map(str, device["capability"])),
-            device["total_bytes"],
-            device["free_bytes"],
+            device.name,
+            ".".join(map(str, device.capability)),
+            device.total_bytes,
+            device.free_bytes,
         )
-        for device in torch.get("devices", ())
+        for device in torch.devices
     ]
 
 
@@ -97,7 +99,7 @@ def gpu_findings(
         return
     found = "; ".join(map(_described, gpus)) or failed or "none"
     if not n_wanted:
-        status = "warning" if failed else "ok"
+        status: Status = "warning" if failed else "ok"
         need = "" if n_wanted is None else "; the config needs none"
         yield Finding("GPU", status, found + need, None, "see nvidia-smi")
     elif cluster_gpus:
@@ -126,28 +128,26 @@ def _described(gpu: Gpu) -> str:
 
 
 def torch_findings(
-    torch: Mapping[str, Any], driver: Driver | None, *, needs_gpu: bool, locked: str
+    torch: Torch | NoAnswer, driver: Driver | None, *, needs_gpu: bool, locked: str
 ) -> Iterator[Finding]:
     """
     Args:
-        torch: of `probes.probe_torch`.
         driver: None where nvidia-smi shows no GPU.
         locked: torch's version in the lock.
     """
-    if "error" in torch:
+    if isinstance(torch, NoAnswer):
         yield Finding(
             "PyTorch",
             "missing",
-            torch["error"],
+            torch.reason,
             f"torch {locked}",
             "python -m pip install -r requirements.lock",
         )
         return
     yield _cuda_finding(torch, driver, needs_gpu=needs_gpu, locked=locked)
-    for device in torch["devices"][:1]:
-        capability = tuple(device["capability"])
-        dotted = ".".join(map(str, capability))
-        is_fast = torch["has_bf16"] and capability >= FASTEST_CAPABILITY
+    for device in torch.devices[:1]:
+        dotted = ".".join(map(str, device.capability))
+        is_fast = torch.has_bf16 and device.capability >= FASTEST_CAPABILITY
         yield Finding(
             "bfloat16",
             "ok" if is_fast else "warning",
@@ -155,26 +155,23 @@ def torch_findings(
             "8.0 (Ampere) or newer, for bfloat16 and the packed attention's kernel",
             "a newer GPU; this one works, slower",
         )
-    attention = torch["attention"]
-    yield _tried("attention", attention, ATTENTION_TOLERANCE, attention.get("kernel", ""))
-    four_bit = torch["bitsandbytes"]
-    place = "on the GPU" if torch["devices"] else "on the CPU"
-    version = four_bit.get("version", "")
-    yield _tried("4-bit weights", four_bit, FOUR_BIT_TOLERANCE, f"bitsandbytes {version} {place}")
+    yield _tried("attention", torch.attention, ATTENTION_TOLERANCE, torch.attention.how)
+    four_bit = torch.bitsandbytes
+    place = "on the GPU" if torch.devices else "on the CPU"
+    what = f"bitsandbytes {four_bit.how} {place}"
+    yield _tried("4-bit weights", four_bit, FOUR_BIT_TOLERANCE, what)
 
 
-def _cuda_finding(
-    torch: Mapping[str, Any], driver: Driver | None, *, needs_gpu: bool, locked: str
-) -> Finding:
-    found = f"torch {torch['version']}, "
-    found += f"CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
+def _cuda_finding(torch: Torch, driver: Driver | None, *, needs_gpu: bool, locked: str) -> Finding:
+    found = f"torch {torch.version}, "
+    found += f"CUDA {torch.cuda}" if torch.cuda else "built without CUDA"
     if driver is None:
         # Nothing to hold it against; that the GPU is missing is said above.
         return Finding("PyTorch", "ok", found)
     newest = ".".join(map(str, driver.cuda)) or "unknown"
     found += f"; driver {driver.version}, for CUDA up to {newest}"
-    status = "missing" if needs_gpu else "warning"
-    if torch["cuda"] is None:
+    status: Status = "missing" if needs_gpu else "warning"
+    if torch.cuda is None:
         return Finding(
             "PyTorch",
             status,
@@ -184,75 +181,72 @@ def _cuda_finding(
             + ("" if driver.cuda >= (13,) else ", with a driver for CUDA 13"),
         )
     # A driver serves every minor version of its CUDA, and all before.
-    if driver.cuda and driver.cuda[:1] < _version(torch["cuda"])[:1]:
+    if driver.cuda and driver.cuda[:1] < _version(torch.cuda)[:1]:
         return Finding(
             "PyTorch",
             status,
             found,
-            f"a driver for CUDA {torch['cuda']}",
+            f"a driver for CUDA {torch.cuda}",
             "update NVIDIA's driver, or install a build of torch for an older CUDA",
         )
-    if not torch["devices"]:
+    if not torch.devices:
         return Finding(
             "PyTorch",
             status,
-            f"{found}; it sees no GPU: {torch['cuda_error']}",
+            f"{found}; it sees no GPU: {torch.cuda_error}",
             "torch.cuda.is_available()",
             "look at CUDA_VISIBLE_DEVICES, and at permissions of /dev/nvidia*",
         )
     return Finding("PyTorch", "ok", found)
 
 
-def _tried(name: str, answer: Mapping[str, Any], tolerance: float, what: str) -> Finding:
+def _tried(name: str, answer: Tried, tolerance: float, what: str) -> Finding:
     """A product that was computed, against its reference."""
-    if "failure" in answer:
+    if answer.error is None:
         return Finding(
             name,
             "missing",
-            answer["failure"],
+            answer.failure or "no message",
             "a small product on this device",
             "install the versions of requirements.lock; on a GPU torch's build must fit the driver",
         )
-    error = answer["error"]
-    status = "ok" if error <= tolerance else "missing"
     return Finding(
         name,
-        status,
-        f"{what}, tried: error {error:.1e}",
+        "ok" if answer.error <= tolerance else "missing",
+        f"{what}, tried: error {answer.error:.1e}",
         f"at most {tolerance}",
         "install the versions of requirements.lock",
     )
 
 
 def llama_cpp_findings(
-    llama: Mapping[str, Any], *, has_gpu: bool, locked: str
+    llama: LlamaCpp | NoAnswer, *, has_gpu: bool, locked: str
 ) -> Iterator[Finding]:
     """
     Args:
-        llama: of `probes.probe_llama_cpp`.
         has_gpu: nvidia-smi shows one.
     """
     build = FROM_SOURCE.format(version=locked)
-    if "error" in llama:
-        yield Finding("llama.cpp", "missing", llama["error"], None, f"build it here:{build}")
+    if isinstance(llama, NoAnswer):
+        yield Finding("llama.cpp", "missing", llama.reason, None, f"build it here:{build}")
         return
-    backend = "for the GPU" if llama["offloads"] else "for the CPU"
+    backend = "for the GPU" if llama.offloads else "for the CPU"
     # CPU : SSE3 = 1 | AVX2 = 1 | …
-    features = re.findall(r"(\w+) = 1", llama["system"].partition("CPU :")[2])
+    features = re.findall(r"(\w+) = 1", llama.system.partition("CPU :")[2])
     known = [name for name in features if re.match("AVX|AMX|NEON|SVE|FMA", name)]
-    needs_build = has_gpu and not llama["offloads"]
+    needs_build = has_gpu and not llama.offloads
     yield Finding(
         "llama.cpp",
         "warning" if needs_build else "ok",
-        f"{llama['version']}, built {backend}, with {' '.join(known) or 'no CPU features'}",
+        f"{llama.version}, built {backend}, with {' '.join(known) or 'no CPU features'}",
         "built for the GPU: GGUFs are scored and timed on the CPU else",
         f'CMAKE_ARGS="-DGGML_CUDA=on"{build}',
     )
-    if llama["converter_error"]:
+    if llama.converter_error:
         yield Finding(
             "llama.cpp's converter",
             "missing",
-            llama["converter_error"],
+            llama.converter_error,
             "its source beside the environment",
             "python -m workflow_scripts.export.llama_cpp_source",
         )

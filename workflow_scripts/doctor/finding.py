@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from workflow_scripts.log import StageError
 
 Status = Literal["ok", "warning", "missing"]
 
@@ -22,15 +26,11 @@ class Finding:
     to_fix: str | None = None
 
 
-def of_error(name: str, error: Any, status: Status = "missing") -> Finding:
-    """A `StageError` as a finding.
-
-    Args:
-        error: its `what` and `parts`.
-    """
+def of_error(name: str, error: StageError, status: Status = "missing") -> Finding:
+    """An error of a stage as a finding."""
     from workflow_scripts.log import DOCTOR
 
-    parts: Mapping[str, object] = error.parts
+    parts = error.parts
     where = f" ({parts['where']})" if "where" in parts else ""
     found = f": {parts['found']}" if "found" in parts else ""
     texts = {
@@ -60,11 +60,9 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    return {
-        "is_complete": is_complete(findings),
-        "findings": [asdict(finding) for finding in findings],
-    }
+def as_json(findings: Sequence[Finding]) -> str:
+    found = [asdict(finding) for finding in findings]
+    return json.dumps({"is_complete": is_complete(findings), "findings": found}, indent=2)
 
 
 def is_complete(findings: Sequence[Finding]) -> bool:

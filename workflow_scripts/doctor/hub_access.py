@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from workflow_scripts.doctor.finding import Finding, of_error
-from workflow_scripts.doctor.wanted import Repository, Wanted, with_sizes
+from workflow_scripts.doctor.finding import Finding, Status, of_error
+from workflow_scripts.doctor.wanted import Repository, Wanted, weight_bytes
 
 SECONDS = 5
 FETCH_ELSEWHERE = (
@@ -72,6 +72,7 @@ def _offline(repositories: Sequence[Repository]) -> Iterator[Finding]:
     """A dataset may be in the cache of an earlier run; a model would not be looked for there."""
     datasets = [one.name for one in repositories if one.kind == "dataset"]
     models = [one.name for one in repositories if one.kind != "dataset"]
+    status: Status
     for status, names in (("missing", models), ("warning", datasets)):
         if names:
             found = f"HF_HUB_OFFLINE is set; to be fetched: {', '.join(names)}"
@@ -125,7 +126,9 @@ def _ask(repository: Repository, wanted: Wanted) -> int:
         if repository.model is None:
             return 0
         description = get(f"{repository.name}/resolve/{published.sha}/config.json")
-    sizes = _wanted_sizes({file.rfilename: file.size for file in published.siblings or ()})
+    sizes = _wanted_sizes(
+        {file.rfilename: file.size for file in getattr(published, "siblings", None) or ()}
+    )
     _learn(repository.model, description, sizes, wanted)
     return sum(sizes.values())
 
@@ -145,10 +148,11 @@ def _wanted_sizes(sizes: dict[str, int | None]) -> dict[str, int]:
 
 
 def _learn(model: str, description: bytes, sizes: dict[str, int], wanted: Wanted) -> None:
-    from workflow_scripts.models.checkpoint import read_facts
+    from workflow_scripts.models.checkpoint import read_shape
 
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_bytes(description)
-        facts = read_facts(Path(name), wanted.config.models[model].rope_scaling)
-    wanted.facts[model] = with_sizes(facts, sizes) if sizes else facts
+        wanted.shapes[model] = read_shape(Path(name), wanted.config.models[model].rope_scaling)
+    if sizes:
+        wanted.weight_bytes[model] = weight_bytes(sizes)
     wanted.download_bytes[model] = sum(sizes.values())

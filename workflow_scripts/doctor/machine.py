@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts.doctor import probes
-from workflow_scripts.doctor.finding import Finding
+from workflow_scripts.doctor.finding import Finding, Status
 from workflow_scripts.doctor.wanted import Wanted
 
 # Beside a model's weights, on their way to the GPU or while they are scored; the demo's largest job
@@ -27,7 +26,7 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
     from workflow_scripts.train.memory.device import available_ram_bytes
 
     ram = available_ram_bytes()
-    weights = [sum(_sizes(facts)) for facts in wanted.facts.values()]
+    weights = wanted.weight_bytes.values()
     needed = max(weights, default=0) + BESIDE_BYTES if wanted.needs_gpu else DEMO_RAM_BYTES
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(
@@ -43,12 +42,6 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
     yield _disk(wanted)
 
 
-def _sizes(facts: Mapping[str, Any]) -> list[int]:
-    """Of the files with weights, bytes, as far as they are known."""
-    files = facts.get("files", {})
-    return [one["size_bytes"] for name, one in files.items() if name.endswith(".safetensors")]
-
-
 def _training(
     name: str, wanted: Wanted, *, gpu_bytes: int | None, ram_bytes: int
 ) -> Iterator[Finding]:
@@ -58,7 +51,7 @@ def _training(
         return
     is_small = config.models[run.model].built_here is not None
     title = f"memory, {name}"
-    if run.model not in wanted.facts:
+    if run.model not in wanted.shapes:
         if not is_small:  # the demo's shape is known once it is made, and fits anywhere
             yield Finding(
                 title,
@@ -70,30 +63,30 @@ def _training(
         return
     on_gpu = gpu_bytes is not None or not is_small
     available = gpu_bytes if on_gpu else ram_bytes
-    answer = probes.answers_of(
-        "memory",
+    assert run.recipe is not None and run.packing is not None  # a run that is trained has both
+    answer = probes.ask_memory(
         {
-            "facts": wanted.facts[run.model],
+            "shape": wanted.shapes[run.model].model_dump(),
             "recipe": config.entry("recipes", run.recipe).model_dump(),
             "training": config.training.model_dump(),
-            "row_tokens": config.entry("packings", run.packing).row_tokens,
+            "row_tokens": config.packings[run.packing].row_tokens,
             "n_gpus": config.training.gpus * config.training.nodes if on_gpu else 1,
             "device_type": "cuda" if on_gpu else "cpu",
             "available_bytes": available,
         },
     )
     place = "a GPU" if on_gpu else "this machine"
-    if "error" in answer:
-        yield Finding(title, "warning", f"not reckoned: {answer['error']}")
+    if isinstance(answer, probes.NoAnswer):
+        yield Finding(title, "warning", f"not reckoned: {answer.reason}")
         return
-    least = f"training takes at least {answer['least_bytes'] / 1e9:.1f} GB of {place}"
+    least = f"training takes at least {answer.least_bytes / 1e9:.1f} GB of {place}"
     if available is None:
         yield Finding(title, "ok", least)
-    elif answer["refusal"]:
+    elif answer.peak_bytes is None:
         found = f"{least}; {available / 1e9:.1f} GB free"
-        yield Finding(title, "missing", found, "a layout that fits", answer["refusal"])
+        yield Finding(title, "missing", found, "a layout that fits", answer.refusal)
     else:
-        peak = f"{answer['peak_bytes'] / 1e9:.1f} GB predicted"
+        peak = f"{answer.peak_bytes / 1e9:.1f} GB predicted"
         yield Finding(title, "ok", f"{peak} in the fastest layout that fits; {least}")
 
 
@@ -128,12 +121,13 @@ def _disk(wanted: Wanted) -> Finding:
     """Base models to be fetched, and what plan_disk counts."""
     from workflow_scripts.export import plan_disk
 
-    planned, unknown = {}, set()
+    planned: dict[str, int] = {}
+    unknown: set[str] = set()
     gguf, awq = wanted.config.gguf, wanted.config.awq.use
     for name, run in wanted.runs.items():
-        facts: Mapping = wanted.facts.get(run.model, {})
-        if "files" in facts:
-            planned |= plan_disk.files_of(name, facts, gguf, has_awq=awq)
+        if run.model in wanted.weight_bytes:
+            shape, n_bytes = wanted.shapes[run.model], wanted.weight_bytes[run.model]
+            planned |= plan_disk.files_of(name, shape, n_bytes, gguf, has_awq=awq)
         elif wanted.models[run.model].built_here is None:
             unknown.add(run.model)
         else:
@@ -146,7 +140,7 @@ def _disk(wanted: Wanted) -> Finding:
     found = f"{free / 1e9:.1f} GB free at {folder}; the build writes {needed / 1e9:.1f}"
     if unknown:
         found += f", and what {', '.join(sorted(unknown))} takes, which is not known yet"
-    status = "missing" if needed > free else "warning" if unknown else "ok"
+    status: Status = "missing" if needed > free else "warning" if unknown else "ok"
     return Finding(
         "disk",
         status,

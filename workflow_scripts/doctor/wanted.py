@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.handover.facts import Facts, ModelShape
+
 if TYPE_CHECKING:
-    from workflow_scripts.settings import Config
+    from workflow_scripts.settings import Config, ModelSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,19 @@ class Wanted:
 
     config: Config
     results: Path
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Model → its facts, as far as its config.json can be had; `files` where their sizes can."""
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    """Of the models whose config.json can be had."""
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    """Of the models whose files' sizes can be had."""
     download_bytes: dict[str, int] = field(default_factory=dict)
     """Model → what its repository's files take, where it is still to be fetched."""
 
     @property
-    def runs(self) -> dict[str, Any]:
+    def runs(self) -> dict[str, RunSettings]:
         return {name: self.config.runs[name] for name in self.config.build}
 
     @property
-    def models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, ModelSettings]:
         names = {run.model for run in self.runs.values()}
         return {name: self.config.models[name] for name in sorted(names)}
 
@@ -117,26 +121,30 @@ def read_config(root: Path, overlays: Sequence[Path]) -> Config:
 
 def local_facts(wanted: Wanted) -> None:
     """Fill in what the files here say of the base models: facts.json, else a local folder."""
-    from workflow_scripts import files
     from workflow_scripts.log import StageError
-    from workflow_scripts.models.checkpoint import read_facts
+    from workflow_scripts.models.checkpoint import read_shape
 
     for name, model in wanted.models.items():
         path = wanted.folder_of(name) / "facts.json"
         checkpoint = wanted.folder_of(name) / "checkpoint"
-        if model.is_local:
+        if model.is_local and model.source:
             checkpoint = Path(model.source).expanduser()
         try:
             if path.is_file():
-                wanted.facts[name] = files.read_json(path)
+                facts = Facts.read(path)
+                wanted.shapes[name], wanted.weight_bytes[name] = facts, facts.weight_bytes
             elif (checkpoint / "config.json").is_file():
+                wanted.shapes[name] = read_shape(checkpoint, model.rope_scaling)
                 sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-                wanted.facts[name] = with_sizes(read_facts(checkpoint, model.rope_scaling), sizes)
+                wanted.weight_bytes[name] = weight_bytes(sizes)
         except StageError:
             continue  # its own stage says what is wrong with it
 
 
-def with_sizes(facts: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Facts with the sizes of a checkpoint's files, as facts.json has them."""
-    files = {name: {"size_bytes": size} for name, size in sizes.items()}
-    return {**facts, "files": files}
+def weight_bytes(sizes: Mapping[str, int]) -> int:
+    """Size of a checkpoint's weights.
+
+    Args:
+        sizes: of its files, bytes, by name.
+    """
+    return sum(size for name, size in sizes.items() if name.endswith(".safetensors"))

@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.answers import Answer, Answers
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import SampleSettings, settings_from_json
 
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(SampleSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    longest = served_context(facts) - settings.max_tokens
+    facts = Facts.read(arguments.facts)
+    longest = facts.served_context_tokens - settings.max_tokens
     asked = list(
         itertools.islice(prompts_of(Documents(arguments.tokens), longest), settings.n_prompts)
     )
@@ -86,24 +87,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     def text(tokens: Iterable[int]) -> str:
         return tokenizer.decode([int(token) for token in tokens if token != eos]).strip()
 
-    answers = [
-        {
-            "conversation": one.conversation,
-            "prompt": text(one.prompt),
-            "reference": text(one.reference),
-            "answer": text(tokens),
-            "n_tokens": len(tokens),
-            "is_ended": bool(tokens) and tokens[-1] == eos,
-            "is_reference": tokens == one.reference.tolist(),
-        }
+    answers = tuple(
+        Answer(
+            conversation=one.conversation,
+            prompt=text(one.prompt),
+            reference=text(one.reference),
+            answer=text(tokens),
+            n_tokens=len(tokens),
+            is_ended=bool(tokens) and tokens[-1] == eos,
+            is_reference=tokens == one.reference.tolist(),
+        )
         for one, tokens in zip(asked, given, strict=True)
-    ]
-    report = {"answers": answers, "duration_seconds": time.perf_counter() - started}
-    files.write_json(arguments.answers, report)
+    )
+    report = Answers(answers=answers, duration_seconds=time.perf_counter() - started)
+    report.write(arguments.answers)
     logger.info("answered n_prompts=%d path=%s", len(answers), arguments.answers)
 
 
-def prompts_of(documents: Sequence[Document], longest: int) -> Iterator[Asked]:
+def prompts_of(documents: Documents | Sequence[Document], longest: int) -> Iterator[Asked]:
     """The first answer of every conversation, in the order of their ids.
 
     Args:

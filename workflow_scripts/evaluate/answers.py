@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts.evaluate.needles import Needle
+from workflow_scripts.handover.context import Cell
 from workflow_scripts.scoring.pieces import Piece
 
 if TYPE_CHECKING:
@@ -40,21 +41,25 @@ def answer(model: LogitModel, needle: Needle) -> Answer:
     return Answer(bool((logits.argmax(dim=-1) == right).all()), float(nats.sum()))
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
+def summarize(
+    answers: Sequence[Answer], *, length_tokens: int, depth_fraction: float | None
+) -> Cell:
     """Exact answers with their Wilson interval, and the mean cost of an answer."""
     n = len(answers)
     n_exact = sum(one.is_exact for one in answers)
     low, high = wilson_interval(n_exact, n)
     nats = [one.nats for one in answers]
-    return {
-        "n_prompts": n,
-        "n_exact": n_exact,
-        "exact_fraction": n_exact / n,
-        "exact_low_fraction": low,
-        "exact_high_fraction": high,
-        "nats_per_answer": statistics.mean(nats),
-        "standard_error_nats_per_answer": statistics.stdev(nats) / math.sqrt(n) if n > 1 else None,
-    }
+    return Cell(
+        length_tokens=length_tokens,
+        depth_fraction=depth_fraction,
+        n_prompts=n,
+        n_exact=n_exact,
+        exact_fraction=n_exact / n,
+        exact_low_fraction=low,
+        exact_high_fraction=high,
+        nats_per_answer=statistics.mean(nats),
+        standard_error_nats_per_answer=statistics.stdev(nats) / math.sqrt(n) if n > 1 else None,
+    )
 
 
 def wilson_interval(n_right: int, n: int) -> tuple[float, float]:

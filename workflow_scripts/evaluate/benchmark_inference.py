@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.evaluate import links
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.speed import Phase, Speed, SpeedTest, Times
 from workflow_scripts.scoring.pieces import comparable_tokens
 from workflow_scripts.settings import InferenceSettings, settings_from_json
 
@@ -45,53 +47,55 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import numpy as np
 
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     context = comparable_tokens(facts, None)
     n_prompt = min(settings.prompt_tokens, context)
     n_generated = min(settings.generated_tokens, context)
     longest = max(n_prompt, n_generated)
     depths = [depth for depth in settings.depths_tokens if depth + longest <= context] or [0]
     tokens = np.random.default_rng(0).integers(
-        low=0, high=facts["vocabulary_size"], size=context, dtype=np.int32
+        low=0, high=facts.vocabulary_size, size=context, dtype=np.int32
     )
 
-    def tests_of(engine: Gguf | Transformers) -> dict[tuple[str, int], Test]:
+    lengths: dict[Phase, int] = {"prompt": n_prompt, "decode": n_generated}
+
+    def tests_of(engine: Gguf | Transformers) -> dict[tuple[Phase, int], Test]:
         return {
             (phase, depth): engine.test(tokens, depth, n_tokens, is_prompt=phase == "prompt")
             for depth in depths
-            for phase, n_tokens in (("prompt", n_prompt), ("decode", n_generated))
+            for phase, n_tokens in lengths.items()
         }
 
     if arguments.gguf:
         from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
-        engine, device = "llama.cpp", "cpu"
+        device = "cpu"
         with LlamaCppModel(
             arguments.gguf, context_tokens=context, n_threads=arguments.threads
         ) as model:
             seconds = measure(tests_of(Gguf(model)), settings.repetitions)
     else:
         scorer = links.load_transformers(arguments, facts)
-        engine, device = "transformers", str(scorer.model.device)
+        device = str(scorer.model.device)
         seconds = measure(tests_of(Transformers(scorer.model)), settings.repetitions)
-    report: dict[str, Any] = {
-        "engine": engine,
-        "device": device,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "n_threads": arguments.threads,
-        "prompt_tokens": n_prompt,
-        "generated_tokens": n_generated,
-        "n_repetitions": settings.repetitions,
-        **summary(seconds, depths[0], n_prompt=n_prompt, n_generated=n_generated),
-        "tests": [
-            llama_bench_row(phase, depth, n_prompt if phase == "prompt" else n_generated, times)
+    speed = Speed(
+        engine="llama.cpp" if arguments.gguf else "transformers",
+        device=device,
+        machine=f"{platform.machine()}, {os.cpu_count()} CPUs",
+        n_threads=arguments.threads,
+        prompt_tokens=n_prompt,
+        generated_tokens=n_generated,
+        n_repetitions=settings.repetitions,
+        **dict(summary(seconds, depths[0], lengths)),
+        tests=tuple(
+            llama_bench_row(phase, depth, lengths[phase], times)
             for (phase, depth), times in seconds.items()
-        ],
-        "size_bytes": links.size_bytes(arguments),
-        "peak_memory_bytes": peak_memory_bytes(device),
-    }
-    files.write_json(arguments.speed, report)
-    logger.info("measured %s", log.fields({**report, "tests": len(report["tests"])}))
+        ),
+        size_bytes=links.size_bytes(arguments),
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+    speed.write(arguments.speed)
+    logger.info("measured %s", log.fields({**speed.content(), "tests": len(speed.tests)}))
 
 
 class Test(NamedTuple):
@@ -103,10 +107,10 @@ class Test(NamedTuple):
 
 
 def measure(
-    tests: Mapping[tuple[str, int], Test], repetitions: int
-) -> dict[tuple[str, int], list[float]]:
+    tests: Mapping[tuple[Phase, int], Test], repetitions: int
+) -> dict[tuple[Phase, int], list[float]]:
     """Seconds of each repetition of each test, interleaved, after one pass of each."""
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in tests}
+    seconds: dict[tuple[Phase, int], list[float]] = {key: [] for key in tests}
     for repetition in range(repetitions + 1):
         for key, test in tests.items():
             prepared = test.prepare()
@@ -123,40 +127,43 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def summary(
-    seconds: Mapping[tuple[str, int], Sequence[float]],
-    depth: int,
-    *,
-    n_prompt: int,
-    n_generated: int,
-) -> dict[str, float | None]:
-    """Time a token of both phases at one depth, and time to the first token of an answer."""
-    found = {}
-    for phase, n_tokens in (("prompt", n_prompt), ("decode", n_generated)):
-        mean, deviation = mean_and_deviation(
-            [1000 * duration / n_tokens for duration in seconds[phase, depth]]
+    seconds: Mapping[tuple[Phase, int], Sequence[float]], depth: int, lengths: Mapping[Phase, int]
+) -> Times:
+    """Time a token of both phases at one depth, and time to the first token of an answer.
+
+    Args:
+        lengths: tokens of each phase.
+    """
+
+    def of_token(phase: Phase) -> tuple[float, float | None]:
+        return mean_and_deviation(
+            [1000 * duration / lengths[phase] for duration in seconds[phase, depth]]
         )
-        found[f"{phase}_milliseconds_per_token"] = mean
-        found[f"{phase}_standard_deviation_milliseconds_per_token"] = deviation
+
+    prompt, prompt_deviation = of_token("prompt")
+    decode, decode_deviation = of_token("decode")
     # Reading a prompt ends with the logits that the first token is drawn from.
-    first, deviation = mean_and_deviation([1000 * one for one in seconds["prompt", depth]])
-    return found | {
-        "first_token_milliseconds": first,
-        "first_token_standard_deviation_milliseconds": deviation,
-    }
+    first, first_deviation = mean_and_deviation([1000 * one for one in seconds["prompt", depth]])
+    return Times(
+        prompt_milliseconds_per_token=prompt,
+        prompt_standard_deviation_milliseconds_per_token=prompt_deviation,
+        decode_milliseconds_per_token=decode,
+        decode_standard_deviation_milliseconds_per_token=decode_deviation,
+        first_token_milliseconds=first,
+        first_token_standard_deviation_milliseconds=first_deviation,
+    )
 
 
-def llama_bench_row(
-    phase: str, depth: int, n_tokens: int, seconds: Sequence[float]
-) -> dict[str, Any]:
+def llama_bench_row(phase: Phase, depth: int, n_tokens: int, seconds: Sequence[float]) -> SpeedTest:
     """As llama-bench names and counts it: `pp512 @ d4096`, tokens a second."""
     mean, deviation = mean_and_deviation([n_tokens / duration for duration in seconds])
     name = f"{'pp' if phase == 'prompt' else 'tg'}{n_tokens}"
-    return {
-        "test": f"{name} @ d{depth}" if depth else name,
-        "depth_tokens": depth,
-        "tokens_per_second": mean,
-        "standard_deviation_tokens_per_second": deviation,
-    }
+    return SpeedTest(
+        test=f"{name} @ d{depth}" if depth else name,
+        depth_tokens=depth,
+        tokens_per_second=mean,
+        standard_deviation_tokens_per_second=deviation,
+    )
 
 
 class Gguf:

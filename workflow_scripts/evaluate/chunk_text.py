@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import documents_schema
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     settings = settings_from_json(EvaluationSettings, arguments.settings)
     context_tokens = settings.text_context_tokens
-    served = served_context(files.read_json(arguments.facts))
+    served = Facts.read(arguments.facts).served_context_tokens
     if context_tokens > served:
         raise log.StageError(
             "the chunks of a text are longer than what every link reads alike",

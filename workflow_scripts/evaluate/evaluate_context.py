@@ -19,9 +19,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Document, Documents
@@ -30,7 +30,15 @@ from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
 from workflow_scripts.evaluate.questions import WITHOUT_DEPTH
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.context import (
+    ContextScores,
+    EffectiveIntervals,
+    EffectiveLengths,
+    LengthScore,
+    LongGain,
+    TaskCell,
+)
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import ContextSettings, settings_from_json
@@ -61,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(ContextSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    context = served_context(facts) if arguments.gguf else facts["context_tokens"]
+    facts = Facts.read(arguments.facts)
+    context = facts.served_context_tokens if arguments.gguf else facts.context_tokens
     lengths = lengths_of(settings, context)
     prompts = NeedlePrompts(
         haystack({"role": "text", "content": text} for text in haystack_texts(arguments.texts)),
@@ -81,27 +89,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = measure(model, prompts, lengths, settings)
             gain = long_gain(model, documents, context, settings)
     else:
-        model = links.load_transformers(arguments, facts)
-        cells = measure(model, prompts, lengths, settings)
-        gain = long_gain(model, documents, context, settings)
-    scores = scores_by_length(cells)
-    report = {
-        "advertised_tokens": facts["context_tokens"],
-        "context_tokens": context,
-        "sliding_window": facts["sliding_window"],
-        "cells": cells,
-        "scores": [
-            {"length_tokens": length, "score_percent": score} for length, score in scores.items()
-        ],
-        "n_prompts": sum(cell["n_prompts"] for cell in cells),
-        **effective_lengths(scores),
-        **effective_intervals(cells, seed=settings.seed),
-        "short_tokens": settings.short_tokens,
-        **gain,
-        "duration_seconds": time.perf_counter() - started,
-    }
-    files.write_json(arguments.scores, report)
-    logger.info("scored %s", log.fields({**report, "cells": len(cells)}))
+        loaded = links.load_transformers(arguments, facts)
+        cells = measure(loaded, prompts, lengths, settings)
+        gain = long_gain(loaded, documents, context, settings)
+    by_length = scores_by_length(cells)
+    scores = ContextScores(
+        advertised_tokens=facts.context_tokens,
+        context_tokens=context,
+        sliding_window=facts.sliding_window,
+        cells=tuple(cells),
+        scores=tuple(
+            LengthScore(length_tokens=length, score_percent=score)
+            for length, score in by_length.items()
+        ),
+        n_prompts=sum(cell.n_prompts for cell in cells),
+        **dict(effective_lengths(by_length)),
+        **dict(effective_intervals(cells, seed=settings.seed)),
+        **gain.content(),
+        duration_seconds=time.perf_counter() - started,
+    )
+    scores.write(arguments.scores)
+    logger.info("scored %s", log.fields({**scores.content(), "cells": len(cells)}))
 
 
 def haystack_texts(paths: Sequence[Path] | None) -> Iterator[str]:
@@ -144,7 +152,7 @@ def measure(
     prompts: NeedlePrompts,
     lengths: Sequence[int],
     settings: ContextSettings,
-) -> list[dict[str, Any]]:
+) -> list[TaskCell]:
     """A cell a task, length and depth; a task that has no depth is asked as often, in one cell."""
     wanted = [
         (task, length, depth)
@@ -152,7 +160,7 @@ def measure(
         for task in settings.tasks
         for depth in ([None] if task in WITHOUT_DEPTH else settings.depths)
     ]
-    cells = []
+    cells: list[TaskCell] = []
     for task, length, depth in log.progress(wanted, logger, total=len(wanted), unit="cells"):
         n_prompts = settings.n_prompts * (len(settings.depths) if depth is None else 1)
         answers = [
@@ -162,29 +170,36 @@ def measure(
             )
             for number in range(n_prompts)
         ]
-        cell = {"task": task, "length_tokens": length, "depth_fraction": depth}
-        cells.append(cell | summarize(answers))
-    return sorted(
-        cells, key=lambda cell: (cell["task"], cell["length_tokens"], cell["depth_fraction"] or 0)
-    )
+        cell = summarize(answers, length_tokens=length, depth_fraction=depth)
+        cells.append(TaskCell(task=task, **dict(cell)))
+    return sorted(cells, key=lambda cell: (cell.task, cell.length_tokens, cell.depth_fraction or 0))
 
 
-def scores_by_length(cells: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Length → per cent of right answers, every task weighing the same, as in RULER."""
+def scores_by_length(
+    cells: Sequence[TaskCell], n_right: Sequence[float] | None = None
+) -> dict[int, float]:
+    """Length → per cent of right answers, every task weighing the same, as in RULER.
+
+    Args:
+        n_right: right answers of each cell, where they are not those it has.
+    """
+    right = [cell.n_exact for cell in cells] if n_right is None else n_right
     scores = {}
-    for length in sorted({cell["length_tokens"] for cell in cells}):
+    for length in sorted({cell.length_tokens for cell in cells}):
         shares = []
-        for task in sorted({cell["task"] for cell in cells}):
+        for task in sorted({cell.task for cell in cells}):
             of_task = [
-                cell for cell in cells if (cell["task"], cell["length_tokens"]) == (task, length)
+                (cell, n)
+                for cell, n in zip(cells, right, strict=True)
+                if (cell.task, cell.length_tokens) == (task, length)
             ]
-            n_prompts = sum(cell["n_prompts"] for cell in of_task)
-            shares.append(sum(cell["n_exact"] for cell in of_task) / n_prompts)
+            n_prompts = sum(cell.n_prompts for cell, _ in of_task)
+            shares.append(sum(n for _, n in of_task) / n_prompts)
         scores[length] = 100 * sum(shares) / len(shares)
     return scores
 
 
-def effective_lengths(scores: Mapping[int, float]) -> dict[str, Any]:
+def effective_lengths(scores: Mapping[int, float]) -> EffectiveLengths:
     """By both definitions; null where none is measurable, 0 where even the shortest is too long.
 
     Args:
@@ -201,15 +216,15 @@ def effective_lengths(scores: Mapping[int, float]) -> dict[str, Any]:
         good = itertools.takewhile(lambda length: scores[length] >= least, sorted(scores))
         return max(good, default=0)
 
-    return {
-        "is_measurable": is_measurable,
-        "base_score_percent": base,
-        "effective_tokens_ruler": longest(RULER_PERCENT),
-        "effective_tokens_nolima": longest(NOLIMA_FRACTION * base),
-    }
+    return EffectiveLengths(
+        is_measurable=is_measurable,
+        base_score_percent=base,
+        effective_tokens_ruler=longest(RULER_PERCENT),
+        effective_tokens_nolima=longest(NOLIMA_FRACTION * base),
+    )
 
 
-def effective_intervals(cells: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
+def effective_intervals(cells: Sequence[TaskCell], *, seed: int) -> EffectiveIntervals:
     """95 % of the effective lengths that so many prompts leave possible, by both definitions.
 
     Each cell's share of right answers is drawn from its Jeffreys posterior, Beta(right + ½,
@@ -218,38 +233,38 @@ def effective_intervals(cells: Sequence[Mapping[str, Any]], *, seed: int) -> dic
     """
     import numpy as np
 
-    found: dict[str, Any] = {
-        f"effective_tokens_{name}_{end}": None
-        for name in ("ruler", "nolima")
-        for end in ("low", "high")
-    }
-    if not effective_lengths(scores_by_length(cells))["is_measurable"]:
-        return found
+    if not effective_lengths(scores_by_length(cells)).is_measurable:
+        return EffectiveIntervals(
+            effective_tokens_ruler_low=None,
+            effective_tokens_ruler_high=None,
+            effective_tokens_nolima_low=None,
+            effective_tokens_nolima_high=None,
+        )
     generator = np.random.default_rng(seed)
-    n_right = np.array([cell["n_exact"] for cell in cells])
-    n_wrong = np.array([cell["n_prompts"] for cell in cells]) - n_right
-    shares = generator.beta(n_right + 0.5, n_wrong + 0.5, size=(N_DRAWS, len(cells)))
-    drawn: dict[str, list[int]] = {"ruler": [], "nolima": []}
-    for draw in shares:
-        of_draw = [
-            {**cell, "n_exact": share * cell["n_prompts"]}
-            for cell, share in zip(cells, draw, strict=True)
-        ]
-        lengths = effective_lengths(scores_by_length(of_draw))
-        for name, values in drawn.items():
-            values.append(lengths[f"effective_tokens_{name}"])
-    for name, values in drawn.items():
-        low, high = np.percentile(values, INTERVAL_PERCENT, method="closest_observation")
-        found |= {
-            f"effective_tokens_{name}_low": int(low),
-            f"effective_tokens_{name}_high": int(high),
-        }
-    return found
+    n_prompts = np.array([cell.n_prompts for cell in cells])
+    n_right = np.array([cell.n_exact for cell in cells])
+    shares = generator.beta(n_right + 0.5, n_prompts - n_right + 0.5, size=(N_DRAWS, len(cells)))
+    drawn = [effective_lengths(scores_by_length(cells, share * n_prompts)) for share in shares]
+
+    def interval(lengths: Sequence[int | None]) -> tuple[int, int]:
+        low, high = np.percentile(
+            np.array(lengths, dtype=int), INTERVAL_PERCENT, method="closest_observation"
+        )
+        return int(low), int(high)
+
+    ruler = interval([one.effective_tokens_ruler for one in drawn])
+    nolima = interval([one.effective_tokens_nolima for one in drawn])
+    return EffectiveIntervals(
+        effective_tokens_ruler_low=ruler[0],
+        effective_tokens_ruler_high=ruler[1],
+        effective_tokens_nolima_low=nolima[0],
+        effective_tokens_nolima_high=nolima[1],
+    )
 
 
 def long_gain(
-    model: LogitModel, documents: Sequence[Document], context_tokens: int, settings: ContextSettings
-) -> dict[str, Any]:
+    model: LogitModel, documents: Iterable[Document], context_tokens: int, settings: ContextSettings
+) -> LongGain:
     """Loss with `short_tokens` of context less that with all, of supervised tokens beyond them.
 
     Args:
@@ -268,13 +283,13 @@ def long_gain(
         if len(document.input_ids) > short_tokens
         and document.is_supervised[short_tokens:context_tokens].any()
     ][: settings.n_long_conversations]
-    found: dict[str, Any] = {
-        "n_long_conversations": len(long),
-        "long_gain_nats_per_token": None,
-        "long_gain_standard_error_nats_per_token": None,
-    }
     if not long:
-        return found
+        return LongGain(
+            short_tokens=short_tokens,
+            n_long_conversations=0,
+            long_gain_nats_per_token=None,
+            long_gain_standard_error_nats_per_token=None,
+        )
     short, whole = (
         score_documents(model, cutting.cut(long, piece_tokens=piece_tokens))
         for piece_tokens in (short_tokens, context_tokens)
@@ -286,11 +301,13 @@ def long_gain(
         sums.append(float((short[number] - whole[number])[beyond].sum()))
         counts.append(int(beyond.sum()))
     gain = ratio(np.array(sums), np.array(counts))
-    return found | {
-        "n_long_tokens": sum(counts),
-        "long_gain_nats_per_token": gain.mean,
-        "long_gain_standard_error_nats_per_token": gain.standard_error,
-    }
+    return LongGain(
+        short_tokens=short_tokens,
+        n_long_conversations=len(long),
+        long_gain_nats_per_token=gain.mean,
+        long_gain_standard_error_nats_per_token=gain.standard_error,
+        n_long_tokens=sum(counts),
+    )
 
 
 if __name__ == "__main__":

@@ -18,17 +18,19 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import links
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.scores import Distance, Divergence, Scores
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
 
 if TYPE_CHECKING:
     from workflow_scripts.data.documents import Document
-    from workflow_scripts.scoring.likelihood import Scores
+    from workflow_scripts.scoring.likelihood import Scores as Nats
     from workflow_scripts.scoring.pieces import Piece
 
 OUTPUT_VERSION = 4
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.scoring.token_scores import TokenScores
 
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
     piece_tokens = cutting.comparable_tokens(facts, settings.piece_tokens)
     pieces = list(cutting.cut(documents, piece_tokens=piece_tokens))
@@ -75,24 +77,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     sources = sources_of(arguments.clean) if arguments.clean else None
     started = time.perf_counter()
-    cut_into = {"piece_tokens": piece_tokens, "n_pieces": len(pieces)}
-    report: dict[str, Any] = cut_into | {"size_bytes": links.size_bytes(arguments)}
-    whole_nats = None
+    whole_nats = precision = None
     if arguments.reference:
-        nats, divergence = score_with_reference(arguments, facts, pieces)
-        files.write_json(
-            arguments.divergence,
-            {
-                "reference": arguments.reference.name,
-                **cut_into,
-                **divergence,
-                "duration_seconds": time.perf_counter() - started,
-            },
-        )
+        nats, distance, n_models = score_with_reference(arguments, facts, pieces)
+        Divergence(
+            reference=arguments.reference.name,
+            piece_tokens=piece_tokens,
+            n_pieces=len(pieces),
+            **dict(distance),
+            n_models_in_memory=n_models,
+            duration_seconds=time.perf_counter() - started,
+        ).write(arguments.divergence)
     elif arguments.gguf:
         nats = score_gguf(arguments, pieces)
     else:
-        report["precision"] = links.measured_precision(arguments.precision, arguments.checkpoint)
+        precision = links.measured_precision(arguments.precision, arguments.checkpoint)
         long = {
             number
             for number, document in enumerate(documents)
@@ -101,24 +100,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         nats, whole_nats = score_transformers(
             arguments, facts, documents, pieces, long if settings.full_length else None
         )
-    scores = TokenScores.of(documents, nats, whole_nats=whole_nats, sources=sources)
-    report |= scores.metrics()
-    if scores.whole_nats is not None:
-        report["n_conversations_beyond_piece"] = len(long)
-        full_length = scores.metrics(scores.whole_nats)
-        report |= {f"full_length_{key}": value for key, value in full_length.items()}
-    report |= {
-        "by_position": scores.by_position(),
-        "by_turn": scores.by_turn(),
-        "by_source": scores.by_source(),
-        "duration_seconds": time.perf_counter() - started,
-    }
-    scores.write(arguments.token_scores)
-    files.write_json(arguments.scores, report)
-    logger.info("scored %s", log.fields(report))
+    tokens = TokenScores.of(documents, nats, whole_nats=whole_nats, sources=sources)
+    scores = Scores(
+        piece_tokens=piece_tokens,
+        n_pieces=len(pieces),
+        size_bytes=links.size_bytes(arguments),
+        **dict(tokens.metrics()),
+        by_position=tokens.by_position(),
+        by_turn=tokens.by_turn(),
+        by_source=tokens.by_source(),
+        duration_seconds=time.perf_counter() - started,
+    )
+    if precision is not None:
+        scores = scores.changed(precision=precision)
+    if tokens.whole_nats is not None:
+        whole = tokens.metrics(tokens.whole_nats)
+        scores = scores.changed(
+            n_conversations_beyond_piece=len(long),
+            **{f"full_length_{key}": value for key, value in whole},
+        )
+    tokens.write(arguments.token_scores)
+    scores.write(arguments.scores)
+    logger.info("scored %s", log.fields(scores.content()))
 
 
-def score_gguf(arguments: argparse.Namespace, pieces: Sequence[Piece]) -> Scores:
+def score_gguf(arguments: argparse.Namespace, pieces: Sequence[Piece]) -> Nats:
     """Loss of each scored token by the GGUF, by document."""
     import torch
 
@@ -134,9 +140,10 @@ def score_gguf(arguments: argparse.Namespace, pieces: Sequence[Piece]) -> Scores
 
 
 def score_with_reference(
-    arguments: argparse.Namespace, facts: dict[str, Any], pieces: Sequence[Piece]
-) -> tuple[Scores, dict[str, Any]]:
-    """Loss of each scored token by the GGUF, by document, and how far it is from the reference."""
+    arguments: argparse.Namespace, facts: ModelShape, pieces: Sequence[Piece]
+) -> tuple[Nats, Distance, int]:
+    """Loss of each scored token by the GGUF, by document; how far it is from the reference; and how
+    many models were in memory at once."""
     import torch
 
     from workflow_scripts.evaluate import gguf_pair
@@ -151,22 +158,22 @@ def score_with_reference(
     compared = (
         pair.side_by_side(pieces)
         if n_models == 2
-        else pair.in_turns(pieces, facts["vocabulary_size"], folder=arguments.scores.parent)
+        else pair.in_turns(pieces, facts.vocabulary_size, folder=arguments.scores.parent)
     )
     found = divergences.by_document(
         (piece.document, part) for piece, part in zip(shown(pieces), compared, strict=True)
     )
     nats = {document: part.nats for document, part in found.items()}
-    return nats, {**divergences.metrics(found), "n_models_in_memory": n_models}
+    return nats, divergences.metrics(found), n_models
 
 
 def score_transformers(
     arguments: argparse.Namespace,
-    facts: dict[str, Any],
+    facts: ModelShape,
     documents: Sequence[Document],
     pieces: Sequence[Piece],
     long: set[int] | None,
-) -> tuple[Scores, Scores | None]:
+) -> tuple[Nats, Nats | None]:
     """Loss of each scored token by a checkpoint, by document: in pieces, and in whole documents.
 
     Args:
@@ -179,7 +186,7 @@ def score_transformers(
     nats = score_documents(model, shown(pieces))
     if long is None:
         return nats, None
-    whole = cutting.cut(documents, piece_tokens=facts["context_tokens"])
+    whole = cutting.cut(documents, piece_tokens=facts.context_tokens)
     return nats, nats | score_documents(model, (one for one in whole if one.document in long))
 
 

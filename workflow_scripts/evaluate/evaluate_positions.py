@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.scores import PositionScores
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
 
@@ -39,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from workflow_scripts.scoring.likelihood import score_documents
     from workflow_scripts.scoring.token_scores import TokenScores
 
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.max_conversations))
-    pieces = list(whole_pieces(documents, context_tokens=facts["context_tokens"]))
+    pieces = list(whole_pieces(documents, context_tokens=facts.context_tokens))
     if not pieces:
         raise log.StageError(
             "there is nothing to score",
@@ -52,26 +54,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     model = links.load_transformers(arguments, facts)
     shown = log.progress(pieces, logger, total=len(pieces), unit="conversations")
-    scores = TokenScores.of(
+    tokens = TokenScores.of(
         documents,
         score_documents(model, shown),
         positions={piece.document: piece.scored for piece in pieces},
     )
-    report = {
-        "precision": links.measured_precision(arguments.precision),
-        "sliding_window": facts["sliding_window"],
-        "n_tokens_beyond_context": sum(
-            max(0, len(document.input_ids) - facts["context_tokens"]) for document in documents
+    scores = PositionScores(
+        precision=links.measured_precision(arguments.precision),
+        sliding_window=facts.sliding_window,
+        n_tokens_beyond_context=sum(
+            max(0, len(document.input_ids) - facts.context_tokens) for document in documents
         ),
-        **scores.metrics(),
-        "buckets": scores.by_position(),
-        "duration_seconds": time.perf_counter() - started,
-    }
-    files.write_json(arguments.scores, report)
-    logger.info("scored %s", log.fields(report))
+        **dict(tokens.metrics()),
+        buckets=tokens.by_position(),
+        duration_seconds=time.perf_counter() - started,
+    )
+    scores.write(arguments.scores)
+    logger.info("scored %s", log.fields(scores.content()))
 
 
-def whole_pieces(documents: Sequence[Document], *, context_tokens: int) -> Iterator[Piece]:
+def whole_pieces(documents: Iterable[Document], *, context_tokens: int) -> Iterator[Piece]:
     """A piece a document: all of it, up to the context; none where nothing is supervised."""
     import numpy as np
 

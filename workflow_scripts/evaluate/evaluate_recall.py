@@ -23,6 +23,8 @@ from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
+from workflow_scripts.handover.context import Cell, RecallScores
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import RecallSettings, settings_from_json
 
@@ -40,16 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(RecallSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    lengths = settings.lengths_tokens or default_lengths(
-        facts["sliding_window"], facts["context_tokens"]
-    )
-    if max(lengths) > facts["context_tokens"]:
+    facts = Facts.read(arguments.facts)
+    lengths = settings.lengths_tokens or default_lengths(facts.sliding_window, facts.context_tokens)
+    if max(lengths) > facts.context_tokens:
         raise log.StageError(
             "a recall prompt is longer than the model's context",
             where="evaluation.recall.lengths_tokens",
             found=max(lengths),
-            expected=f"at most {facts['context_tokens']} ({arguments.facts})",
+            expected=f"at most {facts.context_tokens} ({arguments.facts})",
         )
     chats = files.read_parquet(arguments.chats, columns=["messages"])["messages"]
     prompts = NeedlePrompts(
@@ -64,23 +64,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = [
         (length, depth) for length in sorted(lengths, reverse=True) for depth in settings.depths
     ]
-    measured = []
+    measured: list[Cell] = []
     for length, depth in log.progress(cells, logger, total=len(cells), unit="cells"):
         needles = [
             prompts.make(number, length_tokens=length, depth_fraction=depth)
             for number in range(settings.n_prompts)
         ]
         answers = [answer(model, needle) for needle in needles]
-        measured.append({"length_tokens": length, "depth_fraction": depth, **summarize(answers)})
-    report = {
-        "precision": links.measured_precision(arguments.precision),
-        "sliding_window": facts["sliding_window"],
-        "chance_nats_per_answer": CHANCE_NATS,
-        "cells": sorted(measured, key=lambda cell: (cell["length_tokens"], cell["depth_fraction"])),
-        "duration_seconds": time.perf_counter() - started,
-    }
-    files.write_json(arguments.scores, report)
-    logger.info("scored n_prompts=%d %s", len(cells) * settings.n_prompts, log.fields(report))
+        measured.append(summarize(answers, length_tokens=length, depth_fraction=depth))
+    scores = RecallScores(
+        precision=links.measured_precision(arguments.precision),
+        sliding_window=facts.sliding_window,
+        chance_nats_per_answer=CHANCE_NATS,
+        cells=tuple(
+            sorted(measured, key=lambda cell: (cell.length_tokens, cell.depth_fraction or 0))
+        ),
+        duration_seconds=time.perf_counter() - started,
+    )
+    scores.write(arguments.scores)
+    n_prompts = len(cells) * settings.n_prompts
+    logger.info("scored n_prompts=%d %s", n_prompts, log.fields(scores.content()))
 
 
 if __name__ == "__main__":

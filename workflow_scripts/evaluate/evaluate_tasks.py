@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.evaluate import harness, links
-from workflow_scripts.evaluate.task_scores import write_samples
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.evaluate.task_scores import Sample, write_samples
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.tasks import TaskScore, TaskScores
 from workflow_scripts.settings import TaskSettings, settings_from_json
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=Path, required=True, help="to write: every document")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(TaskSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    max_length = min(served_context(facts), LONGEST_TOKENS)
+    facts = Facts.read(arguments.facts)
+    max_length = min(facts.served_context_tokens, LONGEST_TOKENS)
     harness.check_installed()
     manager = harness.manager_of(settings)
 
@@ -67,33 +68,35 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tokenizer,
                 max_length=max_length,
             )
-            report, rows = evaluate(lm, settings, manager)
+            scores, rows = evaluate(lm, settings, manager)
     else:
         loaded = links.load_transformers(arguments, facts)
         lm = TransformersLM(loaded.model, tokenizer, max_length=max_length)
-        report, rows = evaluate(lm, settings, manager)
-    report |= {
-        "are_chats": settings.chat_template,
-        "context_tokens": max_length,
-        "duration_seconds": time.perf_counter() - started,
-    }
+        scores, rows = evaluate(lm, settings, manager)
+    report = TaskScores(
+        scores=tuple(scores),
+        are_chats=settings.chat_template,
+        context_tokens=max_length,
+        duration_seconds=time.perf_counter() - started,
+    )
     write_samples(arguments.samples, rows)
-    files.write_json(arguments.scores, report)
-    logger.info("wrote path=%s %s", arguments.scores, log.fields(report))
+    report.write(arguments.scores)
+    logger.info("wrote path=%s %s", arguments.scores, log.fields(report.content()))
 
 
 def evaluate(
     lm: TemplateLM, settings: TaskSettings, manager: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report, and the rows of every document, task by task."""
-    scores, rows = [], []
+) -> tuple[list[TaskScore], list[Sample]]:
+    """The scores, and what every document scored, task by task."""
+    scores: list[TaskScore] = []
+    rows: list[Sample] = []
     for name in settings.names:
         of_task, of_documents = harness.evaluate(lm, name, settings, manager)
         scores += of_task
         rows += of_documents
         for score in of_task:
-            logger.info("scored %s", log.fields(score))
-    return {"scores": scores}, rows
+            logger.info("scored %s", log.fields(score.content()))
+    return scores, rows
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.evaluate import harness
+from workflow_scripts.handover.tasks import FetchedTasks
 from workflow_scripts.settings import TaskSettings, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_from_json(TaskSettings, arguments.settings)
     harness.check_installed()
     manager = harness.manager_of(settings)
-    tasks = [task for name in settings.names for task in harness.fetch(name, manager)]
-    files.write_json(arguments.fetched, {"tasks": tasks})
+    tasks = tuple(task for name in settings.names for task in harness.fetch(name, manager))
+    FetchedTasks(tasks=tasks).write(arguments.fetched)
     logger.info("fetched n_tasks=%d path=%s", len(tasks), arguments.fetched)
 
 

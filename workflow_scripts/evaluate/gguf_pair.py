@@ -11,8 +11,9 @@ import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.scoring.divergences import Divergences, compare
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ class GgufPair(NamedTuple):
     context_tokens: int
     n_threads: int
 
-    def needed_bytes(self, facts: dict[str, Any]) -> int:
+    def needed_bytes(self, facts: ModelShape) -> int:
         """Memory of both models at once: files, key-value caches, and what they compute in."""
-        key_values = 2 * facts["n_layers"] * facts["n_kv_heads"] * facts["head_dim"]
+        key_values = 2 * facts.n_layers * facts.n_kv_heads * facts.head_dim
         cache = key_values * F16_BYTES * self.context_tokens
         files = (self.reference, self.other)
         return sum(path.stat().st_size for path in files) + 2 * cache + OTHER_BYTES

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files
-from workflow_scripts.evaluate.task_scores import Score
+from workflow_scripts.evaluate.task_scores import Sample
+from workflow_scripts.handover.tasks import FetchedTask, TaskScore
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TaskSettings
 
@@ -109,7 +110,7 @@ def hub_explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def fetch(name: str, manager: TaskManager) -> list[dict[str, Any]]:
+def fetch(name: str, manager: TaskManager) -> list[FetchedTask]:
     """Bring the data of a task into the cache of `datasets`; what it consists of.
 
     Raises:
@@ -118,21 +119,21 @@ def fetch(name: str, manager: TaskManager) -> list[dict[str, Any]]:
     with hub_explained(name):
         loaded = manager.load([asked(name)[0]])["tasks"]
     return [
-        {
-            "task": task_name,
-            "version": task.VERSION,
-            "dataset": task.DATASET_PATH,
-            "subset": task.DATASET_NAME,
-            "n_documents": len(task.eval_docs),
-        }
+        FetchedTask(
+            task=task_name,
+            version=task.VERSION,
+            dataset=task.DATASET_PATH,
+            subset=task.DATASET_NAME,
+            n_documents=len(task.eval_docs),
+        )
         for task_name, task in loaded.items()
     ]
 
 
 def evaluate(
     lm: TemplateLM, name: str, settings: TaskSettings, manager: TaskManager
-) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Scores of a task, and a row (`sample_schema`) of every document and metric of it.
+) -> tuple[list[TaskScore], list[Sample]]:
+    """Scores of a task, and what every document of it scored by each metric.
 
     Raises:
         StageError: its data cannot be had.
@@ -154,8 +155,10 @@ def evaluate(
 
 
 def sample_rows(
-    lm: TemplateLM, name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> Iterator[dict[str, Any]]:
+    lm: TemplateLM,
+    name: str,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],  # untyped: lm-evaluation-harness's log
+) -> Iterator[Sample]:
     """Of what the harness logs of every document."""
     from workflow_scripts.evaluate.harness_models import is_truncated
 
@@ -187,8 +190,10 @@ def as_text(value: Any) -> str:
 
 
 def scores_of(
-    asked_name: str, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> list[Score]:
+    asked_name: str,
+    results: Mapping[str, Any],  # untyped: as lm-evaluation-harness gives them
+    rows: Sequence[Sample],
+) -> list[TaskScore]:
     """A score a metric; of a tag or a group that has no score of its own, its tasks'."""
     children: Mapping[str, Sequence[str]] = results["group_subtasks"]
 
@@ -216,7 +221,7 @@ def scores_of(
                 continue
             error = metrics[name].get(f"{metric}_stderr,{kind}")
             scores.append(
-                Score(
+                TaskScore(
                     asked=asked_name,
                     task=name,
                     n_examples=results["n-shot"][of_task[0]],
@@ -228,7 +233,7 @@ def scores_of(
                     high=None,
                     n_documents=sum(results["n-samples"][leaf]["effective"] for leaf in of_task),
                     n_truncated=sum(len(truncated.get(leaf, ())) for leaf in of_task),
-                    subtasks=of_task,
+                    subtasks=tuple(of_task),
                 )
             )
     return scores

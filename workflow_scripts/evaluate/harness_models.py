@@ -139,7 +139,7 @@ class LogitLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would give it."""
         by_input: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
+        for number, (_text, context, continuation) in enumerate(requests):
             assert context and continuation, requests[number]
             if len(continuation) > self.max_length:
                 raise StageError(
@@ -150,9 +150,9 @@ class LogitLM(TemplateLM):
             tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
             by_input.setdefault(tuple(tokens), []).append(number)
         found: list[tuple[float, bool] | None] = [None] * len(requests)
-        for tokens in sorted(by_input):
-            continuations = {number: requests[number][2] for number in by_input[tokens]}
-            for number, answer in self._score(np.array(tokens), continuations).items():
+        for shared in sorted(by_input):
+            continuations = {number: requests[number][2] for number in by_input[shared]}
+            for number, answer in self._score(np.array(shared), continuations).items():
                 found[number] = answer
         return [answer for answer in found if answer is not None]
 
@@ -202,7 +202,11 @@ class LogitLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return [self._generate(*request.args) for request in requests]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _generate(
+        self,
+        context: str,
+        options: dict[str, Any],  # untyped: a task's `generation_kwargs`
+    ) -> str:
         """The greedy answer up to the first of the texts that end it."""
         room = room_for_context(self.max_length, options)
         wanted = normalize_gen_kwargs(options, MAX_ANSWER_TOKENS)
@@ -226,12 +230,11 @@ class LogitLM(TemplateLM):
         return postprocess_generated_text(text(tokens), stop=until, think_end_token=None)
 
 
-def room_for_context(max_length: int, options: dict[str, Any]) -> int:
-    """Tokens that a prompt may have beside its answer.
-
-    Args:
-        options: the task's `generation_kwargs`.
-    """
+def room_for_context(
+    max_length: int,
+    options: dict[str, Any],  # untyped: a task's `generation_kwargs`
+) -> int:
+    """Tokens that a prompt may have beside its answer."""
     wanted = normalize_gen_kwargs(options, MAX_ANSWER_TOKENS)["max_gen_toks"]
     if wanted >= max_length:
         raise StageError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.scoring.transformers_model import measured_precision
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def size_bytes(arguments: argparse.Namespace) -> int | None:
     return sum(path.stat().st_size for path in files)
 
 
-def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> TransformersModel:
+def load_transformers(arguments: argparse.Namespace, facts: ModelShape) -> TransformersModel:
     """The model that `--checkpoint`, `--adapter` and `--precision` name.
 
     Args:
@@ -64,8 +65,8 @@ def load_transformers(arguments: argparse.Namespace, facts: dict[str, Any]) -> T
 
     return TransformersModel(
         arguments.checkpoint,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         precision=measured_precision(arguments.precision, arguments.checkpoint),
-        rope=facts["rope_parameters"],
+        rope=facts.rope_parameters,
         adapter=arguments.adapter,
     )

@@ -17,16 +17,17 @@ import math
 import re
 import string
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import wilson_interval
-from workflow_scripts.evaluate.task_scores import Score, write_samples
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.evaluate.task_scores import Sample, write_samples
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.tasks import ReferenceScores, TaskScore
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import TaskSettings, settings_from_json
 
@@ -64,24 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=Path, required=True, help="to write: every answer")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(TaskSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
-    longest = served_context(facts) - settings.max_answer_tokens
+    facts = Facts.read(arguments.facts)
+    longest = facts.served_context_tokens - settings.max_answer_tokens
     references = references_of(arguments.clean)
     every = list(prompts_of(Documents(arguments.tokens), references))
     asked = [one for one in every if len(one.prompt) <= longest][: settings.limit]
-    report: dict[str, Any] = {
-        "n_with_reference": len(references),
-        "n_too_long": sum(len(one.prompt) > longest for one in every),
-    }
     started = time.perf_counter()
     rows = answered(arguments, facts, asked, settings.max_answer_tokens) if asked else []
-    report |= {
-        "scores": [score(rows)] if rows else [],
-        "duration_seconds": time.perf_counter() - started,
-    }
+    report = ReferenceScores(
+        n_with_reference=len(references),
+        n_too_long=sum(len(one.prompt) > longest for one in every),
+        scores=(score(rows),) if rows else (),
+        duration_seconds=time.perf_counter() - started,
+    )
     write_samples(arguments.samples, rows)
-    files.write_json(arguments.scores, report)
-    logger.info("wrote path=%s n_asked=%d %s", arguments.scores, len(asked), log.fields(report))
+    report.write(arguments.scores)
+    shown = log.fields(report.content())
+    logger.info("wrote path=%s n_asked=%d %s", arguments.scores, len(asked), shown)
 
 
 def references_of(clean: Path) -> dict[str, list[str]]:
@@ -92,7 +92,7 @@ def references_of(clean: Path) -> dict[str, list[str]]:
 
 
 def prompts_of(
-    documents: Sequence[Document], references: Mapping[str, list[str]]
+    documents: Iterable[Document], references: Mapping[str, list[str]]
 ) -> Iterator[Asked]:
     """What stands before the last supervised answer of each conversation with a reference."""
     import numpy as np
@@ -109,18 +109,18 @@ def prompts_of(
 
 def answered(
     arguments: argparse.Namespace,
-    facts: Mapping[str, Any],
+    facts: ModelShape,
     asked: Sequence[Asked],
     max_tokens: int,
-) -> list[dict[str, Any]]:
-    """A row (`sample_schema`) a prompt."""
+) -> list[Sample]:
+    """What each prompt scored."""
     from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
 
     tokenizer = load_mistral_tokenizer(arguments.tokenizer, for_training=False)
     eos = tokenizer.instruct_tokenizer.tokenizer.eos_id
 
-    def rows(greedy: Greedy) -> list[dict[str, Any]]:
-        found = []
+    def rows(greedy: Greedy) -> list[Sample]:
+        found: list[Sample] = []
         for one in log.progress(asked, logger, total=len(asked), unit="prompts"):
             tokens = greedy(one.prompt, max_tokens)
             answer = tokenizer.decode([token for token in tokens if token != eos]).strip()
@@ -162,13 +162,13 @@ def normalized(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
-def score(rows: Sequence[Mapping[str, Any]]) -> Score:
+def score(rows: Sequence[Sample]) -> TaskScore:
     """The share of matches, with Wilson's interval."""
     n = len(rows)
-    n_right = sum(int(row["value"]) for row in rows)
+    n_right = sum(row["value"] == 1 for row in rows)
     low, high = wilson_interval(n_right, n)
     share = n_right / n
-    return Score(
+    return TaskScore(
         asked=TASK,
         task=TASK,
         n_examples=0,
@@ -180,7 +180,7 @@ def score(rows: Sequence[Mapping[str, Any]]) -> Score:
         high=high,
         n_documents=n,
         n_truncated=0,
-        subtasks=[TASK],
+        subtasks=(TASK,),
     )
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import bisect
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts.data import recall
+from workflow_scripts.data.messages import Message
 from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.evaluate.questions import TASKS, Question
 from workflow_scripts.log import StageError
@@ -41,7 +42,7 @@ class Needle:
     """Half-open range of the code, at the end."""
 
 
-def haystack(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+def haystack(messages: Iterable[Message]) -> list[str]:
     """Paragraphs of what users wrote or pasted, in order, each once.
 
     A paragraph that speaks of a city's code would be a second needle, and one that ends in a
@@ -130,7 +131,7 @@ class NeedlePrompts:
             n_characters -= len(paragraph)
         return "\n\n".join(chosen)
 
-    def _asked(self, text: str, question: Question) -> Mapping[str, Any]:
+    def _asked(self, text: str, question: Question) -> Message:
         """The user's message: the text with the statements in it, and the question."""
         lines = text.split("\n")
         places = [round(depth * len(lines)) for depth, _ in question.statements]
@@ -141,7 +142,7 @@ class NeedlePrompts:
             lines.insert(places[at], f"\n{question.statements[at][1]}\n")
         return {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()}
 
-    def _needle(self, asked: Mapping[str, Any], question: Question) -> Needle:
+    def _needle(self, asked: Message, question: Question) -> Needle:
         import numpy as np
 
         begun, ids = (self._answered(asked, question, answer) for answer in ("", question.answer))
@@ -150,10 +151,10 @@ class NeedlePrompts:
         start = int(differs[0]) if len(differs) else len(begun)
         return Needle(question, ids, (start, len(ids)))
 
-    def _answered(self, asked: Mapping[str, Any], question: Question, answer: str) -> np.ndarray:
+    def _answered(self, asked: Message, question: Question, answer: str) -> np.ndarray:
         """Token ids of the question and the answer, without the EOS behind it."""
         answered = f"{question.answer_start} {answer}".rstrip()
-        messages = [asked, {"role": "assistant", "content": answered}]
+        messages: list[Message] = [asked, {"role": "assistant", "content": answered}]
         return self._renderer.render(messages).input_ids[:-1]
 
 

@@ -7,37 +7,33 @@ two links are compared document by document.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from workflow_scripts import files
+from workflow_scripts.handover.tasks import TaskScore
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Score(TypedDict):
-    """One task by one metric."""
+class Sample(TypedDict):
+    """What one document scored by one metric: a row of `sample_schema`."""
 
     asked: str
-    """The entry of `evaluation.tasks.names`: a task may be asked for alone and in a group."""
     task: str
-    n_examples: int
-    """Few-shot examples before every question."""
+    document: str
     metric: str
     filter: str
-    """What of the answer is compared, in the harness's terms; `none` is all of it."""
-    score: float
-    standard_error: float | None
-    low: float | None
-    """End of its 95 % interval, as is `high`, where one is known that is better than ± 2 errors."""
-    high: float | None
-    n_documents: int
-    n_truncated: int
-    """Documents whose prompt did not fit and lost its beginning."""
-    subtasks: list[str]
-    """What the documents in the table are of."""
+    value: float | None
+    """None where a metric is of no single document."""
+    prompt_hash: str
+    """Hash of document and prompt: what must be the same in two links."""
+    answer: str
+    """A text, or as JSON the log-likelihood of every choice."""
+    reference: str
+    is_truncated: bool
 
 
 class Difference(NamedTuple):
@@ -49,7 +45,7 @@ class Difference(NamedTuple):
 
 
 def sample_schema() -> pa.Schema:
-    """A row a document and metric."""
+    """The columns of `Sample`."""
     import pyarrow as pa
 
     return pa.schema(
@@ -59,16 +55,16 @@ def sample_schema() -> pa.Schema:
             ("document", pa.string()),
             ("metric", pa.string()),
             ("filter", pa.string()),
-            ("value", pa.float64()),  # null where a metric is of no single document
-            ("prompt_hash", pa.string()),  # of document and prompt: what must be the same in two
-            ("answer", pa.string()),  # text, or as JSON the log-likelihood of every choice
+            ("value", pa.float64()),
+            ("prompt_hash", pa.string()),
+            ("answer", pa.string()),
             ("reference", pa.string()),
             ("is_truncated", pa.bool_()),
         ]
     )
 
 
-def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_samples(path: Path, rows: Iterable[Sample]) -> None:
     import pyarrow as pa
 
     files.write_parquet(path, pa.Table.from_pylist(list(rows), schema=sample_schema()))
@@ -77,7 +73,7 @@ def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 class Samples:
     """What every document scored."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Sequence[Sample]) -> None:
         self._values: dict[tuple[str, str, str, str], dict[str, tuple[str, float | None]]] = {}
         for row in rows:
             of = self._values.setdefault(
@@ -90,19 +86,19 @@ class Samples:
         columns = ["asked", "task", "document", "metric", "filter", "value", "prompt_hash"]
         return cls(files.read_parquet(path, columns=columns).to_pylist())
 
-    def of(self, score: Score) -> dict[tuple[str, str], tuple[str, float | None]]:
+    def of(self, score: TaskScore) -> dict[tuple[str, str], tuple[str, float | None]]:
         """(task, document) → prompt and value, of all documents that a score is made of."""
         return {
             (task, document): found
-            for task in score["subtasks"]
+            for task in score.subtasks
             for document, found in self._values.get(
-                (score["asked"], task, score["metric"], score["filter"]), {}
+                (score.asked, task, score.metric, score.filter), {}
             ).items()
         }
 
 
 def difference(
-    score: Score, samples: Samples, other: Score, other_samples: Samples
+    score: TaskScore, samples: Samples, other: TaskScore, other_samples: Samples
 ) -> Difference | None:
     """A score less the other, paired document by document: what is hard for both drops out.
 
@@ -120,7 +116,7 @@ def difference(
         changes.append(value - other_value)
     for whole, parts in ((score, mine), (other, others)):
         mean = math.fsum(value for _, value in parts.values() if value is not None) / len(parts)
-        if not math.isclose(mean, whole["score"], abs_tol=1e-9):
+        if not math.isclose(mean, whole.score, abs_tol=1e-9):
             return None
     n = len(changes)
     mean = math.fsum(changes) / n

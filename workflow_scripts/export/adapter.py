@@ -443,7 +443,7 @@ def _is_of(module: str, wanted: str | list[str] | None) -> bool:
     return any(module == one or module.endswith(f".{one}") for one in wanted or [])
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
+def _check_config(config: dict[str, Any], path: Path) -> None:  # untyped: PEFT's JSON
     if config.get("peft_type") != "LORA":
         raise StageError(
             "the adapter is no LoRA",
@@ -469,7 +469,11 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _matching(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+def _matching(
+    patterns: dict[str, Any] | None,  # untyped: PEFT's JSON
+    name: str,
+    default: Any,
+) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

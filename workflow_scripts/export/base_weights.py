@@ -36,7 +36,7 @@ class BaseWeights:
     def __init__(self, checkpoint: Path, nf4_dtype: torch.dtype | None = None) -> None:
         self._nf4_dtype = nf4_dtype
         self._files: dict[str, Any] = {}
-        self.headers: dict[Path, dict[str, Any]] = {}
+        self.headers: dict[Path, dict[str, safetensors_stream.Entry]] = {}
         self._names: dict[str, list[str]] = {}
         self._scales: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._scaling = threading.Lock()
@@ -83,7 +83,7 @@ class BaseWeights:
         return nf4.dequantized(stored.to(self._nf4_dtype), scales)
 
     def _stored(self, name: str, slab: Slab) -> torch.Tensor:
-        return self._files[name].get_tensor(name)[slab.index]
+        return self._files[name].get_tensor(name)[slab.place]
 
     def _scales_of(self, parameter: str) -> torch.Tensor:
         """Of all that lies in one parameter: training quantizes a layer's experts as one tensor."""
@@ -118,5 +118,5 @@ class BaseWeights:
         shape = self.shape(name)
         n_rows_before = slab.rows.start
         if len(shape) == 3:
-            n_rows_before += slab.part.expert * shape[1]
+            n_rows_before += (slab.part.expert or 0) * shape[1]
         return (n_elements + n_rows_before * shape[-1]) // QUANTIZATION_BLOCK

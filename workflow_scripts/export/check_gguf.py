@@ -22,11 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data import token_parity
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.token_parity import Chat
 from workflow_scripts.export import gguf_contents
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.gates import GgufCheck
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from workflow_scripts.scoring.likelihood import all_logits, divergence
     from workflow_scripts.scoring.streamed_model import StreamedModel, batches
 
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     piece_tokens = cutting.comparable_tokens(facts, None)
     documents = Documents(arguments.tokens)
     scored = list(itertools.islice(documents, settings.n_conversations))
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     official = load_mistral_tokenizer(arguments.merged, for_training=True)
     contents = gguf_contents.check(arguments.gguf, arguments.merged, facts)
     merged = StreamedModel(
-        arguments.merged, Weights(BaseWeights(arguments.merged)), window=facts["sliding_window"]
+        arguments.merged, Weights(BaseWeights(arguments.merged)), window=facts.sliding_window
     )
     with LlamaCppModel(
         arguments.gguf, context_tokens=piece_tokens, n_threads=arguments.threads
@@ -83,27 +85,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
     divergences = torch.cat([kl for kl, _ in compared])
     agreements = torch.cat([agrees for _, agrees in compared])
-    report = {
-        **contents,
-        "n_conversations_token_parity": parity.n_compared,
-        "n_conversations_left_out": parity.n_left_out,
-        "n_conversations_llama_cpp_misreads": parity.n_misread,
-        "n_scored_tokens": len(divergences),
-        "kl_divergence_nats": float(divergences.mean()),
-        "max_kl_divergence_nats": float(divergences.max()),
-        "top1_agreement_fraction": float(agreements.double().mean()),
-    }
-    logger.info("measured %s", log.fields(report))
-    if not report["kl_divergence_nats"] <= settings.kl_divergence_nats:
+    report = GgufCheck(
+        n_tensors=contents.n_tensors,
+        n_metadata_keys=contents.n_metadata_keys,
+        n_vocabulary_entries=contents.n_vocabulary_entries,
+        n_conversations_token_parity=parity.n_compared,
+        n_conversations_left_out=parity.n_left_out,
+        n_conversations_llama_cpp_misreads=parity.n_misread,
+        n_scored_tokens=len(divergences),
+        kl_divergence_nats=float(divergences.mean()),
+        max_kl_divergence_nats=float(divergences.max()),
+        top1_agreement_fraction=float(agreements.double().mean()),
+    )
+    logger.info("measured %s", log.fields(report.model_dump()))
+    if not report.kl_divergence_nats <= settings.kl_divergence_nats:
         raise StageError(
             "the GGUF computes something else than the merged model",
             where=f"{arguments.gguf}, mean over {len(divergences)} tokens",
-            found=f"KL divergence {report['kl_divergence_nats']:.3g} nats a token",
+            found=f"KL divergence {report.kl_divergence_nats:.3g} nats a token",
             expected=f"at most {settings.kl_divergence_nats:.3g}"
             " (evaluation.gates.gguf.kl_divergence_nats)",
             to_fix="convert again with the pinned llama-cpp-python; if it stays, please report it",
         )
-    files.write_json(arguments.check, report)
+    report.write(arguments.check)
 
 
 def check_ends(model: LlamaCppModel, gguf: Path, official: MistralTokenizer) -> None:
@@ -206,8 +210,8 @@ def render(model: LlamaCppModel, chat: Chat) -> list[int]:
 
 def render_template(
     template: str,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
+    messages: list[dict[str, Any]],  # untyped: as chat templates take them
+    tools: list[dict[str, Any]] | None,  # untyped: the same
     *,
     bos: str,
     eos: str,

@@ -20,13 +20,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, log
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import merge_base
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.gates import GivenMergedCheck, MergeBase, MergedCheck
 from workflow_scripts.models.checkpoint import check_shards
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import MergeGateSettings, settings_from_json
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
     from workflow_scripts.export.exact_merge import Reference
     from workflow_scripts.export.live_adapter import LiveAdapter
+    from workflow_scripts.export.model_weights import LiveWeights
     from workflow_scripts.scoring.streamed_model import StreamedModel
 
 OUTPUT_VERSION = 3
@@ -84,27 +88,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(MergeGateSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     check_folder(arguments.merged, arguments.tokenizer, facts)
-    report: dict[str, Any] = {"n_conversations": len(documents)}
+    report: GivenMergedCheck | MergedCheck
     if arguments.adapter is None:
-        report |= scored_alone(arguments.merged, facts, pieces)
+        report = scored_alone(arguments.merged, facts, pieces, n_conversations=len(documents))
     else:
         check_config(arguments.merged, arguments.checkpoint, facts)
-        exact, roundings = compared_exactly(arguments)
-        report |= exact | compared_by_scores(arguments, facts, pieces, roundings)
-    logger.info("measured %s", log.fields(report))
+        exact = compared_exactly(arguments)
+        report = compared_by_scores(arguments, facts, pieces, exact, n_conversations=len(documents))
+    logger.info("measured %s", log.fields(report.model_dump(mode="json")))
     judge(report, settings, arguments)
-    files.write_json(arguments.check, report)
+    report.write(arguments.check)
 
 
-def compared_exactly(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+class ExactResult(NamedTuple):
+    """How the merged model's tensors compare with base + adapter."""
+
+    merge_base: MergeBase
+    n_tensors: int
+    n_adapted_tensors: int
+    roundings: Mapping[str, str]
+    """Parameter → what was rounded on the way (`exact_merge.TensorResult`)."""
+
+    @property
+    def rounding(self) -> str | None:
+        """All kinds of `roundings`; None where there are none."""
+        return ", ".join(sorted(set(self.roundings.values()))) or None
+
+
+def compared_exactly(arguments: argparse.Namespace) -> ExactResult:
     """Every tensor against base + adapter.
 
-    Returns:
-        The figures, and parameter → what was rounded on the way (`exact_merge.TensorResult`).
     Raises:
         StageError: naming the tensors that differ, and what seems to have happened to them.
     """
@@ -145,13 +162,12 @@ def compared_exactly(arguments: argparse.Namespace) -> tuple[dict[str, Any], dic
         lines = described(wrong, expected, merged, other)
         raise _differs(arguments, f"{len(wrong)} of {len(results)} tensors: " + "; ".join(lines))
     roundings = {part(each.name).parameter: each.rounding for each in results if each.rounding}
-    report = {
-        "merge_base": base_name,
-        "n_tensors": len(results),
-        "n_adapted_tensors": sum(result.rounding is not None for result in results),
-        "rounding": ", ".join(sorted(set(roundings.values()))) or None,
-    }
-    return report, roundings
+    return ExactResult(
+        merge_base=base_name,
+        n_tensors=len(results),
+        n_adapted_tensors=sum(result.rounding is not None for result in results),
+        roundings=roundings,
+    )
 
 
 def _differs(arguments: argparse.Namespace, found: str) -> log.StageError:
@@ -167,55 +183,81 @@ def _differs(arguments: argparse.Namespace, found: str) -> log.StageError:
 
 def compared_by_scores(
     arguments: argparse.Namespace,
-    facts: dict[str, Any],
+    facts: ModelShape,
     pieces: Sequence[cutting.Piece],
-    roundings: Mapping[str, str],
-) -> dict[str, Any]:
+    exact: ExactResult,
+    *,
+    n_conversations: int,
+) -> MergedCheck:
     """Divergences, and the loss next to that of the model as it was trained."""
     from workflow_scripts.export.live_adapter import LiveAdapter
     from workflow_scripts.scoring.likelihood import paired_difference, score_documents, summarize
     from workflow_scripts.scoring.transformers_model import TransformersModel, measured_precision
 
     live = LiveAdapter(arguments.adapter, arguments.checkpoint)
-    exact = summed(arguments, facts, live)
+    unrounded = summed(arguments, facts, live)
     merged = as_users_get_it(arguments.merged, facts)
-    report = divergences(arguments, facts, live, exact, merged, few(pieces), roundings)
+    measured = divergences(arguments, facts, live, unrounded, merged, few(pieces), exact.roundings)
     merged_scores = merged.score(pieces)
     if arguments.precision == "native":
         precision = "float32"
-        trained_scores = exact.score(pieces)
+        trained_scores = unrounded.score(pieces)
     else:
         precision = measured_precision(arguments.precision)
         trained = TransformersModel(
             arguments.checkpoint,
-            window=facts["sliding_window"],
-            rope=facts["rope_parameters"],
+            window=facts.sliding_window,
+            rope=facts.rope_parameters,
             precision=precision,
             adapter=arguments.adapter,
         )
         trained_scores = score_documents(trained, pieces)
     difference, error = paired_difference(merged_scores, trained_scores)
     summary = summarize(merged_scores)
-    return report | {
-        "n_scored_tokens": summary["n_scored_tokens"],
-        "merged_perplexity": summary["perplexity"],
-        "adapter_precision": precision,
-        "adapter_perplexity": summarize(trained_scores)["perplexity"],
-        "perplexity_increase_fraction": math.expm1(difference),
-        "loss_difference_nats_per_token": difference,
-        "loss_difference_standard_error_nats_per_token": error,
-    }
+    return MergedCheck(
+        n_conversations=n_conversations,
+        merge_base=exact.merge_base,
+        n_tensors=exact.n_tensors,
+        n_adapted_tensors=exact.n_adapted_tensors,
+        rounding=exact.rounding,
+        n_divergence_tokens=len(measured.merged),
+        kl_divergence_from_rounded_nats=float(measured.from_rounded.mean()),
+        kl_divergence_nats=float(measured.merged.mean()),
+        max_kl_divergence_nats=float(measured.merged.max()),
+        rounding_kl_divergence_nats=tuple(float(kl.mean()) for kl in measured.rounded_at_random),
+        top1_agreement_fraction=float(measured.agreements.double().mean()),
+        n_scored_tokens=summary.n_scored_tokens,
+        merged_perplexity=summary.perplexity,
+        adapter_precision=precision,
+        adapter_perplexity=summarize(trained_scores).perplexity,
+        perplexity_increase_fraction=math.expm1(difference),
+        loss_difference_nats_per_token=difference,
+        loss_difference_standard_error_nats_per_token=error,
+    )
+
+
+class Divergences(NamedTuple):
+    """KL divergences of each token, nats."""
+
+    merged: torch.Tensor
+    """From the float32 sum to the merged model."""
+    from_rounded: torch.Tensor
+    """From the rounded sum to the merged model."""
+    rounded_at_random: Sequence[torch.Tensor]
+    """From the float32 sum to the sum rounded at random, seed by seed."""
+    agreements: torch.Tensor
+    """Whether float32 sum and merged model have the same likeliest next token."""
 
 
 def divergences(
     arguments: argparse.Namespace,
-    facts: dict[str, Any],
+    facts: ModelShape,
     live: LiveAdapter,
     exact: StreamedModel,
     merged: StreamedModel,
     pieces: Sequence[cutting.Piece],
     roundings: Mapping[str, str],
-) -> dict[str, Any]:
+) -> Divergences:
     """KL divergence of the merged model from the rounded sum, and from the float32 sum next to what
     rounding at random gives."""
     import torch
@@ -232,9 +274,7 @@ def divergences(
     nearest = NearestWeights(BaseWeights(arguments.checkpoint, nf4_dtype), live, dtypes, roundings)
     expected = summed(arguments, facts, live, lambda _: nearest)
     rounded = [
-        summed(
-            arguments, facts, live, lambda weights, seed=seed: RoundedWeights(weights, dtype, seed)
-        )
+        summed(arguments, facts, live, partial(RoundedWeights, dtype=dtype, seed=seed))
         for seed in range(N_ROUNDINGS)
     ]
     found: list[list[torch.Tensor]] = [[] for _ in range(1 + N_ROUNDINGS)]
@@ -247,15 +287,8 @@ def divergences(
         found[0].append(kl)
         for model, kls in zip(rounded, found[1:], strict=True):
             kls.append(divergence(reference, torch.cat(model.logits(batch)))[0])
-    of_sum, *of_roundings = (torch.cat(kls) for kls in found)
-    return {
-        "n_divergence_tokens": len(of_sum),
-        "kl_divergence_from_rounded_nats": float(torch.cat(from_rounded).mean()),
-        "kl_divergence_nats": float(of_sum.mean()),
-        "max_kl_divergence_nats": float(of_sum.max()),
-        "rounding_kl_divergence_nats": [float(kl.mean()) for kl in of_roundings],
-        "top1_agreement_fraction": float(torch.cat(agreements).double().mean()),
-    }
+    of_merged_sum, *of_roundings = (torch.cat(kls) for kls in found)
+    return Divergences(of_merged_sum, torch.cat(from_rounded), of_roundings, torch.cat(agreements))
 
 
 def few(pieces: Sequence[cutting.Piece]) -> list[cutting.Piece]:
@@ -267,9 +300,9 @@ def few(pieces: Sequence[cutting.Piece]) -> list[cutting.Piece]:
 
 def summed(
     arguments: argparse.Namespace,
-    facts: dict[str, Any],
+    facts: ModelShape,
     live: LiveAdapter,
-    changed: Any = None,
+    changed: Callable[[LiveWeights], Mapping[str, torch.Tensor]] | None = None,
 ) -> StreamedModel:
     """base + adapter in float32, never rounded.
 
@@ -282,27 +315,25 @@ def summed(
 
     base_name = merge_base.chosen(arguments.merge_base)
     nf4_dtype = merge_base.nf4_dtype(base_name, arguments.adapter, arguments.checkpoint)
-    weights: Mapping[str, torch.Tensor] = LiveWeights(
-        BaseWeights(arguments.checkpoint, nf4_dtype), live
-    )
+    weights = LiveWeights(BaseWeights(arguments.checkpoint, nf4_dtype), live)
     embeddings = live.whole.get("model.embed_tokens.weight")
     return StreamedModel(
         arguments.checkpoint,
         weights if changed is None else changed(weights),
-        window=facts["sliding_window"],
-        rope=facts["rope_parameters"],
+        window=facts.sliding_window,
+        rope=facts.rope_parameters,
         vocabulary_size=None if embeddings is None else len(embeddings),
     )
 
 
-def as_users_get_it(merged: Path, facts: dict[str, Any]) -> StreamedModel:
+def as_users_get_it(merged: Path, facts: ModelShape) -> StreamedModel:
     """In float32, by its own config.json but for the window: the positions there are what its users
     get."""
     from workflow_scripts.export.base_weights import BaseWeights
     from workflow_scripts.export.model_weights import Weights
     from workflow_scripts.scoring.streamed_model import StreamedModel
 
-    return StreamedModel(merged, Weights(BaseWeights(merged)), window=facts["sliding_window"])
+    return StreamedModel(merged, Weights(BaseWeights(merged)), window=facts.sliding_window)
 
 
 def stored_dtypes(merged: Path) -> dict[str, torch.dtype]:
@@ -318,55 +349,58 @@ def stored_dtypes(merged: Path) -> dict[str, torch.dtype]:
 
 
 def scored_alone(
-    merged: Path, facts: dict[str, Any], pieces: Sequence[cutting.Piece]
-) -> dict[str, Any]:
+    merged: Path, facts: ModelShape, pieces: Sequence[cutting.Piece], *, n_conversations: int
+) -> GivenMergedCheck:
     """A model that was merged elsewhere: there is no adapter to compare it with."""
     from workflow_scripts.scoring.likelihood import summarize
 
     scores: dict[int, np.ndarray] = as_users_get_it(merged, facts).score(pieces)
     summary = summarize(scores)
-    return {
-        "n_scored_tokens": summary["n_scored_tokens"],
-        "merged_perplexity": summary["perplexity"],
-    }
+    return GivenMergedCheck(
+        n_conversations=n_conversations,
+        n_scored_tokens=summary.n_scored_tokens,
+        merged_perplexity=summary.perplexity,
+    )
 
 
 def judge(
-    report: dict[str, Any], settings: MergeGateSettings, arguments: argparse.Namespace
+    report: GivenMergedCheck | MergedCheck,
+    settings: MergeGateSettings,
+    arguments: argparse.Namespace,
 ) -> None:
     """
     Raises:
         StageError: a figure is beyond its gate; so is NaN, which compares as false.
     """
-    if not math.isfinite(report["merged_perplexity"]):
+    if not math.isfinite(report.merged_perplexity):
         raise log.StageError(
             "the merged model computes no numbers",
             where=arguments.merged,
-            found=f"perplexity {report['merged_perplexity']}",
+            found=f"perplexity {report.merged_perplexity}",
             expected="a finite one",
         )
-    if arguments.adapter is None:
+    if isinstance(report, GivenMergedCheck):
         return
-    limit = max(ROUNDED_SHARE * min(report["rounding_kl_divergence_nats"]), ARITHMETIC_NATS)
-    if not report["kl_divergence_from_rounded_nats"] <= limit:
+    limit = max(ROUNDED_SHARE * min(report.rounding_kl_divergence_nats), ARITHMETIC_NATS)
+    if not report.kl_divergence_from_rounded_nats <= limit:
         raise log.StageError(
             "the merged model computes something else than base + adapter",
-            where=f"{arguments.merged}, mean over {report['n_divergence_tokens']} tokens",
-            found=f"KL divergence {report['kl_divergence_from_rounded_nats']:.3g} nats a token from"
+            where=f"{arguments.merged}, mean over {report.n_divergence_tokens} tokens",
+            found=f"KL divergence {report.kl_divergence_from_rounded_nats:.3g} nats a token from"
             " the rounded sum, though each weight is right",
             expected=f"at most {limit:.3g}",
             to_fix="compare the folder's config.json with the base's; if they agree, please"
             " report it",
         )
-    error = report["loss_difference_standard_error_nats_per_token"] or 0.0
+    error = report.loss_difference_standard_error_nats_per_token or 0.0
     limit = math.log1p(settings.perplexity_increase_fraction)
-    if not report["loss_difference_nats_per_token"] - STANDARD_ERRORS * error <= limit:
+    if not report.loss_difference_nats_per_token - STANDARD_ERRORS * error <= limit:
         raise log.StageError(
             "the merged model is worse than the adapter it was made of",
-            where=f"{arguments.merged}, {report['n_conversations']} validation conversations",
-            found=f"perplexity {report['merged_perplexity']:.4f} against"
-            f" {report['adapter_perplexity']:.4f} of {TRAINED_AS[arguments.precision]}:"
-            f" {report['perplexity_increase_fraction']:.2%} more, with a standard error of"
+            where=f"{arguments.merged}, {report.n_conversations} validation conversations",
+            found=f"perplexity {report.merged_perplexity:.4f} against"
+            f" {report.adapter_perplexity:.4f} of {TRAINED_AS[arguments.precision]}:"
+            f" {report.perplexity_increase_fraction:.2%} more, with a standard error of"
             f" {error:.2%}",
             expected=f"at most {settings.perplexity_increase_fraction:.1%} more"
             " (evaluation.gates.merge.perplexity_increase_fraction), two standard errors aside",
@@ -375,7 +409,7 @@ def judge(
         )
 
 
-def check_config(merged: Path, checkpoint: Path, facts: dict[str, Any]) -> None:
+def check_config(merged: Path, checkpoint: Path, facts: ModelShape) -> None:
     """The merged model's config.json says what the base's says, and the positions of the facts.
 
     Raises:
@@ -386,8 +420,8 @@ def check_config(merged: Path, checkpoint: Path, facts: dict[str, Any]) -> None:
     found = AutoConfig.from_pretrained(merged).to_dict()
     expected = AutoConfig.from_pretrained(checkpoint).to_dict()
     unjudged = set(UNJUDGED_KEYS)
-    if facts.get("rope_scaling"):
-        expected["rope_parameters"] = facts["rope_parameters"]
+    if facts.rope_scaling:
+        expected["rope_parameters"] = facts.rope_parameters
         unjudged |= {"max_position_embeddings", "head_dim"}
     for key in sorted(expected.keys() - unjudged):
         if found.get(key) != expected[key]:
@@ -400,7 +434,7 @@ def check_config(merged: Path, checkpoint: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
+def check_folder(merged: Path, tokenizer: Path, facts: ModelShape) -> None:
     """All that a user of the folder needs is there: the tokenizer that ships, and a config that
     says what was trained.
 
@@ -433,12 +467,12 @@ def check_folder(merged: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
     check_shards(merged)
     config = AutoConfig.from_pretrained(merged)
     window = getattr(config, "sliding_window", None)
-    if window != facts["sliding_window"]:
+    if window != facts.sliding_window:
         raise log.StageError(
             "the merged folder loads with another sliding window",
             where=f"{merged / 'config.json'}, sliding_window",
             found=window,
-            expected=facts["sliding_window"],
+            expected=facts.sliding_window,
             to_fix="merge again",
         )
     n_tokens = len(AutoTokenizer.from_pretrained(merged))

@@ -18,11 +18,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import merge_base
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.gates import MergeBase, MergeBaseChoice, MergeCandidate
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import MergeBaseGateSettings, settings_from_json
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from workflow_scripts.scoring.likelihood import paired_difference, summarize
     from workflow_scripts.scoring.transformers_model import TransformersModel
 
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     documents = list(itertools.islice(Documents(arguments.tokens), settings.n_conversations))
     if not documents:
         raise log.StageError(
@@ -70,31 +72,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     pieces = list(cutting.cut(documents, piece_tokens=cutting.comparable_tokens(facts, None)))
     live = TransformersModel(
         arguments.checkpoint,
-        window=facts["sliding_window"],
-        rope=facts["rope_parameters"],
+        window=facts.sliding_window,
+        rope=facts.rope_parameters,
         precision="nf4",
         adapter=arguments.adapter,
     )
     candidates = {name: candidate(arguments, facts, name) for name in merge_base.BASES}
     live_scores, scores, found = measured(live, candidates, pieces)
     for name, figures in found.items():
-        logger.info("measured base=%s %s", name, log.fields(figures))
+        logger.info("measured base=%s %s", name, log.fields(figures.model_dump()))
     difference, error = paired_difference(scores["original"], scores["dequantized"])
     summary = summarize(live_scores)
-    report = {
-        "merge_base": better(found, difference, error),
-        "n_conversations": len(documents),
-        "n_scored_tokens": summary["n_scored_tokens"],
-        "adapter_perplexity": summary["perplexity"],
-        "loss_difference_nats_per_token": difference,
-        "loss_difference_standard_error_nats_per_token": error,
-        **found,
-    }
-    files.write_json(arguments.choice, report)
-    logger.info("chose %s", log.fields(report))
+    choice = MergeBaseChoice(
+        merge_base=better(found, difference, error),
+        n_conversations=len(documents),
+        n_scored_tokens=summary.n_scored_tokens,
+        adapter_perplexity=summary.perplexity,
+        loss_difference_nats_per_token=difference,
+        loss_difference_standard_error_nats_per_token=error,
+        original=found["original"],
+        dequantized=found["dequantized"],
+    )
+    choice.write(arguments.choice)
+    logger.info("chose %s", log.fields(choice.model_dump()))
 
 
-def candidate(arguments: argparse.Namespace, facts: dict[str, Any], name: str) -> StreamedModel:
+def candidate(arguments: argparse.Namespace, facts: ModelShape, name: MergeBase) -> StreamedModel:
     """The model that a merge into one of the bases would give."""
     from workflow_scripts.export import merged_weights
     from workflow_scripts.export.adapter import Adapter
@@ -109,15 +112,15 @@ def candidate(arguments: argparse.Namespace, facts: dict[str, Any], name: str) -
     return StreamedModel(
         arguments.checkpoint,
         MergedWeights(base, adapter),
-        window=facts["sliding_window"],
-        rope=facts["rope_parameters"],
+        window=facts.sliding_window,
+        rope=facts.rope_parameters,
         vocabulary_size=adapter.vocabulary_size,
     )
 
 
 def measured(
-    live: TransformersModel, candidates: Mapping[str, StreamedModel], pieces: Sequence[Piece]
-) -> tuple[Scores, dict[str, Scores], dict[str, dict[str, float]]]:
+    live: TransformersModel, candidates: Mapping[MergeBase, StreamedModel], pieces: Sequence[Piece]
+) -> tuple[Scores, dict[MergeBase, Scores], dict[MergeBase, MergeCandidate]]:
     """Losses of the live adapter and of each candidate by document, and how near each candidate is
     to the live adapter."""
     import torch
@@ -132,8 +135,10 @@ def measured(
     from workflow_scripts.scoring.streamed_model import batches
 
     live_nats: dict[Piece, np.ndarray] = {}
-    nats: dict[str, dict[Piece, np.ndarray]] = {name: {} for name in candidates}
-    compared: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in candidates}
+    nats: dict[MergeBase, dict[Piece, np.ndarray]] = {name: {} for name in candidates}
+    compared: dict[MergeBase, list[tuple[torch.Tensor, torch.Tensor]]] = {
+        name: [] for name in candidates
+    }
     for batch in batches(pieces):
         reference = [all_logits(live, piece) for piece in batch]
         live_nats.update(zip(batch, map(losses, reference, batch), strict=True))
@@ -145,33 +150,35 @@ def measured(
     found = {}
     for name in candidates:
         divergences, agreements = map(torch.cat, zip(*compared[name], strict=True))
-        found[name] = {
-            "perplexity": summarize(scores[name])["perplexity"],
-            "kl_divergence_nats": float(divergences.mean()),
-            "top1_agreement_fraction": float(agreements.double().mean()),
-        }
+        found[name] = MergeCandidate(
+            perplexity=summarize(scores[name]).perplexity,
+            kl_divergence_nats=float(divergences.mean()),
+            top1_agreement_fraction=float(agreements.double().mean()),
+        )
     return by_document(pieces, live_nats), scores, found
 
 
-def better(found: Mapping[str, Mapping[str, float]], difference: float, error: float | None) -> str:
+def better(
+    found: Mapping[MergeBase, MergeCandidate], difference: float, error: float | None
+) -> MergeBase:
     """The base whose merge is better.
 
     Args:
-        found: perplexity and KL divergence by base.
+        found: what was measured, by base.
         difference: loss of the original base's merge less that of the other, nats a token.
         error: its standard error; None where it is not known.
     Raises:
         StageError: a figure is not finite.
     """
     for name, measured in found.items():
-        for key, value in measured.items():
+        for key, value in measured:
             if not math.isfinite(value):
                 raise log.StageError(
                     "a merge computes no numbers", where=f"base {name}, {key}", found=value
                 )
     if error is not None and abs(difference) > STANDARD_ERRORS * error:
         return "original" if difference < 0 else "dequantized"
-    return min(merge_base.BASES, key=lambda name: found[name]["kl_divergence_nats"])
+    return min(merge_base.BASES, key=lambda name: found[name].kl_divergence_nats)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.settings import ImatrixSettings, settings_from_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from workflow_scripts.export.importance import Collector
     from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
-    chunk_tokens = min(CHUNK_TOKENS, served_context(files.read_json(arguments.facts)))
+    chunk_tokens = min(CHUNK_TOKENS, Facts.read(arguments.facts).served_context_tokens)
     limits = {"chunk_tokens": chunk_tokens, "n_tokens": settings.n_tokens}
     collector = Collector()
     with LlamaCppModel(

@@ -22,8 +22,9 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.export import llama_cpp_source, origin
 from workflow_scripts.export.merge_adapter import stretched_config
+from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.models.checkpoint import ConfigJson
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("convert_gguf")
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--published", default="{}", help="JSON of `origin.published`")
     parser.add_argument("--gguf", type=Path, required=True, help="to write: F16 GGUF")
     arguments = parser.parse_args(argv)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     config = files.read_json(arguments.merged / "config.json")
     if arguments.tokenizer:  # a merged model's positions are stretched already
         config = stretched_config(config, facts)
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as name, files.atomic_file(arguments.gguf) as gguf:
         staged = Path(name)
-        config = config | {"max_position_embeddings": served_context(facts)}
+        config = config | {"max_position_embeddings": facts.served_context_tokens}
         folders = [folder for folder in (arguments.merged, arguments.tokenizer) if folder]
         stage_model(folders, staged, config=config)
         command = [sys.executable, str(llama_cpp_source.converter()), str(staged)]
-        published = json.loads(arguments.published)
+        published: origin.Published = json.loads(arguments.published)
         metadata = staged / "metadata.json"
         files.write_json(metadata, origin.gguf_metadata(published))
         if "license" in published:  # which the converter reads from a model card alone
@@ -75,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info(
         "converted size_bytes=%d context_tokens=%d path=%s",
         arguments.gguf.stat().st_size,
-        served_context(facts),
+        facts.served_context_tokens,
         arguments.gguf,
     )
 
 
-def stage_model(folders: Sequence[Path], staged: Path, *, config: dict) -> None:
+def stage_model(folders: Sequence[Path], staged: Path, *, config: ConfigJson) -> None:
     """Links to the files of all folders, the last one's first, and the config to convert with.
 
     But for tekken.json: beside it, transformers loads a tokenizer that llama.cpp's converter does
@@ -93,22 +94,22 @@ def stage_model(folders: Sequence[Path], staged: Path, *, config: dict) -> None:
     files.write_json(staged / "config.json", config)
 
 
-def check_vocabulary(merged: Path, facts: dict) -> None:
+def check_vocabulary(merged: Path, facts: ModelShape) -> None:
     """Embedding rows and tokens must agree: the converter would not mind, and loading would
     fail."""
     from transformers import AutoTokenizer
 
     n_tokens = len(AutoTokenizer.from_pretrained(merged))
-    if n_tokens != facts["vocabulary_size"]:
+    if n_tokens != facts.vocabulary_size:
         raise StageError(
             "the tokenizer does not fit the model",
             where=merged,
             found=f"{n_tokens} tokens",
-            expected=f"{facts['vocabulary_size']} rows of embeddings",
+            expected=f"{facts.vocabulary_size} rows of embeddings",
         )
 
 
-def check_positions(merged: Path, config: dict, facts: dict) -> None:
+def check_positions(merged: Path, config: ConfigJson, facts: ModelShape) -> None:
     """llama.cpp must compute the positions the model was trained with: of dynamic NTK the converter
     would write nothing, and exit with 0."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -121,12 +122,12 @@ def check_positions(merged: Path, config: dict, facts: dict) -> None:
             to_fix="train with yarn, or stop at the target `train`",
         )
     # A merge made before the config asked for the scaling would be converted without it.
-    if facts.get("rope_scaling") and rope != facts["rope_parameters"]:
+    if facts.rope_scaling and rope != facts.rope_parameters:
         raise StageError(
             "the merged model's positions are not those it was trained with",
             where=f"{merged / 'config.json'}, rope_parameters",
             found=rope,
-            expected=facts["rope_parameters"],
+            expected=facts.rope_parameters,
             to_fix="merge again, with --facts",
         )
 

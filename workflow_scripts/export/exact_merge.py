@@ -46,7 +46,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.shards: dict[str, Path] = {}
-        self.entries: dict[str, Any] = {}
+        self.entries: dict[str, safetensors_stream.Entry] = {}
         self._open: dict[str, Any] = {}
         for shard in weight_files(folder):
             stored = safe_open(shard, framework="pt")
@@ -56,7 +56,7 @@ class Files:
                 self._open[name] = stored
 
     def rows(self, name: str, slab: Slab) -> torch.Tensor:
-        return self._open[name].get_tensor(name)[slab.index]
+        return self._open[name].get_tensor(name)[slab.place]
 
     def whole(self, name: str) -> torch.Tensor:
         return self._open[name].get_tensor(name)
@@ -193,7 +193,7 @@ class Reference:
                 break
             first += n_elements
         shape = self.base.entries[name]["shape"]
-        return self._dequantized[1][first : first + n_elements].view(shape)[slab.index]
+        return self._dequantized[1][first : first + n_elements].view(shape)[slab.place]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, hub, log
 from workflow_scripts.export import given
+from workflow_scripts.handover.provenance import GivenOrigin
 from workflow_scripts.log import StageError
 from workflow_scripts.models import tensors
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise StageError("no adapter to fetch", where="--settings, adapter", found=run.adapter)
 
     with tempfile.TemporaryDirectory() as name:
-        source, origin = Path(name), {"source": run.adapter}
+        source, commit = Path(name), None
         if is_local(run.adapter):
             source = Path(run.adapter).expanduser()
         else:
-            origin["commit"] = hub.download(
+            commit = hub.download(
                 run.adapter,
                 run.revision,
                 source,
@@ -53,12 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         needed = given.adapter_files(source)
         check_fit(source, arguments.checkpoint)
-        manifest = files.read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+        path = source / MANIFEST
+        manifest = files.read_json(path) if path.is_file() else {}
         arguments.adapter.mkdir(parents=True, exist_ok=True)
         for path in needed:
             with files.atomic_file(arguments.adapter / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    files.write_json(arguments.adapter / "source.json", origin | described(manifest))
+    origin = GivenOrigin(
+        source=run.adapter,
+        commit=commit,
+        compute_dtype=manifest.get("compute_dtype"),
+        training=manifest or None,
+    )
+    origin.write(arguments.adapter / "source.json")
     logger.info("wrote source=%s path=%s", run.adapter, arguments.adapter)
 
 
@@ -74,13 +81,6 @@ def check_fit(folder: Path, checkpoint: Path) -> None:
 
     merged_weights.check_fit(checkpoint, BaseWeights(checkpoint), Adapter(folder))
     tensors.check_all_values([folder / "adapter_model.safetensors"])
-
-
-def described(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the merge and a release want to know of a training of Tramontane's."""
-    if not manifest:
-        return {}
-    return {"compute_dtype": manifest.get("compute_dtype"), "training": manifest}
 
 
 if __name__ == "__main__":

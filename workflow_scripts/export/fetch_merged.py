@@ -14,10 +14,11 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, hub, log
 from workflow_scripts.export import given
+from workflow_scripts.handover.facts import Facts, ModelShape, RopeParameters
+from workflow_scripts.handover.provenance import GivenOrigin
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tensors
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.merged is None:
         raise StageError("no model to fetch", where="--settings, merged", found=run.merged)
 
-    origin = {"source": run.merged}
+    commit = None
     with files.atomic_folder(arguments.merged) as folder:
         judged = folder
         if is_local(run.merged):
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             judged = Path(run.merged).expanduser().resolve()
             link(judged, folder)
         else:
-            origin["commit"] = hub.download(
+            commit = hub.download(
                 run.merged,
                 run.revision,
                 folder,
@@ -60,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 key="runs.<name>.merged",
                 wanted=list(given.MODEL_FILES),
             )
-        facts = files.read_json(arguments.facts)
+        facts = Facts.read(arguments.facts)
         check_shape(judged, facts)
-        checkpoints.check_whole(judged, checkpoints.read_facts(judged))
+        checkpoints.check_whole(judged, checkpoints.read_shape(judged))
         tensors.check_all_values(checkpoints.weight_files(judged))
         complete(folder, arguments.tokenizer, facts)
-        files.write_json(folder / "source.json", origin)
+        GivenOrigin(source=run.merged, commit=commit).write(folder / "source.json")
     logger.info("wrote source=%s path=%s", run.merged, arguments.merged)
 
 
@@ -78,37 +79,38 @@ def link(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def check_shape(folder: Path, facts: dict[str, Any]) -> None:
+def check_shape(folder: Path, facts: ModelShape) -> None:
     """
     Raises:
         StageError: the model is no fine-tune of the base.
     """
-    found, facts = (
-        one | {"rope_scaling": stretched(one)} for one in (checkpoints.read_facts(folder), facts)
+    found, wanted = (
+        one.model_dump(include=set(SHAPE)) | {"rope_scaling": stretched(one)}
+        for one in (checkpoints.read_shape(folder), facts)
     )
-    differing = [key for key in (*SHAPE, "rope_scaling") if found[key] != facts[key]]
+    differing = [key for key in (*SHAPE, "rope_scaling") if found[key] != wanted[key]]
     if differing:
         raise StageError(
             "the merged model is not of the shape of its base",
             where=f"config.json: {', '.join(differing)}",
             found=log.fields({key: found[key] for key in differing}),
-            expected=log.fields({key: facts[key] for key in differing}),
+            expected=log.fields({key: wanted[key] for key in differing}),
             to_fix="set runs.<name>.model to the base that it was made of; where there is none"
             " (tokens added), name the model's own folder under `models` too",
         )
 
 
-def stretched(facts: dict[str, Any]) -> dict[str, Any]:
+def stretched(facts: ModelShape) -> RopeParameters:
     """How positions are stretched, in the form of `rope_parameters`; not at all is {}."""
-    rope = {key: value for key, value in facts["rope_parameters"].items() if key != "rope_theta"}
+    rope = {key: value for key, value in facts.rope_parameters.items() if key != "rope_theta"}
     return {} if rope.get("rope_type", "default") == "default" else rope
 
 
-def complete(folder: Path, tokenizer: Path, facts: dict[str, Any]) -> None:
+def complete(folder: Path, tokenizer: Path, facts: ModelShape) -> None:
     """What plain `from_pretrained` wants beside the weights."""
     config = files.read_json(folder / "config.json")
     # Without the key MistralConfig would fill in a window of 4096.
-    files.write_json(folder / "config.json", config | {"sliding_window": facts["sliding_window"]})
+    files.write_json(folder / "config.json", config | {"sliding_window": facts.sliding_window})
     if not (folder / "generation_config.json").is_file():
         tokens = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
         files.write_json(folder / "generation_config.json", tokens)

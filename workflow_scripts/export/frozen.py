@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files
 from workflow_scripts.export.provenance import without_folders
+from workflow_scripts.handover.provenance import ReleasedRun
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES
 
+Tables = Mapping[str, Any]  # untyped: tables of a config, of this version or of another
 
-def check(run: str, names: Mapping[str, Any], config: Mapping[str, Any], release: Path) -> None:
+
+def check(run: str, names: Tables, config: Tables, release: Path) -> None:
     """Hold a frozen run's settings against those its release was made with. Keys that a later
     version of the workflow added are no difference; a run that was not released is not checked.
 
@@ -27,9 +29,9 @@ def check(run: str, names: Mapping[str, Any], config: Mapping[str, Any], release
     provenance = release / "provenance.json"
     if not provenance.is_file():
         return
-    made = files.read_json(provenance)
+    made = ReleasedRun.read(provenance)
     # A release of an earlier version may say less.
-    tables = made.get("config", {})
+    tables = made.config
     shared = {"evaluation": tables.get("evaluation", {})}
     if "quantizations" in tables.get("gguf", {}):
         shared["gguf"] = {"quantizations": tables["gguf"]["quantizations"]}
@@ -37,7 +39,7 @@ def check(run: str, names: Mapping[str, Any], config: Mapping[str, Any], release
         raise _changed(run, key, old, new, provenance)
     for field, table in RUN_TABLES.items():
         now = without_folders({"name": names.get(field), **config.get(field, {})})
-        before = {"name": made.get(field), **tables.get(field, {})}
+        before = {"name": getattr(made, field), **tables.get(field, {})}
         for key, old, new in differences(before, now):
             place = f"runs.{run}, {table}.{names.get(field)}: {key}"
             raise _changed(run, place, old, new, provenance)
@@ -54,9 +56,7 @@ def _changed(run: str, key: str, old: Any, new: Any, provenance: Path) -> StageE
     )
 
 
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Tables, now: Tables, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Key, old and new value of what changed, of the keys that were there before."""
     for key, old in before.items():
         new = now.get(key)

@@ -12,14 +12,15 @@ Source: llama.cpp, conversion/llama.py and gguf-py/gguf/constants.py (architectu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files
 from workflow_scripts.export import llama_cpp_source, tensor_names
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import served_context, weight_files
+from workflow_scripts.models.checkpoint import ConfigJson, weight_files
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 
 if TYPE_CHECKING:
@@ -52,14 +53,21 @@ _SCALING = "llama.rope.scaling."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
 
 
-def check(gguf: Path, merged: Path, facts: Mapping[str, Any]) -> dict[str, int]:
+class Compared(NamedTuple):
+    """How much of a GGUF was compared with the merged model."""
+
+    n_tensors: int
+    n_metadata_keys: int
+    n_vocabulary_entries: int
+    """Pieces of a SentencePiece tokenizer; 0 for tekken."""
+
+
+def check(gguf: Path, merged: Path, facts: ModelShape) -> Compared:
     """
     Args:
         gguf: F16 GGUF of convert_gguf.
         merged: the folder it was converted from.
         facts: of the base: its window and context.
-    Returns:
-        How many tensors, metadata keys and tokens were compared.
     Raises:
         StageError: the first difference.
     """
@@ -80,16 +88,12 @@ def check(gguf: Path, merged: Path, facts: Mapping[str, Any]) -> dict[str, int]:
     n_tokens = _check_pieces(gguf, merged, fields)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     n_tensors = _check_tensors(gguf, merged, tensors, config)
-    return {
-        "n_tensors": n_tensors,
-        "n_metadata_keys": len(wanted),
-        "n_vocabulary_entries": n_tokens,
-    }
+    return Compared(n_tensors, len(wanted), n_tokens)
 
 
 def expected_metadata(
-    config: Mapping[str, Any], facts: Mapping[str, Any], *, chat_template: str
-) -> dict[str, Any]:
+    config: ConfigJson, facts: ModelShape, *, chat_template: str
+) -> dict[str, Any]:  # untyped: metadata of llama.cpp's
     """Keys and values that the file must have.
 
     Args:
@@ -102,7 +106,7 @@ def expected_metadata(
     wanted = {
         "general.architecture": "llama",
         "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": served_context(dict(facts)),
+        "llama.context_length": facts.served_context_tokens,
         "llama.embedding_length": config["hidden_size"],
         "llama.feed_forward_length": config["intermediate_size"],
         "llama.attention.head_count": n_heads,
@@ -157,7 +161,7 @@ def _compare(gguf: Path, key: str, found: Any, expected: Any) -> None:
     )
 
 
-def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Any]) -> int:
+def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Callable[[], Any]]) -> int:
     """Every piece of a SentencePiece tokenizer with its score. Tekken's merges are judged by the
     sample of conversations alone.
 
@@ -189,7 +193,7 @@ def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Any]) -> int:
 
 
 def _check_tensors(
-    gguf: Path, merged: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    gguf: Path, merged: Path, tensors: Mapping[str, np.ndarray], config: ConfigJson
 ) -> int:
     import numpy as np
 
@@ -244,9 +248,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view("u2" if values.dtype.itemsize == 2 else "u4")
 
 
-def expected_tensors(
-    merged: Path, config: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, np.ndarray]]:
+def expected_tensors(merged: Path, config: ConfigJson) -> Iterator[tuple[str, Any, np.ndarray]]:
     """Each tensor of the merged model as the GGUF must hold it: its name there, the index in the
     tensor of that name (experts share one), and the values.
 
@@ -280,7 +282,7 @@ def expected_tensors(
 
 
 def _placed(
-    source: str, values: np.ndarray, config: Mapping[str, Any]
+    source: str, values: np.ndarray, config: ConfigJson
 ) -> Iterator[tuple[str, Any, np.ndarray]]:
     """As `expected_tensors`, of one tensor in float32."""
     part = tensor_names.part(source)

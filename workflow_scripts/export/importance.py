@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class _Ggml:
             *(pointer, pointer, ctypes.c_size_t, ctypes.c_size_t),
         )
         name_of = _function(libggml.ggml_op_name, ctypes.c_char_p, ctypes.c_int)
-        operations = {}
+        operations: dict[str, int] = {}
         while "MUL_MAT_ID" not in operations:  # beyond the last there is no name to ask for
             operations[name_of(len(operations)).decode()] = len(operations)
         self.product = operations["MUL_MAT"]
@@ -64,7 +65,7 @@ class _Ggml:
         assert overhead == ctypes.sizeof(Tensor) + 32, "ggml_tensor has another layout"
 
 
-def _function(function, result, *arguments):
+def _function(function: Any, result: Any, *arguments: Any) -> Any:
     function.restype, function.argtypes = result, arguments
     return function
 

@@ -100,7 +100,9 @@ def unpack(sdist: Path, folder: Path) -> None:
                     raise StageError("a file would leave its folder", where=sdist, found=path)
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.extractfile(member) as source, target.open("wb") as copy:
+                source = archive.extractfile(member)
+                assert source is not None  # None for what is not a file
+                with source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
                 target.chmod(member.mode & 0o755)
 

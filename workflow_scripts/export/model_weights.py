@@ -63,7 +63,7 @@ class Weights(Mapping[str, torch.Tensor]):
         shape = self.shape(name)
         made = torch.empty(shape)
         for slab in slabs(name, shape):
-            made[slab.index] = self.slab(name, slab).float()
+            made[slab.place] = self.slab(name, slab).float()
         return made
 
 

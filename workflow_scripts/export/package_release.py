@@ -13,12 +13,15 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.durations import durations
 from workflow_scripts.export import model_card, modelfile, provenance, tensor_types
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.gates import GgufCheck, GivenMergedCheck, MergedCheck
+from workflow_scripts.handover.origin import Origin
+from workflow_scripts.handover.provenance import AnyManifest, Gates, GivenOrigin, Provenance
+from workflow_scripts.handover.scores import Scores
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 from workflow_scripts.settings import GgufSettings, RunSettings, settings_from_json
 
@@ -40,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help="training manifest, source.json of an adapter, or the folder of a model, as given",
     )
-    parser.add_argument("--checks", type=Path, nargs="+", required=True, help="the gates' JSON")
+    parser.add_argument(
+        "--checks", type=Path, nargs=2, required=True, help="merged_check.json and gguf_check.json"
+    )
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="of every link")
     parser.add_argument("--dataset", type=Path, nargs="+", required=True, help="cleaned splits")
     parser.add_argument("--config", required=True, help="JSON: the entries that the run combines")
@@ -51,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = settings_from_json(RunSettings, arguments.settings)
     config = json.loads(arguments.config)
     gguf_settings = settings_from_json(GgufSettings, json.dumps(config["gguf"]))
-    facts = files.read_json(arguments.facts)
-    scores = {path.stem: files.read_json(path) for path in arguments.scores}
+    facts = Facts.read(arguments.facts)
+    scores = {path.stem: Scores.read(path) for path in arguments.scores}
     source_file = arguments.checkpoint / "source.json"
-    source = files.read_json(source_file) if source_file.is_file() else {"source": run.model}
+    source = Origin.read(source_file) if source_file.is_file() else Origin(source=run.model)
+    source = source.changed(**provenance.without_folders(source.model_dump()))
 
     with files.atomic_folder(arguments.release) as folder:
         for gguf in arguments.ggufs:
@@ -64,14 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder / "Modelfile",
             modelfile.modelfile(
                 default,
-                tokenizer_version=facts["tokenizer_version"],
-                context_tokens=served_context(facts),
+                tokenizer_version=facts.tokenizer_version,
+                context_tokens=facts.served_context_tokens,
             ),
         )
         # Mistral's own tokenizer file: what the release is served with, and can be checked by.
-        shipped = ("chat_template.jinja", "tokenizer_config.json")
-        shipped += (find_tokenizer(arguments.tokenizer, facts["tokenizer_version"]).name,)
-        for name in shipped:
+        own = find_tokenizer(arguments.tokenizer, facts.tokenizer_version).name
+        for name in ("chat_template.jinja", "tokenizer_config.json", own):
             files.copy_or_link(arguments.tokenizer / name, folder / name)
         given, manifest = read_beginning(run, arguments.beginning)
         contents = {
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.name,
             run,
             model_card.front_matter(json.loads(arguments.published)),
-            source=provenance.without_folders(source),
+            source=source,
             facts=facts,
             manifest=manifest,
             scores=scores,
@@ -93,44 +98,58 @@ def main(argv: Sequence[str] | None = None) -> None:
             gguf_settings=gguf_settings,
         )
         files.write_text(folder / "README.md", card)
-        origin = {
-            "run": arguments.name,
+        made_of = Provenance(
+            run=arguments.name,
             **provenance.without_folders(run.model_dump()),
-            "context_tokens": served_context(facts),
-            "config": provenance.without_folders(config),
-            "base": provenance.without_folders(source),
-            "base_files": facts["files"],
-            "dataset_files": provenance.hashes(arguments.dataset),
-            **({"given": provenance.without_folders(given)} if given else {}),
-            "training": manifest,
-            "gguf_contents": contents,
-            "gates": {path.stem: files.read_json(path) for path in arguments.checks},
-            "scores": scores,
-            "packages": provenance.versions(),
-            "python": platform.python_version(),
-            "git_revision": provenance.git_revision(),
-            "hardware": provenance.hardware(),
-            "duration_seconds": (durations(arguments.benchmarks) if arguments.benchmarks else {}),
-        }
-        files.write_json(folder / "provenance.json", origin)
+            context_tokens=facts.served_context_tokens,
+            config=provenance.without_folders(config),
+            base=source,
+            base_files=facts.files,
+            dataset_files=provenance.hashes(arguments.dataset),
+            given=given,
+            training=manifest,
+            gguf_contents=contents,
+            gates=read_gates(run, *arguments.checks),
+            scores=scores,
+            packages=provenance.versions(),
+            python=platform.python_version(),
+            git_revision=provenance.git_revision(),
+            hardware=provenance.hardware(),
+            duration_seconds=durations(arguments.benchmarks) if arguments.benchmarks else {},
+        )
+        made_of.write(folder / "provenance.json")
         released = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
         sums = [f"{files.sha256(path)}  {path.name}" for path in released]
         files.write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
     logger.info("packaged n_files=%d path=%s", len(sums) + 1, arguments.release)
 
 
-def read_beginning(
-    run: RunSettings, path: Path
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def read_beginning(run: RunSettings, path: Path) -> tuple[GivenOrigin | None, AnyManifest | None]:
     """What a run began with, where it was given; and how it was trained, as far as that is known.
 
     Args:
         path: of `--beginning`.
     """
-    content = files.read_json(path / "source.json" if run.merged else path)
     if run.is_trained:
-        return None, content
-    return content, content.pop("training", None)
+        return None, files.read_json(path)
+    origin = GivenOrigin.read(path / "source.json" if run.merged else path)
+    shown = provenance.without_folders(origin.model_dump(exclude={"training"}))
+    return GivenOrigin.model_validate(shown), origin.training
+
+
+def read_gates(run: RunSettings, merged_check: Path, gguf_check: Path) -> Gates:
+    """What the gates measured.
+
+    Args:
+        merged_check: the first path of `--checks`.
+        gguf_check: the second.
+    """
+    merged: GivenMergedCheck | MergedCheck
+    if run.merged:
+        merged = GivenMergedCheck.read(merged_check)
+    else:
+        merged = MergedCheck.read(merged_check)
+    return Gates(merged_check=merged, gguf_check=GgufCheck.read(gguf_check))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ python -m workflow_scripts.export.plan_disk --facts m=results/models/m/facts.jso
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.plans import DiskPlan
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import GgufSettings, settings_from_json
+from workflow_scripts.settings.fields import Settings
 
 OUTPUT_VERSION = 2
 # Of a whole file: the sizes of an 8B model in tools/quantize/quantize.cpp over its 8.03e9 weights,
@@ -46,6 +47,15 @@ MARGIN = 1.03
 logger = log.stage_logger("plan_disk")
 
 
+class DiskSettings(Settings):
+    """What the large files of a build depend on."""
+
+    runs: dict[str, str]
+    """Run → its model."""
+    gguf: GgufSettings
+    awq: bool
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--facts", nargs="+", required=True, help="model=facts.json of each model")
@@ -55,16 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder of all results")
     parser.add_argument("--disk-plan", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
-    wanted = json.loads(arguments.settings)
-    gguf = settings_from_json(GgufSettings, json.dumps(wanted["gguf"]))
+    wanted = settings_from_json(DiskSettings, arguments.settings)
     facts = {
-        name: files.read_json(Path(path))
+        name: Facts.read(Path(path))
         for name, _, path in (model.partition("=") for model in arguments.facts)
     }
     planned = {
         path: n_bytes
-        for run, model in wanted["runs"].items()
-        for path, n_bytes in files_of(run, facts[model], gguf, has_awq=wanted["awq"]).items()
+        for run, model in wanted.runs.items()
+        for path, n_bytes in files_of(
+            run, facts[model], facts[model].weight_bytes, wanted.gguf, has_awq=wanted.awq
+        ).items()
     }
     lacking = missing(planned, arguments.results)
     needed = needed_bytes(lacking)
@@ -82,25 +93,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             " retention.merged and retention.f16 to false and build one run at a time;"
             f" {log.DOCTOR}",
         )
-    report = {"needed_bytes": needed, "free_bytes": free, "planned_bytes": planned}
-    files.write_json(arguments.disk_plan, report)
+    plan = DiskPlan(needed_bytes=needed, free_bytes=free, planned_bytes=planned)
+    plan.write(arguments.disk_plan)
     logger.info("fits needed_gb=%.1f free_gb=%.1f", needed / 1e9, free / 1e9)
 
 
 def files_of(
-    run: str, facts: dict[str, Any], gguf: GgufSettings, *, has_awq: bool = False
+    run: str, shape: ModelShape, weight_bytes: int, gguf: GgufSettings, *, has_awq: bool = False
 ) -> dict[str, int]:
     """Path below `results/` → bytes, of the large files of a run.
 
     Args:
-        facts: of its base model.
+        shape: of its base model.
+        weight_bytes: of the base's safetensors.
     """
-    weights = [entry for name, entry in facts["files"].items() if name.endswith(".safetensors")]
-    n_weights = sum(entry["size_bytes"] for entry in weights) / WEIGHT_BYTES.get(facts["dtype"], 2)
+    n_weights = weight_bytes / WEIGHT_BYTES.get(shape.dtype or "", 2)
     sizes = {"merged": 16.0, f"gguf/{run}-F16.gguf": 16.0}
     if has_awq:
         sizes["awq"] = AWQ_BITS
-    falls_back = any(facts[width] % K_BLOCK for width in ("hidden_size", "intermediate_size"))
+    falls_back = bool(shape.hidden_size % K_BLOCK or shape.intermediate_size % K_BLOCK)
     for name in gguf.quantizations:
         mix = gguf.mix(name)
         types = [mix.type, mix.output, mix.token_embd, *mix.tensors.values()]
@@ -110,7 +121,7 @@ def files_of(
             bits = max(bits, BITS_PER_WEIGHT["Q8_0"])
         elif falls_back and not mix.output:
             # llama.cpp wants the output layer in Q6_K whatever the type, and takes Q8_0 for it.
-            n_output = facts["vocabulary_size"] * facts["hidden_size"]
+            n_output = shape.vocabulary_size * shape.hidden_size
             bits += max(0, BITS_PER_WEIGHT["Q8_0"] - bits) * n_output / n_weights
         sizes[f"gguf/{run}-{name}.gguf"] = bits
     return {f"runs/{run}/{path}": round(bits * n_weights / 8) for path, bits in sizes.items()}

@@ -12,11 +12,12 @@ python -m workflow_scripts.export.plan_quantizations --facts facts.json
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.plans import QuantizationPlan, TensorTypes
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import GgufSettings, settings_from_json
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(GgufSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
 
     check_converts(facts, arguments.model)
     from workflow_scripts.export import tensor_types
@@ -40,20 +41,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = {}
     for name in settings.quantizations:
         plan[name] = one = tensor_types.planned(facts, settings, name)
-        logger.info("planned %s %s", name, log.fields(one | one["type_fractions"]))
-        if one["fallback_fraction"] > tensor_types.TOLD_FRACTION:
+        logger.info("planned %s %s", name, log.fields(one.model_dump() | one.type_fractions))
+        if one.fallback_fraction > tensor_types.TOLD_FRACTION:
             logger.warning("%s", told(name, one, facts, arguments.model))
-    files.write_json(arguments.plan, plan)
+    QuantizationPlan(plan).write(arguments.plan)
 
 
-def check_converts(facts: Mapping[str, Any], model: str) -> None:
+def check_converts(facts: ModelShape, model: str) -> None:
     """llama.cpp's converter knows the architecture and its positions.
 
     Raises:
         StageError: it does not, so that every run of the model would end at its GGUF.
     """
     way_out = "build the target `train`, which makes no GGUF"
-    if facts["model_type"] == "ministral":
+    if facts.model_type == "ministral":
         raise StageError(
             "llama.cpp's converter does not know Ministral's layers with different windows",
             where=f"models.{model}",
@@ -61,7 +62,7 @@ def check_converts(facts: Mapping[str, Any], model: str) -> None:
             expected="mistral or mixtral, for a GGUF",
             to_fix=way_out,
         )
-    rope = facts["rope_parameters"].get("rope_type")
+    rope = facts.rope_parameters.get("rope_type")
     if rope == "dynamic":
         raise StageError(
             "GGUF has no form of dynamic NTK",
@@ -72,16 +73,16 @@ def check_converts(facts: Mapping[str, Any], model: str) -> None:
         )
 
 
-def told(name: str, plan: Mapping[str, Any], facts: Mapping[str, Any], model: str) -> str:
+def told(name: str, plan: TensorTypes, facts: ModelShape, model: str) -> str:
     """The warning, with the widths that cause it."""
-    types = ", ".join(f"{share:.0%} {kind}" for kind, share in plan["type_fractions"].items())
-    changes = ", ".join(f"{change} ({n} tensors)" for change, n in plan["fallbacks"].items())
+    types = ", ".join(f"{share:.0%} {kind}" for kind, share in plan.type_fractions.items())
+    changes = ", ".join(f"{change} ({n} tensors)" for change, n in plan.fallbacks.items())
     widths = (
-        f"hidden_size {facts['hidden_size']}, intermediate_size {facts['intermediate_size']},"
-        f" heads · head_dim {facts['n_heads'] * facts['head_dim']}"
+        f"hidden_size {facts.hidden_size}, intermediate_size {facts.intermediate_size},"
+        f" heads · head_dim {facts.n_heads * facts.head_dim}"
     )
     return (
-        f"{name} of models.{model} will hold {plan['fallback_fraction']:.0%} of the weights in"
+        f"{name} of models.{model} will hold {plan.fallback_fraction:.0%} of the weights in"
         f" other types than its name says: {changes}; in all {types}. Rows of k-quants and most"
         f" i-quants must be multiples of 256 ({widths}). Q8_0, Q5_0 and Q4_0 need multiples of 32"
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files
+from workflow_scripts.handover.facts import FileFacts
+from workflow_scripts.handover.provenance import Hardware
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "mistral-common", "llama-cpp-python")
 REPOSITORY = Path(__file__).parents[2]
@@ -34,23 +36,23 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """The machine that this runs on; what training ran on is in its manifest."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
-    return {
-        "architecture": platform.machine(),
-        "cpu": model,
-        "n_cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+    return Hardware(
+        architecture=platform.machine(),
+        cpu=model,
+        n_cpus=os.cpu_count(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
 
 
-def hashes(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Of files by their names."""
+def hashes(paths: Sequence[Path]) -> dict[str, FileFacts]:
+    """Hash and size of files, by their names."""
     return {
-        path.name: {"sha256": files.sha256(path), "size_bytes": path.stat().st_size}
+        path.name: FileFacts(sha256=files.sha256(path), size_bytes=path.stat().st_size)
         for path in paths
     }
 

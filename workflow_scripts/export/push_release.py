@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.export.released import released_files
+from workflow_scripts.handover.provenance import ReleasedRun
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import PushSettings, settings_from_json
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All are checked before the first byte leaves.
     checked = {release: released_files(release) for release in arguments.releases}
     for release, paths in checked.items():
-        run = files.read_json(release / "provenance.json")["run"]
+        run = ReleasedRun.read(release / "provenance.json").run
         repository = f"{settings.owner}/{run}-GGUF"
         for path in paths:
             print(f"{path.stat().st_size:>15,}  {repository}/{path.name}", flush=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import served_context
 from workflow_scripts.settings import AwqSettings, settings_from_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--awq", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(AwqSettings, arguments.settings)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
     check_package()
     check_shape(facts, settings.group_size, arguments.facts)
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sequences = list(
         calibration.chats(
             Documents(arguments.tokens),
-            chunk_tokens=min(settings.sequence_tokens, served_context(facts)),
+            chunk_tokens=min(settings.sequence_tokens, facts.served_context_tokens),
             n_tokens=settings.n_tokens,
         )
     )
@@ -108,27 +108,27 @@ def check_package() -> None:
         )
 
 
-def check_shape(facts: dict[str, Any], group_size: int, where: Path) -> None:
+def check_shape(facts: ModelShape, group_size: int, where: Path) -> None:
     """Every linear layer must be one that can be packed.
 
     Raises:
         StageError: a mixture, or a layer that is not made of whole groups.
     """
-    if facts["n_experts"]:
+    if facts.n_experts:
         raise StageError(
             "a mixture of experts is not quantized to AWQ here",
             where=f"{where}, n_experts",
-            found=facts["n_experts"],
+            found=facts.n_experts,
             expected="none",
             to_fix="set awq.use: false; GGUF quantizes mixtures",
         )
     sizes = {
-        "hidden_size": facts["hidden_size"],
-        "intermediate_size": facts["intermediate_size"],
-        "n_heads × head_dim": facts["n_heads"] * facts["head_dim"],
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "n_heads × head_dim": facts.n_heads * facts.head_dim,
     }
     broken = {name: size for name, size in sizes.items() if size % group_size}
-    outputs = facts["n_kv_heads"] * facts["head_dim"]
+    outputs = facts.n_kv_heads * facts.head_dim
     if broken:
         fitting = [size for size in (64, 32) if not any(found % size for found in sizes.values())]
         raise StageError(
@@ -148,21 +148,21 @@ def check_shape(facts: dict[str, Any], group_size: int, where: Path) -> None:
         )
 
 
-def tell_duration(facts: dict[str, Any], n_tokens: int) -> None:
+def tell_duration(facts: ModelShape, n_tokens: int) -> None:
     """Without a GPU: about how long it will take, by what is computed and this machine's rates."""
     import torch
 
     if torch.cuda.is_available():
         return
-    hidden, inner = facts["hidden_size"], facts["intermediate_size"]
-    keys = hidden * facts["head_dim"] * facts["n_kv_heads"]
-    queries = hidden * facts["head_dim"] * facts["n_heads"]
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    keys = hidden * facts.head_dim * facts.n_kv_heads
+    queries = hidden * facts.head_dim * facts.n_heads
     attention, mlp = 2 * (queries + keys), 3 * hidden * inner
     # Tried: q, k, v by what attention makes of them, gate and up by the whole MLP, down alone.
     tried = (N_STRENGTHS + 1) * (attention + mlp + hidden * inner)
-    products = facts["n_layers"] * n_tokens * (tried + 2 * (attention + mlp))
+    products = facts.n_layers * n_tokens * (tried + 2 * (attention + mlp))
     # Clipped: all but q and k, each output's groups apart.
-    clipped = facts["n_layers"] * (keys + queries + mlp)
+    clipped = facts.n_layers * (keys + queries + mlp)
     clips = (N_CLIPS + 1) * min(n_tokens, CLIP_TOKENS) * clipped
     inputs, weights = torch.rand(128, hidden), torch.rand(256, hidden)
     seconds = products * seconds_each(lambda: inputs @ weights.T, 128 * 256 * hidden)
@@ -186,12 +186,12 @@ def seconds_each(compute: Callable[[], object], n: int) -> float:
 
 def quantize(
     merged: Path,
-    facts: dict[str, Any],
+    facts: ModelShape,
     sequences: Sequence[np.ndarray],
     group_size: int,
     *,
     folder: Path,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # untyped: transformers' JSON
     """Write the packed weights of a model.
 
     Args:
@@ -213,10 +213,10 @@ def quantize(
     logging.getLogger("autoround").setLevel(logging.WARNING)
     model = load_model(
         merged,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         # auto-round's choice on a GPU is bfloat16, which would round what was scaled.
         precision="float32",
-        rope=facts["rope_parameters"],
+        rope=facts.rope_parameters,
         # Has a mask at every length: auto-round's cache takes no None among them.
         attention="eager",
         device="cpu",  # from where auto-round takes a block at a time to the GPU
@@ -262,7 +262,7 @@ def quantize(
     return quantization
 
 
-def check_packed(folder: Path, facts: dict[str, Any]) -> None:
+def check_packed(folder: Path, facts: ModelShape) -> None:
     """
     Raises:
         StageError: a linear layer was passed by.
@@ -271,12 +271,12 @@ def check_packed(folder: Path, facts: dict[str, Any]) -> None:
 
     names = itertools.chain(*map(safetensors_stream.read_header, folder.glob("*.safetensors")))
     n_packed = sum(name.endswith(".qweight") for name in names)
-    if n_packed != LAYERS_OF_A_BLOCK * facts["n_layers"]:
+    if n_packed != LAYERS_OF_A_BLOCK * facts.n_layers:
         raise StageError(
             "not every linear layer was quantized",
             where=folder,
             found=f"{n_packed} packed",
-            expected=f"{LAYERS_OF_A_BLOCK * facts['n_layers']}",
+            expected=f"{LAYERS_OF_A_BLOCK * facts.n_layers}",
             to_fix=f"is this {PACKAGE}? if it is, please report it",
         )
 

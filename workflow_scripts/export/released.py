@@ -16,11 +16,11 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def checksums(sums: Path) -> dict[str, str]:
     """File → SHA-256, of a SHA256SUMS."""
-    return dict(
-        reversed(match.groups())
+    return {
+        match[2]: match[1]
         for match in map(LINE.fullmatch, sums.read_text(encoding="utf-8").splitlines())
         if match
-    )
+    }
 
 
 def released_files(release: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -38,8 +38,22 @@ WRITE_BYTES = 2**18
 WRITES_WAITING = 8
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """name → {dtype, shape, data_offsets}, in the file's order; `__metadata__` left out."""
+# Name of a tensor → its shape and dtype, in the order of the data.
+Shapes = Mapping[str, tuple[list[int], torch.dtype]]
+
+
+class Entry(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    """As safetensors names it."""
+    shape: list[int]
+    data_offsets: list[int]
+    """First byte of its data, and the byte behind the last."""
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors by name, in the file's order; `__metadata__` is left out."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -49,7 +63,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def write(
     path: Path,
-    shapes: Mapping[str, tuple[list[int], torch.dtype]],
+    shapes: Shapes,
     slabs: Callable[[str], Iterable[torch.Tensor]],
 ) -> int:
     """Write a file whose tensors are made one after the other, synced to disk before it gets its
@@ -57,7 +71,7 @@ def write(
 
     Args:
         path: to write.
-        shapes: name → shape and dtype, in the order of the data.
+        shapes: of the tensors to write.
         slabs: makes the tensor of a name, of that shape and dtype, in runs of whole rows; they stay
             as they are: they are written while the next are made.
     Returns:

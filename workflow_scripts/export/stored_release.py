@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files
 from workflow_scripts.export.released import checksums, released_files
+from workflow_scripts.handover.provenance import StoredRelease
 from workflow_scripts.log import StageError
 
 
@@ -40,15 +40,15 @@ async def sending(
     """
     paths = released_files(release)
     digests = checksums(release / "SHA256SUMS")
-    sent = files.read_json(note) if note.is_file() else {}
-    # Of another place nothing is known.
-    sent = sent if sent.get("url") == url else {"url": url, "files": {}}
+    before = StoredRelease.read(note) if note.is_file() else None
+    # What was sent to another folder says nothing about this one.
+    sent = dict(before.files) if before and before.url == url else {}
     for path in paths:
         if path.name == "SHA256SUMS":
             continue
         there = remote(f"{url}/{path.name}")
         n_bytes = path.stat().st_size
-        if sent["files"].get(path.name) == digests[path.name] and await size(there) == n_bytes:
+        if sent.get(path.name) == digests[path.name] and await size(there) == n_bytes:
             say(f"there  {n_bytes:>15,}  {url}/{path.name}")
             continue
         there.set_local_path(path)
@@ -61,16 +61,16 @@ async def sending(
                 expected=f"{n_bytes}",
                 to_fix="start again",
             )
-        sent["files"][path.name] = digests[path.name]
-        files.write_json(note, sent)
+        sent[path.name] = digests[path.name]
+        StoredRelease(url=url, files=sent).write(note)
         say(f"sent   {n_bytes:>15,}  {url}/{path.name}")
-    for name in sorted(sent["files"].keys() - digests.keys()):
+    for name in sorted(sent.keys() - digests.keys()):
         there = remote(f"{url}/{name}")
         if await size(there) is not None:
             await there.managed_remove()
             say(f"removed                 {url}/{name}")
-        del sent["files"][name]
-        files.write_json(note, sent)
+        del sent[name]
+        StoredRelease(url=url, files=sent).write(note)
 
 
 async def size(remote: Any) -> int | None:

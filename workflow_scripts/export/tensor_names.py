@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
 from typing import NamedTuple
 
 _EXPERT = re.compile(r"(.+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
@@ -36,8 +37,8 @@ class Slab(NamedTuple):
     part: Part
     rows: slice
     """Of the part."""
-    index: tuple[int | slice, ...]
-    """Of the tensor in the file."""
+    place: tuple[int | slice | EllipsisType, ...]
+    """Index of the rows in the tensor of the file."""
 
 
 def part(name: str) -> Part:

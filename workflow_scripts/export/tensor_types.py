@@ -15,12 +15,17 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts.export import llama_cpp_source, quantizer
+from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.handover.plans import GgufContents, TensorTypes
 from workflow_scripts.log import StageError
 from workflow_scripts.models import tensors
 from workflow_scripts.settings import GgufSettings, MixSettings
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Name in a checkpoint → in a GGUF. Source: llama.cpp, gguf-py/gguf/tensor_mapping.py.
 NAMES = {
@@ -56,7 +61,7 @@ DRY_RUN_LINE = re.compile(
 )
 
 
-def gguf_shapes(facts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def gguf_shapes(facts: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of a model's GGUF; the length of a row comes last."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.required(facts, fuses_experts=True).items():
@@ -74,7 +79,7 @@ def gguf_shapes(facts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def types_of(
-    facts: Mapping[str, Any], settings: GgufSettings, name: str, *, fits_blocks: bool = False
+    facts: ModelShape, settings: GgufSettings, name: str, *, fits_blocks: bool = False
 ) -> dict[str, str]:
     """`planned_types` of a quantization that a config names."""
     return planned_types(
@@ -86,7 +91,7 @@ def types_of(
     )
 
 
-def planned(facts: Mapping[str, Any], settings: GgufSettings, name: str) -> dict[str, Any]:
+def planned(facts: ModelShape, settings: GgufSettings, name: str) -> TensorTypes:
     """`described` of a quantization that is not made yet."""
     shapes = gguf_shapes(facts)
     made = types_of(facts, settings, name)
@@ -94,10 +99,8 @@ def planned(facts: Mapping[str, Any], settings: GgufSettings, name: str) -> dict
     return described(facts, settings, name, weights)
 
 
-def written(
-    path: Path, facts: Mapping[str, Any], settings: GgufSettings, name: str
-) -> dict[str, Any]:
-    """`described` of a file, from its own table, with `n_weights` and `bits_per_weight`.
+def written(path: Path, facts: ModelShape, settings: GgufSettings, name: str) -> GgufContents:
+    """`described` of a file, from its own table, with the size of its weights.
 
     Args:
         name: of its quantization, or `F16`.
@@ -105,28 +108,25 @@ def written(
     table = quantizer.tensor_table(path)
     n_weights = sum(tensor.n_elements for tensor in table.values())
     weights = {tensor: (entry.type, entry.n_elements) for tensor, entry in table.items()}
-    return {
-        "n_weights": n_weights,
-        "bits_per_weight": 8 * sum(tensor.n_bytes for tensor in table.values()) / n_weights,
-        **described(facts, settings, name, weights),
-    }
+    types = described(facts, settings, name, weights)
+    return GgufContents(
+        n_weights=n_weights,
+        bits_per_weight=8 * sum(tensor.n_bytes for tensor in table.values()) / n_weights,
+        **dict(types),
+    )
 
 
 def described(
-    facts: Mapping[str, Any],
+    facts: ModelShape,
     settings: GgufSettings,
     name: str,
     weights: Mapping[str, tuple[str, int]],
-) -> dict[str, Any]:
+) -> TensorTypes:
     """What a quantization holds against what its name means.
 
     Args:
         name: of the quantization, or `F16`.
         weights: type of each tensor, and how many weights it has.
-    Returns:
-        `fallback_fraction`, the share of the weights in another type than if every row fitted the
-        blocks; `type_fractions`, shares of the weights by type; `fallbacks`, number of tensors by
-        `type asked → type made`.
     """
     asked = {} if name == "F16" else types_of(facts, settings, name, fits_blocks=True)
     by_type: Counter[str] = Counter()
@@ -138,15 +138,15 @@ def described(
             n_fallen += n
             fallbacks[f"{asked[tensor]} → {kind}"] += 1
     total = by_type.total()
-    return {
-        "fallback_fraction": n_fallen / total,
-        "type_fractions": {kind: n / total for kind, n in by_type.most_common()},
-        "fallbacks": dict(fallbacks.most_common()),
-    }
+    return TensorTypes(
+        fallback_fraction=n_fallen / total,
+        type_fractions={kind: n / total for kind, n in by_type.most_common()},
+        fallbacks=dict(fallbacks.most_common()),
+    )
 
 
 def planned_types(
-    facts: Mapping[str, Any],
+    facts: ModelShape,
     mix: MixSettings,
     *,
     has_imatrix: bool,
@@ -222,25 +222,23 @@ def planned_types(
     return planned
 
 
-def write_shapes(
-    path: Path, facts: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def write_shapes(path: Path, facts: ModelShape, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """A GGUF with a model's header and no weights: the file ends in a hole of their size."""
     gguf = llama_cpp_source.gguf_package()
     writer = gguf.GGUFWriter(path, arch="llama")
-    writer.add_block_count(facts["n_layers"])
-    writer.add_context_length(facts["context_tokens"])
-    writer.add_embedding_length(facts["hidden_size"])
-    writer.add_feed_forward_length(facts["intermediate_size"])
-    writer.add_head_count(facts["n_heads"])
-    writer.add_head_count_kv(facts["n_kv_heads"])
-    writer.add_key_length(facts["head_dim"])
-    writer.add_value_length(facts["head_dim"])
+    writer.add_block_count(facts.n_layers)
+    writer.add_context_length(facts.context_tokens)
+    writer.add_embedding_length(facts.hidden_size)
+    writer.add_feed_forward_length(facts.intermediate_size)
+    writer.add_head_count(facts.n_heads)
+    writer.add_head_count_kv(facts.n_kv_heads)
+    writer.add_key_length(facts.head_dim)
+    writer.add_value_length(facts.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(facts["vocabulary_size"])
-    if facts["n_experts"]:
-        writer.add_expert_count(facts["n_experts"])
-        writer.add_expert_used_count(facts["n_experts_per_token"])
+    writer.add_vocab_size(facts.vocabulary_size)
+    if facts.n_experts:
+        writer.add_expert_count(facts.n_experts)
+        writer.add_expert_used_count(facts.n_experts_per_token)
     n_bytes = 0
     for name, shape in shapes.items():
         is_float32 = IN_FLOAT32.fullmatch(name) is not None
@@ -256,7 +254,7 @@ def write_shapes(
         stream.truncate(path.stat().st_size + gguf.GGUF_DEFAULT_ALIGNMENT + n_bytes)
 
 
-def _numpy_type(is_float32: bool) -> Any:
+def _numpy_type(is_float32: bool) -> np.dtype[np.float16 | np.float32]:
     import numpy as np
 
     return np.dtype(np.float32 if is_float32 else np.float16)

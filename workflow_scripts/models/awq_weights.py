@@ -116,7 +116,7 @@ def load(
     return model.eval()
 
 
-def check_layout(quantization: dict[str, Any], folder: Path) -> None:
+def check_layout(quantization: dict[str, Any], folder: Path) -> None:  # untyped: transformers' JSON
     """
     Args:
         quantization: `quantization_config` of a config.json.

@@ -14,8 +14,10 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.healing import Healing
 from workflow_scripts.models import (
     healing,
     smollm2,
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "eos_token_id": 2,
         }
     )
-    model = MistralForCausalLM(config)
+    model: Any = MistralForCausalLM(config)  # type checkers do not see what `to` takes
     model.load_state_dict(
         published.weights | {"model.embed_tokens.weight": rows, "lm_head.weight": rows},
     )
@@ -83,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
         shutil.copyfile(tokenizer_file, folder / "tokenizer.model.v3")
         shutil.copyfile(smollm2_wheel.unpacked(smollm2_wheel.LICENSE), folder / "LICENSE")
-        origin = smollm2_wheel.ORIGIN
-        files.write_json(folder / "source.json", {"source": origin["base_model"], **origin})
-        rows = {"step": list(range(1, len(losses) + 1)), "loss_nats_per_token": losses}
-        files.write_json(folder / "healing.json", rows)
+        smollm2_wheel.ORIGIN.write(folder / "source.json")
+        steps = tuple(range(1, len(losses) + 1))
+        Healing(step=steps, loss_nats_per_token=tuple(losses)).write(folder / "healing.json")
     logger.info("wrote n_parameters=%d path=%s", model.num_parameters(), arguments.checkpoint)
 
 

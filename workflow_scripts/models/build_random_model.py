@@ -12,6 +12,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.models import tokenizer_files
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logger.info("started %s settings=%s", log.versions("torch", "transformers"), arguments.settings)
     torch.manual_seed(settings.seed)
-    model = MistralForCausalLM(
+    # Type checkers do not see what `to` takes.
+    model: Any = MistralForCausalLM(
         MistralConfig(
             vocab_size=VOCABULARY,
             hidden_size=settings.hidden_size,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workflow_scripts import files
+from workflow_scripts.handover.facts import ModelShape, RopeParameters, RopeStretch
 from workflow_scripts.log import DOCTOR, StageError
 from workflow_scripts.models import exhaustion, tensors
 from workflow_scripts.models.tensors import TAKE_16_BITS
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from workflow_scripts.settings import RopeScalingSettings
+
+# A config.json: each architecture has keys of its own.
+ConfigJson = Mapping[str, Any]  # untyped: transformers' JSON
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 # `CUDA_VISIBLE_DEVICES` of a job without a GPU; the last is Slurm's.
@@ -33,7 +37,7 @@ MODEL_TYPES = ("mistral", "mixtral", "ministral")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> dict[str, Any]:
+def read_shape(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> ModelShape:
     """The shape of a model, from its config.json; no weight is read.
 
     Args:
@@ -55,26 +59,26 @@ def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> 
     try:
         n_heads = config["num_attention_heads"]
         rope = own_rope(config)
-        facts = {
-            "architecture": config["architectures"][0],
-            "model_type": config["model_type"],
-            "n_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "intermediate_size": config["intermediate_size"],
-            "n_heads": n_heads,
-            "n_kv_heads": config["num_key_value_heads"],
-            "head_dim": config.get("head_dim") or config["hidden_size"] // n_heads,
-            "vocabulary_size": config["vocab_size"],
-            "context_tokens": config["max_position_embeddings"],
-            "sliding_window": config.get("sliding_window"),
-            "layer_windows": layer_windows(config),
-            "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
-            "rope_parameters": rope,
-            "n_experts": config.get("num_local_experts"),
-            "n_experts_per_token": config.get("num_experts_per_tok"),
-            "ties_embeddings": config.get("tie_word_embeddings", False),
-            "dtype": config.get("dtype") or config.get("torch_dtype"),
-        }
+        shape = ModelShape(
+            architecture=config["architectures"][0],
+            model_type=config["model_type"],
+            n_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            n_heads=n_heads,
+            n_kv_heads=config["num_key_value_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // n_heads,
+            vocabulary_size=config["vocab_size"],
+            context_tokens=config["max_position_embeddings"],
+            sliding_window=config.get("sliding_window"),
+            layer_windows=layer_windows(config),
+            rope_theta=config.get("rope_theta", rope.get("rope_theta")),
+            rope_parameters=rope,
+            n_experts=config.get("num_local_experts"),
+            n_experts_per_token=config.get("num_experts_per_tok"),
+            ties_embeddings=config.get("tie_word_embeddings", False),
+            dtype=config.get("dtype") or config.get("torch_dtype"),
+        )
     except (KeyError, IndexError) as error:
         key = error.args[0] if isinstance(error, KeyError) else "architectures"
         raise StageError(
@@ -82,10 +86,10 @@ def read_facts(checkpoint: Path, scaling: RopeScalingSettings | None = None) -> 
             where=f"{checkpoint / 'config.json'}, {key}",
             to_fix="take config.json from the model's repository",
         ) from error
-    return facts if scaling is None else facts | stretched(facts, scaling, checkpoint)
+    return shape if scaling is None else stretched(shape, scaling, checkpoint)
 
 
-def check_unquantized(config: Mapping[str, Any], path: Path) -> None:
+def check_unquantized(config: ConfigJson, path: Path) -> None:
     """The weights are not already quantized: they could be neither merged nor quantized again.
 
     Args:
@@ -114,13 +118,13 @@ def check_unquantized(config: Mapping[str, Any], path: Path) -> None:
     )
 
 
-def twin(config: Mapping[str, Any]) -> str:
+def twin(config: ConfigJson) -> str:
     """Where the unquantized model may be, as far as a config.json tells."""
     name = config.get("_name_or_path")
     return f"; this one names {name} as its origin" if name and not Path(name).is_dir() else ""
 
 
-def own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def own_rope(config: ConfigJson) -> RopeParameters:
     """A config.json's own `rope_parameters`, in the form of transformers 5.
 
     Older files have `rope_scaling` with a `type`, and `rope_theta` beside it; with neither, the
@@ -134,20 +138,18 @@ def own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def stretched(
-    facts: Mapping[str, Any], scaling: RopeScalingSettings, checkpoint: Path
-) -> dict[str, Any]:
-    """The facts that RoPE scaling changes.
+def stretched(shape: ModelShape, scaling: RopeScalingSettings, checkpoint: Path) -> ModelShape:
+    """The shape with its positions stretched.
 
     Args:
-        facts: of the checkpoint as it is.
+        shape: of the checkpoint as it is.
     Source: arXiv:2306.15595 (linear), arXiv:2309.00071 (YaRN); keys as transformers 5.23 reads
         them (modeling_rope_utils.py).
     Raises:
         StageError: the checkpoint's positions are stretched already, or its θ is not known.
     """
     where = f"{checkpoint / 'config.json'}, rope_parameters"
-    own_type = facts["rope_parameters"].get("rope_type", "default")
+    own_type = shape.rope_parameters.get("rope_type", "default")
     if own_type != "default":
         raise StageError(
             "the checkpoint has a RoPE scaling of its own",
@@ -156,37 +158,37 @@ def stretched(
             expected="none beside models.<name>.rope_scaling",
             to_fix="leave models.<name>.rope_scaling out: the checkpoint's own is used",
         )
-    if facts["rope_theta"] is None:
+    if shape.rope_theta is None:
         raise StageError(
             "the checkpoint does not say its RoPE base", where=where, expected="rope_theta"
         )
-    original = scaling.original_context_tokens or facts["context_tokens"]
+    original = scaling.original_context_tokens or shape.context_tokens
     rope = {
         "rope_type": scaling.type,
-        "rope_theta": facts["rope_theta"],
+        "rope_theta": shape.rope_theta,
         "factor": scaling.factor,
     }
     if scaling.type == "yarn":
         rope["original_max_position_embeddings"] = original
-    if scaling.type == "dynamic" and original != facts["context_tokens"]:
+    if scaling.type == "dynamic" and original != shape.context_tokens:
         raise StageError(
             "dynamic NTK stretches from the context that the checkpoint names, and no other",
             where="models.<name>.rope_scaling.original_context_tokens",
             found=original,
-            expected=f"null, or {facts['context_tokens']} ({checkpoint / 'config.json'})",
+            expected=f"null, or {shape.context_tokens} ({checkpoint / 'config.json'})",
         )
-    return {
-        "context_tokens": int(original * scaling.factor),
-        "rope_parameters": rope,
-        "rope_scaling": {
-            "type": scaling.type,
-            "factor": scaling.factor,
-            "original_context_tokens": original,
-        },
-    }
+    return shape.model_copy(
+        update={
+            "context_tokens": int(original * scaling.factor),
+            "rope_parameters": rope,
+            "rope_scaling": RopeStretch(
+                type=scaling.type, factor=scaling.factor, original_context_tokens=original
+            ),
+        }
+    )
 
 
-def layer_windows(config: Mapping[str, Any]) -> list[int | None]:
+def layer_windows(config: ConfigJson) -> tuple[int | None, ...]:
     """The window of each layer; None is full causal attention.
 
     Ministral's layers differ: `layer_types` says which of them have the window.
@@ -196,22 +198,7 @@ def layer_windows(config: Mapping[str, Any]) -> list[int | None]:
     """
     window = config.get("sliding_window")
     kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def without_window(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the same model with full causal attention in every layer."""
-    no_windows = [None] * len(facts["layer_windows"])
-    return {**facts, "sliding_window": None, "layer_windows": no_windows}
-
-
-def served_context(facts: dict[str, Any]) -> int:
-    """Tokens over which llama.cpp computes as the model was trained: the context, up to the window.
-
-    Args:
-        facts: of `read_facts`.
-    """
-    return min(facts["context_tokens"], facts["sliding_window"] or facts["context_tokens"])
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -263,11 +250,11 @@ def check_shards(checkpoint: Path) -> None:
     tensors.stored(weight_files(checkpoint))
 
 
-def check_whole(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+def check_whole(checkpoint: Path, facts: ModelShape) -> None:
     """The folder holds one model, whole, as its config.json describes it; headers are read only.
 
     Args:
-        facts: of `read_facts` on the folder.
+        facts: of `read_shape` on the folder.
     Raises:
         StageError: files are missing or damaged, or tensors are missing, extra, or of another
             shape or type.
@@ -332,7 +319,7 @@ def load_model(
     *,
     window: int | None,
     precision: Precision,
-    rope: Mapping[str, Any] | None = None,
+    rope: RopeParameters | None = None,
     attention: str = "sdpa",
     device: str | None = None,
 ) -> PreTrainedModel:
@@ -380,7 +367,7 @@ def load_model(
     compute = compute_dtype(place)
     if precision in ("nf4", "int8"):
         check_bitsandbytes(place)
-    quantization = {
+    quantizations: dict[str, dict[str, Any]] = {  # arguments of transformers' class
         "nf4": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
@@ -388,12 +375,14 @@ def load_model(
             "bnb_4bit_compute_dtype": compute,
         },
         "int8": {"load_in_8bit": True},
-    }.get(precision)
+    }
+    quantization = quantizations.get(precision)
     # A mixture's experts do not fit a GPU in 16 bits: they get there layer by layer, quantized.
     has_experts = precision == "nf4" and getattr(config, "num_local_experts", None) is not None
     loads_to = torch.device("cpu") if has_experts else place
     with exhaustion.of_loading():
-        model = AutoModelForCausalLM.from_pretrained(
+        # Type checkers do not see what `to` takes, nor what the modules of a model are.
+        model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             config=config,
             dtype=compute if quantization else getattr(torch, precision),
@@ -417,7 +406,7 @@ def load_model(
 
 
 def model_config(
-    checkpoint: Path, *, window: int | None, rope: Mapping[str, Any] | None = None
+    checkpoint: Path, *, window: int | None, rope: RopeParameters | None = None
 ) -> PreTrainedConfig:
     """transformers' config of a checkpoint, with the window and positions that the facts name.
 
@@ -444,9 +433,16 @@ def is_packed(checkpoint: Path) -> bool:
 
 
 def compute_dtype(device: device) -> dtype:
+    """`native_precision` as a type of torch."""
+    import torch
+
+    return getattr(torch, native_precision(device))
+
+
+def native_precision(device: device) -> Literal["bfloat16", "float16", "float32"]:
     """bfloat16 on a GPU that has it, float16 on one that has not, float32 on a CPU."""
     import torch
 
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

@@ -34,7 +34,6 @@ class Nf4Tensor(torch.Tensor):
     """Of the values in a single row: bitsandbytes 0.50 gives back others on a CPU with AVX-512
     where a row is no multiple of the 64 values of a block."""
 
-    @staticmethod
     def __new__(
         cls, packed: torch.Tensor, state: bitsandbytes.functional.QuantState, shape: torch.Size
     ) -> Nf4Tensor:
@@ -55,17 +54,18 @@ class Nf4Tensor(torch.Tensor):
     def dequantized(self) -> torch.Tensor:
         return bitsandbytes.functional.dequantize_4bit(self.packed, self.state).view(self.shape)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # torch declares these methods otherwise than it calls them.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         function: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,  # untyped: of any function of torch
     ) -> Any:
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if function is torch.ops.aten.detach.default:
             return cls(first.packed, first.state, first.shape)
         if function is torch.ops.aten.set_.source_Tensor and first is args[1]:
@@ -75,7 +75,7 @@ class Nf4Tensor(torch.Tensor):
         args, options = tree_map_only(cls, cls.dequantized, (args, dict(options or {})))
         return function(*args, **options)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Nf4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, hub, log
+from workflow_scripts.handover.origin import Origin
 from workflow_scripts.log import StageError
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tokenizer_files
@@ -46,12 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             commit = download(settings, settings.revision, folder, ["config.json"])
             # A model that cannot be trained is refused before its weights are fetched.
-            checkpoints.read_facts(folder)
+            checkpoints.read_shape(folder)
             download(settings, commit, folder, WANTED)
-            origin = {"source": settings.source, "commit": commit}
-            files.write_json(folder / "source.json", origin)
+            Origin(source=settings.source, commit=commit).write(folder / "source.json")
         # Fail here, not after the data stages, when something a later stage needs is not there.
-        checkpoints.check_whole(judged, checkpoints.read_facts(judged))
+        checkpoints.check_whole(judged, checkpoints.read_shape(judged))
         tokenizer_files.find_tokenizer(judged)
     logger.info("wrote path=%s", arguments.checkpoint)
 
@@ -82,7 +82,7 @@ def link_folder(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file():
             (folder / path.name).symlink_to(path)
-    files.write_json(folder / "source.json", {"source": str(source)})
+    Origin(source=str(source)).write(folder / "source.json")
 
 
 if __name__ == "__main__":

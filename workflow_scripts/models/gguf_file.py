@@ -62,8 +62,9 @@ class GgufFile:
                 expected=f"{MAGIC!r}, version {VERSION}",
             )
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
-        self._buffer = memoryview(self._bytes)
+        self._buffer = self._bytes.data
         self._position = HEADER.size
+        # Other programs choose the keys.
         self.metadata: Mapping[str, Any] = {self._string(): self._value() for _ in range(n_values)}
         self.tensors: Mapping[str, Tensor] = self._tensors(n_tensors)
 

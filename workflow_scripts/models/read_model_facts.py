@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.facts import Facts, FileFacts
 from workflow_scripts.models import checkpoint as checkpoints
 from workflow_scripts.models import tensors, tokenizer_files
 from workflow_scripts.settings import RopeScalingSettings, settings_from_json
@@ -40,35 +41,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         else None
     )
 
-    facts = checkpoints.read_facts(arguments.checkpoint, scaling)
+    shape = checkpoints.read_shape(arguments.checkpoint, scaling)
     tokenizer = tokenizer_files.find_tokenizer(arguments.checkpoint, arguments.version or None)
-    checkpoints.check_whole(arguments.checkpoint, facts)
+    checkpoints.check_whole(arguments.checkpoint, shape)
     tokenizer_files.check_vocabulary(
-        tokenizer, facts["vocabulary_size"], where=arguments.checkpoint / "config.json"
+        tokenizer, shape.vocabulary_size, where=arguments.checkpoint / "config.json"
     )
-    facts["tokenizer_version"] = arguments.version or tokenizer_files.tokenizer_version(tokenizer)
     counted = [
         arguments.checkpoint / "config.json",
         tokenizer,
         *checkpoints.weight_files(arguments.checkpoint),
     ]
-    facts["files"] = {}
+    found: dict[str, FileFacts] = {}
     for path in log.progress(counted, logger, total=len(counted), unit="files"):
         if path.suffix == ".safetensors":
             # Here, as its bytes are read anyway.
             tensors.check_all_values([path])
-        facts["files"][path.name] = {
-            "sha256": files.sha256(path),
-            "size_bytes": path.stat().st_size,
-        }
-    if facts["sliding_window"] is None and "sliding_window" not in files.read_json(
+        found[path.name] = FileFacts(sha256=files.sha256(path), size_bytes=path.stat().st_size)
+    facts = Facts(
+        **shape.model_dump(),
+        tokenizer_version=arguments.version or tokenizer_files.tokenizer_version(tokenizer),
+        files=found,
+    )
+    if facts.sliding_window is None and "sliding_window" not in files.read_json(
         arguments.checkpoint / "config.json"
     ):
         logger.warning(
             "found no sliding_window in config.json: taken as full attention (transformers alone"
             " would take 4096)"
         )
-    if facts["model_type"] == "ministral":
+    if facts.model_type == "ministral":
         logger.warning(
             "found a Ministral: it trains and merges, but llama.cpp has no converter for it, so"
             " `export` will stop; build the target `train`"
@@ -79,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             " `export` will stop; build the target `train`. In packed rows it follows the longest"
             " document of the micro-batch"
         )
-    window = facts["sliding_window"]
-    if scaling and window and window < facts["context_tokens"]:
+    window = facts.sliding_window
+    if scaling and window and window < facts.context_tokens:
         logger.warning(
             "found a sliding window of %d tokens: attention sees no further, however positions are"
             " stretched",
             window,
         )
-    files.write_json(arguments.facts, facts)
-    logger.info("read %s", log.fields(facts))
+    facts.write(arguments.facts)
+    logger.info("read %s", log.fields(facts.model_dump()))
 
 
 if __name__ == "__main__":

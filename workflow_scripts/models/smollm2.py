@@ -38,7 +38,7 @@ class Smollm2:
 
     weights: dict[str, torch.Tensor]
     """transformers' name → float32; input embeddings and output layer are one tensor."""
-    config: dict[str, Any]
+    config: dict[str, Any]  # transformers'
     """Keyword arguments that `LlamaConfig` and `MistralConfig` share."""
     tokenizer: Tokenizer
 

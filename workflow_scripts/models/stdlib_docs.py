@@ -141,7 +141,7 @@ def _add(by_name: dict[str, Entry], name: str, kind: str, member: object) -> Non
         return
     docstring = ADDRESS.sub("", inspect.cleandoc(documentation)).strip()
     try:
-        signature = inspect.signature(member)
+        signature = inspect.signature(member) if callable(member) else None
     except (ValueError, TypeError):
         signature = None
     by_name[name] = Entry(name, kind, signature, docstring)

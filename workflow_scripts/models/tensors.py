@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
@@ -64,23 +65,23 @@ def is_position_table(name: str) -> bool:
     return POSITION_TABLE.fullmatch(name) is not None
 
 
-def required(facts: Mapping[str, Any], *, fuses_experts: bool = False) -> dict[str, tuple]:
+def required(facts: ModelShape, *, fuses_experts: bool = False) -> dict[str, tuple]:
     """Name in the files → shape, of every tensor that the model needs.
 
     Tied embeddings need no output layer in the files.
 
     Args:
-        facts: of `read_facts`.
+        facts: of `read_shape`.
         fuses_experts: a mixture's experts are one tensor per layer and direction, as transformers 5
             holds them in memory; else one per expert, as it and Mistral's releases store them.
     """
-    hidden, inner = facts["hidden_size"], facts["intermediate_size"]
-    queries = facts["n_heads"] * facts["head_dim"]
-    keys = facts["n_kv_heads"] * facts["head_dim"]
-    n_experts = facts["n_experts"]
-    shapes = {EMBEDDINGS: (facts["vocabulary_size"], hidden), "model.norm.weight": (hidden,)}
-    if not facts["ties_embeddings"]:
-        shapes[OUTPUT] = (facts["vocabulary_size"], hidden)
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    queries = facts.n_heads * facts.head_dim
+    keys = facts.n_kv_heads * facts.head_dim
+    n_experts = facts.n_experts
+    shapes = {EMBEDDINGS: (facts.vocabulary_size, hidden), "model.norm.weight": (hidden,)}
+    if not facts.ties_embeddings:
+        shapes[OUTPUT] = (facts.vocabulary_size, hidden)
     layer = {
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
@@ -109,7 +110,7 @@ def required(facts: Mapping[str, Any], *, fuses_experts: bool = False) -> dict[s
                 ),
             ):
                 of_layer[f"block_sparse_moe.experts.{expert}.{matrix}.weight"] = shape
-    for number in range(facts["n_layers"]):
+    for number in range(facts.n_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in of_layer.items()}
     return shapes
 
@@ -172,19 +173,19 @@ def _header(path: Path) -> dict[str, Stored]:
     }
 
 
-def check_tensors(shards: Sequence[Path], facts: Mapping[str, Any], *, where: Path) -> None:
+def check_tensors(shards: Sequence[Path], facts: ModelShape, *, where: Path) -> None:
     """The files hold what config.json asks for: every tensor, in its shape, in a type that can be
     merged, and nothing else.
 
     Args:
-        facts: of `read_facts` on the same folder.
+        facts: of `read_shape` on the same folder.
         where: that folder, for messages.
     Raises:
         StageError: naming the first ten that are missing, extra, or of another shape or type.
     """
     found = stored(shards)
     needed = required(facts, fuses_experts="model.layers.0.mlp.experts.gate_up_proj" in found)
-    tied = {EMBEDDINGS, OUTPUT} if facts["ties_embeddings"] else set()
+    tied = {EMBEDDINGS, OUTPUT} if facts.ties_embeddings else set()
     tables = {name for name in found if is_position_table(name)}
     missing = needed.keys() - found.keys()
     extra = found.keys() - needed.keys() - tied - tables
@@ -221,7 +222,7 @@ def check_tensors(shards: Sequence[Path], facts: Mapping[str, Any], *, where: Pa
             "the checkpoint does not hold the tensors that its config.json describes",
             where=where,
             found="; ".join(problems),
-            expected=f"{len(needed)} tensors for {facts['n_layers']} layers, each in its shape",
+            expected=f"{len(needed)} tensors for {facts.n_layers} layers, each in its shape",
             to_fix=_remedy(missing, extra, reshaped),
         )
     if tied <= found.keys() and tied and not _are_equal(found[EMBEDDINGS], found[OUTPUT]):

@@ -12,7 +12,7 @@ import itertools
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError
@@ -259,8 +259,9 @@ def sentencepiece_to_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
+    protobuf: Any = sentencepiece_model_pb2  # it makes its classes at run time
+    model = protobuf.ModelProto.FromString(path.read_bytes())
+    piece_type = protobuf.ModelProto.SentencePiece.Type
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
     mergeable = {
         piece.piece: piece.score for piece in model.pieces if piece.type == piece_type.NORMAL

@@ -24,6 +24,7 @@ STUDENT_T = (
 )  # fmt: skip
 
 Seeds = tuple[tuple[str, Any], ...]
+Tables = Mapping[str, Any]  # untyped: any settings, compared key by key
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Difference(NamedTuple):
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
-def find_arms(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[Arm]]:
+def find_arms(runs: Mapping[str, Tables]) -> tuple[list[str], list[Arm]]:
     """What the runs differ in, and the arms, in the order of their first runs.
 
     Args:
@@ -125,7 +126,7 @@ def _names(runs: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _flat(tables: Mapping[str, Any], path: str = "") -> Sequence[tuple[str, Any]]:
+def _flat(tables: Tables, path: str = "") -> Sequence[tuple[str, Any]]:
     """Settings by their path."""
     found: list[tuple[str, Any]] = []
     for key, value in tables.items():

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-from workflow_scripts.evaluate.task_scores import Score
 from workflow_scripts.export.plan_disk import BITS_PER_WEIGHT
+from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.handover.tasks import TaskScore
 from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.report_tasks import shown
 from workflow_scripts.report.results import RunResults, Tasks
@@ -21,13 +22,26 @@ from workflow_scripts.report.verdicts import STANDARD_ERRORS, paired
 
 MEASURED, COMPUTED, NOT_MEASURED = "measured", "computed from shapes", "not measured here"
 # Mistral 7B v0.3, of its config.json: what read_model_facts would say.
-MISTRAL_7B: dict[str, Any] = {
-    "model_type": "mistral", "n_layers": 32, "hidden_size": 4096, "intermediate_size": 14_336,
-    "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "vocabulary_size": 32_768,
-    "context_tokens": 32_768, "sliding_window": None, "layer_windows": [None] * 32,
-    "rope_theta": 1e6, "rope_parameters": {}, "n_experts": None, "n_experts_per_token": None,
-    "ties_embeddings": False, "dtype": "bfloat16", "tokenizer_version": "v3",
-}  # fmt: skip
+MISTRAL_7B = ModelShape(
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    n_layers=32,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    vocabulary_size=32_768,
+    context_tokens=32_768,
+    sliding_window=None,
+    layer_windows=(None,) * 32,
+    rope_theta=1e6,
+    rope_parameters={},
+    n_experts=None,
+    n_experts_per_token=None,
+    ties_embeddings=False,
+    dtype="bfloat16",
+)
 N_WEIGHTS_7B = 7_248_023_552
 ROW_TOKENS = 2_048
 
@@ -81,7 +95,7 @@ def tuned(runs: Sequence[RunResults]) -> list[Claim]:
     """The tuned recipe against the generic one."""
     first, last = runs[0], runs[-1]
     is_pair = first is not last and all(
-        first.settings[key] == last.settings[key] for key in ("model", "dataset")
+        getattr(first.settings, key) == getattr(last.settings, key) for key in ("model", "dataset")
     )
     wanted: list[tuple[str, str, Callable[[], tuple[str, str]]]] = [
         ("perplexity", "12 % lower", lambda: _perplexity(first, last)),
@@ -95,7 +109,7 @@ def tuned(runs: Sequence[RunResults]) -> list[Claim]:
         else:
             said, verdict = measure()
             kind = MEASURED
-            said = f"{said}, {last.name} against {first.name} on {last.settings['model']}"
+            said = f"{said}, {last.name} against {first.name} on {last.settings.model}"
         found.append(Claim(f"Tuned recipe: {what}", published, said, kind, verdict))
     return found
 
@@ -119,14 +133,14 @@ def _latency(first: RunResults, last: RunResults) -> tuple[str, str]:
     name = last.links[-1].name
     speeds = [run.link(name).speed for run in (first, last)]
     assert speeds[0] and speeds[1]
-    one, other = (speed["decode_milliseconds_per_token"] for speed in speeds)
+    one, other = (speed.decode_milliseconds_per_token for speed in speeds if speed)
     shown = f"{100 * (other / one - 1):+.1f} % decoding {name}"
     return shown, "not due to the recipe: both files have the same shape"
 
 
 def _memory(first: RunResults, last: RunResults) -> tuple[str, str]:
     assert first.manifest and last.manifest
-    one, other = (run.manifest["peak_memory_bytes"] for run in (first, last))
+    one, other = (run.peak_memory_bytes for run in (first.manifest, last.manifest))
     change = 100 * (other / one - 1)
     verdict = "less, but not as much" if -23 < change < -1 else "no such saving"
     return f"{change:+.1f} %", "as much or more" if change <= -23 else verdict
@@ -141,11 +155,11 @@ def usable_context(run: RunResults) -> Claim:
         return Claim(what, published, "–", NOT_MEASURED, why)
     report = link.context
     assert report is not None
-    said = f"{effective(report, 'ruler')}, {run.name}’s {link.name} on {run.settings['model']}"
-    if not report["is_measurable"]:
+    said = f"{effective(report, 'ruler')}, {run.name}’s {link.name} on {run.settings.model}"
+    if not report.is_measurable:
         verdict = "this model answers nothing even in the shortest prompts"
     else:
-        share = report["effective_tokens_ruler"] / report["context_tokens"]
+        share = (report.effective_tokens_ruler or 0) / report.context_tokens
         verdict = f"{share:.0%} of what is advertised, where {30 / 32:.0%} was published"
     return Claim(what, published, said, MEASURED, verdict)
 
@@ -153,7 +167,11 @@ def usable_context(run: RunResults) -> Claim:
 def computed() -> list[Claim]:
     """Of a 7B, from its shape alone."""
     found = []
-    for method, published, low, high in (("qlora", "8–10 GB", 8, 10), ("lora", "16–18 GB", 16, 18)):
+    methods: tuple[tuple[Literal["qlora", "lora"], str, int, int], ...] = (
+        ("qlora", "8–10 GB", 8, 10),
+        ("lora", "16–18 GB", 16, 18),
+    )
+    for method, published, low, high in methods:
         gigabytes = smallest_training_bytes(method) / 1e9
         fits = low <= round(gigabytes) <= high
         found.append(
@@ -166,16 +184,16 @@ def computed() -> list[Claim]:
                 "agrees" if fits else "differs: it depends on rank, rows and recomputation",
             )
         )
-    for name, published in (("Q4_K_M", 4.4), ("Q8_0", 7.7)):
+    for name, size in (("Q4_K_M", 4.4), ("Q8_0", 7.7)):
         gigabytes = BITS_PER_WEIGHT[name] * N_WEIGHTS_7B / 8 / 1e9
-        verdict = "agrees" if abs(gigabytes / published - 1) < 0.03 else "differs"
+        verdict = "agrees" if abs(gigabytes / size - 1) < 0.03 else "differs"
         found.append(
-            Claim(f"7B, {name}: size", f"{published} GB", f"{gigabytes:.1f} GB", COMPUTED, verdict)
+            Claim(f"7B, {name}: size", f"{size} GB", f"{gigabytes:.1f} GB", COMPUTED, verdict)
         )
     return found
 
 
-def smallest_training_bytes(method: str) -> int:
+def smallest_training_bytes(method: Literal["qlora", "lora"]) -> int:
     """Peak memory of training a 7B on a GPU with the layout that takes least, by plan_memory."""
     from workflow_scripts.settings import RecipeSettings, TrainingSettings
     from workflow_scripts.train.memory.layouts import candidates
@@ -199,7 +217,7 @@ def published_task(published: PublishedTask, runs: Sequence[RunResults]) -> Clai
         return Claim(what, figure, "–", NOT_MEASURED, why)
     run, of_kind, score = found
     said = (
-        f"{shown(score)}, {score['n_examples']}-shot, {score['n_documents']:,} documents,"
+        f"{shown(score)}, {score.n_examples}-shot, {score.n_documents:,} documents,"
         f" base of {run.name} ({run.base_hub_id})"
     )
     return Claim(what, figure, said, MEASURED, _verdict(published, run, of_kind, score))
@@ -207,36 +225,36 @@ def published_task(published: PublishedTask, runs: Sequence[RunResults]) -> Clai
 
 def _scores_of_7b(
     published: PublishedTask, runs: Sequence[RunResults]
-) -> Iterator[tuple[RunResults, Tasks, Score]]:
+) -> Iterator[tuple[RunResults, Tasks, TaskScore]]:
     """Those of the paper's own version first."""
     of_7b = [run for run in runs if (run.base_hub_id or "").startswith(BASES_7B)]
     for run in sorted(of_7b, key=lambda run: run.base_hub_id != PUBLISHED_BASE):
         for of_kind in run.link("base").tasks.values():
             for score in of_kind.scores:
-                if (score["task"], score["metric"]) == (published.task, published.metric):
+                if (score.task, score.metric) == (published.task, published.metric):
                     yield run, of_kind, score
 
 
-def _verdict(published: PublishedTask, run: RunResults, of_kind: Tasks, score: Score) -> str:
+def _verdict(published: PublishedTask, run: RunResults, of_kind: Tasks, score: TaskScore) -> str:
     """Whether it is the published figure; what was asked in another way is not held against it."""
     others = []
     if run.base_hub_id != PUBLISHED_BASE:
         others.append(f"published of {PUBLISHED_BASE.partition('/')[2]}")
-    if score["n_examples"] != published.n_examples:
+    if score.n_examples != published.n_examples:
         others.append(
             f"{published.n_examples} examples there: names: [{published.task}@"
             f"{published.n_examples}]"
         )
-    if score["n_documents"] != published.n_documents:
+    if score.n_documents != published.n_documents:
         others.append(f"{published.n_documents:,} documents there")
     if of_kind.are_chats:
         others.append("as chats here")
-    if score["n_truncated"]:
-        others.append(f"{score['n_truncated']:,} prompts were cut here")
+    if score.n_truncated:
+        others.append(f"{score.n_truncated:,} prompts were cut here")
     if others:
         return f"not the same test: {'; '.join(others)}"
-    difference = 100 * score["score"] - published.percent
-    error = score["standard_error"]
+    difference = 100 * score.score - published.percent
+    error = score.standard_error
     if error is not None and abs(difference) <= STANDARD_ERRORS * 100 * error:
         return "agrees within its error"
     return f"{abs(difference):.1f} points {'lower' if difference < 0 else 'higher'}"

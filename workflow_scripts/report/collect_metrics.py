@@ -8,13 +8,12 @@ python -m workflow_scripts.report.collect_metrics --run mistral
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log
-from workflow_scripts.report.metrics import Metric, measured_files, metrics_of
+from workflow_scripts.handover.metrics import RunMetrics
+from workflow_scripts.report.metrics import measured_files, metrics_of
 from workflow_scripts.report.results import Wanted
 
 OUTPUT_VERSION = 4
@@ -30,29 +29,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     wanted = Wanted.read(arguments.runs)
-    metrics = metrics_of(arguments.run, wanted, arguments.results)
-    content = {
-        "run": arguments.run,
-        "settings": wanted.runs[arguments.run],
-        "links": by_link(metrics),
-        "files": {
+    links = metrics_of(arguments.run, wanted, arguments.results)
+    metrics = RunMetrics(
+        run=arguments.run,
+        settings=wanted.runs[arguments.run],
+        links=links,
+        files={
             file: files.sha256(arguments.results / file)
             for file in measured_files(arguments.run, wanted)
         },
-    }
-    files.write_json(arguments.metrics, content)
-    logger.info("wrote n_metrics=%d path=%s", len(metrics), arguments.metrics)
-
-
-def by_link(metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
-    """Link → name → the rest; what is of the run as a whole under `run`."""
-    links: dict[str, dict[str, Any]] = {}
-    for metric in metrics:
-        rest = dataclasses.asdict(metric)
-        for key in ("run", "link", "name"):
-            del rest[key]
-        links.setdefault(metric.link or "run", {})[metric.name] = rest
-    return links
+    )
+    metrics.write(arguments.metrics)
+    n_metrics = sum(map(len, links.values()))
+    logger.info("wrote n_metrics=%d path=%s", n_metrics, arguments.metrics)
 
 
 if __name__ == "__main__":

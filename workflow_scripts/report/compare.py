@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.metrics import Metric, RunMetrics
 from workflow_scripts.log import StageError
 from workflow_scripts.report.tables import change_of_perplexity, with_error
 
@@ -31,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compared(one: Path, other: Path) -> str:
     """Markdown: a table a link."""
     metrics = [read(folder) for folder in (one, other)]
-    names = [metric["run"] for metric in metrics]
+    names = [metric.run for metric in metrics]
     if names[0] == names[1]:
         names = [str(one), str(other)]
     parts = []
-    for link in metrics[0]["links"]:
-        if link not in metrics[1]["links"]:
+    for link in metrics[0].links:
+        if link not in metrics[1].links:
             continue
-        rows = list(rows_of(metrics[0]["links"][link], metrics[1]["links"][link]))
+        rows = rows_of(metrics[0].links[link], metrics[1].links[link])
         paired = loss_row(one, other, link)
         lines = [f"### {link}", "", f"| | {names[0]} | {names[1]} | difference |"]
         lines += ["| --- | ---: | ---: | ---: |", *([paired] if paired else []), *rows]
@@ -46,7 +46,7 @@ def compared(one: Path, other: Path) -> str:
     return "\n\n".join(parts)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> RunMetrics:
     """
     Raises:
         StageError: the run has no metrics.
@@ -59,32 +59,31 @@ def read(folder: Path) -> dict[str, Any]:
             expected="results/runs/<run> of a build whose report is made",
             to_fix="snakemake --cores 8 report",
         )
-    return files.read_json(path)
+    return RunMetrics.read(path)
 
 
-def rows_of(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> list[str]:
     """A row each of the metrics that both have."""
     rows = []
     for name in one:
         if name not in other:
             continue
-        values = [metric["value"] for metric in (one[name], other[name])]
-        errors = [metric["error"] for metric in (one[name], other[name])]
-        shown = [shown_with(metric) for metric in (one[name], other[name])]
-        unit = f", {one[name]['unit']}" if one[name]["unit"] else ""
-        error = math.hypot(*errors) if None not in errors else None
-        difference = values[1] - values[0]
+        pair = (one[name], other[name])
+        shown = [shown_with(metric.value, metric.error) for metric in pair]
+        unit = f", {pair[0].unit}" if pair[0].unit else ""
+        errors = [metric.error for metric in pair if metric.error is not None]
+        error = math.hypot(*errors) if len(errors) == 2 else None
+        difference = pair[1].value - pair[0].value
         sign = "−" if difference < 0 else "+"
-        text = sign + shown_with({"value": abs(difference), "error": error})
+        text = sign + shown_with(abs(difference), error)
         if not difference:
             text = "0"
         rows.append(f"| {name}{unit} | {shown[0]} | {shown[1]} | {text} |")
     return rows
 
 
-def shown_with(metric: dict[str, Any]) -> str:
+def shown_with(value: int | float, error: float | None) -> str:
     """Value and error with as many digits as tell something."""
-    value, error = metric["value"], metric["error"]
     if isinstance(value, int) and error is None:
         return f"{value:,}"
     least = abs(error) if error else abs(value) / 1000

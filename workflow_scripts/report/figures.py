@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from workflow_scripts import files, pages
 
@@ -54,7 +54,7 @@ def panels(n: int = 1, *, width: float = 8, height: float = 4) -> tuple[Figure, 
     from matplotlib import pyplot
 
     # Of this figure alone: its parts take the style when they are made.
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its stubs want literal keys
     matplotlib.rcParams["axes.prop_cycle"] = pyplot.cycler(color=COLORS)
     figure, axes = pyplot.subplots(
         1, n, figsize=(width, height), layout="constrained", squeeze=False
@@ -62,7 +62,14 @@ def panels(n: int = 1, *, width: float = 8, height: float = 4) -> tuple[Figure, 
     return figure, list(axes[0])
 
 
-def styles() -> Iterator[dict[str, Any]]:
+class Style(TypedDict):
+    """What tells a line from the others."""
+
+    color: str
+    marker: str
+
+
+def styles() -> Iterator[Style]:
     """Color and marker of one line after the other."""
     for color, marker in itertools.cycle(zip(COLORS, MARKERS, strict=True)):
         yield {"color": color, "marker": marker}

@@ -7,34 +7,22 @@ each of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from workflow_scripts import files
+from workflow_scripts.handover.metrics import Metric
 from workflow_scripts.report.report_tasks import name_of
-from workflow_scripts.report.results import Wanted, tasks_file
+from workflow_scripts.report.results import Wanted, tasks, tasks_file
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number."""
+class Found(NamedTuple):
+    """A metric, and what it is called."""
 
-    run: str
     link: str
-    """State of the chain it is of; empty: of the run as a whole."""
+    """Link that it is of; `run` for the run as a whole."""
     name: str
-    value: float
-    unit: str
-    error: float | None
-    error_is: str | None
-    """`standard error` or `standard deviation`."""
-    n: int | None
-    """What it is a mean of, where that is one."""
-    file: str
-    """Below the folder of results."""
-    key: str
-    """In the file's JSON; dots go into objects, and by number into lists."""
+    metric: Metric
 
 
 class Source(NamedTuple):
@@ -44,11 +32,13 @@ class Source(NamedTuple):
     key: str
     unit: str
     error_key: str | None = None
-    error_is: str | None = None
+    error_is: ErrorKind | None = None
     n_key: str | None = None
 
 
-STANDARD_ERROR, STANDARD_DEVIATION = "standard error", "standard deviation"
+ErrorKind = Literal["standard error", "standard deviation"]
+STANDARD_ERROR: ErrorKind = "standard error"
+STANDARD_DEVIATION: ErrorKind = "standard deviation"
 N_TOKENS = "n_scored_tokens"
 SCORES = (
     Source("loss", "loss_nats_per_token", "nats/token", "loss_standard_error_nats_per_token",
@@ -115,8 +105,9 @@ SHAPE = (
 )
 
 
-def metrics_of(run: str, wanted: Wanted, results: Path) -> list[Metric]:
-    """Of one run, from the base's scores to the last file's.
+def metrics_of(run: str, wanted: Wanted, results: Path) -> dict[str, dict[str, Metric]]:
+    """Of one run, by link and name, from the base's scores to the last file's; what is of the run
+    as a whole under `run`.
 
     Args:
         wanted: what was measured.
@@ -124,24 +115,28 @@ def metrics_of(run: str, wanted: Wanted, results: Path) -> list[Metric]:
     Raises:
         StageError: a file that the run must have is missing.
     """
-    found = [metric for place in _places(run, wanted) for metric in _read(run, place, results)]
-    return [*found, *_read_tasks(run, wanted, results)]
+    found = [one for place in _places(run, wanted) for one in _read(place, results)]
+    by_link: dict[str, dict[str, Metric]] = {}
+    for link, name, metric in [*found, *_read_tasks(run, wanted, results)]:
+        by_link.setdefault(link, {})[name] = metric
+    return by_link
 
 
 def measured_files(run: str, wanted: Wanted) -> list[str]:
     """Those of `metrics_of`, below the folder of results."""
-    tasks = [
+    of_tasks = [
         tasks_file(run, wanted.runs[run], link, kind)
         for kind, links in wanted.tasks.items()
         for link in links
     ]
-    return [*(place.file for place in _places(run, wanted)), *tasks]
+    return [*(place.file for place in _places(run, wanted)), *of_tasks]
 
 
 class Place(NamedTuple):
     """A file of a link, and what stands in it."""
 
     link: str
+    """`run` for the run as a whole."""
     file: str
     sources: Sequence[Source]
     prefix: str = ""
@@ -150,19 +145,19 @@ class Place(NamedTuple):
 
 def _places(run: str, wanted: Wanted) -> Iterator[Place]:
     settings = wanted.runs[run]
-    model, dataset = settings["model"], settings["dataset"]
+    model, dataset = settings.model, settings.dataset
     folder, base = f"runs/{run}", f"evaluation/{model}/{dataset}"
-    yield Place("", f"models/{model}/facts.json", SHAPE)
-    if settings["packing"]:
-        packed = f"data/{dataset}/{model}/{settings['packing']}"
-        yield Place("", f"{packed}/packing_report.json", PACKING)
-    if settings["recipe"]:
-        yield Place("", f"{folder}/adapter/training_manifest.json", TRAINING)
-    yield Place("", f"{folder}/merged_check.json", MERGED_GATE)
-    yield Place("", f"{folder}/gguf_check.json", GGUF_GATE)
+    yield Place("run", f"models/{model}/facts.json", SHAPE)
+    if settings.packing:
+        packed = f"data/{dataset}/{model}/{settings.packing}"
+        yield Place("run", f"{packed}/packing_report.json", PACKING)
+    if settings.recipe:
+        yield Place("run", f"{folder}/adapter/training_manifest.json", TRAINING)
+    yield Place("run", f"{folder}/merged_check.json", MERGED_GATE)
+    yield Place("run", f"{folder}/gguf_check.json", GGUF_GATE)
     yield Place("base", f"{base}/base.json", SCORES)
     yield Place("base NF4", f"{base}/base-nf4.json", SCORES)
-    adapter = () if settings["merged"] else ("adapter",)
+    adapter = () if settings.merged else ("adapter",)
     for link in (*adapter, "merged", *wanted.gguf_types):
         yield Place(link, f"{folder}/evaluation/{link}.json", SCORES)
         yield Place(link, f"{folder}/evaluation/{link}.inference.json", SPEED)
@@ -181,7 +176,7 @@ def _places(run: str, wanted: Wanted) -> Iterator[Place]:
         yield Place(link, f"{place}/{link}.context.json", CONTEXT)
 
 
-def _read(run: str, place: Place, results: Path) -> Iterator[Metric]:
+def _read(place: Place, results: Path) -> Iterator[Found]:
     """The metrics of a file; what it has not, or has as null, was not measured."""
     content = files.read_json(results / place.file)
     for source in place.sources:
@@ -189,10 +184,7 @@ def _read(run: str, place: Place, results: Path) -> Iterator[Metric]:
         if value is None:
             continue
         error = content.get(source.error_key) if source.error_key else None
-        yield Metric(
-            run=run,
-            link=place.link,
-            name=place.prefix + source.name,
+        metric = Metric(
             value=value,
             unit=source.unit,
             error=error,
@@ -201,28 +193,29 @@ def _read(run: str, place: Place, results: Path) -> Iterator[Metric]:
             file=place.file,
             key=source.key,
         )
+        yield Found(place.link, place.prefix + source.name, metric)
 
 
-def _read_tasks(run: str, wanted: Wanted, results: Path) -> Iterator[Metric]:
+def _read_tasks(run: str, wanted: Wanted, results: Path) -> Iterator[Found]:
     """Scores of every task and metric, with the ends of their interval where those are known."""
     for kind, links in wanted.tasks.items():
         for link in links:
             file = tasks_file(run, wanted.runs[run], link, kind)
-            for number, score in enumerate(files.read_json(results / file)["scores"]):
-                error = score["standard_error"]
-                for end, key in (("", "score"), (", 2.5 %", "low"), (", 97.5 %", "high")):
-                    if score[key] is None:
+            for number, score in enumerate(tasks(results / file, kind).scores):
+                for end, key, value, error in (
+                    ("", "score", score.score, score.standard_error),
+                    (", 2.5 %", "low", score.low, None),
+                    (", 97.5 %", "high", score.high, None),
+                ):
+                    if value is None:
                         continue
-                    has_error = key == "score" and error is not None
-                    yield Metric(
-                        run=run,
-                        link=link,
-                        name=name_of(score, kind) + end,
-                        value=score[key],
+                    metric = Metric(
+                        value=value,
                         unit="",
-                        error=error if has_error else None,
-                        error_is=STANDARD_ERROR if has_error else None,
-                        n=score["n_documents"],
+                        error=error,
+                        error_is=STANDARD_ERROR if error is not None else None,
+                        n=score.n_documents,
                         file=file,
                         key=f"scores.{number}.{key}",
                     )
+                    yield Found(link, name_of(score, kind) + end, metric)

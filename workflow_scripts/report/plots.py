@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.handover.context import Cell, ContextScores
+from workflow_scripts.handover.speed import Phase
+from workflow_scripts.handover.training import History, MemoryPlan, TrainingManifest
 from workflow_scripts.report.figures import COLORS, QUIET, log_ticks, panels, styles
 from workflow_scripts.report.results import Link, RunResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = Mapping[str, Sequence[Mapping[str, float]]]
 # Of the memory plan, from below; `program` is what a process takes before any weight.
 MEMORY_PARTS = {
     "program": "program and libraries",
@@ -40,14 +42,14 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
     figure, axes = panels(len(wanted), width=12, height=3.6)
     for (run, history), style in zip(histories.items(), styles(), strict=False):
         color = style["color"]
-        steps = [entry["step"] for entry in history["train"]]
+        steps = [one.step for one in history.train]
         for axis, key in zip(axes, wanted, strict=True):
-            values = [entry[key] for entry in history["train"]]
+            values = [getattr(one, key) for one in history.train]
             axis.plot(steps, values, color=color, linewidth=1.2, label=run)
-        if history["validation"]:
+        if history.validation:
             axes[0].plot(
-                [entry["step"] for entry in history["validation"]],
-                [entry["loss_nats_per_token"] for entry in history["validation"]],
+                [one.step for one in history.validation],
+                [one.loss_nats_per_token for one in history.validation],
                 **style,
                 linestyle="--",
                 linewidth=1,
@@ -68,7 +70,11 @@ def chain(runs: Sequence[RunResults]) -> Figure:
         names.append("AWQ")
     figure, (axis,) = panels(width=8, height=4.2)
     for number, (run, style) in enumerate(zip(runs, styles(), strict=False)):
-        for links, how in ((run.links, {"label": run.name}), ([run.awq], {"linestyle": ""})):
+        ways: tuple[tuple[Sequence[Link | None], dict[str, Any]], ...] = (
+            (run.links, {"label": run.name}),
+            ([run.awq], {"linestyle": ""}),
+        )
+        for links, how in ways:
             points = [_perplexity(link) for link in links if link]
             # Beside each other, so that bars do not hide bars.
             places = [names.index(link.name) + 0.08 * number for link in links if link]
@@ -86,8 +92,8 @@ def chain(runs: Sequence[RunResults]) -> Figure:
 
 def _perplexity(link: Link) -> tuple[float, float]:
     """With its standard error, 0 where none is known."""
-    value = link.scores["perplexity"]
-    return value, (link.scores["loss_standard_error_nats_per_token"] or 0) * value
+    value = link.scores.perplexity
+    return value, (link.scores.loss_standard_error_nats_per_token or 0) * value
 
 
 def trade_off(run: RunResults) -> Figure:
@@ -95,14 +101,14 @@ def trade_off(run: RunResults) -> Figure:
     links = [link for link in run.links if link.speed is not None and link.name not in _OTHERS]
     links += [run.awq] if run.awq else []
     measures = (
-        ("size of the file, GB", lambda link: (link.scores["size_bytes"] / 1e9, None)),
+        ("size of the file, GB", lambda link: ((link.scores.size_bytes or 0) / 1e9, None)),
         ("decoding, ms a token", lambda link: _of_speed(link, "decode")),
         ("reading the prompt, ms a token", lambda link: _of_speed(link, "prompt")),
     )
     figure, axes = panels(len(measures), width=12, height=3.6)
     for axis, (label, place) in zip(axes, measures, strict=True):
         for link, style in zip(links, styles(), strict=False):
-            loss = link.scores["loss_nats_per_token"]
+            loss = link.scores.loss_nats_per_token
             if link.speed is None and axis is not axes[0]:
                 continue
             value, error = place(link)
@@ -118,12 +124,9 @@ def trade_off(run: RunResults) -> Figure:
 _OTHERS = ("base", "base NF4", "adapter", "merged")
 
 
-def _of_speed(link: Link, phase: str) -> tuple[float, float | None]:
+def _of_speed(link: Link, phase: Phase) -> tuple[float, float | None]:
     assert link.speed is not None
-    return (
-        link.speed[f"{phase}_milliseconds_per_token"],
-        link.speed[f"{phase}_standard_deviation_milliseconds_per_token"],
-    )
+    return link.speed.of_token(phase)
 
 
 def by_position(run: RunResults, names: Sequence[str]) -> Figure:
@@ -134,16 +137,16 @@ def by_position(run: RunResults, names: Sequence[str]) -> Figure:
     """
     figure, (axis,) = panels(width=8, height=3.8)
     for number, (name, style) in enumerate(zip(names, styles(), strict=False)):
-        buckets = run.link(name).scores["by_position"]
-        middles = [(one["first_position"] + one["last_position"] + 1) / 2 for one in buckets]
+        buckets = run.link(name).scores.by_position
+        middles = [(one.first_position + one.last_position + 1) / 2 for one in buckets]
         axis.errorbar(
             [middle * 1.03**number for middle in middles],
-            [one["loss_nats_per_token"] for one in buckets],
-            yerr=[one["loss_standard_error_nats_per_token"] or 0 for one in buckets],
+            [one.loss_nats_per_token for one in buckets],
+            yerr=[one.loss_standard_error_nats_per_token or 0 for one in buckets],
             **style,
             label=name,
         )
-    window = run.facts["sliding_window"]
+    window = run.facts.sliding_window
     if window:
         axis.axvline(window, color=QUIET, linestyle=":", linewidth=1, label="window")
     axis.set_xscale("log", base=2)
@@ -154,16 +157,12 @@ def by_position(run: RunResults, names: Sequence[str]) -> Figure:
     return figure
 
 
-def memory(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
-    """Memory of training by part as planned, and the peak that was measured.
-
-    Args:
-        manifest: of train_adapter.
-        plan: of plan_memory.
-    """
+def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
+    """Memory of training by part as planned, and the peak that was measured."""
     figure, (axis,) = panels(width=8, height=2.4)
     left = 0.0
-    planned = {part: plan["predicted_bytes"][part] / 1e9 for part in MEMORY_PARTS}
+    sizes = plan.predicted_bytes.by_name()
+    planned = {part: sizes[part] / 1e9 for part in MEMORY_PARTS}
     parts = [part for part in MEMORY_PARTS if planned[part]]
     for part, style in zip(parts, styles(), strict=False):
         axis.barh(
@@ -175,10 +174,10 @@ def memory(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
             label=MEMORY_PARTS[part],
         )
         left += planned[part]
-    axis.barh(["measured"], [manifest["peak_memory_bytes"] / 1e9], color=QUIET)
-    axis.axvline(plan["usable_bytes"] / 1e9, color="0.2", linestyle=":", label="usable")
+    axis.barh(["measured"], [manifest.peak_memory_bytes / 1e9], color=QUIET)
+    axis.axvline(plan.usable_bytes / 1e9, color="0.2", linestyle=":", label="usable")
     # The room there is may be far more than what is used.
-    axis.set_xlim(0, 1.15 * max(left, manifest["peak_memory_bytes"] / 1e9))
+    axis.set_xlim(0, 1.15 * max(left, manifest.peak_memory_bytes / 1e9))
     axis.set_xlabel("peak memory, GB")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
@@ -203,17 +202,17 @@ def durations(seconds: Mapping[str, float]) -> Figure:
     return figure
 
 
-def heat_maps(links: Mapping[str, Mapping[str, Any]]) -> Figure:
+def heat_maps(links: Mapping[str, ContextScores]) -> Figure:
     """Share of right answers by length and depth, a panel a link, over the tasks that have a depth.
 
     Args:
-        links: report of evaluate_context by link.
+        links: scores by link.
     """
     figure, axes = panels(len(links), width=max(5.0, 4.0 * len(links)), height=3.8)
     for axis, (name, report) in zip(axes, links.items(), strict=True):
-        cells = [cell for cell in report["cells"] if cell["depth_fraction"] is not None]
-        lengths = sorted({cell["length_tokens"] for cell in cells})
-        depths = sorted({cell["depth_fraction"] for cell in cells})
+        cells = [cell for cell in report.cells if cell.depth_fraction is not None]
+        lengths = sorted({cell.length_tokens for cell in cells})
+        depths = sorted({cell.depth_fraction or 0.0 for cell in cells})
         shares = [[100 * _share(cells, length, depth) for length in lengths] for depth in depths]
         # Cividis reads the same for every color vision. As a mesh, as a page shows no images.
         axis.pcolormesh(shares, vmin=0, vmax=100, cmap="cividis", edgecolor="white", linewidth=1)
@@ -234,9 +233,7 @@ def heat_maps(links: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _share(cells: Sequence[Mapping[str, Any]], length: int, depth: float) -> float:
+def _share(cells: Sequence[Cell], length: int, depth: float) -> float:
     """Of right answers, over the tasks."""
-    found = [
-        cell for cell in cells if (cell["length_tokens"], cell["depth_fraction"]) == (length, depth)
-    ]
-    return sum(cell["n_exact"] for cell in found) / sum(cell["n_prompts"] for cell in found)
+    found = [cell for cell in cells if (cell.length_tokens, cell.depth_fraction) == (length, depth)]
+    return sum(cell.n_exact for cell in found) / sum(cell.n_prompts for cell in found)

@@ -64,9 +64,9 @@ def chain(runs: Sequence[RunResults]) -> Table:
     return Table(
         title="Chain of perplexities",
         note=(
-            f"Every link scores the same {scores['n_scored_tokens']:,} supervised tokens of the"
-            f" same {scores['n_conversations']} test conversations, in pieces of at most"
-            f" {scores['piece_tokens']} tokens; lower is better. “vs. its source” is the"
+            f"Every link scores the same {scores.n_scored_tokens:,} supervised tokens of the"
+            f" same {scores.n_conversations} test conversations, in pieces of at most"
+            f" {scores.piece_tokens} tokens; lower is better. “vs. its source” is the"
             " change of perplexity against the link that this one is made from: the line above, for"
             " a quantization F16, for AWQ the merged model. Its standard error is that of the"
             " difference, paired token by token, which cancels how hard the text is: a change"
@@ -106,9 +106,9 @@ def source(run: RunResults, link: Link) -> Link:
 def note_on_widths(runs: Sequence[RunResults]) -> str:
     """Why a quantization is none of the k-quants, where a model's widths rule them out."""
     widths = {
-        run.settings["model"]: run.facts["hidden_size"]
+        run.settings.model: run.facts.hidden_size
         for run in runs
-        if run.facts["hidden_size"] % K_QUANT_BLOCK
+        if run.facts.hidden_size % K_QUANT_BLOCK
     }
     return "".join(
         f" The rows of {model} have {width:,} weights. llama.cpp's k-quants (such as Q4_K_M) need a"
@@ -123,7 +123,7 @@ def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
     if not texts:
         return ""
     scored = runs[0].link("merged").texts
-    sizes = ", ".join(f"{text} {scored[text]['n_scored_tokens']:,}" for text in texts)
+    sizes = ", ".join(f"{text} {scored[text].n_scored_tokens:,}" for text in texts)
     return (
         f" Texts are scored as llama-perplexity scores them: the second half of chunks, {sizes}"
         " tokens; ± is a standard error over chunks."
@@ -160,12 +160,12 @@ def diverged(link: Link) -> list[str]:
     """KL divergence to F16 and how often the likeliest token is the same."""
     if link.divergence is None:
         return ["", ""]
-    kl_error = link.divergence["kl_divergence_standard_error_nats"]
-    error = link.divergence["top1_agreement_standard_error_fraction"]
+    kl_error = link.divergence.kl_divergence_standard_error_nats
+    error = link.divergence.top1_agreement_standard_error_fraction
     return [
-        with_error(link.divergence["kl_divergence_nats"], kl_error, digits_of(kl_error, least=4)),
+        with_error(link.divergence.kl_divergence_nats, kl_error, digits_of(kl_error, least=4)),
         with_error(
-            100 * link.divergence["top1_agreement_fraction"],
+            100 * link.divergence.top1_agreement_fraction,
             None if error is None else 100 * error,
         ),
     ]
@@ -173,20 +173,13 @@ def diverged(link: Link) -> list[str]:
 
 def measured(link: Link) -> list[str]:
     """The cells after the change: full-length perplexity, speed, memory, size."""
-    whole = link.scores.get("full_length_perplexity")
+    whole = link.scores.full_length_perplexity
     cells = ["" if whole is None else f"{whole:.2f}"]
     if link.speed is None:
-        return [*cells, "", "", "", mebibytes(link.scores["size_bytes"])]
-    for phase in ("prompt", "decode"):
-        cells.append(
-            with_error(
-                link.speed[f"{phase}_milliseconds_per_token"],
-                link.speed[f"{phase}_standard_deviation_milliseconds_per_token"],
-                digits=3,
-            )
-        )
-    memory, size = link.speed["peak_memory_bytes"], link.speed["size_bytes"]
-    return [*cells, mebibytes(memory), mebibytes(size)]
+        return [*cells, "", "", "", mebibytes(link.scores.size_bytes)]
+    cells.append(with_error(*link.speed.of_token("prompt"), digits=3))
+    cells.append(with_error(*link.speed.of_token("decode"), digits=3))
+    return [*cells, mebibytes(link.speed.peak_memory_bytes), mebibytes(link.speed.size_bytes)]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.data.documents import SPLITS
+from workflow_scripts.data.conversations import RejectedRow
+from workflow_scripts.handover.cleaning import CleaningReport, SourceCounts
 
 OUTPUT_VERSION = 1
 N_SAMPLES = 10  # of each reason
@@ -28,19 +29,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
-    report = files.read_json(arguments.report)
+    report = CleaningReport.read(arguments.report)
     sections = {
         "From read to kept": funnel_html(report),
         "Corrections": corrections_html(report),
-        "Sources": sources_html(report["by_source"]),
+        "Sources": sources_html(report.by_source),
         "Kept conversations": kept_html(report),
-        "Personal data": personal_data_html(report["personal_data"]),
+        "Personal data": personal_data_html(report.personal_data),
         "Rejected": rejected_html(report, read_samples(arguments.rejected)),
     }
     body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
     intro = f'<p class="quiet">{pages.visible(str(arguments.report))}</p>'
     files.write_text(arguments.page, pages.page("Cleaning of the dataset", intro + body))
-    logger.info("wrote n_read=%d path=%s", report["n_read"], arguments.page)
+    logger.info("wrote n_read=%d path=%s", report.n_read, arguments.page)
 
 
 class Bar(NamedTuple):
@@ -72,72 +73,71 @@ def bar_html(bar: Bar, whole: int, longest: int) -> str:
     )
 
 
-def funnel_html(report: Mapping[str, Any]) -> str:
+def funnel_html(report: CleaningReport) -> str:
     """Each loss begins where the one before it ended; what is kept is what they leave."""
-    n_read = report["n_read"]
-    n_kept = sum(report[f"n_{split}"] for split in SPLITS)
+    n_read = report.n_read
+    n_kept = report.n_kept
     bars = [Bar("read", n_read, kind="whole")]
     left = n_read
-    for reason, n in report["rejected_by_reason"].items():
+    for reason, n in report.rejected_by_reason.items():
         left -= n
         bars.append(Bar(reason, n, start=left, kind="lost"))
     bars.append(Bar("kept", n_kept, kind="kept"))
-    bars.append(Bar("of these corrected", report["n_corrected"], kind="part"))
+    bars.append(Bar("of these corrected", report.n_corrected, kind="part"))
     start = 0
-    for split in SPLITS:
-        n = report[f"n_{split}"]
+    for split, n in report.n_by_split.items():
         bars.append(Bar(split, n, start=start, kind="part"))
         start += n
-    weighted = report["n_train_weighted"]
+    weighted = report.n_train_weighted
     note = (
         f"Weighted by source, an epoch sees {pages.counted(weighted, 'training conversation')}."
-        if weighted != report["n_train"]
+        if weighted != report.n_train
         else ""
     )
     return f"<p>Shares are of all conversations read. {note}</p>{bars_html(bars, n_read)}"
 
 
-def corrections_html(report: Mapping[str, Any]) -> str:
-    corrections = report["corrections"]
+def corrections_html(report: CleaningReport) -> str:
+    corrections = report.corrections
     if not corrections:
         return "<p>No kept conversation had to be corrected.</p>"
-    n_kept = sum(report[f"n_{split}"] for split in SPLITS)
+    n_kept = report.n_kept
     bars = [Bar(phrase, n) for phrase, n in corrections.items()]
     return (
-        f"<p>{pages.counted(report['n_corrected'], 'kept conversation')}"
-        f" ({pages.share(report['n_corrected'], n_kept)} of them) corrected, some in several ways;"
+        f"<p>{pages.counted(report.n_corrected, 'kept conversation')}"
+        f" ({pages.share(report.n_corrected, n_kept)} of them) corrected, some in several ways;"
         f" shares are of the kept.</p>{bars_html(bars, n_kept)}"
     )
 
 
-def sources_html(by_source: Mapping[str, Mapping[str, Any]]) -> str:
+def sources_html(by_source: Mapping[str, SourceCounts]) -> str:
     header = "".join(
         f'<th scope="col">{name}</th>' for name in ("Source", "Read", "Kept", "Rejected", "Weight")
     )
     rows = []
     for name, counts in by_source.items():
         cells = (
-            f"{counts['n_read']:,}",
-            f"{counts['n_kept']:,}",
-            f"{counts['n_rejected']:,} ({pages.share(counts['n_rejected'], counts['n_read'])})",
-            f"{counts['weight']:g}",
+            f"{counts.n_read:,}",
+            f"{counts.n_kept:,}",
+            f"{counts.n_rejected:,} ({pages.share(counts.n_rejected, counts.n_read)})",
+            f"{counts.weight:g}",
         )
         inner = "".join(f"<td>{pages.visible(cell)}</td>" for cell in cells)
         rows.append(f'<tr><th scope="row">{pages.visible(name)}</th>{inner}</tr>')
     return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def kept_html(report: Mapping[str, Any]) -> str:
+def kept_html(report: CleaningReport) -> str:
     """Lengths, roles and languages of what was kept."""
-    n_kept = sum(report[f"n_{split}"] for split in SPLITS)
-    histogram = report["characters_histogram"]
-    messages = [Bar(number, n) for number, n in report["n_messages"].items()]
-    roles = [Bar(role, n) for role, n in report["roles"].items()]
-    languages = [Bar(language, n) for language, n in report["languages"].items()]
-    n_sample = report["n_language_sample"]
+    n_kept = report.n_kept
+    histogram = report.characters_histogram
+    messages = [Bar(str(number), n) for number, n in report.n_messages.items()]
+    roles = [Bar(role, n) for role, n in report.roles.items()]
+    languages = [Bar(language, n) for language, n in report.languages.items()]
+    n_sample = report.n_language_sample
     parts = [
         "<p>Characters of all messages of a conversation:</p>",
-        bars_html(length_bars(histogram["edges"], histogram["counts"]), n_kept),
+        bars_html(length_bars(histogram.edges, histogram.counts), n_kept),
         "<p>Messages of a conversation:</p>",
         bars_html(first_bars(messages, rest="more"), n_kept),
         "<p>Messages by role; <code>text</code> is a plain text, without turns:</p>",
@@ -184,13 +184,13 @@ def personal_data_html(found: Mapping[str, int]) -> str:
     return f"<p>Found in usable conversations, duplicates included.</p>{counts}"
 
 
-def read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
+def read_samples(path: Path) -> dict[str, list[RejectedRow]]:
     """Of each reason up to ten rejected conversations, spread evenly over the file."""
     import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 
-    samples: dict[str, list[dict[str, Any]]] = {}
+    samples: dict[str, list[RejectedRow]] = {}
     with parquet.ParquetFile(path, pre_buffer=False) as table:
         reasons = table.read(columns=["reason"])["reason"].combine_chunks().dictionary_encode()
         codes = reasons.indices.to_numpy()
@@ -207,21 +207,21 @@ def read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
             if len(here):  # the others' texts are never read
                 rows = table.read_row_group(group).take(pa.array(here))
                 for row in rows.to_pylist():
-                    samples.setdefault(row["reason"], []).append(row)
+                    samples.setdefault(row["reason"], []).append(RejectedRow(**row))
     return samples
 
 
-def rejected_html(report: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping]]) -> str:
-    if not report["rejected_by_reason"]:
+def rejected_html(report: CleaningReport, samples: Mapping[str, Sequence[RejectedRow]]) -> str:
+    if not report.rejected_by_reason:
         return "<p>Nothing was rejected.</p>"
     sections = "".join(
-        reason_html(reason, n, report["n_read"], samples.get(reason, ()))
-        for reason, n in report["rejected_by_reason"].items()
+        reason_html(reason, n, report.n_read, samples.get(reason, ()))
+        for reason, n in report.rejected_by_reason.items()
     )
     return f"<p>Samples of each reason, spread evenly over the file of all of them.</p>{sections}"
 
 
-def reason_html(reason: str, n: int, n_read: int, samples: Sequence[Mapping[str, Any]]) -> str:
+def reason_html(reason: str, n: int, n_read: int, samples: Sequence[RejectedRow]) -> str:
     items = "".join(sample_html(row) for row in samples)
     return (
         f"<details><summary>{pages.visible(reason)} <span>{n:,} ({pages.share(n, n_read)}),"
@@ -229,12 +229,12 @@ def reason_html(reason: str, n: int, n_read: int, samples: Sequence[Mapping[str,
     )
 
 
-def sample_html(row: Mapping[str, Any]) -> str:
-    raw = row["raw"] or ""
+def sample_html(row: RejectedRow) -> str:
+    raw = row.raw or ""
     n_more = len(raw) - SAMPLE_CHARACTERS
     more = f'<p class="quiet">{pages.counted(n_more, "more character")}</p>' if n_more > 0 else ""
-    detail = f" {pages.visible(row['detail'])}" if row["detail"] else ""
-    place = pages.visible(f"{row['source_file']}:{row['source_line']}")
+    detail = f" {pages.visible(row.detail)}" if row.detail else ""
+    place = pages.visible(f"{row.source_file}:{row.source_line}")
     return (
         f"<p><code>{place}</code>{detail}</p>"
         f"<pre>{pages.visible(raw[:SAMPLE_CHARACTERS])}</pre>{more}"

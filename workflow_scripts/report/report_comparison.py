@@ -7,11 +7,13 @@ python -m workflow_scripts.report.report_comparison --runs '{"runs": …, "gguf_
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.context import ContextScores
+from workflow_scripts.handover.gates import MergeBase
+from workflow_scripts.handover.speed import Phase, Speed
 from workflow_scripts.report import tables
 from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.report_tasks import NONE_ASKED, is_share, name_of, shown
@@ -43,11 +45,11 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         f"Perplexity, {smallest}": lambda run: perplexity(run.link(smallest).scores),
         **texts(runs, smallest),
         "Change against the base": lambda run: change(run, "merged"),
-        f"Prompt, {smallest}, ms/token": lambda run: speed(run, smallest, "prompt"),
-        f"Decode, {smallest}, ms/token": lambda run: speed(run, smallest, "decode"),
-        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).scores["size_bytes"]),
+        f"Prompt, {smallest}, ms/token": lambda run: per_token(run, smallest, "prompt"),
+        f"Decode, {smallest}, ms/token": lambda run: per_token(run, smallest, "decode"),
+        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).scores.size_bytes),
         f"Memory of inference, {smallest}": lambda run: mebibytes(
-            run.link(smallest).speed["peak_memory_bytes"]
+            speed_of(run, smallest).peak_memory_bytes
         ),
         "Memory of training, predicted": lambda run: mebibytes(
             trained(run, "predicted_peak_memory_bytes")
@@ -56,8 +58,8 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         "Training, tokens/s": lambda run: count(trained(run, "tokens_per_second")),
         "Training, steps": lambda run: count(trained(run, "n_steps")),
         "Trainable parameters": lambda run: count(trained(run, "n_trainable_parameters")),
-        "Context, transformers": lambda run: f"{run.facts['context_tokens']:,}",
-        "Context, GGUF": lambda run: f"{served_context(run.facts):,}",
+        "Context, transformers": lambda run: f"{run.facts.context_tokens:,}",
+        "Context, GGUF": lambda run: f"{run.facts.served_context_tokens:,}",
         **usable(runs[0]),
         **tasks(runs),
     }
@@ -65,7 +67,7 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         figures |= {
             "Merged into": merged_into,
             "Validation, live adapter: perplexity": lambda run: (
-                f"{run.merge_base['adapter_perplexity']:.4f}" if run.merge_base else ""
+                f"{run.merge_base.adapter_perplexity:.4f}" if run.merge_base else ""
             ),
             "Validation, merged into the original: perplexity, KL": lambda run: candidate(
                 run, "original"
@@ -78,8 +80,8 @@ def comparison(runs: Sequence[RunResults]) -> Table:
     return Table(
         title="Runs compared",
         note=(
-            f"Test split: {scores['n_conversations']} conversations, {scores['n_scored_tokens']:,}"
-            f" supervised tokens, in pieces of at most {scores['piece_tokens']} tokens; lower"
+            f"Test split: {scores.n_conversations} conversations, {scores.n_scored_tokens:,}"
+            f" supervised tokens, in pieces of at most {scores.piece_tokens} tokens; lower"
             " perplexity is better; ± is a standard error (speed: standard deviation over"
             " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
             f" apply.{note_on_context(runs)}{note_on_tasks(runs)}"
@@ -91,10 +93,12 @@ def comparison(runs: Sequence[RunResults]) -> Table:
 
 def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunResults], str]]:
     """Rows of the texts that were scored."""
+
+    def figure(text: str, link: str) -> Callable[[RunResults], str]:
+        return lambda run: perplexity(run.link(link).texts[text])
+
     return {
-        f"Perplexity on {text}, {link}": lambda run, text=text, link=link: perplexity(
-            run.link(link).texts[text]
-        )
+        f"Perplexity on {text}, {link}": figure(text, link)
         for text in runs[0].link("merged").texts
         for link in ("base", "merged", smallest)
     }
@@ -102,10 +106,12 @@ def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunR
 
 def usable(run: RunResults) -> dict[str, Callable[[RunResults], str]]:
     """Rows of the links whose usable context was measured."""
+
+    def figure(name: str) -> Callable[[RunResults], str]:
+        return lambda run: effective(context_of(run, name), "ruler")
+
     return {
-        f"Usable context, {link.name}": lambda run, name=link.name: effective(
-            run.link(name).context, "ruler"
-        )
+        f"Usable context, {link.name}": figure(link.name)
         for link in run.links
         if link.context is not None
     }
@@ -115,7 +121,7 @@ def note_on_context(runs: Sequence[RunResults]) -> str:
     measured = [link.context for run in runs for link in run.links if link.context is not None]
     if not measured:
         return " How much of a context is usable: `snakemake context`."
-    n_prompts = sorted({report["n_prompts"] for report in measured})
+    n_prompts = sorted({report.n_prompts for report in measured})
     return (
         " Usable context: the longest length up to which 85.6 % of the questions on a text are"
         " answered (RULER), with the 95 % interval of that many prompts;"
@@ -133,8 +139,12 @@ def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
                     name = name_of(score, kind) + (", %" if is_share(score) else "")
                     of_link = found.setdefault(name, {}).setdefault(link.name, {})
                     of_link[run.name] = shown(score)
+
+    def figure(of_runs: Mapping[str, str]) -> Callable[[RunResults], str]:
+        return lambda run: of_runs.get(run.name, "")
+
     return {
-        f"{name}, {link}": lambda run, of_runs=of_runs: of_runs.get(run.name, "")
+        f"{name}, {link}": figure(of_runs)
         for name, by_link in found.items()
         for link, of_runs in by_link.items()
     }
@@ -155,25 +165,25 @@ def note_on_tasks(runs: Sequence[RunResults]) -> str:
 def merged_into(run: RunResults) -> str:
     """The base of the merge, and whether the config or a measurement chose it; empty for a model
     that was merged elsewhere."""
-    if run.settings["merged"]:
+    if run.settings.merged:
         return ""
     if run.merge_base is None:
-        return run.settings["merge_base"]
-    return f"{run.merge_base['merge_base']} (measured)"
+        return run.settings.merge_base
+    return f"{run.merge_base.merge_base} (measured)"
 
 
-def candidate(run: RunResults, base: str) -> str:
+def candidate(run: RunResults, base: MergeBase) -> str:
     """A merge against the live adapter, on validation text; empty where nothing was measured."""
     if run.merge_base is None:
         return ""
-    measured = run.merge_base[base]
-    return f"{measured['perplexity']:.4f}, {measured['kl_divergence_nats']:.2g} nats"
+    measured = run.merge_base.candidate(base)
+    return f"{measured.perplexity:.4f}, {measured.kl_divergence_nats:.2g} nats"
 
 
 def trained(run: RunResults, key: str) -> float | None:
     """A figure of training; None where nothing was trained here, or it was not measured: of a run
     that resumed at its last step nothing was timed."""
-    return run.manifest[key] if run.manifest else None
+    return getattr(run.manifest, key) if run.manifest else None
 
 
 def count(number: float | None) -> str:
@@ -181,17 +191,26 @@ def count(number: float | None) -> str:
 
 
 def change(run: RunResults, link: str) -> str:
-    base = run.link("base").scores["perplexity"]
-    return f"{run.link(link).scores['perplexity'] / base - 1:+.1%}"
+    base = run.link("base").scores.perplexity
+    return f"{run.link(link).scores.perplexity / base - 1:+.1%}"
 
 
-def speed(run: RunResults, link: str, phase: str) -> str:
-    measured = run.link(link).speed
-    return with_error(
-        measured[f"{phase}_milliseconds_per_token"],
-        measured[f"{phase}_standard_deviation_milliseconds_per_token"],
-        digits=3,
-    )
+def speed_of(run: RunResults, link: str) -> Speed:
+    """The speed of a link that has one, as every GGUF does."""
+    speed = run.link(link).speed
+    assert speed is not None, link
+    return speed
+
+
+def context_of(run: RunResults, link: str) -> ContextScores:
+    """Usable context of a link that it was measured of."""
+    context = run.link(link).context
+    assert context is not None, link
+    return context
+
+
+def per_token(run: RunResults, link: str, phase: Phase) -> str:
+    return with_error(*speed_of(run, link).of_token(phase), digits=3)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ python -m workflow_scripts.report.report_context --runs '{"runs": …}' --links 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from workflow_scripts import files, log, pages
+from workflow_scripts import log, pages
+from workflow_scripts.handover.context import ContextScores, Definition
 from workflow_scripts.report import figures, plots, tables
+from workflow_scripts.report.results import Wanted
 from workflow_scripts.report.tables import Table, with_error
+from workflow_scripts.settings import RunSettings
 
 OUTPUT_VERSION = 3
-Reports = Mapping[str, Mapping[str, Any]]
+Reports = Mapping[str, ContextScores]
 logger = log.stage_logger("report_context")
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     runs = {
         name: read(name, settings, arguments.links, arguments.results)
-        for name, settings in json.loads(arguments.runs)["runs"].items()
+        for name, settings in Wanted.read(arguments.runs).runs.items()
     }
     table = context(runs)
     below = ""
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
-def read(run: str, settings: Mapping[str, Any], links: Sequence[str], results: Path) -> Reports:
+def read(run: str, settings: RunSettings, links: Sequence[str], results: Path) -> Reports:
     """Reports of evaluate_context by link, the base's first."""
-    base = results / "evaluation" / settings["model"] / settings["dataset"]
+    base = results / "evaluation" / settings.model / settings.dataset
     folder = results / "runs" / run / "evaluation"
     return {
-        "base": files.read_json(base / "base.context.json"),
-        **{link: files.read_json(folder / f"{link}.context.json") for link in links},
+        "base": ContextScores.read(base / "base.context.json"),
+        **{link: ContextScores.read(folder / f"{link}.context.json") for link in links},
     }
 
 
@@ -59,10 +60,10 @@ def context(runs: Mapping[str, Reports]) -> Table:
     """One row a run and link."""
     lengths = sorted(
         {
-            score["length_tokens"]
+            score.length_tokens
             for links in runs.values()
             for report in links.values()
-            for score in report["scores"]
+            for score in report.scores
         }
     )
     rows = [
@@ -85,7 +86,7 @@ def context(runs: Mapping[str, Reports]) -> Table:
             " least 85.6 (RULER), or at least 85 % of the best at up to 1,024 tokens (NoLiMa);"
             " in brackets the 95 % interval of so many prompts (Jeffreys);"
             " “not measurable” is a link that answers nothing even at the shortest length. The gain"
-            f" is what tokens beyond {first['short_tokens']:,} lose when no more context than that"
+            f" is what tokens beyond {first.short_tokens:,} lose when no more context than that"
             " is given, nats a token ± a standard error; a dash where it was not measured or no"
             " test conversation is so long. GGUFs are tested and advertised up to the window only,"
             " because llama.cpp does not apply it."
@@ -101,32 +102,24 @@ def context(runs: Mapping[str, Reports]) -> Table:
     )
 
 
-def effective(report: Mapping[str, Any], definition: str) -> str:
+def effective(report: ContextScores, definition: Definition) -> str:
     """Effective length, what the link is advertised for (a GGUF up to its window), and the 95 %
-    interval: `2,048 / 32,768 (1,024–4,096)`.
-
-    Args:
-        definition: `ruler` or `nolima`.
-    """
-    if not report["is_measurable"]:
+    interval: `2,048 / 32,768 (1,024–4,096)`."""
+    if not report.is_measurable:
         return "not measurable"
-    length, low, high = (
-        report[f"effective_tokens_{definition}{end}"] for end in ("", "_low", "_high")
-    )
-    return f"{length:,} / {report['context_tokens']:,} ({low:,}–{high:,})"
+    length, low, high = report.effective_tokens(definition)
+    return f"{length:,} / {report.context_tokens:,} ({low:,}–{high:,})"
 
 
-def gain(report: Mapping[str, Any]) -> str:
-    if report["long_gain_nats_per_token"] is None:
+def gain(report: ContextScores) -> str:
+    if report.long_gain_nats_per_token is None:
         return "–"
-    error = report["long_gain_standard_error_nats_per_token"]
-    return with_error(report["long_gain_nats_per_token"], error, 4)
+    error = report.long_gain_standard_error_nats_per_token
+    return with_error(report.long_gain_nats_per_token, error, 4)
 
 
-def score_at(report: Mapping[str, Any], length: int) -> str:
-    found = [
-        score["score_percent"] for score in report["scores"] if score["length_tokens"] == length
-    ]
+def score_at(report: ContextScores, length: int) -> str:
+    found = [score.score_percent for score in report.scores if score.length_tokens == length]
     return f"{found[0]:.0f}" if found else ""
 
 

@@ -16,9 +16,11 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.context import RecallScores
+from workflow_scripts.handover.scores import PositionScores
 from workflow_scripts.report import figures, tables
 from workflow_scripts.report.arms import Arm, Difference, Seeds, difference, find_arms
 from workflow_scripts.report.tables import Table, with_error
@@ -27,7 +29,6 @@ OUTPUT_VERSION = 2
 NOT_MEASURABLE = "not measurable"
 logger = log.stage_logger("report_experiment")
 
-Scores = Mapping[str, Any]
 Values = dict[Seeds, float]
 
 
@@ -47,13 +48,13 @@ class Results:
 
     factors: Sequence[str]
     arms: Sequence[Arm]
-    positions: Mapping[str, Scores]
-    """Of evaluate_positions, by run."""
-    recall: Mapping[str, Scores]
-    """Of evaluate_recall, by run; empty where it was left out."""
+    positions: Mapping[str, PositionScores]
+    """Scores by run."""
+    recall: Mapping[str, RecallScores]
+    """Scores by run; empty where recall was left out."""
 
     @property
-    def first(self) -> Scores:
+    def first(self) -> PositionScores:
         """Positions of some run: what all runs share is read from it."""
         return next(iter(self.positions.values()))
 
@@ -64,7 +65,7 @@ class Results:
     def lengths(self) -> list[int]:
         """Of the recall prompts, tokens, ascending."""
         return sorted(
-            {cell["length_tokens"] for scores in self.recall.values() for cell in scores["cells"]}
+            {cell.length_tokens for scores in self.recall.values() for cell in scores.cells}
         )
 
     def recalls(self) -> bool:
@@ -72,16 +73,16 @@ class Results:
         the models see."""
         shortest = min(self.lengths(), default=None)
         return any(
-            cell["n_exact"]
+            cell.n_exact
             for scores in self.recall.values()
-            for cell in scores["cells"]
-            if cell["length_tokens"] == shortest
+            for cell in scores.cells
+            if cell.length_tokens == shortest
         )
 
     @property
     def chance_nats(self) -> float:
         """What guessing costs in a recall prompt."""
-        return next(iter(self.recall.values()))["chance_nats_per_answer"]
+        return next(iter(self.recall.values())).chance_nats_per_answer
 
     def values(self, arm: Arm, figure: Figure) -> Values:
         """A figure of each run of an arm."""
@@ -99,13 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     runs = json.loads(arguments.runs)
     factors, arms = find_arms(runs)
-    positions, recall = (
-        {
-            run: files.read_json(arguments.results / "runs" / run / "evaluation" / f"{name}.json")
-            for run in (runs if is_wanted else ())
-        }
-        for name, is_wanted in (("positions", True), ("recall", arguments.recall))
-    )
+    evaluations = {run: arguments.results / "runs" / run / "evaluation" for run in runs}
+    positions = {
+        run: PositionScores.read(folder / "positions.json") for run, folder in evaluations.items()
+    }
+    recall = {
+        run: RecallScores.read(folder / "recall.json")
+        for run, folder in evaluations.items()
+        if arguments.recall
+    }
     check_same_questions(positions, recall)
     results = Results(factors, arms, positions, recall)
     table(results).write(arguments)
@@ -113,17 +116,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_arms=%d n_seeds=%d path=%s", len(arms), results.n_seeds, arguments.html)
 
 
-def check_same_questions(positions: Mapping[str, Scores], recall: Mapping[str, Scores]) -> None:
+def check_same_questions(
+    positions: Mapping[str, PositionScores], recall: Mapping[str, RecallScores]
+) -> None:
     """
     Raises:
         StageError: two runs were measured on different tokens or prompts.
     """
     measured_on = {
         run: [
-            *((part["first_position"], part["n_scored_tokens"]) for part in scores["buckets"]),
+            *((part.first_position, part.n_scored_tokens) for part in scores.buckets),
             *(
-                (cell["length_tokens"], cell["depth_fraction"], cell["n_prompts"])
-                for cell in (recall[run]["cells"] if recall else ())
+                (cell.length_tokens, cell.depth_fraction, cell.n_prompts)
+                for cell in (recall[run].cells if recall else ())
             ),
         ]
         for run, scores in positions.items()
@@ -179,7 +184,7 @@ def rows_of(results: Results, figure: Figure) -> Iterator[list[str]]:
 
 
 def perplexity(results: Results) -> Figure:
-    return Figure("Perplexity", lambda run: results.positions[run]["perplexity"], 3)
+    return Figure("Perplexity", lambda run: results.positions[run].perplexity, 3)
 
 
 def position_figures(results: Results) -> list[Figure]:
@@ -188,13 +193,13 @@ def position_figures(results: Results) -> list[Figure]:
     def figure(at: int, first: int, last: int) -> Figure:
         return Figure(
             f"Perplexity, positions {first:,}–{last:,}",
-            lambda run: results.positions[run]["buckets"][at]["perplexity"],
+            lambda run: results.positions[run].buckets[at].perplexity,
             3,
         )
 
     return [
-        figure(at, bucket["first_position"], bucket["last_position"])
-        for at, bucket in enumerate(results.first["buckets"])
+        figure(at, bucket.first_position, bucket.last_position)
+        for at, bucket in enumerate(results.first.buckets)
     ]
 
 
@@ -224,16 +229,16 @@ def cost_figures(results: Results) -> list[Figure]:
     return [figure(length) for length in results.lengths()]
 
 
-def exact_of(scores: Scores, length: int) -> float:
+def exact_of(scores: RecallScores, length: int) -> float:
     """Share of right answers over all depths."""
-    cells = [cell for cell in scores["cells"] if cell["length_tokens"] == length]
-    return sum(cell["n_exact"] for cell in cells) / sum(cell["n_prompts"] for cell in cells)
+    cells = [cell for cell in scores.cells if cell.length_tokens == length]
+    return sum(cell.n_exact for cell in cells) / sum(cell.n_prompts for cell in cells)
 
 
-def nats_of(scores: Scores, length: int) -> float:
+def nats_of(scores: RecallScores, length: int) -> float:
     """Mean over all depths."""
-    cells = [cell for cell in scores["cells"] if cell["length_tokens"] == length]
-    return statistics.mean(cell["nats_per_answer"] for cell in cells)
+    cells = [cell for cell in scores.cells if cell.length_tokens == length]
+    return statistics.mean(cell.nats_per_answer for cell in cells)
 
 
 def mean_and_deviation(values: Values) -> tuple[float, float | None]:
@@ -273,17 +278,17 @@ def verdicts(results: Results) -> list[str]:
 
 
 def note(results: Results) -> str:
-    window = results.first["sliding_window"]
+    window = results.first.sliding_window
     said = [
         f"Arms: {'; '.join(described(results))}.",
-        f"Lower perplexity is better: {results.first['n_scored_tokens']:,} supervised tokens of"
-        f" {results.first['n_conversations']} validation conversations, each whole and alone, with"
+        f"Lower perplexity is better: {results.first.n_scored_tokens:,} supervised tokens of"
+        f" {results.first.n_conversations} validation conversations, each whole and alone, with"
         f" {f'a window of {window:,} tokens' if window else 'full attention'}.",
     ]
     if results.recall:
         shortest = results.lengths()[0]
-        cells = next(iter(results.recall.values()))["cells"]
-        n_prompts = sum(cell["n_prompts"] for cell in cells if cell["length_tokens"] == shortest)
+        cells = next(iter(results.recall.values())).cells
+        n_prompts = sum(cell.n_prompts for cell in cells if cell.length_tokens == shortest)
         said.append(
             f"Recall: {n_prompts} prompts a length, spread over depths; guessing costs"
             f" {results.chance_nats:.1f} nats."
@@ -314,12 +319,12 @@ def described(results: Results) -> list[str]:
 def draw(results: Results, path: Path) -> None:
     """Perplexity by position, facts recalled and cost of the answer by length of the prompt; a line
     an arm, bars of one standard deviation over seeds."""
-    buckets = results.first["buckets"]
-    middles = [(bucket["first_position"] + bucket["last_position"] + 1) / 2 for bucket in buckets]
+    buckets = results.first.buckets
+    middles = [(bucket.first_position + bucket.last_position + 1) / 2 for bucket in buckets]
     lengths = results.lengths()
     by_position, by_length = "position in the conversation, tokens", "length of the prompt, tokens"
     recalled = recall_figures(results) if results.recalls() else []
-    panels = [
+    panels: list[tuple[str, str, Sequence[float], list[Figure]]] = [
         ("Perplexity (lower is better)", by_position, middles, position_figures(results)),
     ]
     if results.recall:
@@ -332,7 +337,7 @@ def draw(results: Results, path: Path) -> None:
                 cost_figures(results),
             ),
         ]
-    window = results.first["sliding_window"]
+    window = results.first.sliding_window
     drawing, axes = figures.panels(len(panels), width=1.5 + 4.2 * len(panels), height=4)
     for panel, (title, label, places, drawn) in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)

@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.training import History
 from workflow_scripts.report import figures, plots
 
 OUTPUT_VERSION = 1
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    histories = {path.parts[-3]: files.read_json(path) for path in arguments.histories}
+    histories = {path.parts[-3]: History.read(path) for path in arguments.histories}
     figures.save(plots.training_curves(histories), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(histories), arguments.figure)
 

@@ -13,14 +13,20 @@ import graphlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log, pages
+from workflow_scripts.handover.answers import Answer
 from workflow_scripts.report import figures, plots, samples, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
 from workflow_scripts.report.metrics import measured_files
 from workflow_scripts.report.report_comparison import comparison
-from workflow_scripts.report.results import RunResults, Wanted, read_results
+from workflow_scripts.report.results import (
+    Gates,
+    RunResults,
+    Wanted,
+    read_gates,
+    read_results,
+)
 from workflow_scripts.report.tables import Table
 
 OUTPUT_VERSION = 5
@@ -43,15 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_results(arguments.runs, arguments.results)
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
     side_by_side, published = comparison(runs), published_figures(claims(runs))
-    checks = [
-        (run, *(files.read_json(arguments.results / "runs" / run.name / f"{gate}_check.json")
-                for gate in ("merged", "gguf")))
-        for run in runs
-    ]  # fmt: skip
+    gates = [read_gates(run, arguments.results) for run in runs]
     body = "".join(map(pages.paragraph, said))
     body += table_html(side_by_side)
     body += samples_html(runs, json.loads(arguments.samples), arguments.results)
-    body += "<h2>Nothing lost on the way</h2>" + handovers_html(checks)
+    body += "<h2>Nothing lost on the way</h2>" + handovers_html(runs, gates)
     body += figures.inline(
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
     )
@@ -80,11 +82,11 @@ def samples_html(
     Args:
         links: of each run, `base` first; a run that is not named has no answers to show.
     """
-    by_questions: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    by_questions: dict[tuple[str, str], dict[str, tuple[Answer, ...]]] = {}
     for run in runs:
         if run.name not in links:
             continue
-        asked = (run.settings["model"], run.settings["dataset"])
+        asked = (run.settings.model, run.settings.dataset)
         answers = by_questions.setdefault(asked, {})
         for link, given in samples.read(run.name, run.settings, links[run.name], results).items():
             answers["base" if link == "base" else f"{run.name}, {link}"] = given
@@ -140,20 +142,21 @@ def published_figures(found: Sequence[Claim]) -> Table:
     )
 
 
-def handovers_html(checks: Sequence[tuple[RunResults, dict[str, Any], dict[str, Any]]]) -> str:
+def handovers_html(runs: Sequence[RunResults], gates: Sequence[Gates]) -> str:
     """What each gate measured, run by run."""
+    quantizations = [link.name for link in runs[0].links if link.divergence is not None]
     rows = [
         [
             run.name,
-            nats(merged.get("kl_divergence_nats")),
-            change(merged.get("perplexity_increase_fraction")),
-            nats(gguf["kl_divergence_nats"]),
-            *(nats(quantization(run, link)) for link in quantizations(checks)),
+            nats(of_run.merged.kl_divergence_nats if of_run.merged else None),
+            change(of_run.merged.perplexity_increase_fraction if of_run.merged else None),
+            nats(of_run.gguf.kl_divergence_nats),
+            *(nats(quantization(run, link)) for link in quantizations),
         ]
-        for run, merged, gguf in checks
+        for run, of_run in zip(runs, gates, strict=True)
     ]
     header = ["run", "base + adapter → merged", "trained → merged", "merged → F16 GGUF"]
-    header += [f"F16 → {link}" for link in quantizations(checks)]
+    header += [f"F16 → {link}" for link in quantizations]
     note = (
         "Each hand-over against an independent reference: KL divergence in nats a token, and for"
         " the model as it was trained the change of perplexity on validation text."
@@ -161,13 +164,9 @@ def handovers_html(checks: Sequence[tuple[RunResults, dict[str, Any], dict[str, 
     return pages.table(header, rows) + f'<p class="quiet">{note}</p>'
 
 
-def quantizations(checks: Sequence[tuple[RunResults, Any, Any]]) -> list[str]:
-    return [link.name for link in checks[0][0].links if link.divergence is not None]
-
-
 def quantization(run: RunResults, link: str) -> float | None:
     divergence = run.link(link).divergence
-    return divergence["kl_divergence_nats"] if divergence else None
+    return divergence.kl_divergence_nats if divergence else None
 
 
 def nats(value: float | None) -> str:

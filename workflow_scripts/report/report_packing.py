@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,8 @@ from workflow_scripts import files, log, pages
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.packing import Row
 from workflow_scripts.data.plan import Plan, read_plan
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.packing import PackingReport
 from workflow_scripts.report.histograms import histogram_svg, length_edges
 from workflow_scripts.report.masks import Stretch, mask_svg
 
@@ -42,26 +43,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
-    report = files.read_json(arguments.report)
-    layer_windows = files.read_json(arguments.facts)["layer_windows"]
+    report = PackingReport.read(arguments.report)
+    layer_windows = Facts.read(arguments.facts).layer_windows
     plan = read_plan(arguments.plan)
     documents = Documents(arguments.tokens)
-    for name, found, path in (
-        ("n_rows", len(plan.rows), arguments.plan),
-        ("n_documents", len(documents), arguments.tokens),
+    for name, reported, found, path in (
+        ("n_rows", report.n_rows, len(plan.rows), arguments.plan),
+        ("n_documents", report.n_documents, len(documents), arguments.tokens),
     ):
-        if report[name] != found:
+        if reported != found:
             raise log.StageError(
                 "the report is of another packing",
                 where=arguments.report,
-                found=f"{name}: {report[name]}",
+                found=f"{name}: {reported}",
                 expected=f"{found} ({path})",
                 to_fix="give the files of one run of pack_sequences",
             )
     sections = {
         "Rows": rows_html(report),
         "Cost": cost_html(report),
-        "Lengths and fill": histograms_html(plan, documents, report["sliding_window"]),
+        "Lengths and fill": histograms_html(plan, documents, report.sliding_window),
         "What attention sees": masks_html(plan, documents, layer_windows),
     }
     body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
@@ -73,39 +74,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_rows=%d path=%s", len(plan.rows), arguments.page)
 
 
-def rows_html(report: Mapping[str, Any]) -> str:
+def rows_html(report: PackingReport) -> str:
     """What was placed, and what became of documents too long for a row."""
-    n_tokens, n_rows = report["n_tokens"], report["n_rows"]
-    n_empty = n_rows * report["row_tokens"] - n_tokens
+    n_tokens, n_rows = report.n_tokens, report.n_rows
+    n_empty = n_rows * report.row_tokens - n_tokens
     # Rows of one document are not filled up to a row's length, but to their micro-batch's longest.
-    empty = "" if report["strategy"] == "none" else f" ({pages.counted(n_empty, 'token')} empty)"
+    empty = "" if report.strategy == "none" else f" ({pages.counted(n_empty, 'token')} empty)"
     placed = {
-        "strategy": report["strategy"],
-        "rows": f"{n_rows:,} of at most {report['row_tokens']:,} tokens",
-        "fill": f"{report['fill_fraction']:.3%}{empty}",
-        "documents": f"{report['n_documents']:,}",
-        "placed, copies counted": f"{report['n_documents_placed']:,}",
-        "in several pieces": f"{report['n_documents_cut']:,}",
-        "pieces": f"{report['n_pieces']:,}",
+        "strategy": report.strategy,
+        "rows": f"{n_rows:,} of at most {report.row_tokens:,} tokens",
+        "fill": f"{report.fill_fraction:.3%}{empty}",
+        "documents": f"{report.n_documents:,}",
+        "placed, copies counted": f"{report.n_documents_placed:,}",
+        "in several pieces": f"{report.n_documents_cut:,}",
+        "pieces": f"{report.n_pieces:,}",
         "tokens": f"{n_tokens:,}",
-        "supervised": counted_share(report["n_supervised_tokens"], n_tokens),
-        "context, seen again": counted_share(report["n_context_tokens"], n_tokens),
+        "supervised": counted_share(report.n_supervised_tokens, n_tokens),
+        "context, seen again": counted_share(report.n_context_tokens, n_tokens),
     }
-    window = report["sliding_window"]
+    window = report.sliding_window
     if window:
         placed[f"documents beyond the window of {window:,}"] = (
-            f"{report['n_documents_beyond_window']:,}"
+            f"{report.n_documents_beyond_window:,}"
         )
-    if report["strategy"] == "concatenate":  # which cuts every document alike
+    if report.strategy == "concatenate":  # which cuts every document alike
         return pages.facts(placed)
-    cuts = [f"{report[f'n_cuts_at_{kind}']:,}" for kind in ("turn", "sentence", "token")]
+    cuts = (report.n_cuts_at_turn, report.n_cuts_at_sentence, report.n_cuts_at_token)
     too_long = {
-        "split": f"{report['n_documents_split']:,}",
-        "cut at a turn, a sentence, elsewhere": ", ".join(cuts),
-        "truncated": f"{report['n_documents_truncated']:,}",
-        "dropped": f"{report['n_documents_dropped']:,}",
-        "tokens left out": f"{report['n_tokens_left_out']:,}",
-        "pieces left out, nothing to learn": f"{report['n_pieces_without_supervision']:,}",
+        "split": f"{report.n_documents_split:,}",
+        "cut at a turn, a sentence, elsewhere": ", ".join(f"{n:,}" for n in cuts),
+        "truncated": f"{report.n_documents_truncated:,}",
+        "dropped": f"{report.n_documents_dropped:,}",
+        "tokens left out": f"{report.n_tokens_left_out:,}",
+        "pieces left out, nothing to learn": f"{report.n_pieces_without_supervision:,}",
     }
     return (
         f"{pages.facts(placed)}\n<p>Documents longer than a row, and what is not learned:</p>"
@@ -117,20 +118,20 @@ def counted_share(n: int, whole: int) -> str:
     return f"{n:,} ({pages.share(n, whole)})"
 
 
-def cost_html(report: Mapping[str, Any]) -> str:
+def cost_html(report: PackingReport) -> str:
     """What an epoch computes, against one document a row and rows in random order."""
     padding = [
-        measured(report[name], ".1%")
-        for name in ("none_padding_fraction", "none_random_order_padding_fraction")
+        measured(fraction, ".1%")
+        for fraction in (report.none_padding_fraction, report.none_random_order_padding_fraction)
     ]
     imbalance = [
-        measured(report[name], ".3f")
-        for name in ("step_imbalance_8_ranks", "step_imbalance_8_ranks_random_order")
+        measured(ratio, ".3f")
+        for ratio in (report.step_imbalance_8_ranks, report.step_imbalance_8_ranks_random_order)
     ]
     return pages.facts(
         {
-            "operations an epoch": f"{report['training_flops']:.3g} FLOP",
-            "attention’s share of them": measured(report["attention_flops_fraction"], ".1%"),
+            "operations an epoch": f"{report.training_flops:.3g} FLOP",
+            "attention’s share of them": measured(report.attention_flops_fraction, ".1%"),
             "padding of unpacked micro-batches of 8": f"{padding[0]} grouped by length,"
             f" {padding[1]} in random order",
             "costliest of 8 ranks over their mean": f"{imbalance[0]} balanced,"
@@ -197,7 +198,7 @@ def masks_html(plan: Plan, documents: Documents, layer_windows: Sequence[int | N
         mask_html(plan, documents, row, why, window=window, extent_tokens=extent_tokens)
         for row, why in shown.items()
     )
-    n_narrow = windows.count(window)
+    n_narrow = sum(one == window for one in windows)
     layers = (
         f" Drawn is the window of {n_narrow:,} of {len(layer_windows):,} layers; the others see"
         " further."
@@ -261,7 +262,7 @@ def mask_html(
 
 def learned_tokens(row: Row, documents: Documents, *, crosses_documents: bool) -> np.ndarray:
     """(tokens,) bool of a row: what the loss counts; nothing predicts the first of a segment."""
-    parts = []
+    parts: list[np.ndarray] = []
     for piece in row:
         stretch = slice(piece.start, piece.start + piece.length)
         is_supervised = documents[piece.document].is_supervised[stretch].copy()

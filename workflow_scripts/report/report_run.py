@@ -9,17 +9,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.durations import durations
+from workflow_scripts.handover.cleaning import CleaningReport
+from workflow_scripts.handover.packing import PackingReport
+from workflow_scripts.handover.scores import Loss
+from workflow_scripts.handover.training import History, MemoryPlan, TrainingManifest
 from workflow_scripts.models.kv_cache import kv_cache_bytes
 from workflow_scripts.report import figures, plots, report_tasks, verdicts
 from workflow_scripts.report.report_chain import chain
 from workflow_scripts.report.report_cleaning import funnel_html
 from workflow_scripts.report.report_context import context
 from workflow_scripts.report.report_packing import rows_html
-from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.results import Gates, RunResults, read_gates, read_results
 from workflow_scripts.report.tables import mebibytes, with_error
 
 OUTPUT_VERSION = 5
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = {
         "What came out": outcome_html(run),
         "The chain": chain_html(run),
-        "Hand-overs": gates_html(folder),
+        "Hand-overs": gates_html(read_gates(run, arguments.results)),
         "Quality, size and speed": trade_off_html(run),
         "Speed, and memory of the context": speed_html(run),
         "Where it is good, and where not": parts_html(run),
@@ -60,16 +63,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def about_html(run: RunResults) -> str:
     """What was combined."""
-    window = run.facts["sliding_window"]
+    window = run.facts.sliding_window
     combined = {
         key: str(value)
-        for key, value in run.settings.items()
+        for key, value in run.settings
         if value and key not in ("revision", "precision")
     }
     return pages.facts(
         combined
         | {
-            "context": f"{run.facts['context_tokens']:,} tokens",
+            "context": f"{run.facts.context_tokens:,} tokens",
             "sliding window": f"{window:,} tokens" if window else "none",
         }
     )
@@ -89,20 +92,18 @@ def chain_html(run: RunResults) -> str:
     return drawing + pages.table(table.header, rows) + pages.remark(table.note)
 
 
-def gates_html(folder: Path) -> str:
+def gates_html(gates: Gates) -> str:
     """What the gates measured."""
-    merged = files.read_json(folder / "merged_check.json")
-    gguf = files.read_json(folder / "gguf_check.json")
     rows = []
-    if "kl_divergence_nats" in merged:
+    if gates.merged:
         rows += [
-            ["base + adapter → merged", f"{merged['kl_divergence_nats']:.2g} nats KL"],
+            ["base + adapter → merged", f"{gates.merged.kl_divergence_nats:.2g} nats KL"],
             [
                 "trained → merged",
-                f"{merged['perplexity_increase_fraction']:+.2%} perplexity on validation text",
+                f"{gates.merged.perplexity_increase_fraction:+.2%} perplexity on validation text",
             ],
         ]
-    rows.append(["merged → F16 GGUF", f"{gguf['kl_divergence_nats']:.2g} nats KL"])
+    rows.append(["merged → F16 GGUF", f"{gates.gguf.kl_divergence_nats:.2g} nats KL"])
     return pages.table(["hand-over", "measured"], rows)
 
 
@@ -119,28 +120,26 @@ def speed_html(run: RunResults) -> str:
     rows = [
         [
             link.name,
-            test["test"],
-            with_error(
-                test["tokens_per_second"], test["standard_deviation_tokens_per_second"], digits=1
-            ),
+            test.test,
+            with_error(test.tokens_per_second, test.standard_deviation_tokens_per_second, digits=1),
         ]
         for link in run.links
         if link.speed is not None
-        for test in link.speed["tests"]
+        for test in link.speed.tests
     ]
     first = [
         [
             link.name,
             with_error(
-                link.speed["first_token_milliseconds"],
-                link.speed["first_token_standard_deviation_milliseconds"],
+                link.speed.first_token_milliseconds,
+                link.speed.first_token_standard_deviation_milliseconds,
                 digits=1,
             ),
         ]
         for link in run.links
         if link.speed is not None
     ]
-    context = run.facts["context_tokens"]
+    context = run.facts.context_tokens
     lengths = [context >> halvings for halvings in range(4, -1, -1)]
     caches = [
         [
@@ -152,7 +151,7 @@ def speed_html(run: RunResults) -> str:
     speed = next(link.speed for link in run.links if link.speed is not None)
     return (
         pages.table(["link", "test", "tokens a second"], rows)
-        + pages.table(["link", f"first token after {speed['prompt_tokens']:,}, ms"], first)
+        + pages.table(["link", f"first token after {speed.prompt_tokens:,}, ms"], first)
         + pages.table(["context, tokens", "key-value cache", "with a rolling window"], caches)
         + pages.remark(
             "pp reads a prompt, tg writes token by token, d is the context before; ± is a standard"
@@ -170,15 +169,19 @@ def parts_html(run: RunResults) -> str:
         "Loss by position of the token in its conversation; bars are one standard error",
     )
     scores = run.link("merged").scores
+    parts: dict[str, list[tuple[str, Loss]]] = {
+        "turn": [(str(one.turn), one) for one in scores.by_turn],
+        "source": [(one.source or "–", one) for one in scores.by_source],
+    }
     tables = "".join(
         pages.table(
             [part, "tokens", "perplexity, merged"],
             [
-                [str(one[part] or "–"), f"{one['n_scored_tokens']:,}", f"{one['perplexity']:.2f}"]
-                for one in scores[f"by_{part}"][:20]
+                [name, f"{loss.n_scored_tokens:,}", f"{loss.perplexity:.2f}"]
+                for name, loss in losses[:20]
             ],
         )
-        for part in ("turn", "source")
+        for part, losses in parts.items()
     )
     return drawing + tables
 
@@ -212,23 +215,23 @@ def tasks_html(run: RunResults) -> str:
 
 def data_html(run: RunResults, results: Path) -> str:
     """What became of the conversations, and of the rows they were packed into."""
-    dataset = results / "data" / run.settings["dataset"]
-    cleaned = funnel_html(files.read_json(dataset / "clean" / "cleaning_report.json"))
-    if run.manifest is None:
+    dataset = results / "data" / run.settings.dataset
+    cleaned = funnel_html(CleaningReport.read(dataset / "clean" / "cleaning_report.json"))
+    if run.settings.packing is None:
         return cleaned
-    folder = dataset / run.settings["model"] / run.settings["packing"]
-    return cleaned + rows_html(files.read_json(folder / "packing_report.json"))
+    folder = dataset / run.settings.model / run.settings.packing
+    return cleaned + rows_html(PackingReport.read(folder / "packing_report.json"))
 
 
 def training_html(run: RunResults, folder: Path) -> str:
     """Curves, and memory as planned and as measured; empty for a run that was not trained here."""
     if run.manifest is None:
         return ""
-    history = files.read_json(folder / "adapter" / "history.json")
+    history = History.read(folder / "adapter" / "history.json")
     curves = figures.inline(
         plots.training_curves({run.name: history}), "Loss, gradient norm and learning rate"
     )
-    plan = files.read_json(folder / "memory_plan.json")
+    plan = MemoryPlan.read(folder / "memory_plan.json")
     memory = figures.inline(
         plots.memory(run.manifest, plan),
         "Peak memory of training by part as plan_memory predicted it, and as measured (on a CPU:"
@@ -237,13 +240,13 @@ def training_html(run: RunResults, folder: Path) -> str:
     return pages.facts(trained(run.manifest)) + curves + memory
 
 
-def trained(manifest: Mapping[str, Any]) -> dict[str, str]:
-    speed = manifest["tokens_per_second"]
+def trained(manifest: TrainingManifest) -> dict[str, str]:
+    speed = manifest.tokens_per_second
     return {
-        "steps": f"{manifest['n_steps']:,}",
-        "trainable parameters": f"{manifest['n_trainable_parameters']:,}",
+        "steps": f"{manifest.n_steps:,}",
+        "trainable parameters": f"{manifest.n_trainable_parameters:,}",
         "tokens a second": "–" if speed is None else f"{speed:,.0f}",
-        "device": manifest["device"],
+        "device": manifest.device,
     }
 
 

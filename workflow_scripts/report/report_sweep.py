@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files, log, sweeps
+from workflow_scripts.handover.scores import Scores
+from workflow_scripts.handover.training import TrainingManifest
 from workflow_scripts.report import tables
 from workflow_scripts.report.arms import STUDENT_T
 from workflow_scripts.report.tables import Table, change_of_perplexity, mebibytes, with_error
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("report_sweep")
+Values = Mapping[str, Any]  # untyped: of any keys of a recipe
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,25 @@ class Run:
     """One combination of a sweep."""
 
     name: str
-    values: Mapping[str, Any]
+    values: Values
     """Swept keys, as validated."""
-    scores: Mapping[str, Any]
-    """Of evaluate_perplexity, on the validation split."""
+    scores: Scores
+    """On the validation split."""
     tokens: TokenScores
     """The loss of every token, of which the scores are made."""
-    manifest: Mapping[str, Any]
-    """Of train_adapter."""
+    manifest: TrainingManifest
 
     @property
     def perplexity(self) -> float:
-        return self.scores["perplexity"]
+        return self.scores.perplexity
 
     @property
     def half_width(self) -> float | None:
         """Of the perplexity's 95 % interval over conversations; None for a single one."""
-        error = self.scores["loss_standard_error_nats_per_token"]
+        error = self.scores.loss_standard_error_nats_per_token
         if error is None:
             return None
-        return self.perplexity * student(self.scores["n_conversations"]) * error
+        return self.perplexity * student(self.scores.n_conversations) * error
 
 
 class Difference(NamedTuple):
@@ -90,7 +92,7 @@ class Sweep:
         mean, error = run.tokens.difference(self.best.tokens)
         if error is None:
             return Difference(mean, None)
-        return Difference(mean, student(run.scores["n_conversations"]) * error)
+        return Difference(mean, student(run.scores.n_conversations) * error)
 
     def ties(self) -> list[Run]:
         """Runs that the validation split does not tell apart from the best."""
@@ -124,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def read_sweep(
-    name: str, recipe: str, values: Mapping[str, Mapping[str, Any]], results: Path
-) -> Sweep:
+def read_sweep(name: str, recipe: str, values: Mapping[str, Values], results: Path) -> Sweep:
     """A sweep's runs, the lowest validation loss first.
 
     Args:
@@ -138,33 +138,33 @@ def read_sweep(
 
     folder = results / "runs"
     runs = []
-    for run, swept in values.items():
-        evaluation = folder / run / "evaluation"
+    for name_of_run, swept in values.items():
+        evaluation = folder / name_of_run / "evaluation"
         runs.append(
             Run(
-                run,
+                name_of_run,
                 swept,
-                files.read_json(evaluation / "validation.json"),
+                Scores.read(evaluation / "validation.json"),
                 TokenScores.read(evaluation / "validation.tokens.parquet"),
-                files.read_json(folder / run / "adapter" / "training_manifest.json"),
+                TrainingManifest.read(folder / name_of_run / "adapter" / "training_manifest.json"),
             )
         )
-    for run in runs[1:]:
-        is_cut_alike = run.scores["piece_tokens"] == runs[0].scores["piece_tokens"]
-        if not (is_cut_alike and run.tokens.scores_the_same(runs[0].tokens)):
+    for other in runs[1:]:
+        is_cut_alike = other.scores.piece_tokens == runs[0].scores.piece_tokens
+        if not (is_cut_alike and other.tokens.scores_the_same(runs[0].tokens)):
             found, expected = (
-                f"{len(one.tokens.nats)} tokens in pieces of {one.scores['piece_tokens']}"
-                for one in (run, runs[0])
+                f"{len(one.tokens.nats)} tokens in pieces of {one.scores.piece_tokens}"
+                for one in (other, runs[0])
             )
             raise log.StageError(
                 "two runs of a sweep were scored on different tokens",
-                where=f"{folder}/{run.name}/evaluation/validation.tokens.parquet,"
+                where=f"{folder}/{other.name}/evaluation/validation.tokens.parquet,"
                 f" against {runs[0].name}",
                 found=found,
                 expected=f"the same {expected}",
                 to_fix="score them again: snakemake sweep --forcerun evaluate_validation",
             )
-    return Sweep(name, recipe, sorted(runs, key=lambda run: run.scores["loss_nats_per_token"]))
+    return Sweep(name, recipe, sorted(runs, key=lambda run: run.scores.loss_nats_per_token))
 
 
 def student(n: int) -> float:
@@ -193,15 +193,15 @@ def row(sweep: Sweep, run: Run, keys: Sequence[str]) -> list[str]:
     else:
         one = sweep.difference(run)
         compared = [change_of_perplexity(*one), "yes" if one.is_shown else "no"]
-    speed = run.manifest["tokens_per_second"]
+    speed = run.manifest.tokens_per_second
     return [
         run.name,
         *(as_written(run.values[key]) if key in run.values else "" for key in keys),
         with_error(run.perplexity, run.half_width, 3),
         *compared,
-        f"{run.manifest['duration_seconds']:,.0f}",
+        f"{run.manifest.duration_seconds:,.0f}",
         "" if speed is None else f"{speed:,.0f}",
-        mebibytes(run.manifest["peak_memory_bytes"]),
+        mebibytes(run.manifest.peak_memory_bytes),
     ]
 
 
@@ -215,8 +215,8 @@ def as_written(value: Any) -> str:
 def note(ranked: Sequence[Sweep]) -> str:
     first = ranked[0].best.scores
     return (
-        f"Lower perplexity is better: {first['n_scored_tokens']:,} supervised tokens of"
-        f" {first['n_conversations']:,} validation conversations, the live adapter on its base."
+        f"Lower perplexity is better: {first.n_scored_tokens:,} supervised tokens of"
+        f" {first.n_conversations:,} validation conversations, the live adapter on its base."
         " ± is a 95 % interval over conversations; the difference to the best is paired token by"
         " token. The test split is not used. The best was chosen on these very conversations, so"
         " its own perplexity is a little flattered."

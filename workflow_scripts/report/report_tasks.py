@@ -8,17 +8,18 @@ python -m workflow_scripts.report.report_tasks --runs '{"runs": …}' --links me
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import log
-from workflow_scripts.evaluate.task_scores import Samples, Score, difference
+from workflow_scripts.evaluate.task_scores import Samples, difference
+from workflow_scripts.handover.tasks import TaskScore
 from workflow_scripts.report import results as measured
 from workflow_scripts.report import tables
 from workflow_scripts.report.tables import Table
+from workflow_scripts.settings import RunSettings
 
 OUTPUT_VERSION = 1
 NONE_ASKED = (
@@ -33,7 +34,7 @@ class Link:
     """What one link scored."""
 
     name: str
-    scores: list[Score]
+    scores: list[TaskScore]
     samples: Mapping[str, Samples]
     """By kind of task: `tasks`, `references`."""
     kinds: list[str]
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     runs = {
         name: read(name, settings, arguments.links, arguments.kinds, arguments.results)
-        for name, settings in json.loads(arguments.runs)["runs"].items()
+        for name, settings in measured.Wanted.read(arguments.runs).runs.items()
     }
     table = tasks(runs)
     table.write(arguments)
@@ -59,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(
-    run: str, settings: Mapping[str, Any], links: Sequence[str], kinds: Sequence[str], results: Path
+    run: str, settings: RunSettings, links: Sequence[str], kinds: Sequence[str], results: Path
 ) -> list[Link]:
     """Links of a run, its base first."""
     return [
         _link(
             name,
             {
-                kind: measured.tasks(results / measured.tasks_file(run, settings, name, kind))
+                kind: measured.tasks(results / measured.tasks_file(run, settings, name, kind), kind)
                 for kind in kinds
             },
         )
@@ -115,23 +116,23 @@ def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
     )
 
 
-def task_of(score: Score) -> str:
+def task_of(score: TaskScore) -> str:
     """`hellaswag acc_norm`, and the filter where there is one."""
-    kind = "" if score["filter"] == "none" else f" ({score['filter']})"
-    return f"{score['task']} {score['metric']}{kind}"
+    kind = "" if score.filter == "none" else f" ({score.filter})"
+    return f"{score.task} {score.metric}{kind}"
 
 
-def name_of(score: Score, kind: str) -> str:
+def name_of(score: TaskScore, kind: str) -> str:
     """What tells a score from every other of its link: `hellaswag acc_norm, 10-shot`; of one that
     was asked in a group, the group too."""
     if kind == "references":
         return task_of(score)
-    name = f"{task_of(score)}, {score['n_examples']}-shot"
-    group = score["asked"].partition("@")[0]
-    return name if group == score["task"] else f"{name} ({group})"
+    name = f"{task_of(score)}, {score.n_examples}-shot"
+    group = score.asked.partition("@")[0]
+    return name if group == score.task else f"{name} ({group})"
 
 
-def cells_of(links: Sequence[Link]) -> Iterator[tuple[Score, Link, list[str]]]:
+def cells_of(links: Sequence[Link]) -> Iterator[tuple[TaskScore, Link, list[str]]]:
     """Of every score of a run's links."""
     for number, link in enumerate(links):
         for score, kind in zip(link.scores, link.kinds, strict=True):
@@ -139,34 +140,34 @@ def cells_of(links: Sequence[Link]) -> Iterator[tuple[Score, Link, list[str]]]:
                 score,
                 link,
                 [
-                    str(score["n_examples"]),
+                    str(score.n_examples),
                     shown(score),
                     change(score, kind, link, links[number - 1]) if number else "–",
-                    f"{score['n_documents']:,}",
-                    f"{score['n_truncated']:,}",
+                    f"{score.n_documents:,}",
+                    f"{score.n_truncated:,}",
                 ],
             )
 
 
-def shown(score: Score) -> str:
+def shown(score: TaskScore) -> str:
     """`81.3 ± 0.4`, per cent where it is a share; its interval where that is known better."""
     scale = 100 if is_share(score) else 1
-    value = f"{scale * score['score']:.2f}"
-    if score["low"] is not None and score["high"] is not None:
-        return f"{value} [{scale * score['low']:.2f}, {scale * score['high']:.2f}]"
-    error = score["standard_error"]
+    value = f"{scale * score.score:.2f}"
+    if score.low is not None and score.high is not None:
+        return f"{value} [{scale * score.low:.2f}, {scale * score.high:.2f}]"
+    error = score.standard_error
     return value if error is None else f"{value} ± {scale * error:.2f}"
 
 
-def is_share(score: Score) -> bool:
+def is_share(score: TaskScore) -> bool:
     """Whether it lies between 0 and 1 by what it is."""
-    return score["metric"].startswith(("acc", "exact_match", "f1", "em"))
+    return score.metric.startswith(("acc", "exact_match", "f1", "em"))
 
 
-def change(score: Score, kind: str, link: Link, above: Link) -> str:
+def change(score: TaskScore, kind: str, link: Link, above: Link) -> str:
     """`+1.20 ± 0.30`, of the same task and metric of the link above."""
-    same = ("asked", "task", "metric", "filter")
-    others = [one for one in above.scores if all(one[key] == score[key] for key in same)]
+    same = attrgetter("asked", "task", "metric", "filter")
+    others = [one for one in above.scores if same(one) == same(score)]
     if not others:
         return "–"
     found = difference(score, link.samples[kind], others[0], above.samples[kind])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from workflow_scripts import files, log, pages
+from workflow_scripts import log, pages
+from workflow_scripts.handover.answers import Answer, Answers
+from workflow_scripts.settings import RunSettings
 
 REMARK = (
     "Greedy answers to the first questions of the test split, none of which was trained on. They"
@@ -18,26 +19,25 @@ MOST_CHARACTERS = 100
 
 
 def read(
-    run: str, settings: Mapping[str, Any], links: Sequence[str], results: Path
-) -> dict[str, list[dict[str, Any]]]:
+    run: str, settings: RunSettings, links: Sequence[str], results: Path
+) -> dict[str, tuple[Answer, ...]]:
     """Answers by link.
 
     Args:
-        settings: of the run.
         links: `base` first.
     Raises:
         StageError: two links answered different prompts.
     """
-    base = results / "evaluation" / settings["model"] / settings["dataset"]
+    base = results / "evaluation" / settings.model / settings.dataset
     folder = results / "runs" / run / "evaluation"
     paths = {
         link: base / "base.answers.json" if link == "base" else folder / f"{link}.answers.json"
         for link in links
     }
-    answers = {link: files.read_json(path)["answers"] for link, path in paths.items()}
-    asked = [one["conversation"] for one in answers["base"]]
+    answers = {link: Answers.read(path).answers for link, path in paths.items()}
+    asked = [one.conversation for one in answers["base"]]
     for link, given in answers.items():
-        found = [one["conversation"] for one in given]
+        found = [one.conversation for one in given]
         if found != asked:
             raise log.StageError(
                 "two links answered different prompts",
@@ -50,15 +50,15 @@ def read(
     return answers
 
 
-def as_html(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def as_html(answers: Mapping[str, Sequence[Answer]]) -> str:
     """One table per prompt: the reference, then the answer of every link."""
     parts = []
     for number, first in enumerate(answers["base"]):
-        rows = [["reference", first["reference"]]]
+        rows = [["reference", first.reference]]
         rows += [[link, shown(given[number])] for link, given in answers.items()]
         parts.append(
-            f"<details><summary>{pages.visible(in_short(first['prompt']))}</summary>"
-            f"<pre>{pages.visible(first['prompt'])}</pre></details>"
+            f"<details><summary>{pages.visible(in_short(first.prompt))}</summary>"
+            f"<pre>{pages.visible(first.prompt)}</pre></details>"
             + pages.table(["", "answer"], rows, is_of_words=True)
         )
     return "".join(parts)
@@ -71,6 +71,6 @@ def in_short(prompt: str) -> str:
     return " … ".join(textwrap.shorten(line, MOST_CHARACTERS, placeholder=" …") for line in ends)
 
 
-def shown(answer: Mapping[str, Any]) -> str:
+def shown(answer: Answer) -> str:
     """The answer; one that was cut off says so."""
-    return answer["answer"] if answer["is_ended"] else f"{answer['answer']} … (not ended)"
+    return answer.answer if answer.is_ended else f"{answer.answer} … (not ended)"

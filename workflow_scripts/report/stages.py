@@ -36,6 +36,16 @@ class Stage(NamedTuple):
     """Of all jobs, from start to last file, also of those that ran side by side."""
 
 
+@dataclass
+class Job:
+    """What Snakemake records of a job."""
+
+    command: str
+    start: float
+    """Seconds since 1970, as is `end`."""
+    end: float = 0.0
+
+
 @dataclass(frozen=True)
 class Stages:
     """What was run, and what went into what."""
@@ -55,7 +65,7 @@ def stages_of(wanted: Iterable[str], records: Path) -> Stages:
         records: `.snakemake/metadata`.
     """
     paths = recorded(records)
-    jobs: dict[JobName, dict[str, Any]] = {}
+    jobs: dict[JobName, Job] = {}
     pairs: set[tuple[JobName, JobName]] = set()
     of_file: dict[str, JobName | None] = {}
     waiting: list[tuple[str, JobName | None]] = [(file, None) for file in wanted]
@@ -64,11 +74,12 @@ def stages_of(wanted: Iterable[str], records: Path) -> Stages:
         file, later = waiting.pop()
         if file not in of_file:
             record = read(file, paths)
-            of_file[file] = None if record is None else (record["rule"], tuple(record["log"]))
-            if record is not None and of_file[file] not in jobs:
-                waiting += [(name, of_file[file]) for name in record["input"]]
+            of_file[file] = None
             if record is not None:
-                keep(jobs, of_file[file], record)
+                job = of_file[file] = record["rule"], tuple(record["log"])
+                if job not in jobs:
+                    waiting += [(name, job) for name in record["input"]]
+                keep(jobs, job, record)
             n_unrecorded += record is None and later is None
         if (earlier := of_file[file]) is not None and later is not None:
             pairs.add((earlier, later))
@@ -84,40 +95,44 @@ def recorded(records: Path) -> dict[str, Path]:
     return found
 
 
-def read(file: str, paths: Mapping[str, Path]) -> dict[str, Any] | None:
+def read(
+    file: str, paths: Mapping[str, Path]
+) -> dict[str, Any] | None:  # untyped: a record of Snakemake's
     """The record of a file, or of the folder that was made with it; None where there is none, or
     only what a job has begun to write."""
     for name in (file, *map(str, Path(file).parents)):
         if name in paths:
             try:
-                record = json.loads(paths[name].read_text(encoding="utf-8"))
+                record: dict[str, Any] = json.loads(paths[name].read_text(encoding="utf-8"))
             except json.JSONDecodeError:
                 return None
             return record if record.get("rule") and not record.get("incomplete") else None
     return None
 
 
-def keep(jobs: dict[JobName, dict[str, Any]], name: JobName, record: Mapping[str, Any]) -> None:
+def keep(
+    jobs: dict[JobName, Job],
+    name: JobName,
+    record: Mapping[str, Any],  # untyped: a record of Snakemake's
+) -> None:
     """Each output of a job has a record of its own: the last file written ends the job."""
-    job = jobs.setdefault(
-        name, {"command": record["shellcmd"] or "", "start": record["starttime"], "end": 0.0}
-    )
-    job["end"] = max(job["end"], record["endtime"])
+    job = jobs.setdefault(name, Job(record["shellcmd"] or "", record["starttime"]))
+    job.end = max(job.end, record["endtime"])
 
 
 def gathered(
-    jobs: Mapping[JobName, Mapping[str, Any]],
+    jobs: Mapping[JobName, Job],
     pairs: Iterable[tuple[JobName, JobName]],
     n_unrecorded: int,
 ) -> Stages:
     """Jobs by the program that they ran."""
-    of_job = {name: program(name[0], job["command"]) for name, job in jobs.items()}
+    of_job = {name: program(name[0], job.command) for name, job in jobs.items()}
     names = sorted(set(of_job.values()))
     stages = []
     for room, name in names:
         ran = [job for job_name, job in jobs.items() if of_job[job_name] == (room, name)]
         # A file may be older than its job: one that kept the time of what it was copied from.
-        seconds = sum(max(0.0, job["end"] - job["start"]) for job in ran)
+        seconds = sum(max(0.0, job.end - job.start) for job in ran)
         stages.append(Stage(room, name, len(ran), seconds))
     places = {name: place for place, name in enumerate(names)}
     follows = {(places[of_job[one]], places[of_job[other]]) for one, other in pairs}

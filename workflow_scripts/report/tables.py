@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_scripts import files, pages
+from workflow_scripts.handover.scores import Loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,10 +74,9 @@ def with_error(value: float, error: float | None, digits: int = 2) -> str:
     return shown if error is None else f"{shown} ± {error:.{digits}f}"
 
 
-def perplexity(scores: dict) -> str:
+def perplexity(loss: Loss) -> str:
     """Perplexity with its standard error, carried over from the loss by its derivative."""
-    error = scores["loss_standard_error_nats_per_token"]
-    value = scores["perplexity"]
+    error, value = loss.loss_standard_error_nats_per_token, loss.perplexity
     return with_error(value, None if error is None else value * error)
 
 

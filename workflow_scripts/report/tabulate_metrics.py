@@ -7,13 +7,15 @@ python -m workflow_scripts.report.tabulate_metrics --metrics results/runs/*/metr
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.report.metrics import Metric
+from workflow_scripts.handover.metrics import Metric, RunMetrics
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("tabulate_metrics")
@@ -27,27 +29,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, required=True, help="to write: Parquet")
     arguments = parser.parse_args(argv)
 
-    rows = [row for path in arguments.metrics for row in rows_of(files.read_json(path))]
-    write_table(rows, arguments.table)
-    logger.info("wrote n_metrics=%d path=%s", len(rows), arguments.table)
+    table = table_of(map(RunMetrics.read, arguments.metrics))
+    files.write_parquet(arguments.table, table)
+    logger.info("wrote n_metrics=%d path=%s", table.num_rows, arguments.table)
 
 
-def rows_of(metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The columns of `Metric`, of a run's `metrics.json`."""
-    for link, by_name in metrics["links"].items():
-        for name, rest in by_name.items():
-            of_run = "" if link == "run" else link
-            yield {"run": metrics["run"], "link": of_run, "name": name, **rest}
-
-
-def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A row a metric; the columns of `Metric`."""
+def table_of(runs: Iterable[RunMetrics]) -> pa.Table:
+    """A row a metric: run, link (empty for the run as a whole), name, the fields of `Metric`."""
     import pyarrow as pa
 
     kinds = {"value": pa.float64(), "error": pa.float64(), "n": pa.int64()}
-    names = [field.name for field in dataclasses.fields(Metric)]
+    names = ["run", "link", "name", *Metric.model_fields]
+    rows = [
+        {"run": one.run, "link": "" if link == "run" else link, "name": name, **metric.content()}
+        for one in runs
+        for link, by_name in one.links.items()
+        for name, metric in by_name.items()
+    ]
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
-    files.write_parquet(path, pa.Table.from_pylist(rows, schema=schema))
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 if __name__ == "__main__":

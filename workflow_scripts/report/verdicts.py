@@ -78,9 +78,9 @@ def of_runs(runs: list[RunResults]) -> list[str]:
     first, *others = runs
     said = []
     for run in others:
-        if (run.settings["model"], run.settings["dataset"]) == (
-            first.settings["model"],
-            first.settings["dataset"],
+        if (run.settings.model, run.settings.dataset) == (
+            first.settings.model,
+            first.settings.dataset,
         ):
             difference = paired(run.link("merged"), first.link("merged"))
             change = perplexity_change(f"{run.name}, merged,", first.name, difference)

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from workflow_scripts.handover.scores import Distance
 from workflow_scripts.log import StageError
 from workflow_scripts.scoring.likelihood import log_probabilities, token_losses
-from workflow_scripts.scoring.ratio import ratio
+from workflow_scripts.scoring.ratio import Ratio, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PERCENTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "max": 1.0}
 
 
 class Divergences(NamedTuple):
@@ -89,7 +88,7 @@ def by_document(
     }
 
 
-def metrics(divergences: Mapping[int, Divergences]) -> dict[str, float | None]:
+def metrics(divergences: Mapping[int, Divergences]) -> Distance:
     """Means with their standard errors over documents, and percentiles over tokens.
 
     Args:
@@ -99,27 +98,32 @@ def metrics(divergences: Mapping[int, Divergences]) -> dict[str, float | None]:
     counts = np.array([len(part) for part in kl])
     tokens = np.concatenate(kl)
 
-    def mean(parts: Iterable[np.ndarray]) -> tuple[float, float | None]:
+    def mean(parts: Iterable[np.ndarray]) -> Ratio:
         return ratio(np.array([part.sum(dtype=float) for part in parts]), counts)
 
-    report: dict[str, float | None] = {
-        "n_conversations": len(counts),
-        "n_scored_tokens": int(counts.sum()),
-    }
-    report["kl_divergence_nats"], report["kl_divergence_standard_error_nats"] = mean(kl)
-    for name, fraction in PERCENTILES.items():
-        report[f"{name}_kl_divergence_nats"] = float(np.quantile(tokens, fraction))
-    agreement, error = mean(agrees)
-    report["top1_agreement_fraction"] = agreement
-    report["top1_agreement_standard_error_fraction"] = error
-    shift, error = mean(change)
-    report["probability_change_fraction"] = shift
-    report["probability_change_standard_error_fraction"] = error
-    square, error = mean(part**2 for part in change)
-    root = math.sqrt(square)
-    report["probability_change_rms_fraction"] = root
-    # By the derivative of the root.
-    report["probability_change_rms_standard_error_fraction"] = (
-        None if error is None or not root else error / (2 * root)
+    def quantile(fraction: float) -> float:
+        return float(np.quantile(tokens, fraction))
+
+    divergence, agreement, shift = mean(kl), mean(agrees), mean(change)
+    square = mean(part**2 for part in change)
+    root = math.sqrt(square.mean)
+    error = square.standard_error
+    if error is not None:
+        error = error / (2 * root) if root else None  # by the derivative of the root
+    return Distance(
+        n_conversations=len(counts),
+        n_scored_tokens=int(counts.sum()),
+        kl_divergence_nats=divergence.mean,
+        kl_divergence_standard_error_nats=divergence.standard_error,
+        median_kl_divergence_nats=quantile(0.5),
+        p90_kl_divergence_nats=quantile(0.9),
+        p99_kl_divergence_nats=quantile(0.99),
+        p99_9_kl_divergence_nats=quantile(0.999),
+        max_kl_divergence_nats=quantile(1.0),
+        top1_agreement_fraction=agreement.mean,
+        top1_agreement_standard_error_fraction=agreement.standard_error,
+        probability_change_fraction=shift.mean,
+        probability_change_standard_error_fraction=shift.standard_error,
+        probability_change_rms_fraction=root,
+        probability_change_rms_standard_error_fraction=error,
     )
-    return report

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from workflow_scripts.handover.scores import Loss
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.ratio import loss_metrics
 
@@ -94,7 +95,7 @@ def by_document(pieces: Iterable[Piece], nats: Mapping[Piece, np.ndarray]) -> Sc
     return {document: np.concatenate(each) for document, each in parts.items()}
 
 
-def summarize(scores: Scores) -> dict[str, float]:
+def summarize(scores: Scores) -> Loss:
     """Mean loss over all scored tokens with its standard error over documents, and perplexity.
 
     Args:
@@ -114,7 +115,7 @@ def paired_difference(one: Scores, other: Scores) -> tuple[float, float | None]:
         one: nats of each scored token by document, as is `other`.
     """
     summary = summarize({key: one[key] - other[key] for key in one})
-    return summary["loss_nats_per_token"], summary["loss_standard_error_nats_per_token"]
+    return summary.loss_nats_per_token, summary.loss_standard_error_nats_per_token
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ twice or left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts.data.documents import Document
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.facts import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ class Piece:
     before it."""
 
 
-def cut(documents: Sequence[Document], *, piece_tokens: int | None) -> Iterator[Piece]:
+def cut(documents: Iterable[Document], *, piece_tokens: int | None) -> Iterator[Piece]:
     """The pieces of all documents, in order; stretches without a supervised token are left out.
 
     Args:
@@ -74,9 +74,9 @@ def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, in
         yield start, end, scored_from - start
 
 
-def comparable_tokens(facts: dict[str, Any], wanted: int | None) -> int:
+def comparable_tokens(facts: ModelShape, wanted: int | None) -> int:
     """Length of pieces that every link scores alike: what llama.cpp honours, or less if wanted."""
-    limit = served_context(facts)
+    limit = facts.served_context_tokens
     return limit if wanted is None else min(limit, wanted)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from workflow_scripts.handover.scores import Loss
+
 
 class Ratio(NamedTuple):
     """A mean over tokens."""
@@ -34,7 +36,7 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Ratio:
     return Ratio(mean, math.sqrt(n / (n - 1) * (residuals**2).sum()) / float(counts.sum()))
 
 
-def loss_metrics(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+def loss_metrics(sums: np.ndarray, counts: np.ndarray) -> Loss:
     """Mean loss with its standard error, and perplexity.
 
     Args:
@@ -42,10 +44,10 @@ def loss_metrics(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
         counts: how many they are.
     """
     loss = ratio(sums, counts)
-    return {
-        "n_conversations": len(sums),
-        "n_scored_tokens": int(counts.sum()),
-        "loss_nats_per_token": loss.mean,
-        "loss_standard_error_nats_per_token": loss.standard_error,
-        "perplexity": math.exp(loss.mean),
-    }
+    return Loss(
+        n_conversations=len(sums),
+        n_scored_tokens=int(counts.sum()),
+        loss_nats_per_token=loss.mean,
+        loss_standard_error_nats_per_token=loss.standard_error,
+        perplexity=math.exp(loss.mean),
+    )

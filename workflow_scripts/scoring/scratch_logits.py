@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BYTES_PER_LOGIT = 4
@@ -31,7 +32,7 @@ class ScratchLogits:
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
-        self._shapes: list[tuple[int, int]] = []
+        self._shapes: list[torch.Size] = []
 
     def __enter__(self) -> ScratchLogits:
         return self
@@ -44,8 +45,8 @@ class ScratchLogits:
         Args:
             block: (n, vocabulary) float32.
         """
-        self._file.write(np.ascontiguousarray(block.numpy()))
-        self._shapes.append(tuple(block.shape))
+        self._file.write(np.ascontiguousarray(block.numpy()).data)
+        self._shapes.append(block.shape)
 
     def read(self) -> Iterator[Tensor]:
         """The blocks from the first; each is valid until the next one is asked for."""
@@ -55,6 +56,6 @@ class ScratchLogits:
         room = np.empty(max(map(math.prod, self._shapes), default=0), np.float32)
         for shape in self._shapes:
             block = room[: math.prod(shape)]
-            n_read = self._file.readinto(memoryview(block).cast("B"))
+            n_read = self._file.readinto(block.data.cast("B"))
             assert n_read == block.nbytes, (n_read, block.nbytes)
             yield torch.from_numpy(block.reshape(shape))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from workflow_scripts.handover.facts import RopeParameters
 from workflow_scripts.models.checkpoint import default_device
 from workflow_scripts.scoring.likelihood import Scores, by_document, losses
 from workflow_scripts.scoring.pieces import Piece
@@ -45,7 +46,7 @@ class StreamedModel:
         weights: Mapping[str, Tensor],
         *,
         window: int | None,
-        rope: Mapping[str, Any] | None = None,
+        rope: RopeParameters | None = None,
         vocabulary_size: int | None = None,
         device: str | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document
+from workflow_scripts.handover.scores import Loss, LossAtPositions, LossOfSource, LossOfTurn
 from workflow_scripts.scoring.ratio import Ratio, loss_metrics, ratio
 
 FIRST_BUCKET_TOKENS = 256  # then 256–511, 512–1023, 1024–2047 …
@@ -102,11 +103,14 @@ class TokenScores:
         # A source a conversation: that of its first row.
         _, first_rows = np.unique(conversation, return_index=True)
         return cls(
-            names.dictionary.to_pylist(),
-            table.column("source").take(pa.array(first_rows)).to_pylist(),
-            conversation,
-            *(values(name) for name in ("turn", "position", "token", "nats")),
-            values("whole_nats") if "whole_nats" in table.column_names else None,
+            ids=names.dictionary.to_pylist(),
+            sources=table.column("source").take(pa.array(first_rows)).to_pylist(),
+            conversation=conversation,
+            turn=values("turn"),
+            position=values("position"),
+            token=values("token"),
+            nats=values("nats"),
+            whole_nats=values("whole_nats") if "whole_nats" in table.column_names else None,
         )
 
     def write(self, path: Path) -> None:
@@ -114,7 +118,9 @@ class TokenScores:
 
         names = sorted({source for source in self.sources if source is not None})
         number = {name: at for at, name in enumerate(names)}
-        source = pa.array([number.get(one) for one in self.sources], pa.int32())
+        source = pa.array(
+            [None if one is None else number[one] for one in self.sources], pa.int32()
+        )
         ids = pa.array(self.ids, pa.string())
         columns: dict[str, Any] = {
             "conversation": pa.DictionaryArray.from_arrays(self.conversation, ids),
@@ -130,7 +136,7 @@ class TokenScores:
             columns["whole_nats"] = self.whole_nats
         files.write_parquet(path, pa.table(columns))
 
-    def metrics(self, nats: np.ndarray | None = None) -> dict[str, float]:
+    def metrics(self, nats: np.ndarray | None = None) -> Loss:
         """Mean loss over all tokens, its error, perplexity.
 
         Args:
@@ -138,28 +144,31 @@ class TokenScores:
         """
         return loss_metrics(*self._sums(self.nats if nats is None else nats))
 
-    def by_position(self) -> list[dict[str, Any]]:
+    def by_position(self) -> tuple[LossAtPositions, ...]:
         """Metrics of each bucket of positions that has a token; the buckets double."""
         n_doublings = int(self.position.max(initial=1)).bit_length()
         ends = FIRST_BUCKET_TOKENS * 2 ** np.arange(n_doublings)
         bucket = np.searchsorted(ends, self.position, side="right")
         firsts = [0, *ends.tolist()]
-        return [
-            {"first_position": firsts[at], "last_position": firsts[at + 1] - 1, **metrics}
-            for at, metrics in self._by(bucket)
-        ]
+        return tuple(
+            LossAtPositions(
+                first_position=firsts[at], last_position=firsts[at + 1] - 1, **dict(loss)
+            )
+            for at, loss in self._by(bucket)
+        )
 
-    def by_turn(self) -> list[dict[str, Any]]:
+    def by_turn(self) -> tuple[LossOfTurn, ...]:
         """Metrics of each turn."""
-        return [{"turn": turn, **metrics} for turn, metrics in self._by(self.turn)]
+        return tuple(LossOfTurn(turn=turn, **dict(loss)) for turn, loss in self._by(self.turn))
 
-    def by_source(self) -> list[dict[str, Any]]:
+    def by_source(self) -> tuple[LossOfSource, ...]:
         """Metrics of each source; that of conversations of unknown source is null."""
         names = list(dict.fromkeys(self.sources))
         number = np.array([names.index(source) for source in self.sources], dtype=np.int32)
-        return [
-            {"source": names[at], **metrics} for at, metrics in self._by(number[self.conversation])
-        ]
+        return tuple(
+            LossOfSource(source=names[at], **dict(loss))
+            for at, loss in self._by(number[self.conversation])
+        )
 
     def scores_the_same(self, other: TokenScores) -> bool:
         """Whether the two score the same tokens of the same conversations."""
@@ -179,7 +188,7 @@ class TokenScores:
         changes = self.nats.astype(np.float64) - other.nats
         return ratio(*self._sums(changes))
 
-    def _by(self, group: np.ndarray) -> list[tuple[int, dict[str, float]]]:
+    def _by(self, group: np.ndarray) -> list[tuple[int, Loss]]:
         """Metrics by group, in order.
 
         Args:

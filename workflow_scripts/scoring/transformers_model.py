@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from workflow_scripts import files
+from workflow_scripts.handover.facts import RopeParameters
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import (
     Precision,
-    compute_dtype,
     default_device,
     is_packed,
     load_model,
+    native_precision,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TransformersModel:
         *,
         window: int | None,
         precision: Precision,
-        rope: Mapping[str, Any] | None = None,
+        rope: RopeParameters | None = None,
         adapter: Path | None = None,
         device: str | None = None,
     ) -> None:
@@ -90,8 +91,11 @@ def as_trained(model: Any, adapter: Path) -> Any:
     with safe_open(path, framework="pt") as trained, torch.no_grad():
         for name in trained.keys():
             tensor, parameter = trained.get_tensor(name), parameters.get(name)
-            is_fit = parameter is not None and parameter.shape == tensor.shape
-            if not (is_fit and parameter.is_floating_point()):
+            if (
+                parameter is None
+                or parameter.shape != tensor.shape
+                or not parameter.is_floating_point()
+            ):
                 raise StageError(
                     "the trained weights do not fit the model",
                     where=f"{path}, {name}",
@@ -116,11 +120,13 @@ def embedding_rows(path: Path) -> int | None:
     return None
 
 
-def measured_precision(name: str, checkpoint: Path | None = None) -> Precision:
+def measured_precision(
+    name: Literal["native", "int8", "nf4"], checkpoint: Path | None = None
+) -> Precision:
     """The precision that a link is measured in on this machine.
 
     Args:
-        name: `native`, `int8` or `nf4`.
+        name: `precision` of the recipe.
         checkpoint: folder of the model, where it may be packed (quantize_awq).
     """
     if name != "native":
@@ -129,4 +135,4 @@ def measured_precision(name: str, checkpoint: Path | None = None) -> Precision:
         from workflow_scripts.models import awq_weights
 
         return awq_weights.precision(default_device())
-    return str(compute_dtype(default_device())).removeprefix("torch.")
+    return native_precision(default_device())

@@ -7,16 +7,31 @@ them as JSON, so that is what is read here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from workflow_scripts.serve.prompts import CALL_ID, Prompts, UnusableChat
+from workflow_scripts.serve.prompts import CALL_ID, Message, Prompts, UnusableChat
 
 if TYPE_CHECKING:
-    from llama_cpp import Llama, LlamaGrammar
+    from llama_cpp import Llama
+    from llama_cpp.llama_grammar import LlamaGrammar
+    from llama_cpp.llama_types import (
+        ChatCompletionMessageToolCall,
+        ChatCompletionMessageToolCallChunk,
+        ChatCompletionNamedToolChoice,
+        ChatCompletionRequestResponseFormat,
+        ChatCompletionResponseMessage,
+        ChatCompletionStreamResponseChoice,
+        ChatCompletionStreamResponseDelta,
+        ChatCompletionTool,
+        CreateChatCompletionResponse,
+        CreateChatCompletionStreamResponse,
+        CreateCompletionResponse,
+    )
 
 OPENS_CALLS = "[TOOL_CALLS]"
 # What llama-cpp-python hands a chat handler and its `create_completion` does not know.
@@ -47,20 +62,22 @@ def install(llama: Llama, prompts: Prompts) -> None:
     llama.chat_handler = chat_handler(prompts)
 
 
-def chat_handler(prompts: Prompts) -> Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]:
+def chat_handler(
+    prompts: Prompts,
+) -> Callable[..., CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]]:
     """What `Llama.create_chat_completion` calls."""
 
     def answer(
         *,
         llama: Llama,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        response_format: Mapping[str, Any] | None = None,
+        messages: Sequence[Message],
+        tools: Sequence[ChatCompletionTool] | None = None,
+        tool_choice: str | ChatCompletionNamedToolChoice | None = None,
+        response_format: ChatCompletionRequestResponseFormat | None = None,
         grammar: LlamaGrammar | None = None,
         stream: bool = False,
         **sampling: Any,
-    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]:
         for name in _NOT_SAMPLING:
             sampling.pop(name, None)
         tools = None if tool_choice == "none" else tools
@@ -76,7 +93,7 @@ def chat_handler(prompts: Prompts) -> Callable[..., dict[str, Any] | Iterator[di
             prompt=prompt, grammar=grammar, stream=stream, **sampling
         )
         begins = OPENS_CALLS if callable_tools else ""
-        if stream:
+        if isinstance(completion, Iterator):
             return _streamed(completion, begins, prompts, reads_calls=bool(tools))
         return _whole(completion, begins, prompts, reads_calls=bool(tools))
 
@@ -84,17 +101,18 @@ def chat_handler(prompts: Prompts) -> Callable[..., dict[str, Any] | Iterator[di
 
 
 def forced_tools(
-    tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None
-) -> list[Mapping[str, Any]]:
+    tools: Sequence[ChatCompletionTool] | None,
+    tool_choice: str | ChatCompletionNamedToolChoice | None,
+) -> list[ChatCompletionTool]:
     """The tools of which one must be called; none where the model is free to answer.
 
     Raises:
         UnusableChat: a tool is to be called that is not offered.
     """
-    if tool_choice in (None, "none", "auto"):
+    if tool_choice is None or tool_choice in ("none", "auto"):
         return []
-    if tool_choice == "required":
-        chosen = list(tools or [])
+    if isinstance(tool_choice, str):
+        chosen = list(tools or []) if tool_choice == "required" else []
     else:
         name = tool_choice["function"]["name"]
         chosen = [tool for tool in tools or [] if tool["function"]["name"] == name]
@@ -103,12 +121,12 @@ def forced_tools(
     return chosen
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], prompts: Prompts) -> LlamaGrammar:
+def calls_grammar(tools: Sequence[ChatCompletionTool], prompts: Prompts) -> LlamaGrammar:
     """One call of one of the tools, spelled as in training."""
     calls = []
     for tool in tools:
         function = tool["function"]
-        properties = {
+        properties: dict[str, object] = {
             "name": {"const": function["name"]},
             "arguments": function.get("parameters") or {"type": "object"},
         }
@@ -126,10 +144,13 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], prompts: Prompts) -> Llama
     return json_grammar({"type": "array", "items": items, "minItems": 1, "maxItems": 1}, prompts)
 
 
-def json_grammar(schema: Mapping[str, Any] | None, prompts: Prompts) -> LlamaGrammar:
-    """JSON of a schema, after the space that a SentencePiece model begins every answer with."""
-    from llama_cpp import LlamaGrammar
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
+def json_grammar(schema: object, prompts: Prompts) -> LlamaGrammar:
+    """JSON of a schema, after the space that a SentencePiece model begins every answer with.
+
+    Args:
+        schema: JSON Schema; None is any object.
+    """
+    from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
 
     rules = json_schema_to_gbnf(json.dumps(schema or {"type": "object"}))
     if prompts.has_leading_space:
@@ -137,7 +158,7 @@ def json_grammar(schema: Mapping[str, Any] | None, prompts: Prompts) -> LlamaGra
     return LlamaGrammar.from_string(rules, verbose=False)
 
 
-def parse_calls(text: str) -> list[dict[str, Any]] | None:
+def parse_calls(text: str) -> list[ChatCompletionMessageToolCall] | None:
     """Tool calls in OpenAI's shape; None where the text is no list of calls.
 
     Args:
@@ -145,7 +166,7 @@ def parse_calls(text: str) -> list[dict[str, Any]] | None:
     """
     try:
         written = json.loads(text)
-        calls = [
+        calls: list[ChatCompletionMessageToolCall] = [
             {
                 "id": _id_of(call),
                 "type": "function",
@@ -162,7 +183,7 @@ def parse_calls(text: str) -> list[dict[str, Any]] | None:
     return calls or None
 
 
-def _id_of(call: Mapping[str, Any]) -> str:
+def _id_of(call: Mapping[str, Any]) -> str:  # untyped: written by a model
     """The id the model wrote (v3 and later), or a fresh one."""
     written = call.get("id")
     if isinstance(written, str) and CALL_ID.fullmatch(written):
@@ -172,13 +193,13 @@ def _id_of(call: Mapping[str, Any]) -> str:
 
 
 def _whole(
-    completion: Mapping[str, Any], begins: str, prompts: Prompts, *, reads_calls: bool
-) -> dict[str, Any]:
+    completion: CreateCompletionResponse, begins: str, prompts: Prompts, *, reads_calls: bool
+) -> CreateChatCompletionResponse:
     choice = completion["choices"][0]
     said, calls = _split(begins + choice["text"], prompts, reads_calls=reads_calls)
-    message: dict[str, Any] = {"role": "assistant", "content": said}
+    message: ChatCompletionResponseMessage = {"role": "assistant", "content": said}
     if calls:
-        message |= {"content": said or None, "tool_calls": calls}
+        message = {"role": "assistant", "content": said or None, "tool_calls": calls}
     return {
         "id": "chat" + completion["id"],
         "object": "chat.completion",
@@ -198,7 +219,7 @@ def _whole(
 
 def _split(
     text: str, prompts: Prompts, *, reads_calls: bool
-) -> tuple[str, list[dict[str, Any]] | None]:
+) -> tuple[str, list[ChatCompletionMessageToolCall] | None]:
     """What was said, and the calls after it. Text after the token that is no call stays text."""
     if prompts.has_leading_space:
         text = text.removeprefix(" ")
@@ -208,8 +229,12 @@ def _split(
 
 
 def _streamed(
-    chunks: Iterable[Mapping[str, Any]], begins: str, prompts: Prompts, *, reads_calls: bool
-) -> Iterator[dict[str, Any]]:
+    chunks: Iterable[CreateCompletionResponse],
+    begins: str,
+    prompts: Prompts,
+    *,
+    reads_calls: bool,
+) -> Iterator[CreateChatCompletionStreamResponse]:
     """Text as it comes; tool calls at the end, whole."""
     opened = begins
     has_begun = has_text = False
@@ -235,17 +260,36 @@ def _streamed(
         written = opened.removeprefix(OPENS_CALLS)
         calls = parse_calls(written) if reads_calls else None
         if calls:
-            calls = [{"index": at, **call} for at, call in enumerate(calls)]
-            yield _delta(chunk, {"tool_calls": calls})
+            yield _delta(chunk, {"tool_calls": list(map(_numbered, itertools.count(), calls))})
         elif written:
             yield _delta(chunk, {"content": written})
         yield _delta(chunk, {}, "tool_calls" if calls else choice["finish_reason"])
 
 
+def _numbered(
+    index: int, call: ChatCompletionMessageToolCall
+) -> ChatCompletionMessageToolCallChunk:
+    """A call as a stream carries it."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    return {
+        "index": index,
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
 def _delta(
-    chunk: Mapping[str, Any], delta: dict[str, Any], finish_reason: str | None = None
-) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    chunk: CreateCompletionResponse,
+    delta: ChatCompletionStreamResponseDelta,
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None,
+) -> CreateChatCompletionStreamResponse:
+    choice: ChatCompletionStreamResponseChoice = {
+        "index": 0,
+        "delta": delta,
+        "logprobs": None,
+        "finish_reason": finish_reason,
+    }
     return {
         "id": "chat" + chunk["id"],
         "object": "chat.completion.chunk",

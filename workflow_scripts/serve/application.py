@@ -32,7 +32,8 @@ def application(served: Models, api_key: str | None) -> FastAPI:
     The models are closed when it ends.
     """
     library.set_server_settings(ServerSettings(api_key=api_key, interrupt_requests=False))
-    library._llama_proxy = served  # its own holds one model at a time
+    # Its own proxy holds one model at a time.
+    library._llama_proxy = served  # type: ignore[assignment]
     chats = APIRouter()
 
     @chats.post(
@@ -55,6 +56,8 @@ def application(served: Models, api_key: str | None) -> FastAPI:
     program = FastAPI(title="Tramontane", lifespan=lifespan)
     program.include_router(chats)
     others = APIRouter(route_class=library.router.route_class)
-    others.routes = [route for route in library.router.routes if route.path != CHATS]
+    others.routes = [
+        route for route in library.router.routes if getattr(route, "path", None) != CHATS
+    ]
     program.include_router(others)
     return program

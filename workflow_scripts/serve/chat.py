@@ -16,16 +16,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from workflow_scripts import log
 from workflow_scripts.export.modelfile import SAMPLING
 from workflow_scripts.log import StageError
 from workflow_scripts.serve import models, release
-from workflow_scripts.serve.prompts import Prompts
+from workflow_scripts.serve.prompts import Message, Prompts
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
+    from llama_cpp.llama_types import ChatCompletionRequestMessage
 
 # Left for the answer when old turns are forgotten, as a share of the context.
 ANSWER_FRACTION = 0.25
@@ -83,7 +84,7 @@ class Conversation:
     system: str | None
     max_tokens: int | None
     sampling: dict[str, Any]
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
 
     def answer(self, text: str) -> Iterator[str]:
         """The answer to a message, as it is written; what was said of it is kept.
@@ -93,13 +94,15 @@ class Conversation:
         """
         self.turns.append({"role": "user", "content": text})
         self._forget()
+        messages = cast("list[ChatCompletionRequestMessage]", self._messages())
         chunks = self.llama.create_chat_completion(
-            self._messages(), stream=True, max_tokens=self.max_tokens, **self.sampling
+            messages, stream=True, max_tokens=self.max_tokens, **self.sampling
         )
+        assert isinstance(chunks, Iterator)  # as `stream` asks for
         said = ""
         try:
             for chunk in chunks:
-                piece = chunk["choices"][0]["delta"].get("content") or ""
+                piece = str(chunk["choices"][0]["delta"].get("content") or "")
                 said += piece
                 if piece:
                     yield piece
@@ -109,8 +112,9 @@ class Conversation:
             else:
                 self.turns.pop()  # an empty answer has no rendering
 
-    def _messages(self) -> list[dict[str, str]]:
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+    def _messages(self) -> list[Message]:
+        system = [Message(role="system", content=self.system)] if self.system else []
+        return system + self.turns
 
     def _forget(self) -> None:
         """Drop the oldest turns until the rest leaves room for an answer."""
@@ -128,7 +132,7 @@ class Conversation:
             tell(f"forgot the oldest turns: {n_forgotten}")
 
 
-def messages_of(lines: Any) -> Iterator[str]:
+def messages_of(lines: TextIO) -> Iterator[str]:
     """Messages of a terminal or a pipe; empty ones are left out."""
     kept = ""
     for line in prompted(lines):
@@ -143,7 +147,7 @@ def messages_of(lines: Any) -> Iterator[str]:
         yield kept
 
 
-def prompted(lines: Any) -> Iterator[str]:
+def prompted(lines: TextIO) -> Iterator[str]:
     """Lines of a stream; on a terminal with a prompt, history and line editing."""
     if not lines.isatty():
         yield from lines

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from workflow_scripts import files, log
 from workflow_scripts.export.modelfile import DEFAULT_CONTEXT_TOKENS
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import argparse
 
     import numpy as np
+    import numpy.typing as npt
     from llama_cpp import Llama
+    from llama_cpp.llama_speculative import LlamaDraftModel
 
 logger = log.stage_logger("serve")
 
@@ -100,7 +102,7 @@ def load(
             n_gpu_layers=n_gpu_layers,
             n_threads=device.n_threads,
             n_threads_batch=device.n_threads,
-            draft_model=draft,
+            draft_model=cast("LlamaDraftModel | None", draft),  # it is only called
             logits_all=draft is not None,
             verbose=False,
         )
@@ -134,7 +136,7 @@ class DraftModel:
         self.llama = llama
         self.n_ahead = n_ahead
 
-    def __call__(self, input_ids: np.ndarray, /, **_: Any) -> np.ndarray:
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **_: Any) -> npt.NDArray[np.intc]:
         import numpy as np
 
         n_tokens = min(self.n_ahead, context_of(self.llama) - len(input_ids))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from workflow_scripts.models.tokenizer_files import (
     find_tokenizer,
@@ -20,7 +20,37 @@ from workflow_scripts.models.tokenizer_files import (
     tokenizer_version,
 )
 
+if TYPE_CHECKING:
+    from llama_cpp.llama_types import ChatCompletionTool
+
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+class CalledFunction(TypedDict):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(TypedDict):
+    """A tool call in OpenAI's shape."""
+
+    id: str
+    type: str
+    function: CalledFunction
+
+
+class Message(TypedDict):
+    """A message as OpenAI's clients send it. mistral-common checks it when it is rendered."""
+
+    role: str
+    content: NotRequired[object]
+    """Text, its parts, or None."""
+    tool_calls: NotRequired[list[ToolCall] | None]
+    tool_call_id: NotRequired[str | None]
+    refusal: NotRequired[str | None]
 
 
 class UnusableChat(ValueError):
@@ -43,8 +73,8 @@ class Prompts:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Message],
+        tools: Sequence[ChatCompletionTool] | None = None,
     ) -> list[int]:
         """Token ids, BOS first, up to where the answer begins.
 
@@ -82,9 +112,9 @@ def call_id(text: str) -> str:
     return text if CALL_ID.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:9]
 
 
-def _as_trained(message: Mapping[str, Any]) -> dict[str, Any]:
+def _as_trained(message: Message) -> dict[str, Any]:  # untyped: mistral-common takes such
     """A message of a client as mistral-common takes it: nulls left out, ids of nine characters."""
-    kept = {key: value for key, value in message.items() if value is not None}
+    kept: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
     if kept.get("role") == "developer":
         kept["role"] = "system"
     if kept.get("role") == "assistant":

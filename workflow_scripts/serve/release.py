@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflow_scripts import files
+from workflow_scripts.handover.provenance import ReleasedRun
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 
@@ -45,7 +45,7 @@ def read(path: Path) -> Release:
     find_tokenizer(folder)
     provenance = folder / "provenance.json"
     is_run = path.is_dir() and provenance.is_file()
-    name = files.read_json(provenance)["run"] if is_run else gguf.stem
+    name = ReleasedRun.read(provenance).run if is_run else gguf.stem
     return Release(name, gguf, folder, context_of(gguf))
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from llama_cpp.llama_types import (
+    ChatCompletionNamedToolChoice,
+    ChatCompletionRequestResponseFormat,
+    ChatCompletionTool,
+)
 from llama_cpp.server.types import CreateChatCompletionRequest
-from pydantic import model_validator
+from pydantic import GetPydanticSchema, model_validator
 from starlette.responses import JSONResponse
 
 from workflow_scripts.export.modelfile import SAMPLING
 from workflow_scripts.serve.answers import forced_tools
 from workflow_scripts.serve.models import Models
-from workflow_scripts.serve.prompts import UnusableChat
+from workflow_scripts.serve.prompts import Message, UnusableChat
+
+# A JSON object, whatever its keys: mistral-common checks it when the prompt is rendered.
+AsSent = GetPydanticSchema(lambda _, handler: handler(dict[str, Any]))
 
 
 class ChatRequest(CreateChatCompletionRequest):
     """llama-cpp-python's request, as far as it is too narrow made wider."""
 
-    # Checked when the prompt is rendered: the library's types refuse what clients send (a null
-    # `content` beside tool calls).
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    # The library's types refuse what clients send (a null `content` beside tool calls).
+    messages: list[Annotated[Message, AsSent]]  # type: ignore[assignment]
+    tools: list[Annotated[ChatCompletionTool, AsSent]] | None = None
+    tool_choice: str | Annotated[ChatCompletionNamedToolChoice, AsSent] | None = None  # type: ignore[assignment]
+    response_format: Annotated[ChatCompletionRequestResponseFormat, AsSent] | None = None
     temperature: float = SAMPLING["temperature"]
     top_p: float = SAMPLING["top_p"]
     min_p: float = SAMPLING["min_p"]

@@ -68,9 +68,9 @@ class Config(Settings):
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
         problems = []
-        for run_name, run in self.runs.items():
+        for run_name, named in self.runs.items():
             for field, table in RUN_TABLES.items():
-                entry, known = getattr(run, field), getattr(self, table)
+                entry, known = getattr(named, field), getattr(self, table)
                 if entry is not None and entry not in known:
                     problems.append(
                         f"runs.{run_name}.{field}: found {entry!r}, which is not in `{table}`"
@@ -104,7 +104,7 @@ class Config(Settings):
                 )
             packing = run and self.packings.get(run.packing or "")
             model = run and self.models.get(run.model)
-            if packing and model and model.built_here:
+            if run and packing and model and model.built_here:
                 context, scaling = model.built_here.context_tokens, model.rope_scaling
                 if scaling:
                     context = int((scaling.original_context_tokens or context) * scaling.factor)
@@ -141,7 +141,7 @@ class Config(Settings):
         Raises:
             KeyError: the table has no such name.
         """
-        entry = getattr(self, table)[name]
+        entry: Settings = getattr(self, table)[name]
         if self.max_steps is None:
             return entry
         if isinstance(entry, RecipeSettings):
@@ -157,7 +157,7 @@ class Config(Settings):
 RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "recipe": "recipes"}
 
 
-def load_config(config: Mapping[str, Any]) -> Config:
+def load_config(config: Mapping[str, Any]) -> Config:  # untyped: as YAML gave it
     """Validate a whole config, its sweeps expanded into the recipes and runs they stand for.
 
     Raises:

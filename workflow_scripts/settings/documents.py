@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from workflow_scripts.settings.config import Config
 from workflow_scripts.settings.datasets import (
     CleaningSettings,
@@ -49,7 +51,7 @@ from workflow_scripts.settings.runs import RunSettings
 from workflow_scripts.settings.training import PackingSettings, RecipeSettings, TrainingSettings
 
 
-def config_schema() -> dict[str, Any]:
+def config_schema() -> dict[str, Any]:  # untyped: JSON Schema
     """The JSON schema that editors complete and check `config/*.yaml` with."""
     schema = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -63,7 +65,7 @@ def config_schema() -> dict[str, Any]:
     return schema
 
 
-def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:
+def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:  # untyped: JSON Schema
     """The schema of an option, or of a list of its values."""
     about = {key: value[key] for key in ("title", "description", "default") if key in value}
     one = {key: part for key, part in value.items() if key not in about}
@@ -94,7 +96,7 @@ def option_tables() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _default(field: Any) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if isinstance(field.default, Settings):

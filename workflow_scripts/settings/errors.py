@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from workflow_scripts import sweeps
 from workflow_scripts.log import StageError
@@ -53,7 +54,7 @@ def _written_path(
 
 def describe(
     table: type[Settings],
-    problem: Mapping[str, Any],
+    problem: ErrorDetails,
     swept: Mapping[str, sweeps.Combination],
 ) -> Iterator[str]:
     """One line or more a problem: the key's path, what was found, what would be right."""
@@ -74,7 +75,7 @@ def describe(
     yield from lines
 
 
-def _explain(table: type[Settings], problem: Mapping[str, Any], path: str) -> Iterator[str]:
+def _explain(table: type[Settings], problem: ErrorDetails, path: str) -> Iterator[str]:
     found = problem["input"]
     match problem["type"]:
         case "extra_forbidden":
@@ -122,8 +123,9 @@ def _model_within(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in models if model is not None), None)
 
 
-def did_you_mean(found: str, known: Any) -> str:
-    close = difflib.get_close_matches(found, list(known), n=1)
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(found, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(map(str, known)) or 'none'}"
+    return f"known: {', '.join(known) or 'none'}"

@@ -104,7 +104,7 @@ def _is_made(name: object, info: ValidationInfo) -> object:
             f"found {name!r}, expected a type of llama.cpp's or an entry of gguf.mixes"
             f" ({did_you_mean(str(name), known)})"
         )
-    mix = mixes.get(name) or MixSettings(type=name)
+    mix = mixes.get(name) or MixSettings.model_validate({"type": name})
     if imatrix.use == "never" and mix.needs_imatrix:
         raise ValueError(
             f"found {name!r}, which llama.cpp makes with an importance matrix only;"
@@ -143,7 +143,7 @@ class GgufSettings(Settings):
 
     def mix(self, name: str) -> MixSettings:
         """What a quantization is made of: the mix of that name, or the type."""
-        return self.mixes.get(name) or MixSettings(type=name)
+        return self.mixes.get(name) or MixSettings.model_validate({"type": name})
 
     def uses_imatrix(self, name: str) -> bool:
         """Whether a quantization is made with the importance matrix."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import files
+from workflow_scripts.handover.origin import Origin
+from workflow_scripts.handover.training import Evaluation, History, TrainingStep
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folde
     from safetensors.torch import save_file
 
     source = checkpoint / "source.json"
-    name = files.read_json(source)["source"] if source.is_file() else str(checkpoint)
+    name = Origin.read(source).source if source.is_file() else str(checkpoint)
     with files.atomic_folder(folder / ".saved") as saved:
         if hasattr(model, "peft_config"):
             for config in model.peft_config.values():
@@ -44,40 +46,43 @@ def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folde
     shutil.rmtree(folder / ".saved")
 
 
-def read_history(log_history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """The Trainer's log as two lists, `train` and `validation`, units in the keys' names.
+def read_history(
+    log_history: list[dict[str, Any]],  # untyped: what transformers logs, under names of its own
+) -> History:
+    """The steps and the evaluations of the Trainer's log.
 
     Raises:
         StageError: a loss or gradient norm is not finite, or every gradient was zero.
     """
-    train = [
-        {
-            "step": entry["step"],
-            "loss_nats_per_token": entry["loss"],
-            "gradient_norm": entry["grad_norm"],
-            "learning_rate": entry["learning_rate"],
-        }
+    train = tuple(
+        TrainingStep(
+            step=entry["step"],
+            loss_nats_per_token=entry["loss"],
+            gradient_norm=entry["grad_norm"],
+            learning_rate=entry["learning_rate"],
+        )
         for entry in log_history
         if "loss" in entry
-    ]
-    validation = [
-        {
-            "step": entry["step"],
-            "loss_nats_per_token": entry["eval_loss"],
-            "perplexity": math.exp(entry["eval_loss"]),
-        }
+    )
+    validation = tuple(
+        Evaluation(
+            step=entry["step"],
+            loss_nats_per_token=entry["eval_loss"],
+            perplexity=math.exp(entry["eval_loss"]),
+        )
         for entry in log_history
         if "eval_loss" in entry
-    ]
-    for entry in train:
+    )
+    for one in train:
         for key in ("loss_nats_per_token", "gradient_norm"):
-            if not math.isfinite(entry[key]):
+            value = getattr(one, key)
+            if not math.isfinite(value):
                 raise StageError(
                     "training diverged",
-                    where=f"step {entry['step']}, {key}",
-                    found=entry[key],
+                    where=f"step {one.step}, {key}",
+                    found=value,
                     to_fix="lower recipes.<name>.learning_rate",
                 )
-    if not any(entry["gradient_norm"] for entry in train):
+    if not any(one.gradient_norm for one in train):
         raise StageError("training changed nothing", found="a gradient norm of 0 at every step")
-    return {"train": train, "validation": validation}
+    return History(train=train, validation=validation)

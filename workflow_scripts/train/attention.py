@@ -9,9 +9,8 @@ grows with the tokens and time with tokens × window.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -79,12 +78,20 @@ def packed_attention(
             "packed attention takes one flat row, no mask and no dropout; found"
             f" batch {query.shape[0]}, mask {attention_mask is not None}, dropout {dropout}"
         )
-    options = {"window": sliding_window, "scale": scaling}
     dtype = _kernel_dtype(module, query)
     if dtype is None:
-        return by_segment(query, key, value, cu_seq_lens_q, **options), None
-    parts = (part.to(dtype) for part in (query, key, value))
-    return _varlen(*parts, cu_seq_lens_q, max_length_q, **options).to(query.dtype), None
+        output = by_segment(query, key, value, cu_seq_lens_q, window=sliding_window, scale=scaling)
+        return output, None
+    output = _varlen(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        cu_seq_lens_q,
+        max_length_q,
+        window=sliding_window,
+        scale=scaling,
+    )
+    return output.to(query.dtype), None
 
 
 # Compiled, every new packing would be a new graph.
@@ -104,27 +111,31 @@ def by_segment(
     # at 32 segments of 128 tokens; the lengths of chats differ.
     lengths = cu_seq_lens.diff().tolist()
     segments = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    options = {"scale": scale, "enable_gqa": True}
     outputs = [
-        scaled_dot_product_attention(*segment, is_causal=True, **options)
+        _attend(*segment, scale=scale)
         if window is None or segment[0].shape[2] <= window
-        else _banded(*segment, window, options)
+        else _banded(*segment, window=window, scale=scale)
         for segment in segments
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _banded(
-    query: Tensor, key: Tensor, value: Tensor, window: int, options: Mapping[str, Any]
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
 ) -> Tensor:
+    """SDPA with grouped key heads, causal where no mask is given."""
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+
+
+def _banded(query: Tensor, key: Tensor, value: Tensor, *, window: int, scale: float) -> Tensor:
     """One segment longer than the window; shapes as SDPA.
 
     A window of queries sees causally. The others go `BAND_QUERIES` at a time, as a batch, each with
     its own stretch of keys, so that one small mask serves them all.
     """
-    first = scaled_dot_product_attention(
-        *(part[:, :, :window] for part in (query, key, value)), is_causal=True, **options
-    )
+    first = _attend(query[:, :, :window], key[:, :, :window], value[:, :, :window], scale=scale)
     n_keys = BAND_QUERIES + window - 1
     positions = torch.arange(n_keys, device=query.device)
     tokens_back = positions[:BAND_QUERIES, None] + window - 1 - positions  # (query, key)
@@ -134,22 +145,20 @@ def _banded(
     end = query.shape[2] - n_rest
     if n_bands:
         queries = query[0, :, window:end].unflatten(1, (n_bands, BAND_QUERIES)).transpose(0, 1)
-        stretches = (
+        keys, values = (
             part[0, :, 1:end].unfold(1, n_keys, BAND_QUERIES).permute(1, 0, 3, 2)
             for part in (key, value)
         )
-        output = scaled_dot_product_attention(queries, *stretches, attn_mask=band, **options)
+        output = _attend(queries, keys, values, scale=scale, mask=band)
         outputs.append(output.transpose(0, 1).flatten(1, 2)[None])
     if n_rest:
-        stretches = (part[:, :, end - window + 1 :] for part in (key, value))
+        keys, values = (part[:, :, end - window + 1 :] for part in (key, value))
         mask = band[:n_rest, : n_rest + window - 1]
-        outputs.append(
-            scaled_dot_product_attention(query[:, :, end:], *stretches, attn_mask=mask, **options)
-        )
+        outputs.append(_attend(query[:, :, end:], keys, values, scale=scale, mask=mask))
     return torch.cat(outputs, dim=2)
 
 
-def _kernel_dtype(module: nn.Module, query: Tensor) -> torch.dtype | None:
+def _kernel_dtype(module: Any, query: Tensor) -> torch.dtype | None:
     """What the varlen kernel shall compute in; None where it does not run.
 
     It takes 16-bit alone. QLoRA's norms and adapters are float32, so its queries come as float32,
@@ -181,8 +190,12 @@ def _varlen(
     if "enable_gqa" not in options:
         n_groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(n_groups, dim=1) for part in (key, value))
-    flat = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    return varlen_attn(*flat, cu_seq_lens, cu_seq_lens, longest, longest, **options)[None]
+    query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    # A tuple only where more than the output is asked for.
+    output: Any = varlen_attn(
+        query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options
+    )
+    return output[None]
 
 
 @cache
@@ -192,9 +205,18 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+class VarlenOptions(TypedDict):
+    """Keyword arguments of `varlen_attn`."""
+
+    scale: float
+    window_size: tuple[int, int]
+    """Keys to the left and to the right of the query's own; −1 is all of them."""
+    enable_gqa: NotRequired[bool]
+
+
 def varlen_options(
     parameters: frozenset[str], *, window: int | None, scale: float
-) -> dict[str, Any]:
+) -> VarlenOptions:
     """Keyword arguments of `varlen_attn`.
 
     Args:
@@ -212,8 +234,7 @@ def varlen_options(
             expected="torch 2.11 or newer",
             to_fix="install the versions of requirements.lock",
         )
-    # Keys to the left and to the right of the query's own; −1 is all of them.
-    options: dict[str, Any] = {
+    options: VarlenOptions = {
         "scale": scale,
         "window_size": (-1 if window is None else window - 1, 0),
     }

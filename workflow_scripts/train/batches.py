@@ -7,7 +7,7 @@ every segment: a document for `best_fit` and `none`, a whole row for `concatenat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -22,7 +22,7 @@ IGNORED = -100
 PADDING = 0  # any token would do: none sees it
 
 
-class PlannedRows(Sequence[Row]):
+class PlannedRows:
     """The rows of a plan as a dataset: an item is the row's pieces, its tokens are the
     collator's. `NO_ROW` is a row without pieces."""
 
@@ -37,6 +37,30 @@ class PlannedRows(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)
+
+
+class Segments(TypedDict):
+    """Tokens of one flat row, and where attention ends, as the model takes them."""
+
+    input_ids: Tensor
+    """(1, tokens)."""
+    position_ids: Tensor
+    """(1, tokens)."""
+    cu_seq_lens_q: Tensor
+    """(segments + 1,) int32."""
+    cu_seq_lens_k: Tensor
+    """(segments + 1,) int32."""
+    max_length_q: int
+    max_length_k: int
+
+
+class Batch(Segments):
+    """A micro-batch of training."""
+
+    labels: Tensor
+    """(1, tokens): the token to predict *at* its position (transformers shifts by one)."""
+    predicting: Tensor
+    """(supervised,): the positions in front of a label."""
 
 
 class Collator:
@@ -55,18 +79,14 @@ class Collator:
         self._crosses_documents = crosses_documents
         self._pads_rows = pads_rows
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch as the model takes it.
 
         Padding is a segment of its own: no token sees it, and it has no label. A micro-batch of no
         piece at all is one such token, so that a process without a row takes part in the step.
 
-        Returns:
-            `input_ids`, `position_ids`, `labels`: (1, tokens); `predicting`: (supervised,), the
-            positions in front of a label; `cu_seq_lens_q`, `cu_seq_lens_k`: (segments + 1,) int32;
-            `max_length_q`, `max_length_k`: int. A label is the token to
-            predict *at* its position (transformers shifts by one); the first token of a segment
-            has none, as nothing before it belongs to it, nor has carried-over context.
+        The first token of a segment has no label, as nothing before it belongs to it, nor has
+        carried-over context.
         """
         import torch
 

@@ -13,7 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.training import RecipeCheck
 from workflow_scripts.settings import RecipeSettings, settings_from_json
 from workflow_scripts.train import lora
 
@@ -29,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     recipe = settings_from_json(RecipeSettings, arguments.recipe)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
 
     lora.check_recipe(recipe, facts, name=arguments.name)
-    files.write_json(arguments.check, {"recipe": recipe.model_dump(mode="json")})
+    RecipeCheck(recipe=recipe).write(arguments.check)
     logger.info("passed recipe=%s", arguments.name)
 
 

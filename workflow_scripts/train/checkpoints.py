@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.training import RunIdentity
 
 PREFIX = "checkpoint-"  # transformers' name
 STEPS_DOWN = "memory.json"
@@ -26,13 +27,13 @@ class Checkpoints:
 
     Args:
         folder: of all runs of this name; the checkpoints lie in a folder of it.
-        identity: all that decides the result, as JSON.
+        identity: all that decides the result.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = folder / files.fingerprint(identity)
+    def __init__(self, folder: Path, identity: RunIdentity) -> None:
+        self._identity = identity.content()
+        self.folder = folder / files.fingerprint(self._identity)
         self._siblings = folder
-        self._identity = identity
 
     def open(self) -> None:
         """Make the folder; take away what a killed process left half written; say which other runs
@@ -112,7 +113,11 @@ def all_steps_down(folder: Path) -> int:
     return sum(files.read_json(path)["n_steps_down"] for path in folder.glob(f"*/{STEPS_DOWN}"))
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:
+def differences(
+    one: Mapping[str, Any],  # untyped: another version of this workflow may have written it
+    other: Mapping[str, Any],  # untyped: the same
+    path: str = "",
+) -> list[str]:
     """`key: value → value` of every leaf that differs."""
     lines = []
     for key in dict.fromkeys([*one, *other]):

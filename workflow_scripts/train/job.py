@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import Plan, read_plan
-from workflow_scripts.models.checkpoint import default_device, without_window
+from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.training import RunIdentity
+from workflow_scripts.models.checkpoint import default_device
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train.memory.shape import PlannedRun
 from workflow_scripts.train.validation import longest_row
@@ -21,13 +22,12 @@ class Job:
 
     recipe: RecipeSettings
     training: TrainingSettings
-    facts: dict[str, Any]
+    facts: ModelShape
     """As the model trains: without its window where the recipe does not honour it."""
     plan: Plan
     train: Documents
     validation: Documents
-    identity: dict[str, Any]
-    """All that decides the result."""
+    identity: RunIdentity
 
     @classmethod
     def read(
@@ -47,9 +47,9 @@ class Job:
             output_version: of the program that trains.
         """
         train, validation = tokens / "train.arrow", tokens / "validation.arrow"
-        model = files.read_json(facts)
+        model = Facts.read(facts)
         if not recipe.honours_window:
-            model = without_window(model)
+            model = model.without_window()
         return cls(
             recipe=recipe,
             training=training,
@@ -57,15 +57,15 @@ class Job:
             plan=read_plan(plan),
             train=Documents(train),
             validation=Documents(validation),
-            identity={
-                "recipe": recipe.model_dump(mode="json"),
-                "base": {name: entry["sha256"] for name, entry in model["files"].items()},
-                "rope_parameters": model["rope_parameters"],
-                "tokens": files.sha256(train),
-                "validation": files.sha256(validation),
-                "plan": files.sha256(plan),
-                "output_version": output_version,
-            },
+            identity=RunIdentity(
+                recipe=recipe,
+                base={name: entry.sha256 for name, entry in model.files.items()},
+                rope_parameters=model.rope_parameters,
+                tokens=files.sha256(train),
+                validation=files.sha256(validation),
+                plan=files.sha256(plan),
+                output_version=output_version,
+            ),
         )
 
     def planned_run(self, *, n_gpus: int) -> PlannedRun:
@@ -76,7 +76,7 @@ class Job:
             self.recipe,
             self.training,
             row_tokens=row_tokens,
-            device_type=default_device().type,
+            device_type="cuda" if default_device().type == "cuda" else "cpu",
             n_gpus=n_gpus,
             longest_evaluation=longest_row(
                 self.validation,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings
 
@@ -53,7 +54,7 @@ def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int, name: str 
     return recipe.kv_rank
 
 
-def check_recipe(recipe: RecipeSettings, facts: dict[str, Any], *, name: str = "<name>") -> None:
+def check_recipe(recipe: RecipeSettings, facts: ModelShape, *, name: str = "<name>") -> None:
     """A recipe can be used on a model; no weight is needed to say so.
 
     Args:
@@ -67,10 +68,10 @@ def check_recipe(recipe: RecipeSettings, facts: dict[str, Any], *, name: str = "
     if recipe.method == "full":
         return
     target_modules(recipe, facts)
-    kv_rank(recipe, n_heads=facts["n_heads"], n_kv_heads=facts["n_kv_heads"], name=name)
+    kv_rank(recipe, n_heads=facts.n_heads, n_kv_heads=facts.n_kv_heads, name=name)
 
 
-def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:
+def lora_config(recipe: RecipeSettings, facts: ModelShape) -> LoraConfig:
     """PEFT's config of the recipe's adapter.
 
     Where k and v have a rank of their own, so have they an alpha: PEFT would keep the alpha, and
@@ -85,7 +86,7 @@ def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:
 
     check_mixture(recipe, facts)
     targets = target_modules(recipe, facts)
-    rank = kv_rank(recipe, n_heads=facts["n_heads"], n_kv_heads=facts["n_kv_heads"])
+    rank = kv_rank(recipe, n_heads=facts.n_heads, n_kv_heads=facts.n_kv_heads)
     patterns: dict[str, Any] = {}
     if rank != recipe.rank:
         share = rank / recipe.rank
@@ -101,9 +102,9 @@ def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:
         target_parameters=list(EXPERTS) if recipe.adapts_experts else None,
         modules_to_save=whole or None,
         # One matrix in two places stays one.
-        ensure_weight_tying=bool(facts.get("ties_embeddings") and recipe.modules_to_save),
+        ensure_weight_tying=bool(facts.ties_embeddings and recipe.modules_to_save),
         r=recipe.rank,
-        lora_alpha=recipe.alpha,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         lora_dropout=recipe.dropout,
         use_dora=recipe.dora,
         use_rslora=recipe.rslora,
@@ -112,7 +113,7 @@ def lora_config(recipe: RecipeSettings, facts: dict[str, Any]) -> LoraConfig:
     )
 
 
-def target_modules(recipe: RecipeSettings, facts: dict[str, Any]) -> list[str]:
+def target_modules(recipe: RecipeSettings, facts: ModelShape) -> list[str]:
     """The recipe's targets as PEFT takes them, each the end of a module's dotted name.
 
     The output layer is none of them: its loss is made without calling it, so an adapter of it
@@ -121,10 +122,10 @@ def target_modules(recipe: RecipeSettings, facts: dict[str, Any]) -> list[str]:
     Raises:
         StageError: a name that no adaptable module ends with.
     """
-    in_layer = ATTENTION if facts.get("n_experts") else ATTENTION + MLP
+    in_layer = ATTENTION if facts.n_experts else ATTENTION + MLP
     if recipe.target_modules == "all-linear":
         return [name.split(".")[-1] for name in in_layer]
-    names = [f"model.layers.{at}.{name}" for at in range(facts["n_layers"]) for name in in_layer]
+    names = [f"model.layers.{at}.{name}" for at in range(facts.n_layers) for name in in_layer]
     unknown = [
         target
         for target in recipe.target_modules
@@ -142,7 +143,7 @@ def target_modules(recipe: RecipeSettings, facts: dict[str, Any]) -> list[str]:
     return list(recipe.target_modules)
 
 
-def check_mixture(recipe: RecipeSettings, facts: dict[str, Any]) -> None:
+def check_mixture(recipe: RecipeSettings, facts: ModelShape) -> None:
     """Settings of experts want a model that has some.
 
     Raises:
@@ -150,7 +151,7 @@ def check_mixture(recipe: RecipeSettings, facts: dict[str, Any]) -> None:
     """
     names = ("adapts_experts", "trains_router", "router_loss_coefficient")
     found = [name for name in names if getattr(recipe, name)]
-    if found and not facts.get("n_experts"):
+    if found and not facts.n_experts:
         raise StageError(
             "the recipe speaks of experts, and the model has none",
             where="recipes.<name>",

@@ -98,14 +98,18 @@ def sum_loss(causal_model: PreTrainedModel, *, router_loss_coefficient: float = 
 
 
 def _load_balancing_loss(
-    causal_model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...]
+    causal_model: Any, router_logits: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """1 where every expert gets its share, more where some get most. Source: arXiv:2101.03961."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(
-        router_logits, causal_model.num_experts, causal_model.num_experts_per_tok
+    loss = load_balancing_loss_func(
+        router_logits,  # type: ignore[arg-type]  # transformers annotates a tuple of one layer
+        causal_model.num_experts,
+        causal_model.num_experts_per_tok,
     )
+    assert isinstance(loss, torch.Tensor)  # 0 only where no logits are given
+    return loss
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings
 
 
 def trainable_model(
-    checkpoint: Path, facts: dict[str, Any], recipe: RecipeSettings, *, kernels: str = "auto"
+    checkpoint: Path, facts: ModelShape, recipe: RecipeSettings, *, kernels: str = "auto"
 ) -> Any:
     """The base with a fresh adapter in float32, or every weight of it in float32: ready to train.
 
@@ -28,9 +29,9 @@ def trainable_model(
     set_seed(recipe.seed)
     base = load_model(
         checkpoint,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         precision=base_precision(recipe),
-        rope=facts["rope_parameters"],
+        rope=facts.rope_parameters,
         attention=attention.register(),
     )
     if liger_runs(kernels):
@@ -44,15 +45,15 @@ def base_precision(recipe: RecipeSettings) -> Any:
     A full fine-tune keeps float32 weights whatever computes (autocast does, on a GPU): an update
     of 1e-5 is lost in bfloat16's eight bits.
     """
-    from workflow_scripts.models.checkpoint import compute_dtype, default_device
+    from workflow_scripts.models.checkpoint import default_device, native_precision
 
     by_method = {"qlora": "nf4", "lora_int8": "int8", "full": "float32"}
     if recipe.method in by_method:
         return by_method[recipe.method]
-    return str(compute_dtype(default_device())).removeprefix("torch.")
+    return native_precision(default_device())
 
 
-def adapt(base: Any, facts: dict[str, Any], recipe: RecipeSettings) -> Any:
+def adapt(base: Any, facts: ModelShape, recipe: RecipeSettings) -> Any:
     """What the recipe trains, on a loaded base, whose forward pass then sums the loss.
 
     The base stays as it was loaded, frozen. PEFT's `prepare_model_for_kbit_training` would make its

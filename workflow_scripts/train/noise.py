@@ -6,12 +6,15 @@ the batch's shape a row of many documents would count as one, and have less nois
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def add_noise(decoder: torch.nn.Module, *, alpha: float) -> None:
+
+def add_noise(decoder: PreTrainedModel, *, alpha: float) -> None:
     """Noise on what the decoder embeds, in training mode alone.
 
     The random state decides the noise: who puts the state back (resuming, the attention probe)
@@ -23,7 +26,11 @@ def add_noise(decoder: torch.nn.Module, *, alpha: float) -> None:
     """
     bounds: list[torch.Tensor] = []
 
-    def remember_segments(_: Any, __: Any, options: dict[str, Any]) -> None:
+    def remember_segments(
+        _: Any,
+        __: Any,
+        options: dict[str, Any],  # untyped: of any forward pass, as torch hands them over
+    ) -> None:
         bounds[:] = [options["cu_seq_lens_q"]] if decoder.training else []
 
     def disturb(_: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:

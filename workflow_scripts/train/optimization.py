@@ -44,7 +44,9 @@ def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Opt
     return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, lr=recipe.learning_rate, betas=betas)
 
 
-def parameter_groups(model: torch.nn.Module, recipe: RecipeSettings) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, recipe: RecipeSettings
+) -> list[dict[str, Any]]:  # untyped: as torch's optimizers take them
     """What trains, by learning rate and weight decay.
 
     Norms and other vectors have no decay: it would pull a scale to 0, not simplify a matrix.

@@ -11,12 +11,13 @@ python -m workflow_scripts.train.plan_memory --facts facts.json --row-tokens 819
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.training import MemoryPlan
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -42,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     recipe = settings_from_json(RecipeSettings, arguments.recipe)
     training = settings_from_json(TrainingSettings, arguments.training)
-    facts = files.read_json(arguments.facts)
+    facts = Facts.read(arguments.facts)
 
     import torch
 
     from workflow_scripts.data.documents import Documents
     from workflow_scripts.data.plan import read_plan
-    from workflow_scripts.models.checkpoint import NO_GPUS, default_device, without_window
+    from workflow_scripts.models.checkpoint import NO_GPUS, default_device
     from workflow_scripts.train.memory import device, fit, layouts
-    from workflow_scripts.train.memory.shape import PlannedRun
+    from workflow_scripts.train.memory.shape import DeviceType, PlannedRun
     from workflow_scripts.train.validation import longest_row
 
     if not recipe.honours_window:
-        facts = without_window(facts)
+        facts = facts.without_window()
     if arguments.memory_gb is None:
-        device_type = default_device().type
+        device_type: DeviceType = "cuda" if default_device().type == "cuda" else "cpu"
         available = device.available_bytes()
         device_name = torch.cuda.get_device_name() if device_type == "cuda" else "cpu"
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -95,21 +96,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     setup, parts = fit.choose(run, available_bytes=available)
     logger.info("%s", fit.table(run, available_bytes=available, chosen=setup))
-    plan = {
-        "device": device_name,
-        "row_tokens": run.row_tokens,
-        "evaluation_tokens": run.evaluation_tokens,
-        "n_gpus": run.n_gpus,
-        "available_bytes": available,
-        "usable_bytes": int(fit.usable_bytes(training, available)),
-        **dataclasses.asdict(setup),
-        "predicted_peak_memory_bytes": parts["peak"],
-        "predicted_bytes": parts,
-        "candidates": [layouts.as_json(candidate) for candidate in layouts.candidates(run)],
-    }
     if arguments.memory_plan:
-        files.write_json(arguments.memory_plan, plan)
-    logger.info("planned %s predicted_bytes=%d", setup, parts["peak"])
+        MemoryPlan(
+            device=device_name,
+            row_tokens=run.row_tokens,
+            evaluation_tokens=run.evaluation_tokens,
+            n_gpus=run.n_gpus,
+            available_bytes=available,
+            usable_bytes=int(fit.usable_bytes(training, available)),
+            **dict(setup),
+            predicted_peak_memory_bytes=parts.peak,
+            predicted_bytes=parts,
+            candidates=tuple(layouts.candidates(run)),
+        ).write(arguments.memory_plan)
+    logger.info("planned %s predicted_bytes=%d", setup, parts.peak)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from workflow_scripts.log import StageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workflow_scripts.train.batches import Segments
+
 EDGES = 16  # places where the far edge of a window is tried, until one tells
 TO_FIX = "install the versions of requirements.lock: another one changed attention"
 
@@ -157,17 +159,18 @@ def _places(oldest: int) -> list[int]:
     return sorted({oldest * number // (EDGES - 1) for number in range(EDGES)}, reverse=True)
 
 
-def _moved(decoder: Any, batch: dict[str, Any], exchanged: slice) -> np.ndarray:
+def _moved(decoder: Any, batch: Segments, exchanged: slice) -> np.ndarray:
     """(tokens,) bool: hidden states that are not the same bits with other tokens in that place."""
-    other = dict(batch, input_ids=batch["input_ids"].clone())
+    tokens = batch["input_ids"].clone()
     # The next token of the vocabulary: another one for sure.
-    other["input_ids"][:, exchanged] += 1
-    other["input_ids"] %= decoder.config.vocab_size
+    tokens[:, exchanged] += 1
+    tokens %= decoder.config.vocab_size
+    other: Segments = {**batch, "input_ids": tokens}
     before, after = (_hidden_states(decoder, each) for each in (batch, other))
     return (before != after).any(dim=-1).cpu().numpy()
 
 
-def _hidden_states(decoder: Any, batch: dict[str, Any]) -> Tensor:
+def _hidden_states(decoder: Any, batch: Segments) -> Tensor:
     """(tokens, hidden_size), in front of the output layer."""
     import torch
 
@@ -184,7 +187,7 @@ def _hidden_states(decoder: Any, batch: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _one_segment(tokens: Tensor) -> dict[str, Any]:
+def _one_segment(tokens: Tensor) -> Segments:
     import torch
 
     n_tokens = len(tokens)

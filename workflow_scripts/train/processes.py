@@ -51,7 +51,9 @@ def least(value: int) -> int:
     return min(gather_object([value]))
 
 
-def sharding(training: TrainingSettings, model: Any) -> dict[str, Any]:
+def sharding(
+    training: TrainingSettings, model: Any
+) -> dict[str, Any]:  # untyped: arguments of transformers
     """transformers' arguments for weights that are shared out (FSDP2); none for DDP."""
     if training.parallelism == "ddp" or n_processes() == 1:
         return {}

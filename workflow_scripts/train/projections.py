@@ -54,7 +54,7 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return _AdaptedProjection.apply(x, down, up, layer.base_layer, layer.scaling["default"])
 
 
-def _weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def _weight(base: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """(out, in), of a layer that is quantized or not."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:

@@ -16,7 +16,7 @@ def trackers_ready(training: TrainingSettings, *, name: str, curves: Path | None
     Raises:
         StageError: a tracker's package is not installed.
     """
-    trackers = [
+    trackers: list[str] = [
         tracker for tracker in training.trackers if tracker != "tensorboard" or curves is not None
     ]
     for tracker in trackers:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts import files, log
+from workflow_scripts import log
+from workflow_scripts.handover.training import MemoryParts, Setup, TrainingManifest
 from workflow_scripts.models.exhaustion import exhausts_memory
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
 from workflow_scripts.train import checkpoints as checkpointing
@@ -121,7 +122,7 @@ def _train_once(
 ) -> None:
     import torch
 
-    from workflow_scripts.models.checkpoint import compute_dtype, default_device
+    from workflow_scripts.models.checkpoint import default_device, native_precision
     from workflow_scripts.train.activations import save_less
     from workflow_scripts.train.adapter_files import read_history, save_adapter
     from workflow_scripts.train.callbacks import (
@@ -135,11 +136,11 @@ def _train_once(
     from workflow_scripts.train.trainer import make_trainer
 
     setup, predicted = choose_setup(job, checkpoints)
-    logger.info("laid out %s predicted_bytes=%d", setup, predicted["peak"])
+    logger.info("laid out %s predicted_bytes=%d", setup, predicted.peak)
     model = trainable_model(
         arguments.checkpoint, job.facts, job.recipe, kernels=job.training.kernels
     )
-    probed = check_attention(model, job.train, job.plan, job.facts["layer_windows"])
+    probed = check_attention(model, job.train, job.plan, job.facts.layer_windows)
     logger.info("probed attention %s", log.fields(probed))
     save_less(
         model,
@@ -181,29 +182,26 @@ def _train_once(
 
     history = read_history(trainer.state.log_history)
     save_adapter(model, weights, arguments.checkpoint, arguments.adapter)
-    files.write_json(arguments.adapter / "history.json", history)
-    manifest = {
-        "n_steps": n_steps,
-        "best_step": best_step,
-        "n_trainable_parameters": sum(p.numel() for p in weights.values()),
-        "n_processes": processes.n_processes(),
-        "rows_per_micro_batch": setup.rows_per_micro_batch,
-        "n_checkpointed_layers": setup.n_checkpointed_layers,
-        "offloads_activations": setup.offloads_activations,
-        "tokens_per_step": tokens_per_step,
-        "tokens_per_second": progress.tokens_per_second(),
-        "duration_seconds": duration,
-        "peak_memory_bytes": device.peak_bytes(),
-        "predicted_peak_memory_bytes": predicted["peak"],
-        "final_loss_nats_per_token": history["train"][-1]["loss_nats_per_token"],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        # What a 4-bit base was quantized from, and dequantized to.
-        "compute_dtype": str(compute_dtype(default_device())).removeprefix("torch."),
-        "resumed": last is not None,
-        "n_failed_checkpoints": trainer.n_failed_checkpoints,
-        "identity": job.identity,
-    }
-    files.write_json(arguments.adapter / "training_manifest.json", manifest)
+    history.write(arguments.adapter / "history.json")
+    manifest = TrainingManifest(
+        n_steps=n_steps,
+        best_step=best_step,
+        n_trainable_parameters=sum(p.numel() for p in weights.values()),
+        n_processes=processes.n_processes(),
+        **dict(setup),
+        tokens_per_step=tokens_per_step,
+        tokens_per_second=progress.tokens_per_second(),
+        duration_seconds=duration,
+        peak_memory_bytes=device.peak_bytes(),
+        predicted_peak_memory_bytes=predicted.peak,
+        final_loss_nats_per_token=history.train[-1].loss_nats_per_token,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        compute_dtype=native_precision(default_device()),
+        resumed=last is not None,
+        n_failed_checkpoints=trainer.n_failed_checkpoints,
+        identity=job.identity,
+    )
+    manifest.write(arguments.adapter / "training_manifest.json")
     if interruption.received:
         # Who sent it may count the job as failed all the same, and delete what it wrote.
         logger.warning(
@@ -214,10 +212,10 @@ def _train_once(
         )
     else:
         checkpoints.remove()
-    logger.info("trained %s", log.fields(manifest))
+    logger.info("trained %s", log.fields(manifest.model_dump(mode="json")))
 
 
-def choose_setup(job: Job, checkpoints: Checkpoints) -> tuple[Any, dict[str, int]]:
+def choose_setup(job: Job, checkpoints: Checkpoints) -> tuple[Setup, MemoryParts]:
     """How the run is laid out on this machine's GPU, the same in every process."""
     from workflow_scripts.train.memory import device, fit
 

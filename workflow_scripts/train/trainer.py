@@ -44,6 +44,9 @@ class PackedTrainer(Trainer):
         n_kept: newest checkpoints kept.
     """
 
+    model: torch.nn.Module
+    eval_dataset: Any  # transformers allows several; here it is one, of rows
+
     def __init__(
         self,
         *,
@@ -74,7 +77,7 @@ class PackedTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             self.lr_scheduler = optimization.scheduler(
-                optimizer or self.optimizer, self._recipe, num_training_steps
+                optimizer or self.create_optimizer(), self._recipe, num_training_steps
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -90,7 +93,7 @@ class PackedTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Any],  # untyped: of the model, as transformers hands them over
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:

@@ -6,16 +6,15 @@ those of training, so the loss here and the perplexity there are one number.
 
 from __future__ import annotations
 
-from typing import Any
-
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.packing import Piece, Pieces, Rows, best_fit
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.scoring.pieces import comparable_tokens, stretches
 
 
 def validation_rows(
     validation: Documents,
-    facts: dict[str, Any],
+    facts: ModelShape,
     *,
     row_tokens: int,
     n_conversations: int | None = None,
@@ -40,7 +39,7 @@ def validation_rows(
 
 def longest_row(
     validation: Documents,
-    facts: dict[str, Any],
+    facts: ModelShape,
     *,
     row_tokens: int,
     n_conversations: int | None = None,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts.data.balance import MAX_IMBALANCE, NO_ROW, order_rows, step_imbalance
 from workflow_scripts.data.cost import CostModel
 from workflow_scripts.data.packing import Pieces, best_fit
@@ -21,16 +22,6 @@ shapes = st.fixed_dictionaries(
         "pads_rows": st.booleans(),
     }
 )
-MISTRAL_7B = {
-    "n_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "head_dim": 128,
-    "vocabulary_size": 32000,
-    "n_experts_per_token": None,
-}
 
 
 @given(costs=costs_of_any_kind, shape=shapes)
@@ -77,7 +68,9 @@ def long_rows(request):
     """Rows of 32,768 tokens of a lognormal mix, and what they cost Mistral 7B."""
     lengths = np.random.default_rng(0).lognormal(np.log(800), 1.5, 300_000).astype(int) + 8
     rows = best_fit(Pieces.whole(lengths.clip(max=32_768)), row_tokens=32_768, seed=0)
-    cost = CostModel.of({**MISTRAL_7B, "layer_windows": [request.param] * 32})
+    cost = CostModel.of(
+        MISTRAL_7B.changed(vocabulary_size=32_000, layer_windows=[request.param] * 32)
+    )
     pairs = cost.pairs(rows, crosses_documents=False)
     return rows, cost.training_flops(rows.n_tokens, rows.n_tokens // 2, pairs)
 

@@ -7,21 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts.data.cost import CostModel, attention_pairs
 from workflow_scripts.data.packing import Piece, Pieces, Rows, best_fit
 
 windows = st.none() | st.integers(1, 50)
-SHAPE = {
-    "n_layers": 3,
-    "hidden_size": 96,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 160,
-    "vocabulary_size": 300,
-    "n_experts_per_token": None,
-    "layer_windows": [None] * 3,
-}
+SHAPE = MISTRAL_7B.changed(
+    n_layers=3,
+    hidden_size=96,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    intermediate_size=160,
+    vocabulary_size=300,
+    layer_windows=(None,) * 3,
+)
 
 
 def visible_pairs(length, window):
@@ -55,7 +55,7 @@ def test_a_rows_pairs_are_those_of_its_segments_in_every_layer(
     lengths, layer_windows, crosses_documents
 ):
     rows = best_fit(Pieces.whole(lengths), row_tokens=64, seed=0)
-    cost = CostModel.of({**SHAPE, "layer_windows": layer_windows})
+    cost = CostModel.of(SHAPE.changed(layer_windows=layer_windows))
     found = cost.pairs(rows, crosses_documents=crosses_documents)
     segments = [[piece.length for piece in row] for row in rows]
     if crosses_documents:
@@ -71,18 +71,18 @@ def counted_flops(n_tokens):
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        num_hidden_layers=SHAPE["n_layers"],
-        hidden_size=SHAPE["hidden_size"],
-        num_attention_heads=SHAPE["n_heads"],
-        num_key_value_heads=SHAPE["n_kv_heads"],
-        head_dim=SHAPE["head_dim"],
-        intermediate_size=SHAPE["intermediate_size"],
-        vocab_size=SHAPE["vocabulary_size"],
+        num_hidden_layers=SHAPE.n_layers,
+        hidden_size=SHAPE.hidden_size,
+        num_attention_heads=SHAPE.n_heads,
+        num_key_value_heads=SHAPE.n_kv_heads,
+        head_dim=SHAPE.head_dim,
+        intermediate_size=SHAPE.intermediate_size,
+        vocab_size=SHAPE.vocabulary_size,
         sliding_window=None,
         attn_implementation="eager",
     )
     model = MistralForCausalLM(config).requires_grad_(False)
-    embedded = torch.randn(1, n_tokens, SHAPE["hidden_size"], requires_grad=True)
+    embedded = torch.randn(1, n_tokens, SHAPE.hidden_size, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
     return counter.get_total_flops()
@@ -92,8 +92,8 @@ def test_linear_and_output_flops_are_those_pytorch_counts():
     """Eager attention computes all n² pairs, forward 2 products and backward 4."""
     n_tokens = 48
     cost = CostModel.of(SHAPE)
-    dense_attention = 2.0 * (2 + 4) * SHAPE["n_heads"] * SHAPE["head_dim"]
-    dense_attention *= SHAPE["n_layers"] * n_tokens**2
+    dense_attention = 2.0 * (2 + 4) * SHAPE.n_heads * SHAPE.head_dim
+    dense_attention *= SHAPE.n_layers * n_tokens**2
     rows = np.array([n_tokens])
     found = cost.training_flops(rows, rows, np.array([0]))[0] + dense_attention
     assert counted_flops(n_tokens) == pytest.approx(found, rel=1e-9)
@@ -101,27 +101,18 @@ def test_linear_and_output_flops_are_those_pytorch_counts():
 
 def test_of_a_mixtures_experts_the_active_ones_count():
     dense = CostModel.of(SHAPE)
-    mixture = CostModel.of({**SHAPE, "n_experts_per_token": 2})
-    expert = 4.0 * 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] * SHAPE["n_layers"]
+    mixture = CostModel.of(SHAPE.changed(n_experts_per_token=2))
+    expert = 4.0 * 3 * SHAPE.hidden_size * SHAPE.intermediate_size * SHAPE.n_layers
     assert mixture.linear_flops_per_token - dense.linear_flops_per_token == expert
 
 
 def test_what_attention_adds_to_mistral_7b_at_32k_tokens():
     """By hand: 14·4096 operations a pair and layer, 4 a weight and token."""
-    facts = {
-        **SHAPE,
-        "n_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "n_heads": 32,
-        "n_kv_heads": 8,
-        "head_dim": 128,
-        "vocabulary_size": 32000,
-    }
+    facts = MISTRAL_7B.changed(vocabulary_size=32_000)
     n, w, n_weights = 32_768, 4096, 6_979_321_856
     pairs_by_hand = {None: n * (n + 1) / 2, w: w * (w + 1) / 2 + (n - w) * w}
     for window, expected in pairs_by_hand.items():
-        cost = CostModel.of({**facts, "layer_windows": [window] * 32})
+        cost = CostModel.of(facts.changed(layer_windows=(window,) * 32))
         rows = Rows.of([[Piece(0, 0, n)]])
         pairs = cost.pairs(rows, crosses_documents=False)
         nothing = np.array([0])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.reports import CLEANING
 from workflow_scripts.data.held_out import (
     LARGEST_SHARE,
     USEFUL,
@@ -19,8 +20,12 @@ REPORT = Path("clean/cleaning_report.json")
 
 
 def report(n_train, n_validation, n_test, validation=0.05, test=0.05):
-    counts = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test}
-    return {**counts, "held_out_fractions": {"validation": validation, "test": test}}
+    return CLEANING.changed(
+        n_train=n_train,
+        n_validation=n_validation,
+        n_test=n_test,
+        held_out_fractions={"validation": validation, "test": test},
+    )
 
 
 def test_splits_with_conversations_pass_in_silence():

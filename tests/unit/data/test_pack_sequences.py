@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts import files
 from workflow_scripts.data import pack_sequences
 from workflow_scripts.data.documents import Documents
@@ -28,20 +29,18 @@ def pack(prepared, tokenizer_v3, tmp_path):
 
 
 def write_facts(folder, *, window=64, context_tokens=4096):
-    facts = {
-        "n_layers": 2,
-        "hidden_size": 256,
-        "n_heads": 8,
-        "n_kv_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 1024,
-        "vocabulary_size": 32_768,
-        "n_experts_per_token": None,
-        "sliding_window": window,
-        "layer_windows": [window, window],
-        "context_tokens": context_tokens,
-    }
-    files.write_json(folder / "facts.json", facts)
+    facts = MISTRAL_7B.changed(
+        n_layers=2,
+        hidden_size=256,
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=32,
+        intermediate_size=1024,
+        sliding_window=window,
+        layer_windows=(window, window),
+        context_tokens=context_tokens,
+    )
+    facts.write(folder / "facts.json")
     return facts
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.unit.doctor.conftest import by_name
@@ -12,27 +14,20 @@ case "$1" in
 *) echo "| NVIDIA-SMI {driver}      Driver Version: {driver}     CUDA Version: {cuda}     |" ;;
 esac
 """
-ON_A10 = {
-    "version": "2.13.0+cu130",
-    "cuda": "13.0",
-    "cuda_error": None,
-    "devices": [
-        {
-            "name": "NVIDIA A10",
-            "capability": [8, 6],
-            "total_bytes": 23028 << 20,
-            "free_bytes": 22500 << 20,
-        }
-    ],
-    "has_bf16": True,
-    "attention": {"kernel": "varlen_attn", "error": 0.004},
-    "bitsandbytes": {"version": "0.50.2", "error": 0.091},
-}
+ON_A10 = probes.Torch(
+    version="2.13.0+cu130",
+    cuda="13.0",
+    cuda_error=None,
+    devices=(probes.Device("NVIDIA A10", (8, 6), total_bytes=23028 << 20, free_bytes=22500 << 20),),
+    has_bf16=True,
+    attention=probes.Tried(0.004, "varlen_attn"),
+    bitsandbytes=probes.Tried(0.091, "0.50.2"),
+)
 
 
 @pytest.fixture(scope="module")
 def torch_here():
-    return probes.answers_of("torch")
+    return probes.ask_torch()
 
 
 def gpu_finding(gpus, failed, n_wanted, cluster_gpus=()):
@@ -72,7 +67,7 @@ def test_a_driver_that_does_not_answer_is_told_in_its_own_words(command):
 
 
 def test_a_torch_without_cuda_beside_a_gpu_names_the_build_that_has_it(command, torch_here):
-    if torch_here["cuda"]:
+    if torch_here.cuda:
         pytest.skip("torch is built for CUDA here")
     command("nvidia-smi", SMI.format(driver="580.82.07", cuda="13.0"))
     _, driver, _ = devices.nvidia_smi()
@@ -95,12 +90,12 @@ def test_a_driver_serves_its_own_cuda_and_older_ones(command, cuda, status):
 
 
 def test_an_older_gpu_and_a_library_that_fails_are_told():
-    turing = {
-        **ON_A10,
-        "devices": [{"name": "NVIDIA T4", "capability": [7, 5]}],
-        "has_bf16": False,
-        "bitsandbytes": {"failure": "RuntimeError: CUDA Setup failed"},
-    }
+    turing = dataclasses.replace(
+        ON_A10,
+        devices=(probes.Device("NVIDIA T4", (7, 5), total_bytes=15 << 30, free_bytes=15 << 30),),
+        has_bf16=False,
+        bitsandbytes=probes.Tried(failure="RuntimeError: CUDA Setup failed"),
+    )
     driver = devices.Driver("580.82.07", (13, 0))
     found = by_name(devices.torch_findings(turing, driver, needs_gpu=True, locked="2.13.0"))
     assert found["bfloat16"].status == "warning" and "7.5" in found["bfloat16"].found
@@ -112,28 +107,28 @@ def test_attention_with_a_window_and_a_4_bit_product_are_computed_here(torch_her
     found = by_name(devices.torch_findings(torch_here, None, needs_gpu=False, locked="2.13.0"))
     assert {finding.status for finding in found.values()} == {"ok"}
     # float32 on a CPU: 7e-7 measured. NF4's rounding of normal weights: 9.1 %.
-    assert 0 < torch_here["attention"]["error"] < (0.03 if torch_here["devices"] else 1e-5)
-    assert 0.05 < torch_here["bitsandbytes"]["error"] < 0.13
+    assert 0 < torch_here.attention.error < (0.03 if torch_here.devices else 1e-5)
+    assert 0.05 < torch_here.bitsandbytes.error < 0.13
 
 
 def test_without_nvidia_smi_the_gpus_are_those_of_pytorch(command):
     assert devices.seen_by(ON_A10) == [devices.Gpu("NVIDIA A10", "8.6", 23028 << 20, 22500 << 20)]
-    assert devices.seen_by({"error": "No module named 'torch'"}) == []
+    assert devices.seen_by(probes.NoAnswer("No module named 'torch'")) == []
     command("nvidia-smi", SMI.format(driver="580.82.07", cuda="13.0"))
     assert devices.nvidia_smi()[0] == devices.seen_by(ON_A10)
 
 
 def test_a_wrong_product_is_missing_though_it_was_computed():
-    wrong = {**ON_A10, "attention": {"kernel": "varlen_attn", "error": 0.9}}
+    wrong = dataclasses.replace(ON_A10, attention=probes.Tried(0.9, "varlen_attn"))
     found = by_name(devices.torch_findings(wrong, None, needs_gpu=True, locked="2.13.0"))
     assert found["attention"].status == "missing"
 
 
 def test_llama_cpp_tells_how_it_was_built():
-    llama = probes.answers_of("llama_cpp")
+    llama = probes.ask_llama_cpp()
     found = by_name(devices.llama_cpp_findings(llama, has_gpu=False, locked="0.3.36"))
     assert found["llama.cpp"].status == "ok" and "0.3.36, built for the" in found["llama.cpp"].found
-    if not llama["offloads"]:
+    if not llama.offloads:
         (beside_gpu,) = devices.llama_cpp_findings(llama, has_gpu=True, locked="0.3.36")
         assert beside_gpu.status == "warning" and "-DGGML_CUDA=on" in beside_gpu.to_fix
 
@@ -143,6 +138,6 @@ def test_a_library_that_ends_its_process_ends_no_more_than_that(tmp_path, monkey
         "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    llama = probes.answers_of("llama_cpp")
+    llama = probes.ask_llama_cpp()
     (found,) = devices.llama_cpp_findings(llama, has_gpu=False, locked="0.3.36")
     assert found.status == "missing" and "ended by signal 4" in found.found

@@ -29,7 +29,8 @@ from workflow_scripts.doctor import hub_access
 from workflow_scripts.doctor.wanted import Wanted, read_config
 wanted = Wanted(read_config(Path({root!r}), [Path({overlay!r})]), Path({results!r}))
 found = [dataclasses.asdict(one) for one in hub_access.findings(wanted)]
-print(json.dumps([found, wanted.download_bytes, wanted.facts]))
+shapes = {{name: shape.model_dump() for name, shape in wanted.shapes.items()}}
+print(json.dumps([found, wanted.download_bytes, shapes]))
 """
 
 
@@ -54,11 +55,11 @@ def ask_hub(run_python, tmp_path):
 def test_a_model_that_may_be_read_tells_its_size_and_shape(ask_hub):
     repository = hub_server.Repository({COMMIT: FILES})
     with hub_server.serving({"models/owner/model": repository}) as hub:
-        found, sizes, facts = ask_hub(hub.address, model_overlay("owner/model"))
+        found, sizes, shapes = ask_hub(hub.address, model_overlay("owner/model"))
     assert [one["status"] for one in found] == ["ok"]
     # What fetch_base_model takes: not the weights a second time.
     assert sizes == {"m": 7000 + len(FILES["config.json"])}
-    assert facts["m"]["n_kv_heads"] == 8 and facts["m"]["sliding_window"] is None
+    assert shapes["m"]["n_kv_heads"] == 8 and shapes["m"]["sliding_window"] is None
     assert not any("model.safetensors" in path for path in hub.requests)
 
 

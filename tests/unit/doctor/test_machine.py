@@ -50,7 +50,7 @@ def test_without_a_gpu_it_is_said_how_large_one_must_be(wanted, mistral_7b):
     found = by_name(machine.findings(config, gpu_bytes=None))
     recipe = config.config.recipes["mistral-lora"]
     run = PlannedRun(
-        config.facts["m"], recipe, config.config.training, row_tokens=4096, device_type="cuda"
+        config.shapes["m"], recipe, config.config.training, row_tokens=4096, device_type="cuda"
     )
     least = min(one.peak for one in layouts.candidates(run)) / (1 - fit.MARGIN)
     assert found["memory, r"].status == "ok"

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.context import cell_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document
 from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.data.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_context
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
+from workflow_scripts.handover.context import TaskCell
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ContextSettings
 
@@ -78,8 +80,8 @@ def test_a_model_that_reads_all_of_it_has_the_whole_length(tokenizer, prompts):
     cells, scores = scored(Reader(tokenizer, 10**9), prompts, n_prompts=3)
     assert scores == dict.fromkeys(LENGTHS, 100.0)
     found = evaluate_context.effective_lengths(scores)
-    assert (found["effective_tokens_ruler"], found["effective_tokens_nolima"]) == (2048, 2048)
-    assert {cell["n_prompts"] for cell in cells} == {3, 15}  # tracing has no depth: all in one cell
+    assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (2048, 2048)
+    assert {cell.n_prompts for cell in cells} == {3, 15}  # tracing has no depth: all in one cell
 
 
 def test_a_model_that_remembers_half_of_it_ends_where_its_memory_does(tokenizer, prompts):
@@ -87,11 +89,9 @@ def test_a_model_that_remembers_half_of_it_ends_where_its_memory_does(tokenizer,
     assert scores[256] == scores[512] == 100
     assert 20 < scores[1024] < 80 and scores[2048] < 60
     found = evaluate_context.effective_lengths(scores)
-    assert (found["effective_tokens_ruler"], found["effective_tokens_nolima"]) == (512, 512)
+    assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (512, 512)
     deep = {
-        cell["depth_fraction"]: cell["exact_fraction"]
-        for cell in cells
-        if cell["length_tokens"] == 2048
+        cell.depth_fraction: cell.exact_fraction for cell in cells if cell.length_tokens == 2048
     }
     assert (deep[0.0], deep[1.0]) == (0, 1)
 
@@ -100,8 +100,8 @@ def test_a_model_that_answers_nothing_is_not_measurable_and_not_zero(tokenizer, 
     _, scores = scored(Reader(tokenizer, 5), prompts, n_prompts=2)
     assert scores == dict.fromkeys(LENGTHS, 0.0)
     found = evaluate_context.effective_lengths(scores)
-    assert found["is_measurable"] is False
-    assert found["effective_tokens_ruler"] is found["effective_tokens_nolima"] is None
+    assert found.is_measurable is False
+    assert found.effective_tokens_ruler is found.effective_tokens_nolima is None
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,17 @@ def test_a_model_that_answers_nothing_is_not_measurable_and_not_zero(tokenizer, 
 )
 def test_the_effective_length_by_both_definitions(scores, ruler, nolima):
     found = evaluate_context.effective_lengths(scores)
-    assert (found["effective_tokens_ruler"], found["effective_tokens_nolima"]) == (ruler, nolima)
+    assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (ruler, nolima)
 
 
 def cells_of(shares, n_prompts):
     """One task, one depth a length; so many right answers of so many."""
     return [
-        {"task": "single", "length_tokens": 512 << at, "n_prompts": n_prompts,
-         "n_exact": round(share * n_prompts)}
+        TaskCell(
+            task="single", **dict(cell_of(512 << at, None, round(share * n_prompts), n_prompts))
+        )
         for at, share in enumerate(shares)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,8 @@ def test_the_interval_of_the_effective_length_narrows_with_the_prompts(
     shares, n_prompts, low, high
 ):
     found = evaluate_context.effective_intervals(cells_of(shares, n_prompts), seed=0)
-    assert found["effective_tokens_ruler_low"] == low
-    assert found["effective_tokens_ruler_high"] == high
+    assert found.effective_tokens_ruler_low == low
+    assert found.effective_tokens_ruler_high == high
 
 
 def test_the_interval_holds_the_truth_at_least_as_often_as_it_says():
@@ -156,19 +157,17 @@ def test_the_interval_holds_the_truth_at_least_as_often_as_it_says():
     n_held = 0
     for trial in range(100):
         cells = [
-            cell | {"n_exact": int(generator.binomial(40, share))}
+            cell.changed(n_exact=int(generator.binomial(40, share)))
             for cell, share in zip(cells_of(shares, 40), shares, strict=True)
         ]
         found = evaluate_context.effective_intervals(cells, seed=trial)
-        n_held += (
-            found["effective_tokens_ruler_low"] <= truth <= found["effective_tokens_ruler_high"]
-        )
+        n_held += found.effective_tokens_ruler_low <= truth <= found.effective_tokens_ruler_high
     assert n_held >= 95
 
 
 def test_what_is_not_measurable_has_no_interval():
     found = evaluate_context.effective_intervals(cells_of((0, 1), 10), seed=0)
-    assert len(found) == 4 and set(found.values()) == {None}
+    assert [value for _, value in found] == [None] * 4
 
 
 def test_lengths_double_up_to_the_context():
@@ -200,18 +199,17 @@ def test_the_gain_of_long_context_is_of_the_same_tokens():
     found = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
     # With at most 32 tokens of context each costs 2; with all, those from position 40 on cost 1.
     n_tokens = (80 - 32) + (100 - 32)
-    assert found["n_long_conversations"] == 2 and found["n_long_tokens"] == n_tokens
-    assert found["long_gain_nats_per_token"] == pytest.approx((n_tokens - 16) / n_tokens, rel=1e-5)
-    assert found["long_gain_standard_error_nats_per_token"] < 0.1
+    assert found.n_long_conversations == 2 and found.n_long_tokens == n_tokens
+    assert found.long_gain_nats_per_token == pytest.approx((n_tokens - 16) / n_tokens, rel=1e-5)
+    assert found.long_gain_standard_error_nats_per_token < 0.1
     none = evaluate_context.long_gain(Forgetful(), documents[:1], 200, settings)
-    assert none["long_gain_nats_per_token"] is None
+    assert none.long_gain_nats_per_token is None
     settings = ContextSettings(short_tokens=32, n_long_conversations=1)
     one = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
-    assert (one["n_long_conversations"], one["n_long_tokens"]) == (1, 80 - 32)
+    assert (one.n_long_conversations, one.n_long_tokens) == (1, 80 - 32)
     settings = ContextSettings(short_tokens=32, n_long_conversations=0)
-    assert evaluate_context.long_gain(Forgetful(), documents, 200, settings) == none | {
-        "n_long_conversations": 0
-    }
+    asked_for_none = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
+    assert asked_for_none == none.changed(n_long_conversations=0)
 
 
 @pytest.mark.parametrize("link", ["checkpoint", "gguf"])

@@ -198,12 +198,11 @@ def test_the_int8_base_is_scored_as_such(chain, tmp_path):
 
 
 def test_a_link_is_scored_at_the_positions_of_its_facts(chain, tmp_path):
-    from workflow_scripts.models.checkpoint import read_facts
+    from tests.facts import facts_of
     from workflow_scripts.settings import RopeScalingSettings
 
     scaling = RopeScalingSettings(type="yarn", factor=4)
-    facts = files.read_json(chain.facts) | read_facts(chain.checkpoint, scaling)
-    files.write_json(tmp_path / "facts.json", facts)
+    facts_of(chain.checkpoint, scaling).write(tmp_path / "facts.json")
     stretched = chain._replace(facts=tmp_path / "facts.json")
     link = ("--checkpoint", chain.checkpoint)
     plain = score(chain, tmp_path / "plain.json", *link)

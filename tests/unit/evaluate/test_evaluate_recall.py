@@ -164,12 +164,15 @@ def test_no_right_answer_of_20_is_up_to_16_per_cent():
 
 
 def test_answers_are_summed_up():
-    report = summarize([Answer(True, 1.0), Answer(False, 4.0), Answer(False, 7.0)])
-    assert (report["n_prompts"], report["n_exact"]) == (3, 1)
-    assert report["exact_fraction"] == pytest.approx(1 / 3)
-    assert report["nats_per_answer"] == 4.0
-    assert report["standard_error_nats_per_answer"] == pytest.approx(3 / math.sqrt(3))
-    assert summarize([Answer(True, 1.0)])["standard_error_nats_per_answer"] is None
+    answers = [Answer(True, 1.0), Answer(False, 4.0), Answer(False, 7.0)]
+    cell = summarize(answers, length_tokens=60, depth_fraction=0.5)
+    assert (cell.length_tokens, cell.depth_fraction) == (60, 0.5)
+    assert (cell.n_prompts, cell.n_exact) == (3, 1)
+    assert cell.exact_fraction == pytest.approx(1 / 3)
+    assert cell.nats_per_answer == 4.0
+    assert cell.standard_error_nats_per_answer == pytest.approx(3 / math.sqrt(3))
+    alone = summarize(answers[:1], length_tokens=60, depth_fraction=0.5)
+    assert alone.standard_error_nats_per_answer is None
 
 
 def test_a_prompt_beyond_the_context_is_a_stage_error(arguments, ends_with_message, tmp_path):

@@ -14,6 +14,7 @@ from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import evaluate_perplexity, gguf_pair
 from workflow_scripts.evaluate.gguf_pair import rounds
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.scoring import divergences
 from workflow_scripts.scoring.likelihood import all_logits
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
@@ -115,7 +116,7 @@ def test_models_that_take_turns_give_the_same_to_the_bit(
 
 def test_memory_for_both_is_two_files_two_caches_and_what_is_computed_in(chain, quantize):
     pair = gguf_pair.GgufPair(chain.gguf, quantize(chain.gguf, "Q8_0"), 300, 1)
-    needed = pair.needed_bytes(files.read_json(chain.facts))
+    needed = pair.needed_bytes(Facts.read(chain.facts))
     sizes = sum(path.stat().st_size for path in (chain.gguf, quantize(chain.gguf, "Q8_0")))
     # Two layers of 2 heads of 32 numbers, keys and values in F16, for 300 tokens.
     assert needed == sizes + 2 * (300 * 2 * 2 * 2 * 32 * 2) + gguf_pair.OTHER_BYTES

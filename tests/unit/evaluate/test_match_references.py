@@ -11,6 +11,7 @@ from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import match_references
 from workflow_scripts.evaluate.answers import wilson_interval
 from workflow_scripts.evaluate.greedy import by_llama_cpp
+from workflow_scripts.handover.tasks import ReferenceScores
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
@@ -64,7 +65,7 @@ def match(chain, tmp_path):
             + ["--scores", str(tmp_path / "s.json"), "--samples", str(tmp_path / "s.parquet")]
         )
         rows = files.read_parquet(tmp_path / "s.parquet").to_pylist()
-        return files.read_json(tmp_path / "s.json"), rows
+        return ReferenceScores.read(tmp_path / "s.json"), rows
 
     return run
 
@@ -85,9 +86,9 @@ def test_an_answer_that_was_marked_is_right_and_another_wrong(match, chain, gree
     model = {"--gguf": chain.gguf, "--checkpoint": chain.merged}[engine]
     references = {"chat/0": ["no such words"], "chat/1": ["nothing", greedy_answer.upper()]}
     report, rows = match(references, engine, model)
-    (score,) = report["scores"]
-    assert (score["n_documents"], score["score"]) == (2, 0.5)
-    assert (score["low"], score["high"]) == pytest.approx(wilson_interval(1, 2))
+    (score,) = report.scores
+    assert (score.n_documents, score.score) == (2, 0.5)
+    assert (score.low, score.high) == pytest.approx(wilson_interval(1, 2))
     assert [(row["document"], row["value"]) for row in rows] == [("chat/0", 0), ("chat/1", 1)]
     assert rows[1]["answer"] == greedy_answer
 
@@ -103,14 +104,14 @@ def test_both_engines_ask_the_same_prompts(match, chain):
 
 def test_without_references_nothing_is_asked_and_nothing_scored(match, tmp_path):
     report, rows = match({}, "--gguf", tmp_path / "no such.gguf")
-    assert report["scores"] == [] == rows
-    assert report["n_with_reference"] == 0
+    assert report.scores == () and rows == []
+    assert report.n_with_reference == 0
 
 
 def test_prompts_that_leave_no_room_are_counted(match, chain):
     report, rows = match({"chat/0": ["x"], "chat/1": ["y"]}, "--gguf", chain.gguf,
                          max_answer_tokens=280)  # fmt: skip
-    assert report["n_too_long"] == 1 and len(rows) == 1
+    assert report.n_too_long == 1 and len(rows) == 1
 
 
 def test_a_limit_takes_the_first(match, chain):

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workflow_scripts.evaluate.task_scores import Samples, Score, difference, write_samples
+from workflow_scripts.evaluate.task_scores import Samples, difference, write_samples
+from workflow_scripts.handover.tasks import TaskScore
 
 
 def score_of(values, **others):
-    return Score(
+    return TaskScore(
         **{
             "asked": "t", "task": "t", "n_examples": 0, "metric": "acc", "filter": "none",
             "score": float(np.mean(values)), "standard_error": None, "low": None, "high": None,

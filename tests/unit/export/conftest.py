@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.facts import facts_of
 from tests.unit.train.mixtral import tiny_mixtral
 from workflow_scripts import files
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 
 
@@ -29,10 +30,10 @@ def train(tmp_path_factory) -> Callable[..., Path]:
         from workflow_scripts.train.lora import lora_config
 
         settings = RecipeSettings(**{"rank": 8, "alpha": 16, **recipe})
-        facts = read_facts(checkpoint)
+        facts = facts_of(checkpoint)
         folder = tmp_path_factory.mktemp("adapter")
         torch.manual_seed(1)
-        model = load_model(checkpoint, window=facts["sliding_window"], precision="float32")
+        model = load_model(checkpoint, window=facts.sliding_window, precision="float32")
         if settings.method != "full":
             model = get_peft_model(model, lora_config(settings, facts))
         with torch.no_grad():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.facts import facts_of
+from tests.gates import DEQUANTIZED, MERGED_CHECK
 from tests.unit.export.test_exact_merge import merged_by_peft
 from workflow_scripts import files
 from workflow_scripts.export import check_merged, merge_adapter
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.scoring.transformers_model import TransformersModel
 from workflow_scripts.settings import MergeGateSettings, RopeScalingSettings
 
@@ -111,19 +112,6 @@ def test_a_merge_that_is_worse_than_its_adapter_stops_the_chain(
     assert math.log1p(0.001) < difference < math.log1p(LAX["perplexity_increase_fraction"])
 
 
-MEASURED = {
-    "n_conversations": 20,
-    "n_divergence_tokens": 2000,
-    "kl_divergence_from_rounded_nats": 1e-8,
-    "rounding_kl_divergence_nats": [2e-4, 2.1e-4, 1.9e-4],
-    "merged_perplexity": 10.3,
-    "adapter_perplexity": 10.0,
-    "perplexity_increase_fraction": 0.03,
-    "loss_difference_nats_per_token": 0.0296,
-    "loss_difference_standard_error_nats_per_token": 0.004,
-}
-
-
 @pytest.mark.parametrize(
     ("measured", "headline"),
     [
@@ -152,10 +140,10 @@ def test_figures_are_judged_with_their_errors(measured, headline):
     settings = MergeGateSettings(perplexity_increase_fraction=0.02)
     given = argparse.Namespace(merged="merged", adapter="adapter", precision="nf4")
     if headline is None:
-        check_merged.judge(MEASURED | measured, settings, given)
+        check_merged.judge(MERGED_CHECK.changed(**measured), settings, given)
         return
     with pytest.raises(StageError, match=headline):
-        check_merged.judge(MEASURED | measured, settings, given)
+        check_merged.judge(MERGED_CHECK.changed(**measured), settings, given)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +161,8 @@ def test_every_method_passes_on_the_base_it_was_trained_on(
     adapter = train(chain.checkpoint, **recipe)
     merged, check = tmp_path / "merged", tmp_path / "merged_check.json"
     merge_adapter.main(
-        ["--checkpoint", str(chain.checkpoint), "--tokenizer", str(chain.tokenizer)]
+        ["--checkpoint", str(chain.checkpoint), "--facts", str(chain.facts)]
+        + ["--tokenizer", str(chain.tokenizer)]
         + ["--adapter", str(adapter), "--merged", str(merged)]
     )
     given = arguments(chain, merged, as_json(**GATES), check, adapter=adapter, precision=precision)
@@ -192,11 +181,12 @@ def test_a_merge_into_the_dequantized_base_is_judged_against_that_base(
 ):
     merged, check = tmp_path / "merged", tmp_path / "merged_check.json"
     merge_adapter.main(
-        ["--checkpoint", str(chain.checkpoint), "--tokenizer", str(chain.tokenizer)]
+        ["--checkpoint", str(chain.checkpoint), "--facts", str(chain.facts)]
+        + ["--tokenizer", str(chain.tokenizer)]
         + ["--adapter", str(chain.adapter), "--merge-base", "dequantized"]
         + ["--merged", str(merged)]
     )
-    files.write_json(tmp_path / "merge_base.json", {"merge_base": "dequantized"})
+    DEQUANTIZED.write(tmp_path / "merge_base.json")
     given = arguments(
         chain, merged, as_json(**GATES), check, base=str(tmp_path / "merge_base.json")
     )
@@ -310,10 +300,8 @@ def test_a_merge_that_forgot_the_stretched_positions_is_found(
     chain, tmp_path, as_json, ends_with_message
 ):
     """The merged folder is judged by its own config.json, the reference by the facts."""
-    facts = files.read_json(chain.facts)
     scaling = RopeScalingSettings(type="yarn", factor=2)
-    scaled = facts | read_facts(chain.checkpoint, scaling)
-    files.write_json(tmp_path / "facts.json", scaled)
+    facts_of(chain.checkpoint, scaling).write(tmp_path / "facts.json")
     check = tmp_path / "check.json"
     given = arguments(chain, chain.merged, as_json(**GATES), check, facts=tmp_path / "facts.json")
     message = ends_with_message(check_merged.main, given)

@@ -8,6 +8,8 @@ import torch
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import choose_merge_base, merge_adapter
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.gates import MergeCandidate
 from workflow_scripts.log import StageError
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.scoring.likelihood import (
@@ -35,18 +37,19 @@ def chosen(chain, tmp_path_factory):
 
 def test_the_candidates_in_memory_score_as_their_merged_files(chain, chosen, tmp_path):
     report = files.read_json(chosen)
-    facts = files.read_json(chain.facts)
+    facts = Facts.read(chain.facts)
     pieces = list(cutting.cut(list(Documents(chain.tokens)), piece_tokens=300))
     live = TransformersModel(chain.checkpoint, window=300, precision="nf4", adapter=chain.adapter)
     reference = [all_logits(live, piece) for piece in pieces]
-    assert facts["sliding_window"] == 300
+    assert facts.sliding_window == 300
     assert report["n_conversations"] == 3
-    perplexity = summarize(score_documents(live, pieces))["perplexity"]
+    perplexity = summarize(score_documents(live, pieces)).perplexity
     assert report["adapter_perplexity"] == pytest.approx(perplexity, rel=1e-6)
     for base in ("original", "dequantized"):
         merged = tmp_path / base
         merge_adapter.main(
-            ["--checkpoint", str(chain.checkpoint), "--tokenizer", str(chain.tokenizer)]
+            ["--checkpoint", str(chain.checkpoint), "--facts", str(chain.facts)]
+            + ["--tokenizer", str(chain.tokenizer)]
             + ["--adapter", str(chain.adapter), "--merge-base", base, "--merged", str(merged)]
         )
         model = TransformersModel(merged, window=300, precision="float32")
@@ -56,7 +59,7 @@ def test_the_candidates_in_memory_score_as_their_merged_files(chain, chosen, tmp
         ]
         summary = summarize(score_documents(model, pieces))
         # The same weights through the same arithmetic; measured equal.
-        assert report[base]["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-6)
+        assert report[base]["perplexity"] == pytest.approx(summary.perplexity, rel=1e-6)
         assert report[base]["kl_divergence_nats"] == pytest.approx(
             float(torch.cat(divergences).mean()), rel=1e-4
         )
@@ -77,8 +80,8 @@ def test_nothing_is_written_but_the_choice(chosen):
 
 def figures(original_kl, dequantized_kl):
     return {
-        "original": {"perplexity": 3.0, "kl_divergence_nats": original_kl},
-        "dequantized": {"perplexity": 3.0, "kl_divergence_nats": dequantized_kl},
+        base: MergeCandidate(perplexity=3.0, kl_divergence_nats=kl, top1_agreement_fraction=0.9)
+        for base, kl in (("original", original_kl), ("dequantized", dequantized_kl))
     }
 
 

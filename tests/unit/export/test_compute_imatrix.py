@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workflow_scripts import files
+from tests.facts import MISTRAL_7B
 from workflow_scripts.export import compute_imatrix, imatrix
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
@@ -15,7 +15,7 @@ CHUNK = 256  # of the fixture `imatrix_of`
 def facts(tmp_path):
     """Of a model whose context is one chunk of the reference."""
     path = tmp_path / "facts.json"
-    files.write_json(path, {"sliding_window": CHUNK, "context_tokens": 512})
+    MISTRAL_7B.changed(sliding_window=CHUNK, context_tokens=512).write(path)
     return path
 
 

@@ -92,7 +92,7 @@ class Base(LlamaCppModel):
 def merged_logits(chain, adapter, folder):
     run(
         merge_adapter,
-        **{"checkpoint": chain.checkpoint, "tokenizer": chain.tokenizer},
+        **{"checkpoint": chain.checkpoint, "tokenizer": chain.tokenizer, "facts": chain.facts},
         **{"adapter": adapter, "merged": folder / "merged"},
     )
     run(
@@ -159,7 +159,7 @@ def test_the_file_says_what_it_is(converted):
 
 
 def test_the_experts_of_a_mixture_are_adapted(mixtral_gguf, train, tokenizer_v3, tmp_path):
-    checkpoint = mixtral_gguf.parent / "checkpoint"
+    checkpoint, facts = mixtral_gguf.parent / "checkpoint", mixtral_gguf.parent / "facts.json"
     adapter = train(checkpoint, method="lora", adapts_experts=True, rslora=True)
     run(
         convert_adapter,
@@ -171,12 +171,12 @@ def test_the_experts_of_a_mixture_are_adapted(mixtral_gguf, train, tokenizer_v3,
         found = model.logits(model.load(tmp_path / "experts.gguf"))
     run(
         merge_adapter,
-        **{"checkpoint": checkpoint, "tokenizer": tokenizer_v3},
+        **{"checkpoint": checkpoint, "tokenizer": tokenizer_v3, "facts": facts},
         **{"adapter": adapter, "merged": tmp_path / "merged"},
     )
     run(
         convert_gguf,
-        **{"merged": tmp_path / "merged", "facts": mixtral_gguf.parent / "facts.json"},
+        **{"merged": tmp_path / "merged", "facts": facts},
         **{"name": "merged", "gguf": tmp_path / "merged.gguf"},
     )
     with Base(tmp_path / "merged.gguf", context_tokens=64, n_threads=1) as model:

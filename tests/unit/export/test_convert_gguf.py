@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts import files
 from workflow_scripts.export import convert_gguf
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
 
@@ -19,7 +21,7 @@ def other_facts(chain, tmp_path):
 
     def write(**changes):
         path = tmp_path / "facts.json"
-        files.write_json(path, files.read_json(chain.facts) | changes)
+        Facts.read(chain.facts).changed(**changes).write(path)
         return path
 
     return write
@@ -30,8 +32,8 @@ def other_facts(chain, tmp_path):
     [(4096, 32768, 4096), (None, 32768, 32768), (4096, 1024, 1024), (512, 512, 512)],
 )
 def test_the_served_context_ends_at_the_window(window, context, expected):
-    facts = {"sliding_window": window, "context_tokens": context}
-    assert convert_gguf.served_context(facts) == expected
+    facts = MISTRAL_7B.changed(sliding_window=window, context_tokens=context)
+    assert facts.served_context_tokens == expected
 
 
 def test_the_file_advertises_the_window_as_its_context(chain):

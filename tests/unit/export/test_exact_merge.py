@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.facts import facts_of
 from workflow_scripts import files
 from workflow_scripts.export import exact_merge, merge_adapter
 from workflow_scripts.export.exact_merge import Files, Reference, is_rounded
@@ -23,8 +24,10 @@ MATCHED = {
 
 def merged_by_us(base, adapter, folder, merge_base="original"):
     (folder.parent / "tokenizer").mkdir(exist_ok=True)
+    facts_of(base).write(folder.parent / "facts.json")
     merge_adapter.main(
-        ["--checkpoint", str(base), "--tokenizer", str(folder.parent / "tokenizer")]
+        ["--checkpoint", str(base), "--facts", str(folder.parent / "facts.json")]
+        + ["--tokenizer", str(folder.parent / "tokenizer")]
         + ["--adapter", str(adapter), "--merge-base", merge_base, "--merged", str(folder)]
     )
     return folder

@@ -11,6 +11,7 @@ from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
 from workflow_scripts.export import check_merged, fetch_merged
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
 
 STAGE = "workflow_scripts.export.fetch_merged"
@@ -53,7 +54,7 @@ def test_a_local_model_is_linked_and_completed(fetch, given, chain, tmp_path):
     tokens = files.read_json(merged / "generation_config.json")
     assert tokens == {"bos_token_id": 1, "eos_token_id": 2}
     # The gate's first part, and what a user does with it.
-    check_merged.check_folder(merged, chain.tokenizer, files.read_json(chain.facts))
+    check_merged.check_folder(merged, chain.tokenizer, Facts.read(chain.facts))
     assert len(AutoTokenizer.from_pretrained(merged)) == 32_768
     model = AutoModelForCausalLM.from_pretrained(merged)
     expected = AutoModelForCausalLM.from_pretrained(chain.merged)
@@ -95,7 +96,7 @@ def test_a_model_of_another_shape_than_its_base_is_refused(fetch, given, tmp_pat
     ],
 )
 def test_every_part_of_the_shape_is_compared(given, chain, key, value, fact):
-    facts = files.read_json(chain.facts)
+    facts = Facts.read(chain.facts)
     fetch_merged.check_shape(given, facts)
     config = files.read_json(given / "config.json")
     files.write_json(given / "config.json", config | {key: value})
@@ -110,7 +111,7 @@ def test_no_window_is_said_where_a_config_leaves_it_out(given, chain):
     del config["sliding_window"]
     files.write_json(given / "config.json", config)
     assert AutoConfig.from_pretrained(given).sliding_window == 4096  # what nobody asked for
-    facts = files.read_json(chain.facts) | {"sliding_window": None}
+    facts = Facts.read(chain.facts).changed(sliding_window=None)
     fetch_merged.complete(given, chain.tokenizer, facts)
     assert AutoConfig.from_pretrained(given).sliding_window is None
 

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from workflow_scripts import files
 from workflow_scripts.export import gguf_contents, llama_cpp_source
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
 
 
 @pytest.fixture
 def check(chain):
     def run(gguf=chain.gguf, merged=chain.merged):
-        return gguf_contents.check(gguf, merged, files.read_json(chain.facts))
+        return gguf_contents.check(gguf, merged, Facts.read(chain.facts))
 
     return run
 
@@ -43,9 +44,9 @@ def test_the_file_converted_from_the_merged_model_holds_every_tensor_of_it(check
     report = check()
     n_layers = files.read_json(chain.merged / "config.json")["num_hidden_layers"]
     # Two norms and seven matrices a layer, embeddings, last norm, output layer.
-    assert report["n_tensors"] == 9 * n_layers + 3
-    assert report["n_vocabulary_entries"] == 32_768
-    assert report["n_metadata_keys"] > 10
+    assert report.n_tensors == 9 * n_layers + 3
+    assert report.n_vocabulary_entries == 32_768
+    assert report.n_metadata_keys > 10
 
 
 def another_layer(tensors, _):
@@ -164,10 +165,10 @@ def test_a_tensor_more_or_less_is_named(check, chain, tmp_path):
 
 def test_a_mixture_s_experts_are_compared_one_by_one(mixtral_gguf, tmp_path):
     merged = mixtral_gguf.parent / "checkpoint"
-    facts = files.read_json(mixtral_gguf.parent / "facts.json")
+    facts = Facts.read(mixtral_gguf.parent / "facts.json")
     report = gguf_contents.check(mixtral_gguf, merged, facts)
     # Two norms, four of attention, router and three of all experts a layer.
-    assert report["n_tensors"] == 10 * 2 + 3
+    assert report.n_tensors == 10 * 2 + 3
 
     path = shutil.copyfile(mixtral_gguf, tmp_path / "damaged.gguf")
     reader = llama_cpp_source.gguf_package().GGUFReader(path, "r+")

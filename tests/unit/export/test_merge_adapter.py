@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import resource
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.facts import facts_of
+from tests.training import manifest_of
 from workflow_scripts import files
 from workflow_scripts.export import merge_adapter, safetensors_stream, tensor_names
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.scoring.transformers_model import as_trained
 from workflow_scripts.settings import RopeScalingSettings
 
@@ -30,10 +34,13 @@ def tokenizer(tmp_path_factory):
 
 
 def merge(checkpoint, tokenizer, adapter, merged, base="original"):
-    merge_adapter.main(
-        ["--checkpoint", str(checkpoint), "--tokenizer", str(tokenizer), "--merge-base", base]
-        + ["--adapter", str(adapter), "--merged", str(merged)]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        facts = Path(folder) / "facts.json"
+        facts_of(checkpoint).write(facts)
+        merge_adapter.main(
+            ["--checkpoint", str(checkpoint), "--facts", str(facts), "--tokenizer", str(tokenizer)]
+            + ["--merge-base", base, "--adapter", str(adapter), "--merged", str(merged)]
+        )
     return merged
 
 
@@ -168,7 +175,7 @@ def test_a_merge_into_the_dequantized_base_is_pefts_into_bitsandbytes_weights(
     """PEFT in float32 on the weights that bitsandbytes gives back, each then rounded once."""
     monkeypatch.setattr(tensor_names, "SLAB_ELEMENTS", 64 * 256)
     adapter = train(checkpoint, dora=kind == "dora", kv_rank="matched")
-    files.write_json(adapter / "training_manifest.json", {"compute_dtype": "float32"})
+    manifest_of(compute_dtype="float32").write(adapter / "training_manifest.json")
     merged = merge(checkpoint, tokenizer, adapter, tmp_path / "merged", "dequantized")
     found = all_tensors(merged)
     quantized = load_model(checkpoint, window=8, precision="nf4", device="cpu")
@@ -286,7 +293,7 @@ def test_a_live_adapter_with_resized_embeddings_is_what_was_trained(resize, tmp_
 
 
 def test_embeddings_that_grew_at_one_end_alone_are_refused(
-    checkpoint, train, tokenizer, tmp_path, ends_with_message
+    checkpoint, facts_path, train, tokenizer, tmp_path, ends_with_message
 ):
     adapter = train(checkpoint, modules_to_save=["embed_tokens"])
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -295,7 +302,7 @@ def test_embeddings_that_grew_at_one_end_alone_are_refused(
     save_file(tensors, adapter / "adapter_model.safetensors")
     message = ends_with_message(
         merge_adapter.main,
-        ["--checkpoint", checkpoint, "--tokenizer", tokenizer]
+        ["--checkpoint", checkpoint, "--facts", facts_path, "--tokenizer", tokenizer]
         + ["--adapter", adapter, "--merged", tmp_path / "merged"],
     )
     for part in (
@@ -310,7 +317,7 @@ def test_embeddings_that_grew_at_one_end_alone_are_refused(
 
 @pytest.mark.parametrize("change", ["fewer rows", "more columns"])
 def test_embeddings_of_another_shape_are_refused(
-    checkpoint, train, tokenizer, tmp_path, ends_with_message, change
+    checkpoint, facts_path, train, tokenizer, tmp_path, ends_with_message, change
 ):
     adapter = train(checkpoint, modules_to_save=["embed_tokens", "lm_head"])
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -323,7 +330,7 @@ def test_embeddings_of_another_shape_are_refused(
     save_file(tensors, adapter / "adapter_model.safetensors")
     message = ends_with_message(
         merge_adapter.main,
-        ["--checkpoint", checkpoint, "--tokenizer", tokenizer]
+        ["--checkpoint", checkpoint, "--facts", facts_path, "--tokenizer", tokenizer]
         + ["--adapter", adapter, "--merged", tmp_path / "merged"],
     )
     assert "the adapter does not fit the base model" in message
@@ -332,8 +339,9 @@ def test_embeddings_of_another_shape_are_refused(
 
 
 def test_embeddings_that_lost_their_tie_are_refused(
-    tied, train, tokenizer, tmp_path, ends_with_message
+    tied, write_facts, train, tokenizer, tmp_path, ends_with_message
 ):
+    facts = write_facts(tied, tmp_path / "facts.json")
     adapter = train(tied, modules_to_save=["embed_tokens"])
     config = files.read_json(adapter / "adapter_config.json")
     files.write_json(adapter / "adapter_config.json", config | {"ensure_weight_tying": False})
@@ -342,7 +350,7 @@ def test_embeddings_that_lost_their_tie_are_refused(
     save_file(tensors, adapter / "adapter_model.safetensors")
     message = ends_with_message(
         merge_adapter.main,
-        ["--checkpoint", tied, "--tokenizer", tokenizer]
+        ["--checkpoint", tied, "--facts", facts, "--tokenizer", tokenizer]
         + ["--adapter", adapter, "--merged", tmp_path / "merged"],
     )
     assert "the adapter trained one of them" in message
@@ -356,8 +364,8 @@ def test_the_merged_config_stretches_positions_as_training_did(
 ):
     checkpoint = request.getfixturevalue(base)
     scaling = RopeScalingSettings(type=kind, factor=4)
-    facts = read_facts(checkpoint, scaling)
-    files.write_json(tmp_path / "facts.json", facts)
+    facts = facts_of(checkpoint, scaling)
+    facts.write(tmp_path / "facts.json")
     adapter = train(checkpoint)
     merged = tmp_path / "merged"
     merge_adapter.main(
@@ -365,15 +373,15 @@ def test_the_merged_config_stretches_positions_as_training_did(
         + ["--tokenizer", str(tokenizer), "--adapter", str(adapter), "--merged", str(merged)]
     )
     config = files.read_json(merged / "config.json")
-    assert config["rope_parameters"] == facts["rope_parameters"]
+    assert config["rope_parameters"] == facts.rope_parameters
     # transformers' dynamic NTK takes this for the context of the base.
     assert config["max_position_embeddings"] == (512 if kind == "dynamic" else 2048)
     loaded = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     trained = load_model(
         checkpoint,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         precision="float32",
-        rope=facts["rope_parameters"],
+        rope=facts.rope_parameters,
     )
     frequencies = trained.model.rotary_emb.inv_freq
     assert torch.equal(loaded.model.rotary_emb.inv_freq, frequencies)
@@ -496,13 +504,13 @@ def test_the_folder_holds_weights_config_and_tokenizer_and_nothing_else(
 
 
 def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(
-    checkpoint, make_checkpoint, make_adapter, tokenizer, tmp_path, ends_with_message
+    checkpoint, facts_path, make_checkpoint, make_adapter, tokenizer, tmp_path, ends_with_message
 ):
     deeper = make_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
     adapter = make_adapter(deeper, tmp_path / "adapter")
     message = ends_with_message(
         merge_adapter.main,
-        ["--checkpoint", checkpoint, "--tokenizer", tokenizer]
+        ["--checkpoint", checkpoint, "--facts", facts_path, "--tokenizer", tokenizer]
         + ["--adapter", adapter, "--merged", tmp_path / "out" / "merged"],
     )
     for part in (

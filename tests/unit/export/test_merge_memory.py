@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.model_shapes import CONFIGS
+from tests.benchmarks.model_shapes import CONFIGS, bare_facts
 from tests.benchmarks.synthetic_checkpoint import (
     GIGABYTE,
     tensor_shapes,
@@ -18,10 +18,9 @@ from tests.benchmarks.synthetic_checkpoint import (
     write_checkpoint,
 )
 from tests.conftest import REPOSITORY
-from workflow_scripts import files
+from tests.facts import facts_of
 from workflow_scripts.export import merge_adapter
 from workflow_scripts.export.safetensors_stream import read_header
-from workflow_scripts.models.checkpoint import read_facts
 
 
 def peak_anonymous_bytes(command: list[object]) -> int:
@@ -64,11 +63,13 @@ def test_a_merge_of_shards_of_two_gigabytes_takes_less_than_one(
     shards = write_checkpoint(tmp_path / "base", config, dtype=dtype)
     assert max(shard.stat().st_size for shard in shards) > largest_gigabytes * GIGABYTE
     write_adapter(tmp_path / "adapter", config, rank=32)
+    bare_facts(config).write(tmp_path / "facts.json")
     (tmp_path / "tokenizer").mkdir()
     merged = tmp_path / "merged"
     peak = peak_anonymous_bytes(
         [sys.executable, "-m", "workflow_scripts.export.merge_adapter"]
-        + ["--checkpoint", tmp_path / "base", "--tokenizer", tmp_path / "tokenizer"]
+        + ["--checkpoint", tmp_path / "base", "--facts", tmp_path / "facts.json"]
+        + ["--tokenizer", tmp_path / "tokenizer"]
         + ["--adapter", tmp_path / "adapter", "--merge-base", base, "--merged", merged]
     )
     try:
@@ -98,14 +99,15 @@ def gate_peak(folder, tokenizer, random_documents, *, n_layers, precision):
     folder.mkdir()
     write_checkpoint(folder / "base", config)
     write_adapter(folder / "adapter", config, rank=8)
-    given = ["--checkpoint", folder / "base", "--tokenizer", tokenizer]
+    facts_of(folder / "base").write(folder / "facts.json")
+    given = ["--checkpoint", folder / "base", "--facts", folder / "facts.json"]
+    given += ["--tokenizer", tokenizer]
     given += ["--adapter", folder / "adapter", "--merged", folder / "merged"]
     merge_adapter.main([str(part) for part in given])
-    files.write_json(folder / "facts.json", read_facts(folder / "base"))
     random_documents(folder / "validation.arrow", [48, 24], vocabulary=32_768)
     peak = peak_anonymous_bytes(
         [sys.executable, "-m", "workflow_scripts.export.check_merged", *given]
-        + ["--facts", folder / "facts.json", "--tokens", folder / "validation.arrow"]
+        + ["--tokens", folder / "validation.arrow"]
         + ["--precision", precision, "--check", folder / "check.json"]
         + ["--settings", '{"perplexity_increase_fraction": 1.0}']
     )

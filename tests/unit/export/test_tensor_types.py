@@ -7,21 +7,19 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from tests.facts import MISTRAL_7B, facts_of
 from tests.unit.train.mixtral import tiny_mixtral
-from workflow_scripts import files
 from workflow_scripts.export import convert_gguf, quantizer, tensor_types
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.settings import NEED_IMATRIX, MixSettings
 from workflow_scripts.settings.export import QuantizationType
 
 TYPES = get_args(QuantizationType)
 # Layers enough for the first eighth, the last, and every third between to differ.
-DENSE = {
-    "n_layers": 9, "hidden_size": 256, "intermediate_size": 512, "n_heads": 8, "n_kv_heads": 2,
-    "head_dim": 32, "vocabulary_size": 64, "context_tokens": 512, "ties_embeddings": False,
-    "n_experts": None, "n_experts_per_token": None,
-}  # fmt: skip
+DENSE = MISTRAL_7B.changed(
+    n_layers=9, hidden_size=256, intermediate_size=512, n_heads=8, n_kv_heads=2, head_dim=32,
+    vocabulary_size=64, context_tokens=512,
+)  # fmt: skip
 NARROW = {"hidden_size": 192, "intermediate_size": 352, "head_dim": 24}
 EXPERTS = {"n_experts": 8, "n_experts_per_token": 2, "n_layers": 3}
 # Lengths of rows: hidden (most matrices), feed-forward (the way down), heads · head_dim (output of
@@ -69,7 +67,7 @@ def importance_of(gguf):
 @pytest.fixture(scope="module", params=KINDS)
 def shaped(request, tmp_path_factory):
     """A GGUF of zeros in the shapes of a model, and the model's facts."""
-    facts = DENSE | KINDS[request.param]
+    facts = DENSE.changed(**KINDS[request.param])
     gguf = tmp_path_factory.mktemp("shaped") / "shapes.gguf"
     tensor_types.write_shapes(gguf, facts, tensor_types.gguf_shapes(facts))
     return gguf, facts
@@ -98,9 +96,9 @@ def test_the_prediction_of_a_mix_is_what_the_quantizer_writes(shaped, tmp_path):
     mix = MixSettings(
         type="Q4_K_M", output="Q8_0", token_embd="Q4_0", tensors={"attn_v": "Q6_K", "ffn": "Q3_K"}
     )
-    if facts["hidden_size"] % 32:
+    if facts.hidden_size % 32:
         # llama.cpp takes `output` as it is, and aborts the whole process.
-        with pytest.raises(StageError, match=f"Q8_0 cannot hold rows of {facts['hidden_size']}"):
+        with pytest.raises(StageError, match=f"Q8_0 cannot hold rows of {facts.hidden_size}"):
             tensor_types.planned_types(facts, mix, has_imatrix=True)
         return
     planned = tensor_types.planned_types(facts, mix, has_imatrix=True)
@@ -117,8 +115,8 @@ def convert(tokenizer_v3, tmp_path_factory):
         save(checkpoint)
         for path in tokenizer_v3.iterdir():
             shutil.copyfile(path, checkpoint / path.name)
-        facts = read_facts(checkpoint)
-        files.write_json(folder / "facts.json", facts)
+        facts = facts_of(checkpoint)
+        facts.write(folder / "facts.json")
         convert_gguf.main(
             ["--merged", str(checkpoint), "--facts", str(folder / "facts.json")]
             + ["--name", "run", "--gguf", str(folder / "run-F16.gguf")]
@@ -150,11 +148,7 @@ def test_the_shapes_are_those_that_the_converter_writes(convert, make_checkpoint
 
 def test_the_sizes_of_a_real_model_need_no_room_on_the_disk():
     """Mistral 7B: its F16 GGUF would take 14.5 GB."""
-    mistral = DENSE | {
-        "n_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "n_heads": 32,
-        "n_kv_heads": 8, "head_dim": 128, "vocabulary_size": 32768,
-    }  # fmt: skip
-    planned = tensor_types.planned_types(mistral, MixSettings(type="Q4_K_M"), has_imatrix=True)
+    planned = tensor_types.planned_types(MISTRAL_7B, MixSettings(type="Q4_K_M"), has_imatrix=True)
     assert planned["output.weight"] == "Q6_K"
     assert planned["blk.10.attn_q.weight"] == "Q4_K"
     assert set(planned.values()) == {"Q4_K", "Q6_K", "F32"}

@@ -55,9 +55,9 @@ MINISTRAL_8B = {
 }
 
 
-def facts_of(config, folder):
+def shape_of(config, folder):
     (folder / "config.json").write_text(json.dumps(config))
-    return checkpoint.read_facts(folder)
+    return checkpoint.read_shape(folder)
 
 
 @pytest.mark.parametrize(
@@ -88,71 +88,72 @@ def facts_of(config, folder):
     ],
 )
 def test_facts_are_those_of_the_config(tmp_path, config, expected):
-    facts = facts_of(config, tmp_path)
-    assert {key: facts[key] for key in expected} == expected
-    assert facts["n_layers"] == config["num_hidden_layers"]
-    assert (facts["n_heads"], facts["n_kv_heads"]) == (32, 8)
-    assert facts["architecture"] == config["architectures"][0]
+    facts = shape_of(config, tmp_path)
+    # As the file has them: JSON knows no tuples.
+    assert facts.model_dump(mode="json", include=set(expected)) == expected
+    assert facts.n_layers == config["num_hidden_layers"]
+    assert (facts.n_heads, facts.n_kv_heads) == (32, 8)
+    assert facts.architecture == config["architectures"][0]
 
 
 @pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B, MINISTRAL_8B])
 def test_facts_agree_with_transformers_where_the_config_is_whole(tmp_path, config):
     from transformers import AutoConfig
 
-    facts = facts_of(config, tmp_path)
+    facts = shape_of(config, tmp_path)
     reference = AutoConfig.from_pretrained(tmp_path)
-    assert facts["head_dim"] == (reference.head_dim or 128)  # Mixtral leaves it to the model
-    assert facts["sliding_window"] == reference.sliding_window
-    assert facts["rope_theta"] == reference.rope_parameters["rope_theta"]
-    assert facts["vocabulary_size"] == reference.vocab_size
-    assert facts["n_kv_heads"] == reference.num_key_value_heads
+    assert facts.head_dim == (reference.head_dim or 128)  # Mixtral leaves it to the model
+    assert facts.sliding_window == reference.sliding_window
+    assert facts.rope_theta == reference.rope_parameters["rope_theta"]
+    assert facts.vocabulary_size == reference.vocab_size
+    assert facts.n_kv_heads == reference.num_key_value_heads
 
 
 def test_rope_theta_is_found_where_transformers_5_writes_it(tmp_path):
     rope = {"rope_theta": 1000000.0, "rope_type": "default"}
     config = {k: v for k, v in MISTRAL_7B_V02.items() if k != "rope_theta"}
-    facts = facts_of({**config, "rope_parameters": rope}, tmp_path)
-    assert facts["rope_theta"] == 1e6
-    assert facts["rope_parameters"] == rope
+    facts = shape_of({**config, "rope_parameters": rope}, tmp_path)
+    assert facts.rope_theta == 1e6
+    assert facts.rope_parameters == rope
 
 
 def test_an_older_files_scaling_is_read_in_the_form_of_transformers_5(tmp_path):
     from transformers import AutoConfig
 
     scaling = {"type": "linear", "factor": 2.0}
-    facts = facts_of({**MISTRAL_7B_V02, "rope_scaling": scaling}, tmp_path)
+    facts = shape_of({**MISTRAL_7B_V02, "rope_scaling": scaling}, tmp_path)
     reference = AutoConfig.from_pretrained(tmp_path).rope_parameters
     known = {key: reference[key] for key in ("rope_type", "rope_theta", "factor")}
-    assert facts["rope_parameters"] == known
-    assert facts_of(MISTRAL_7B_V02, tmp_path)["rope_parameters"] == {}
+    assert facts.rope_parameters == known
+    assert shape_of(MISTRAL_7B_V02, tmp_path).rope_parameters == {}
 
 
 @pytest.mark.parametrize("config", [MISTRAL_7B_V01, NEMO, MIXTRAL_8X7B, MINISTRAL_8B])
 @pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
 def test_scaling_stretches_the_context_and_nothing_else(tmp_path, config, kind):
-    plain = facts_of(config, tmp_path)
+    plain = shape_of(config, tmp_path)
     settings = RopeScalingSettings(type=kind, factor=2.5)
-    facts = checkpoint.read_facts(tmp_path, settings)
-    assert facts["context_tokens"] == int(2.5 * config["max_position_embeddings"])
-    changed = {key for key in facts if facts[key] != plain.get(key)}
+    facts = checkpoint.read_shape(tmp_path, settings)
+    assert facts.context_tokens == int(2.5 * config["max_position_embeddings"])
+    changed = {key for key, value in facts if value != getattr(plain, key)}
     assert changed == {"context_tokens", "rope_parameters", "rope_scaling"}
-    rope = facts["rope_parameters"]
+    rope = facts.rope_parameters
     assert (rope["rope_type"], rope["factor"]) == (kind, 2.5)
     assert rope["rope_theta"] == config["rope_theta"]
     # What llama.cpp may be given still ends at the window.
     window = config["sliding_window"]
-    assert checkpoint.served_context(facts) == min(facts["context_tokens"], window or 10**9)
+    assert facts.served_context_tokens == min(facts.context_tokens, window or 10**9)
 
 
 def test_the_original_context_may_be_another_than_the_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B_V02))
     settings = RopeScalingSettings(type="yarn", factor=2, original_context_tokens=8192)
-    facts = checkpoint.read_facts(tmp_path, settings)
-    assert facts["context_tokens"] == 16_384
-    assert facts["rope_parameters"]["original_max_position_embeddings"] == 8192
+    facts = checkpoint.read_shape(tmp_path, settings)
+    assert facts.context_tokens == 16_384
+    assert facts.rope_parameters["original_max_position_embeddings"] == 8192
     dynamic = RopeScalingSettings(type="dynamic", factor=2, original_context_tokens=8192)
     with pytest.raises(StageError, match="original_context_tokens") as caught:
-        checkpoint.read_facts(tmp_path, dynamic)
+        checkpoint.read_shape(tmp_path, dynamic)
     assert "32768" in str(caught.value)
 
 
@@ -166,7 +167,7 @@ def test_the_original_context_may_be_another_than_the_files(tmp_path):
 def test_a_second_scaling_on_top_of_a_checkpoints_own_is_refused(tmp_path, own):
     (tmp_path / "config.json").write_text(json.dumps({**MISTRAL_7B_V02, **own}))
     with pytest.raises(StageError, match="RoPE scaling of its own") as caught:
-        checkpoint.read_facts(tmp_path, RopeScalingSettings(factor=2))
+        checkpoint.read_shape(tmp_path, RopeScalingSettings(factor=2))
     assert "models.<name>.rope_scaling" in str(caught.value)
 
 
@@ -177,13 +178,13 @@ def test_a_model_loads_with_the_positions_of_its_facts(demo_checkpoint, kind):
 
     import torch
 
-    facts = checkpoint.read_facts(demo_checkpoint, RopeScalingSettings(type=kind, factor=4))
-    rope = facts["rope_parameters"]
+    facts = checkpoint.read_shape(demo_checkpoint, RopeScalingSettings(type=kind, factor=4))
+    rope = facts.rope_parameters
     model = checkpoint.load_model(
         demo_checkpoint, window=None, precision="float32", rope=rope, device="cpu"
     )
     rotary = model.model.rotary_emb
-    dim, theta, original, length = facts["head_dim"], facts["rope_theta"], 4096, 12_288
+    dim, theta, original, length = facts.head_dim, facts.rope_theta, 4096, 12_288
     position = torch.tensor([[length - 1]])
     cosines, _ = rotary(torch.zeros(1, dtype=torch.float64), position)
     powers = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -213,7 +214,7 @@ def test_a_model_loads_with_the_positions_of_its_facts(demo_checkpoint, kind):
 
 def test_a_model_of_another_family_is_a_stage_error(tmp_path):
     with pytest.raises(StageError) as caught:
-        facts_of({**MISTRAL_7B_V01, "model_type": "llama"}, tmp_path)
+        shape_of({**MISTRAL_7B_V01, "model_type": "llama"}, tmp_path)
     for part in ("Mistral family", "config.json, model_type", "found:    llama", "mixtral"):
         assert part in str(caught.value)
 
@@ -224,13 +225,13 @@ def test_a_model_of_another_family_is_a_stage_error(tmp_path):
 def test_a_missing_key_that_decides_the_shape_is_a_stage_error(tmp_path, key):
     config = {k: v for k, v in MISTRAL_7B_V01.items() if k != key}
     with pytest.raises(StageError) as caught:
-        facts_of(config, tmp_path)
+        shape_of(config, tmp_path)
     assert f"config.json, {key}" in str(caught.value)
 
 
 def test_a_folder_without_config_is_a_stage_error(tmp_path):
     with pytest.raises(StageError, match="a file is missing"):
-        checkpoint.read_facts(tmp_path)
+        checkpoint.read_shape(tmp_path)
 
 
 def shard(folder, names):
@@ -285,7 +286,7 @@ def test_a_missing_window_loads_as_none_where_transformers_takes_4096(without_wi
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(without_window_key).sliding_window == 4096
-    window = checkpoint.read_facts(without_window_key)["sliding_window"]
+    window = checkpoint.read_shape(without_window_key).sliding_window
     model = checkpoint.load_model(
         without_window_key, window=window, precision="float32", device="cpu"
     )

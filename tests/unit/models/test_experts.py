@@ -6,8 +6,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.facts import facts_of
 from tests.unit.train.mixtral import save_mixtral
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.experts import NAMES, Nf4Tensor, quantize_experts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.model import adapt
@@ -109,7 +110,7 @@ def test_a_tensor_in_nf4_cannot_be_written():
 
 def adapted(base, mixtral, **settings):
     recipe = RecipeSettings(method="lora", rank=8, alpha=16, adapts_experts=True, **settings)
-    model = adapt(base, read_facts(mixtral), recipe)
+    model = adapt(base, facts_of(mixtral), recipe)
     torch.manual_seed(3)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):

@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from tests.facts import MISTRAL_7B, facts_of
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.kv_cache import kv_cache_bytes
-
-MISTRAL_7B = {"n_kv_heads": 8, "head_dim": 128, "layer_windows": [4096] * 32}
 
 
 def test_a_7b_takes_128_kib_a_token_until_its_window_rolls():
@@ -18,7 +17,7 @@ def test_a_7b_takes_128_kib_a_token_until_its_window_rolls():
 
 
 def test_layers_without_a_window_keep_all():
-    mixed = MISTRAL_7B | {"layer_windows": [None, 4096]}
+    mixed = MISTRAL_7B.changed(layer_windows=[None, 4096])
     assert kv_cache_bytes(mixed, 8192, rolls=True) == (8192 + 4096) * 2 * 8 * 128 * 2
 
 
@@ -29,5 +28,5 @@ def test_it_is_what_transformers_holds(checkpoint, n_tokens):
     with torch.no_grad():
         model(torch.arange(3, 3 + n_tokens)[None], past_key_values=cache, use_cache=True)
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
-    facts = read_facts(checkpoint)
+    facts = facts_of(checkpoint)
     assert kv_cache_bytes(facts, n_tokens, rolls=False, bytes_per_value=4) == held

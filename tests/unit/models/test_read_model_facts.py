@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from workflow_scripts.handover.facts import Facts
+
 STAGE = "workflow_scripts.models.read_model_facts"
 
 
@@ -21,7 +23,7 @@ def test_facts_of_the_demo_are_what_was_asked_for(run_stage, demo_checkpoint, tm
     path = tmp_path / "facts.json"
     done = run_stage(STAGE, "--checkpoint", demo_checkpoint, "--facts", path)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(path.read_text())
+    facts = Facts.read(path)
     expected = {
         "architecture": "MistralForCausalLM",
         "n_layers": 1,
@@ -35,14 +37,12 @@ def test_facts_of_the_demo_are_what_was_asked_for(run_stage, demo_checkpoint, tm
         "tokenizer_version": "v3",
         "dtype": "bfloat16",
     }
-    assert {key: facts[key] for key in expected} == expected
-    assert set(facts["files"]) == {"config.json", "tokenizer.model.v3", "model.safetensors"}
-    for name, file in facts["files"].items():
+    assert facts.model_dump(include=set(expected)) == expected
+    assert set(facts.files) == {"config.json", "tokenizer.model.v3", "model.safetensors"}
+    for name, file in facts.files.items():
         content = (demo_checkpoint / name).read_bytes()
-        assert file == {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "size_bytes": len(content),
-        }
+        assert file.sha256 == hashlib.sha256(content).hexdigest()
+        assert file.size_bytes == len(content)
 
 
 def test_a_missing_window_is_said_aloud(run_stage, demo_checkpoint, tmp_path):

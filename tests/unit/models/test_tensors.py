@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.facts import facts_of
 from tests.unit.models.test_checkpoint import MINISTRAL_8B, MISTRAL_7B_V01, MIXTRAL_8X7B, NEMO
 from tests.unit.train.mixtral import save_mixtral, tiny_mixtral
 from workflow_scripts import files
@@ -25,7 +26,7 @@ def copy(checkpoint, tmp_path):
 
 
 def check(folder):
-    checkpoints.check_whole(folder, checkpoints.read_facts(folder))
+    checkpoints.check_whole(folder, facts_of(folder))
 
 
 def rewrite(folder, change, name="model.safetensors"):
@@ -47,7 +48,7 @@ def test_names_and_shapes_are_those_of_the_real_models_in_transformers(tmp_path,
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files.write_json(tmp_path / "config.json", config | {"tie_word_embeddings": ties})
-    facts = checkpoints.read_facts(tmp_path)
+    facts = facts_of(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     reference = {
@@ -76,7 +77,7 @@ def test_files_that_transformers_saves_are_whole(make_checkpoint, tmp_path, kind
     else:
         make_checkpoint(folder, dtype=kind)
     check(folder)
-    facts = checkpoints.read_facts(folder)
+    facts = facts_of(folder)
     found = tensors.stored(checkpoints.weight_files(folder))
     shapes = {name: tensor.shape for name, tensor in found.items()}
     assert shapes == tensors.required(facts)

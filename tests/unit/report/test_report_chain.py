@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.unit.report.conftest import CHANGES, scores, token_scores, write_link
+from tests.scores import scores_of
+from tests.unit.report.conftest import CHANGES, FACTS, token_scores, write_link
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
 from workflow_scripts.report.results import read_results
@@ -124,11 +125,11 @@ def test_a_small_difference_is_shown_with_two_digits_of_its_error(write, results
 def test_texts_have_a_column_each(write, results, read_tsv):
     base = results.folder / "evaluation" / "tiny" / "texts"
     for number, text in enumerate(("wiki", "code")):
-        files.write_json(base / text / "base.json", scores(30.0 + number))
+        scores_of(30.0 + number).write(base / text / "base.json")
         for run in ("generic", "mistral"):
             folder = results.folder / "runs" / run / "evaluation" / "texts" / text
             for link in ("merged", "F16", "Q4_K_M"):
-                files.write_json(folder / f"{link}.json", scores(20.0 + number))
+                scores_of(20.0 + number).write(folder / f"{link}.json")
     paths = write(json.dumps(json.loads(results.runs) | {"texts": ["wiki", "code"]}))
     header, *rows = read_tsv(paths["tsv"])
     assert header[5:8] == ["Perplexity, wiki", "Perplexity, code", "Whole conversations"]
@@ -142,8 +143,7 @@ def test_texts_have_a_column_each(write, results, read_tsv):
 
 @pytest.mark.parametrize(("width", "is_told"), [(256, False), (576, True), (4096, False)])
 def test_widths_that_rule_k_quants_out_are_told(write, results, width, is_told):
-    path = results.folder / "models" / "tiny" / "facts.json"
-    files.write_json(path, files.read_json(path) | {"hidden_size": width})
+    FACTS.changed(hidden_size=width).write(results.folder / "models" / "tiny" / "facts.json")
     text = write()["md"].read_text("utf-8")
     assert (f"The rows of tiny have {width} weights." in text) == is_told
     assert ("k-quants" in text) == is_told

@@ -12,37 +12,38 @@ from hypothesis import strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.data.conversations import rejected_schema
+from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
 from workflow_scripts.report import report_cleaning
 
 HOSTILE = "<script>alert('1')</script> \"x\" \u202egpj.exe\x07"
-# What `clean_dataset` writes.
-REPORT = {
-    "n_read": 1000,
-    "n_corrected": 120,
-    "n_train": 800,
-    "n_validation": 40,
-    "n_test": 60,
-    "n_train_weighted": 1600,
-    "n_rejected": 100,
-    "rejected_by_reason": {"duplicate": 70, "not JSON": 29, HOSTILE: 1},
-    "corrections": {"Unicode repaired": 100, "empty turn dropped": 30},
-    "by_source": {
-        "mine": {"n_read": 400, "n_kept": 390, "n_rejected": 10, "weight": 2.0},
-        "theirs": {"n_read": 600, "n_kept": 510, "n_rejected": 90, "weight": 0.3},
+REPORT = CleaningReport(
+    n_read=1000,
+    n_corrected=120,
+    n_train=800,
+    n_validation=40,
+    n_test=60,
+    n_train_weighted=1600,
+    n_with_reference=0,
+    n_rejected=100,
+    rejected_by_reason={"duplicate": 70, "not JSON": 29, HOSTILE: 1},
+    corrections={"Unicode repaired": 100, "empty turn dropped": 30},
+    by_source={
+        "mine": SourceCounts(n_read=400, n_kept=390, n_rejected=10, weight=2.0),
+        "theirs": SourceCounts(n_read=600, n_kept=510, n_rejected=90, weight=0.3),
     },
-    "roles": {"user": 1000, "assistant": 1000},
-    "n_messages": {str(2 * n): 30 for n in range(1, 31)},
-    "characters_histogram": {"edges": [0, 16, 32, 64], "counts": [0, 500, 0, 400]},
-    "languages": {"en": 90, "fr": 10},
-    "n_language_sample": 100,
-    "personal_data": {"EMAIL": 12},
-}
-NOTHING = {
-    **{key: 0 for key, value in REPORT.items() if isinstance(value, int)},
-    **{key: {} for key, value in REPORT.items() if isinstance(value, dict)},
-    "by_source": {"all": {"n_read": 0, "n_kept": 0, "n_rejected": 0, "weight": 1.0}},
-    "characters_histogram": {"edges": [0, 16], "counts": [0, 0]},
-}
+    roles={"user": 1000, "assistant": 1000},
+    n_messages={2 * n: 30 for n in range(1, 31)},
+    characters_histogram=Histogram(edges=(0, 16, 32, 64), counts=(0, 500, 0, 400)),
+    languages={"en": 90, "fr": 10},
+    n_language_sample=100,
+    personal_data={"EMAIL": 12},
+)
+NOTHING = REPORT.changed(
+    **{name: 0 for name, value in REPORT if isinstance(value, int)},
+    **{name: {} for name, value in REPORT if isinstance(value, dict)}
+    | {"by_source": {"all": SourceCounts(n_read=0, n_kept=0, n_rejected=0, weight=1.0)}},
+    characters_histogram=Histogram(edges=(0, 16), counts=(0, 0)),
+)
 
 
 def rejected_rows(n_duplicates: int = 70) -> list[dict]:
@@ -116,7 +117,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def make_page(tmp_path):
     def make(report=REPORT, rejected=None) -> Page:
-        files.write_json(tmp_path / "report.json", report)
+        report.write(tmp_path / "report.json")
         rows = rejected_rows() if rejected is None else rejected
         table = pa.Table.from_pylist(rows, schema=rejected_schema())
         # Groups smaller than the table: a million rejected are many.
@@ -222,7 +223,7 @@ def test_samples_are_spread_over_all_of_a_reason(n_rows, tmp_path_factory):
     assert samples.keys() == set(reasons)
     for reason, n in Counter(reasons).items():
         lines = [line for line, other in enumerate(reasons) if other == reason]
-        found = [lines.index(row["source_line"]) for row in samples[reason]]
+        found = [lines.index(row.source_line) for row in samples[reason]]
         assert len(found) == min(10, n)
         gaps = [after - before for before, after in zip(found, [*found[1:], n], strict=True)]
         assert found[0] == 0 and max(gaps) - min(gaps) <= 1

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from workflow_scripts import files
+from tests.gates import DEQUANTIZED
+from tests.tasks import reference_scores
+from tests.unit.report.conftest import FACTS
 from workflow_scripts.report import report_comparison
 
 
@@ -79,7 +81,7 @@ def test_a_dataset_that_marks_no_reference_has_an_empty_cell(write, all_measured
     folder = all_measured.folder / "runs"
     for link in ("merged", "Q4_K_M"):
         path = folder / "generic" / "evaluation" / f"{link}.references.json"
-        files.write_json(path, {"scores": []})
+        reference_scores().write(path)
     cells = {name: figures for name, *figures in read_tsv(write(all_measured)["tsv"])}
     name = "reference answers exact_match, %, merged"
     assert cells[name] == ["", "60.00 [10.00, 90.00]"]
@@ -104,13 +106,7 @@ def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read
 def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_path, read_tsv):
     runs = json.loads(results.runs)
     runs["runs"]["mistral"]["merge_base"] = "auto"
-    choice = {
-        "merge_base": "dequantized",
-        "adapter_perplexity": 5.0,
-        "original": {"perplexity": 5.125, "kl_divergence_nats": 0.0123},
-        "dequantized": {"perplexity": 5.0625, "kl_divergence_nats": 0.00045},
-    }
-    files.write_json(results.folder / "runs" / "mistral" / "merge_base.json", choice)
+    DEQUANTIZED.write(results.folder / "runs" / "mistral" / "merge_base.json")
     paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
     report_comparison.main(
         ["--runs", json.dumps(runs), "--results", str(results.folder), "--tsv", str(paths[0])]
@@ -140,7 +136,7 @@ def test_the_note_says_on_what_it_was_measured(write):
 
 def test_a_model_without_a_window_serves_its_whole_context(write, results, read_tsv):
     path = results.folder / "models" / "tiny" / "facts.json"
-    files.write_json(path, {"context_tokens": 2048, "sliding_window": None})
+    FACTS.changed(sliding_window=None).write(path)
     assert read_tsv(write()["tsv"])[-1] == ["Context, GGUF", "2,048", "2,048"]
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests import browser
-from tests.unit.report.conftest import GAIN, context_report
-from workflow_scripts import files
+from tests.context import context_scores
+from tests.unit.report.conftest import GAIN, RUNS
 from workflow_scripts.report import report_context
 
 
@@ -14,12 +14,12 @@ from workflow_scripts.report import report_context
 def write(tmp_path):
     results = tmp_path / "results"
     for path, report in {
-        "evaluation/tiny/chats/base.context.json": context_report([0, 0, 0]),
-        "runs/r/evaluation/merged.context.json": context_report([100, 90, 80], **GAIN),
-        "runs/r/evaluation/Q4_K_M.context.json": context_report([90, 70]),
+        "evaluation/tiny/chats/base.context.json": context_scores([0, 0, 0]),
+        "runs/r/evaluation/merged.context.json": context_scores([100, 90, 80], **GAIN),
+        "runs/r/evaluation/Q4_K_M.context.json": context_scores([90, 70]),
     }.items():
-        files.write_json(results / path, report)
-    runs = json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})
+        report.write(results / path)
+    runs = json.dumps({"runs": {"r": RUNS["mistral"]}})
     paths = [tmp_path / f"context.{form}" for form in ("tsv", "md", "html")]
     report_context.main(
         ["--runs", runs, "--links", "merged", "Q4_K_M", "--results", str(results)]

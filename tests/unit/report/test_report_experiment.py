@@ -6,7 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.context import cell_of
+from tests.scores import loss_of
 from workflow_scripts import files
+from workflow_scripts.handover.context import RecallScores
+from workflow_scripts.handover.scores import LossAtPositions, PositionScores
 from workflow_scripts.report import report_experiment
 
 # Perplexities by strategy and seed: what a seed does is more than what packing does.
@@ -25,39 +29,35 @@ RUNS = {
 }
 
 
-def positions(perplexity):
-    return {
-        "sliding_window": 512,
-        "n_conversations": 12,
-        "n_scored_tokens": 34_567,
-        "perplexity": perplexity,
-        "buckets": [
-            {
-                "first_position": first,
-                "last_position": last,
-                "n_scored_tokens": 100 + last,
-                "perplexity": perplexity + at,
-            }
-            for at, (first, last) in enumerate(BUCKETS)
-        ],
-    }
+def positions(perplexity: float) -> PositionScores:
+    def bucket(at: int, first: int, last: int) -> LossAtPositions:
+        loss = loss_of(perplexity + at).changed(n_scored_tokens=100 + last)
+        return LossAtPositions(first_position=first, last_position=last, **dict(loss))
+
+    return PositionScores(
+        precision="nf4",
+        sliding_window=512,
+        n_tokens_beyond_context=0,
+        **dict(loss_of(perplexity)),
+        buckets=tuple(bucket(at, *ends) for at, ends in enumerate(BUCKETS)),
+        duration_seconds=1.5,
+    )
 
 
-def recall(perplexity):
-    return {
-        "chance_nats_per_answer": math.log(9000),
-        "cells": [
-            {
-                "length_tokens": length,
-                "depth_fraction": depth,
-                "n_prompts": 20,
-                "n_exact": n_exact - (depth == 0.0),
-                "nats_per_answer": perplexity + depth,
-            }
+def recall(perplexity: float) -> RecallScores:
+    return RecallScores(
+        precision="nf4",
+        sliding_window=512,
+        chance_nats_per_answer=math.log(9000),
+        cells=tuple(
+            cell_of(length, depth, n_exact - (depth == 0.0), 20).changed(
+                nats_per_answer=perplexity + depth
+            )
             for length, n_exact in N_EXACT.items()
             for depth in (0.0, 1.0)
-        ],
-    }
+        ),
+        duration_seconds=1.5,
+    )
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def folder(tmp_path):
     for run, settings in RUNS.items():
         perplexity = PERPLEXITIES[settings["packing"]["strategy"]][settings["recipe"]["seed"]]
         evaluation = tmp_path / "results" / "runs" / run / "evaluation"
-        files.write_json(evaluation / "positions.json", positions(perplexity))
-        files.write_json(evaluation / "recall.json", recall(perplexity))
+        positions(perplexity).write(evaluation / "positions.json")
+        recall(perplexity).write(evaluation / "recall.json")
     return tmp_path
 
 
@@ -185,8 +185,8 @@ def test_three_arms_are_each_compared_with_the_first(write, folder, read_tsv):
         other["packing"]["strategy"] = "none"
         runs[f"none-{seed}"] = other
         evaluation = folder / "results" / "runs" / f"none-{seed}" / "evaluation"
-        files.write_json(evaluation / "positions.json", positions(9.0 + seed))
-        files.write_json(evaluation / "recall.json", recall(9.0))
+        positions(9.0 + seed).write(evaluation / "positions.json")
+        recall(9.0).write(evaluation / "recall.json")
     paths = write(runs)
     found = cells_of(read_tsv(paths["tsv"])[1:])
     assert found["Perplexity", "none"] == ["10.000 ± 1.000", "+1.000 ± 0.000", "yes"]

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from workflow_scripts import files
+from workflow_scripts.handover.training import History
 from workflow_scripts.report import report_loss
 
 
@@ -28,14 +28,13 @@ def test_the_figure_is_svg_and_the_same_bytes_again(write):
 def test_every_history_moves_the_figure(write, results):
     before = write().read_bytes()
     path = results.folder / "runs" / "mistral" / "adapter" / "history.json"
-    history = files.read_json(path)
+    history = History.read(path)
     for key in ("train", "validation"):
-        changed = {name: list(entries) for name, entries in history.items()}
-        changed[key] = [
-            entry | {"loss_nats_per_token": entry["loss_nats_per_token"] + 1}
-            for entry in changed[key]
+        raised = [
+            entry.changed(loss_nats_per_token=entry.loss_nats_per_token + 1)
+            for entry in getattr(history, key)
         ]
-        files.write_json(path, changed)
+        history.changed(**{key: raised}).write(path)
         assert write().read_bytes() != before, key
 
 

@@ -7,6 +7,9 @@ from base64 import urlsafe_b64encode
 import pytest
 
 from tests import browser
+from tests.reports import answers_of
+from tests.speed import SPEED
+from tests.tasks import task_scores
 from tests.unit.evaluate.test_task_scores import score_of
 from workflow_scripts import files
 from workflow_scripts.report import claims, report_overview
@@ -52,17 +55,14 @@ def answered(results):
     """Both runs' answers to five questions, each a text that must not become markup."""
 
     def write_answers(path, link):
-        answers = [
-            {
-                "conversation": f"chat/{number}",
-                "prompt": f"def f{number}(): ...\n\nWhat is <b>it</b> {number}?",
-                "reference": f"It is <i> {number}.",
-                "answer": f"{link} says <script>{number}",
-                "is_ended": link != "base",
-            }
-            for number in range(5)
-        ]
-        files.write_json(path, {"answers": answers})
+        answers_of(
+            link,
+            n=5,
+            prompt="def f{number}(): ...\n\nWhat is <b>it</b> {number}?",
+            reference="It is <i> {number}.",
+            answer="{link} says <script>{number}",
+            n_ended=0 if link == "base" else 5,
+        ).write(path)
 
     links = ["base", "F16", "Q4_K_M"]
     wanted = json.loads(results.runs)["runs"]
@@ -154,7 +154,10 @@ def test_the_steps_behind_its_figures_are_drawn_as_they_were_recorded(recorded, 
     assert "2.5 minutes in all" in drawn
     wanted = Wanted.read(results.runs)
     collected = {
-        metric.file for run in wanted.runs for metric in metrics_of(run, wanted, results.folder)
+        metric.file
+        for run in wanted.runs
+        for by_name in metrics_of(run, wanted, results.folder).values()
+        for metric in by_name.values()
     }
     assert f"Of {len(collected) - 2} files there is no record" in drawn
 
@@ -169,7 +172,7 @@ def of_a_7b(all_measured):
 
     def read(*scores, hub_id=MISTRAL, are_chats=False):
         path = all_measured.folder / "evaluation" / "tiny" / "base.tasks.json"
-        files.write_json(path, {"scores": list(scores), "are_chats": are_chats})
+        task_scores(*scores, are_chats=are_chats).write(path)
         wanted = json.loads(all_measured.runs) | {"hub_ids": {"tiny": hub_id}}
         return read_results(json.dumps(wanted), all_measured.folder)
 
@@ -186,13 +189,13 @@ def test_a_published_score_stands_beside_the_one_measured_of_that_base(of_a_7b):
     assert (found.published, found.kind) == ("60.1", claims.MEASURED)
     assert found.here.startswith("61.23 ± 0.40, 5-shot, 14,042 documents") and MISTRAL in found.here
     assert found.verdict == "1.1 points higher"
-    near = claim(of_a_7b(scored | {"score": 0.5950}), "MMLU")
+    near = claim(of_a_7b(scored.changed(score=0.5950)), "MMLU")
     assert near.here.startswith("59.50 ± 0.40") and near.verdict == "agrees within its error"
-    far = claim(of_a_7b(scored | {"score": 0.5500}), "MMLU")
+    far = claim(of_a_7b(scored.changed(score=0.5500)), "MMLU")
     assert far.verdict == "5.1 points lower"
     # What was not asked, or of another metric, is not measured.
     assert claim(of_a_7b(scored), "HellaSwag").kind == claims.NOT_MEASURED
-    other = scored | {"task": "hellaswag", "metric": "acc", "score": 0.9}
+    other = scored.changed(task="hellaswag", metric="acc", score=0.9)
     assert claim(of_a_7b(other), "HellaSwag").kind == claims.NOT_MEASURED
 
 
@@ -205,7 +208,7 @@ def test_a_published_score_stands_beside_the_one_measured_of_that_base(of_a_7b):
     ],
 )
 def test_what_was_asked_in_another_way_is_not_held_against_the_published(of_a_7b, changes, said):
-    scored = score_of([0.6], score=0.601, standard_error=0.004, **MMLU) | changes
+    scored = score_of([0.6], score=0.601, standard_error=0.004, **MMLU).changed(**changes)
     found = claim(of_a_7b(scored), "MMLU")
     assert found.kind == claims.MEASURED and found.here.startswith("60.10 ± 0.40")
     assert found.verdict == f"not the same test: {said}"
@@ -243,9 +246,9 @@ def test_every_run_s_links_and_gates_move_the_page(write, results, run):
 
 
 def test_a_difference_of_latency_is_never_put_down_to_the_recipe(results):
+    path = results.folder / "runs" / "mistral" / "evaluation" / "Q4_K_M.inference.json"
+    SPEED.changed(decode_milliseconds_per_token=2.0).write(path)  # 2.5 in the other run
     runs = read_results(results.runs, results.folder)
-    for run, milliseconds in zip(runs, (2.5, 2.0), strict=True):
-        run.link("Q4_K_M").speed["decode_milliseconds_per_token"] = milliseconds
     latency = claims.tuned(runs)[1]
     assert latency.here.startswith("-20.0 %")
     assert latency.verdict == "not due to the recipe: both files have the same shape"

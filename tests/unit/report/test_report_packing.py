@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts import files
 from workflow_scripts.data import pack_sequences
 from workflow_scripts.data.documents import Documents, documents_schema
@@ -18,19 +19,18 @@ from workflow_scripts.report import report_packing
 
 STRATEGIES = ["best_fit", "concatenate", "none"]
 HOSTILE = "</title></svg><script>alert('1')</script> \"x\" \u202egpj.exe\x07"
-FACTS = {
-    "context_tokens": 1024,
-    "sliding_window": 48,
-    "layer_windows": [48, 48],
-    "hidden_size": 64,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "n_layers": 2,
-    "vocabulary_size": 300,
-    "n_experts_per_token": None,
-}
+FACTS = MISTRAL_7B.changed(
+    context_tokens=1024,
+    sliding_window=48,
+    layer_windows=(48, 48),
+    hidden_size=64,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    intermediate_size=128,
+    n_layers=2,
+    vocabulary_size=300,
+)
 LENGTHS = [5, 9, 17, 31, 40, 47, 48, 49, 64, 100, 127, 128, 129, 200, 400, 3, 12, 25, 60, 75] * 3
 
 
@@ -110,7 +110,7 @@ def pack(tokenizer_v3, tmp_path):
             )
         table = pa.Table.from_pylist(rows, schema=documents_schema())
         files.write_arrow(tmp_path / "t.arrow", table)
-        files.write_json(tmp_path / "facts.json", facts)
+        facts.write(tmp_path / "facts.json")
         settings = {"strategy": strategy, "row_tokens": 128, **settings}
         pack_sequences.main(
             ["--tokens", str(tmp_path / "t.arrow"), "--tokenizer", str(tokenizer_v3)]
@@ -261,10 +261,10 @@ def test_what_crosses_documents_is_drawn_where_the_strategy_says_so(pack):
 
 
 def test_a_model_without_a_window_and_one_with_several(pack):
-    without = FACTS | {"sliding_window": None, "layer_windows": [None, None]}
+    without = FACTS.changed(sliding_window=None, layer_windows=(None, None))
     page = make_page(pack("best_fit", facts=without).folder)
     assert "beyond" not in page.kinds and "the window" not in page.text
-    interleaved = FACTS | {"n_layers": 3, "layer_windows": [48, None, 48]}
+    interleaved = FACTS.changed(n_layers=3, layer_windows=(48, None, 48))
     page = make_page(pack("best_fit", facts=interleaved).folder)
     assert "the window of 2 of 3 layers" in page.text
     assert "beyond" in page.kinds

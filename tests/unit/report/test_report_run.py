@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests import browser
+from tests.scores import loss_of
 from workflow_scripts import files
+from workflow_scripts.handover.scores import LossOfSource
 from workflow_scripts.report import report_run
 
 
@@ -86,7 +88,7 @@ def test_every_file_of_it_moves_the_page(write, results):
         run / "evaluation" / "F16.inference.json": {"decode_milliseconds_per_token": 10},
         run / "evaluation" / "F16.json": {"size_bytes": 10**10},
         run / "evaluation" / "merged.json": {
-            "by_source": [{"source": "elsewhere", "n_scored_tokens": 1, "perplexity": 2.0}]
+            "by_source": [LossOfSource(source="elsewhere", **dict(loss_of(2.0))).content()]
         },
     }.items():
         kept = files.read_json(path)

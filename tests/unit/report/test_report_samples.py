@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests import browser
-from workflow_scripts import files
+from tests.reports import answers_of
+from tests.unit.report.conftest import RUNS
+from workflow_scripts.handover.answers import Answers
 from workflow_scripts.report import report_samples, samples
 
 
@@ -16,21 +18,18 @@ def write(tmp_path):
     paths = {"base": results / "evaluation" / "tiny" / "chats" / "base.answers.json"}
     paths |= {link: folder / f"{link}.answers.json" for link in ("merged", "F16", "Q4_K_M")}
     for link, path in paths.items():
-        answers = [
-            {
-                "conversation": f"chat/{number}",
-                "prompt": f"Prompt {number} <b>",
-                "reference": f"Reference {number} <i>",
-                "answer": f"{link} says {number}",
-                "is_ended": number == 0,
-            }
-            for number in (0, 1)
-        ]
-        files.write_json(path, {"answers": answers})
+        answers_of(
+            link,
+            n=2,
+            prompt="Prompt {number} <b>",
+            reference="Reference {number} <i>",
+            answer="{link} says {number}",
+            n_ended=1,
+        ).write(path)
 
     def run():
         page = tmp_path / "samples.html"
-        runs = {"runs": {"r": {"model": "tiny", "dataset": "chats"}}}
+        runs = {"runs": {"r": RUNS["mistral"]}}
         report_samples.main(
             ["--runs", json.dumps(runs | {"gguf_types": ["F16", "Q4_K_M"]})]
             + ["--results", str(results), "--page", str(page)]
@@ -68,8 +67,8 @@ def test_a_prompt_is_named_by_its_first_and_last_line():
 
 def test_links_that_answered_other_prompts_are_not_shown_together(write, ends_with_message):
     path = write.paths["Q4_K_M"]
-    answers = files.read_json(path)["answers"]
-    files.write_json(path, {"answers": answers[:1]})
+    answers = Answers.read(path)
+    answers.changed(answers=answers.answers[:1]).write(path)
     message = ends_with_message(lambda _: write(), [])
     assert "two links answered different prompts" in message and str(path) in message
 

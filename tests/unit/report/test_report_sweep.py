@@ -8,8 +8,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from tests.scores import scores_of as scores_of_a_link
+from tests.training import manifest_of
 from workflow_scripts import files
 from workflow_scripts.data.documents import Document
+from workflow_scripts.handover.scores import Scores
 from workflow_scripts.report import report_sweep
 from workflow_scripts.scoring.token_scores import TokenScores
 
@@ -17,9 +20,9 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 N_CONVERSATIONS = 12
 
 
-def summary(tokens: TokenScores) -> dict:
+def summary(tokens: TokenScores) -> Scores:
     """As evaluate_perplexity writes it."""
-    return {"piece_tokens": 512, **tokens.metrics()}
+    return scores_of_a_link(1.0, piece_tokens=512).changed(**dict(tokens.metrics()))
 
 
 def conversations(shift: float, *, n: int = N_CONVERSATIONS, seed: int = 0, noise: float = 0.01):
@@ -40,14 +43,6 @@ def scores_of(parts: list[np.ndarray]) -> TokenScores:
     return TokenScores.of(documents, dict(enumerate(parts)))
 
 
-def manifest(number: int) -> dict:
-    return {
-        "duration_seconds": 100.4 + number,
-        "tokens_per_second": 2345.6,
-        "peak_memory_bytes": 3 * 2**29,
-    }
-
-
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path
@@ -65,8 +60,9 @@ def add_sweep(folder):
             results = folder / "results" / "runs" / run
             tokens = conversations(shift, n=n, seed=number, noise=noise)
             tokens.write(results / "evaluation" / "validation.tokens.parquet")
-            files.write_json(results / "evaluation" / "validation.json", summary(tokens))
-            files.write_json(results / "adapter" / "training_manifest.json", manifest(number))
+            summary(tokens).write(results / "evaluation" / "validation.json")
+            manifest = manifest_of(duration_seconds=100.4 + number, tokens_per_second=2345.6)
+            manifest.write(results / "adapter" / "training_manifest.json")
         return {name: {"recipe": f"{name}-recipe", "runs": runs}}
 
     return add

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from tests.tasks import reference_scores, task_scores
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
-from workflow_scripts import files
+from tests.unit.report.conftest import RUNS
 from workflow_scripts.evaluate.task_scores import Samples, write_samples
 from workflow_scripts.report import report_tasks
 
@@ -27,7 +28,8 @@ def write(tmp_path):
     ):
         path = results / f"{where}.{kind}"
         scores = [] if more is None else [score_of(values, **more)]
-        files.write_json(path.with_name(f"{path.name}.json"), {"scores": scores})
+        report = task_scores(*scores) if kind == "tasks" else reference_scores(*scores)
+        report.write(path.with_name(f"{path.name}.json"))
         rows = rows_of(values, "t" if kind == "tasks" else "reference answers")
         for row in rows:
             row["asked"] = row["task"]
@@ -35,7 +37,7 @@ def write(tmp_path):
         write_samples(path.with_name(f"{path.name}.parquet"), rows)
     paths = [tmp_path / f"tasks.{form}" for form in ("tsv", "md", "html")]
     report_tasks.main(
-        ["--runs", json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})]
+        ["--runs", json.dumps({"runs": {"r": RUNS["mistral"]}})]
         + ["--links", "merged", "Q4_K_M", "--kinds", "tasks", "references"]
         + ["--results", str(results), "--tsv", str(paths[0]), "--markdown", str(paths[1])]
         + ["--html", str(paths[2])]
@@ -84,7 +86,7 @@ def test_a_score_is_held_against_the_same_task_and_metric():
 def test_a_task_that_was_asked_alone_and_in_a_group_has_two_names():
     scored = score_of([1.0], task="b", asked="b@2", n_examples=2)
     assert report_tasks.name_of(scored, "tasks") == "b acc, 2-shot"
-    assert report_tasks.name_of(scored | {"asked": "all@2"}, "tasks") == "b acc, 2-shot (all)"
+    assert report_tasks.name_of(scored.changed(asked="all@2"), "tasks") == "b acc, 2-shot (all)"
     assert report_tasks.name_of(scored, "references") == "b acc"
 
 
@@ -103,10 +105,10 @@ def test_what_is_no_share_is_not_per_cent():
 def test_without_any_task_the_table_says_why(tmp_path):
     results = tmp_path / "results"
     for where in ("evaluation/tiny/chats/base", "runs/r/evaluation/merged"):
-        files.write_json(results / f"{where}.references.json", {"scores": []})
+        reference_scores().write(results / f"{where}.references.json")
         write_samples(results / f"{where}.references.parquet", [])
     report_tasks.main(
-        ["--runs", json.dumps({"runs": {"r": {"model": "tiny", "dataset": "chats"}}})]
+        ["--runs", json.dumps({"runs": {"r": RUNS["mistral"]}})]
         + ["--links", "merged", "--kinds", "references", "--results", str(results)]
         + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
     )

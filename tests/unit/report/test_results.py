@@ -19,12 +19,12 @@ def test_a_runs_links_go_from_the_base_to_the_smallest_file(results):
 
 def test_every_figure_comes_from_its_own_run(results):
     generic, mistral = read_results(results.runs, results.folder)
-    assert generic.link("merged").scores["perplexity"] == 5.05
-    assert mistral.link("merged").scores["perplexity"] == 6.05
+    assert generic.link("merged").scores.perplexity == 5.05
+    assert mistral.link("merged").scores.perplexity == 6.05
     assert generic.link("base").scores == mistral.link("base").scores
-    assert (generic.manifest["n_steps"], mistral.manifest["n_steps"]) == (7, 8)
-    assert mistral.settings["packing"] == "apart"
-    assert mistral.facts["sliding_window"] == 64
+    assert (generic.manifest.n_steps, mistral.manifest.n_steps) == (7, 8)
+    assert mistral.settings.packing == "apart"
+    assert mistral.facts.sliding_window == 64
 
 
 def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(results):
@@ -56,10 +56,10 @@ def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
     assert with_text == ["base", "merged", "F16", "Q4_K_M"]
     with_context = [name for name, link in by_link.items() if link.context]
     assert with_context == ["base", "merged", "Q4_K_M"]
-    assert by_link["F16"].texts["wiki"]["perplexity"] == 22.1
-    assert by_link["base"].context["n_prompts"] == 60
-    assert by_link["Q4_K_M"].context["is_measurable"] is False
-    assert mistral.awq.scores["perplexity"] == 6.25
+    assert by_link["F16"].texts["wiki"].perplexity == 22.1
+    assert by_link["base"].context.n_prompts == 60
+    assert by_link["Q4_K_M"].context.is_measurable is False
+    assert mistral.awq.scores.perplexity == 6.25
 
 
 def test_tasks_are_of_the_links_that_were_asked_and_the_base_s_are_shared(all_measured):
@@ -68,6 +68,6 @@ def test_tasks_are_of_the_links_that_were_asked_and_the_base_s_are_shared(all_me
     by_link = {link.name: link.tasks for link in mistral.links if link.tasks}
     assert list(by_link) == ["base", "merged", "Q4_K_M"]
     assert [list(tasks) for tasks in by_link.values()] == [["tasks", "references"]] * 3
-    assert by_link["merged"]["tasks"].scores[0]["score"] == 0.75
+    assert by_link["merged"]["tasks"].scores[0].score == 0.75
     assert by_link["base"] == generic.link("base").tasks
     assert generic.base_hub_id == mistral.base_hub_id == "owner/tiny"

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from tests.scores import loss_of
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
 TABLE = Table(
@@ -105,7 +106,7 @@ def test_an_error_is_shown_where_one_is_known(arguments, expected):
 
 def test_the_error_of_a_perplexity_is_the_losss_times_its_slope():
     loss, error = 2.0, 0.01
-    shown = perplexity({"perplexity": math.exp(loss), "loss_standard_error_nats_per_token": error})
+    shown = perplexity(loss_of(math.exp(loss)).changed(loss_standard_error_nats_per_token=error))
     slope = (math.exp(loss + 1e-6) - math.exp(loss - 1e-6)) / 2e-6
     assert shown == f"{math.exp(loss):.2f} ± {slope * error:.2f}" == "7.39 ± 0.07"
-    assert perplexity({"perplexity": 7.0, "loss_standard_error_nats_per_token": None}) == "7.00"
+    assert perplexity(loss_of(7.0).changed(loss_standard_error_nats_per_token=None)) == "7.00"

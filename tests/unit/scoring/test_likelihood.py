@@ -79,16 +79,16 @@ def random_scores(generator, n_documents):
 
 def test_the_mean_is_over_tokens_not_over_documents():
     report = summarize({0: np.array([1.0]), 1: np.array([2.0, 4.0, 5.0])})
-    assert report["n_conversations"] == 2 and report["n_scored_tokens"] == 4
-    assert report["loss_nats_per_token"] == 3.0
-    assert report["perplexity"] == pytest.approx(math.e**3)
+    assert report.n_conversations == 2 and report.n_scored_tokens == 4
+    assert report.loss_nats_per_token == 3.0
+    assert report.perplexity == pytest.approx(math.e**3)
 
 
 def test_the_standard_error_of_two_documents_equals_the_formula_by_hand():
     # Sums 1 and 11, counts 1 and 3, ratio 3; residuals 1 − 3 = −2 and 11 − 9 = 2.
     # √(n/(n−1) · Σ residual²) ÷ tokens = √(2 · 8) ÷ 4.
     report = summarize({0: np.array([1.0]), 1: np.array([2.0, 4.0, 5.0])})
-    assert report["loss_standard_error_nats_per_token"] == pytest.approx(1.0)
+    assert report.loss_standard_error_nats_per_token == pytest.approx(1.0)
 
 
 def test_the_standard_error_agrees_with_a_jackknife_over_documents():
@@ -97,7 +97,7 @@ def test_the_standard_error_agrees_with_a_jackknife_over_documents():
     counts = np.array([len(part) for part in scores.values()])
     left_out = (sums.sum() - sums) / (counts.sum() - counts)
     jackknife = math.sqrt((len(sums) - 1) / len(sums) * ((left_out - left_out.mean()) ** 2).sum())
-    found = summarize(scores)["loss_standard_error_nats_per_token"]
+    found = summarize(scores).loss_standard_error_nats_per_token
     assert found == pytest.approx(jackknife, rel=0.01)  # measured 0.001
     # Tokens of a document hang together: taken as independent, the error would be far smaller.
     independent = np.concatenate(list(scores.values())).std() / math.sqrt(counts.sum())
@@ -105,7 +105,7 @@ def test_the_standard_error_agrees_with_a_jackknife_over_documents():
 
 
 def test_one_document_has_no_standard_error():
-    assert summarize({3: np.array([1.0, 2.0])})["loss_standard_error_nats_per_token"] is None
+    assert summarize({3: np.array([1.0, 2.0])}).loss_standard_error_nats_per_token is None
 
 
 logits = st.tuples(st.integers(1, 70), st.integers(2, 40), st.integers(0, 2**31))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.facts import MISTRAL_7B
 from workflow_scripts.data.documents import Document
 from workflow_scripts.scoring.pieces import comparable_tokens, cut, longest, stretches
 
@@ -101,7 +102,7 @@ def test_a_document_no_longer_than_a_piece_stays_whole(document, extra):
     ],
 )
 def test_pieces_end_at_the_window_else_the_context(window, context, wanted, expected):
-    facts = {"sliding_window": window, "context_tokens": context}
+    facts = MISTRAL_7B.changed(sliding_window=window, context_tokens=context)
     assert comparable_tokens(facts, wanted) == expected
 
 

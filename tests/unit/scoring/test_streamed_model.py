@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.facts import facts_of
 from workflow_scripts.export.base_weights import BaseWeights
 from workflow_scripts.export.model_weights import Weights
-from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.scoring.likelihood import all_logits, score_documents
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.streamed_model import StreamedModel, batches
@@ -40,7 +40,7 @@ def model(request, checkpoint, tied, mixtral, make_checkpoint, tmp_path):
 
 def test_logits_are_those_of_the_whole_model_one_document_at_a_time(model):
     """Lengths on both sides of the window in one batch; a mixture has other names in its files."""
-    window = read_facts(model)["sliding_window"]
+    window = facts_of(model).sliding_window
     streamed = StreamedModel(model, Weights(BaseWeights(model)), window=window)
     whole = TransformersModel(model, window=window, precision="float32")
     pieces = random_pieces()

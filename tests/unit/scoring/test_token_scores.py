@@ -90,14 +90,12 @@ def test_metrics_are_those_of_the_scores_and_parts_make_up_the_whole(scored):
     if not nats:
         return
     scores = TokenScores.of(documents, nats, sources=sources)
-    for (key, found), expected in zip(
-        scores.metrics().items(), summarize(nats).values(), strict=True
-    ):
+    for (key, found), (_, expected) in zip(scores.metrics(), summarize(nats), strict=True):
         assert found == (expected and pytest.approx(expected, rel=1e-9, abs=1e-9)), key
-    n, total = scores.metrics()["n_scored_tokens"], sum(part.sum() for part in nats.values())
+    n, total = scores.metrics().n_scored_tokens, sum(part.sum() for part in nats.values())
     for parts in (scores.by_position(), scores.by_turn(), scores.by_source()):
-        assert sum(part["n_scored_tokens"] for part in parts) == n
-        found = sum(part["n_scored_tokens"] * part["loss_nats_per_token"] for part in parts)
+        assert sum(part.n_scored_tokens for part in parts) == n
+        found = sum(part.n_scored_tokens * part.loss_nats_per_token for part in parts)
         assert found == pytest.approx(total, rel=1e-9)
 
 
@@ -119,17 +117,17 @@ def test_buckets_part_the_tokens_by_position(positions):
     scores = TokenScores.of([nothing] * 10, nats, positions=places)
     last = -1
     for bucket in scores.by_position():
-        assert bucket["first_position"] > last
-        first, last = bucket["first_position"], bucket["last_position"]
+        assert bucket.first_position > last
+        first, last = bucket.first_position, bucket.last_position
         assert last + 1 in (256, 512, 1024, 2048, 4096, 8192)
         assert first == (0 if last == 255 else (last + 1) // 2)
         inside = [part[(part >= first) & (part <= last)] for part in places.values()]
-        assert bucket["n_conversations"] == sum(len(part) > 0 for part in inside)
-        assert bucket["n_scored_tokens"] == sum(map(len, inside)) > 0
-        assert bucket["loss_nats_per_token"] == pytest.approx(
+        assert bucket.n_conversations == sum(len(part) > 0 for part in inside)
+        assert bucket.n_scored_tokens == sum(map(len, inside)) > 0
+        assert bucket.loss_nats_per_token == pytest.approx(
             np.concatenate(inside).mean() / 100, rel=1e-6
         )
-    n_tokens = sum(bucket["n_scored_tokens"] for bucket in scores.by_position())
+    n_tokens = sum(bucket.n_scored_tokens for bucket in scores.by_position())
     assert n_tokens == sum(map(len, places.values()))
 
 
@@ -156,14 +154,14 @@ def test_a_difference_is_paired_so_that_what_is_hard_for_both_drops_out():
     other = [part + generator.normal(0.03, 0.1, size=len(part)) for part in hard]
     one, two = of_lengths(other), of_lengths(hard)
     found = one.difference(two)
-    losses = [scores.metrics()["loss_nats_per_token"] for scores in (one, two)]
+    losses = [scores.metrics().loss_nats_per_token for scores in (one, two)]
     assert found.mean == pytest.approx(losses[0] - losses[1], abs=1e-7)
     changes = np.array([(a - b).sum() for a, b in zip(other, hard, strict=True)])
     left_out = (changes.sum() - changes) / (lengths.sum() - lengths)
     jackknife = math.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
     assert found.standard_error == pytest.approx(jackknife, rel=0.01)  # measured 1e-4
     # As if of different conversations it would be fifty times as large.
-    alone = [scores.metrics()["loss_standard_error_nats_per_token"] for scores in (one, two)]
+    alone = [scores.metrics().loss_standard_error_nats_per_token for scores in (one, two)]
     assert math.hypot(*alone) > 20 * found.standard_error
 
 
@@ -195,7 +193,7 @@ def test_scores_of_other_tokens_are_not_the_same():
 def test_sources_are_told_apart():
     parts = [np.array([1.0, 1.0]), np.array([4.0]), np.array([2.0, 4.0])]
     scores = of_lengths(parts, {"chat/0": "web", "chat/2": "ours"})
-    found = {one["source"]: one["loss_nats_per_token"] for one in scores.by_source()}
+    found = {one.source: one.loss_nats_per_token for one in scores.by_source()}
     assert found == {"web": 1.0, None: 4.0, "ours": 3.0}
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.facts import facts_of
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import read_facts
 from workflow_scripts.scoring import transformers_model
 from workflow_scripts.scoring.transformers_model import TransformersModel
 from workflow_scripts.settings import RopeScalingSettings
@@ -162,10 +162,10 @@ def test_a_full_fine_tune_of_something_else_is_refused(
 
 
 def test_positions_are_those_given(checkpoint):
-    facts = read_facts(checkpoint, RopeScalingSettings(type="linear", factor=2))
+    facts = facts_of(checkpoint, RopeScalingSettings(type="linear", factor=2))
     plain = TransformersModel(checkpoint, window=None, precision="float32")
     scaled = TransformersModel(
-        checkpoint, window=None, precision="float32", rope=facts["rope_parameters"]
+        checkpoint, window=None, precision="float32", rope=facts.rope_parameters
     )
     with torch.no_grad():
         tokens = torch.from_numpy(TOKENS.astype("int64"))[None]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from workflow_scripts import files
 from workflow_scripts.data.packing import Pieces, best_fit
 from workflow_scripts.data.plan import write_plan
+from workflow_scripts.handover.training import History, TrainingManifest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MODULE = "workflow_scripts.train.train_adapter"
@@ -69,8 +69,8 @@ class Run(NamedTuple):
     """What a run left."""
 
     folder: Path
-    manifest: dict[str, Any]
-    history: dict[str, Any]
+    manifest: TrainingManifest
+    history: History
     log: str
 
     @classmethod
@@ -78,8 +78,8 @@ class Run(NamedTuple):
         adapter = folder / "adapter"
         return cls(
             folder,
-            files.read_json(adapter / "training_manifest.json"),
-            files.read_json(adapter / "history.json"),
+            TrainingManifest.read(adapter / "training_manifest.json"),
+            History.read(adapter / "history.json"),
             (folder / "log").read_text(),
         )
 

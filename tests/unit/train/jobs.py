@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.training import identity_of
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import Plan
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train.checkpoints import Checkpoints
 from workflow_scripts.train.job import Job
@@ -14,7 +16,7 @@ from workflow_scripts.train.trainer import make_trainer
 
 
 def make_job(
-    facts: dict[str, Any],
+    facts: ModelShape,
     plan: Plan,
     documents: Documents,
     recipe: RecipeSettings,
@@ -30,7 +32,7 @@ def make_job(
         plan=plan,
         train=documents,
         validation=documents if validation is None else validation,
-        identity={"test": 1},
+        identity=identity_of(recipe=recipe),
     )
 
 

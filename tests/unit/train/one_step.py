@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from tests.unit.train.jobs import make_job, trainer_of
-from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.plan import read_plan
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.model import trainable_model
 
@@ -47,14 +47,15 @@ def take_step(
 ) -> dict[str, torch.Tensor]:
     """Gradients by parameter, `loss` and `eval_loss`; no matrix of the adapter is zero."""
     settings = RecipeSettings(max_steps=1, evaluations=1, max_gradient_norm=1e9, rank=8, **recipe)
-    model = trainable_model(checkpoint, files.read_json(facts), settings)
+    shape = Facts.read(facts)
+    model = trainable_model(checkpoint, shape, settings)
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     tokens = Documents(documents)
-    job = make_job(files.read_json(facts), read_plan(plan), tokens, settings)
+    job = make_job(shape, read_plan(plan), tokens, settings)
     trainer = trainer_of(
         model, job, folder / "checkpoints", rows_per_micro_batch=rows_per_micro_batch
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from workflow_scripts.data.packing import Piece
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import activations, attention
@@ -23,10 +24,8 @@ def batch(random_documents, tmp_path_factory):
 @pytest.fixture(scope="module")
 def deep(make_checkpoint, write_facts, tmp_path_factory):
     """Five layers."""
-    from workflow_scripts import files
-
     folder = make_checkpoint(tmp_path_factory.mktemp("deep") / "m", num_hidden_layers=5)
-    return folder, files.read_json(write_facts(folder, folder.parent / "facts.json"))
+    return folder, Facts.read(write_facts(folder, folder.parent / "facts.json"))
 
 
 def model_of(deep, recipe=RECIPE):

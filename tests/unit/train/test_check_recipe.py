@@ -13,7 +13,7 @@ def arguments(facts, as_json, tmp_path):
     """`arguments(facts={…}, **recipe)`: the stage's."""
 
     def make(*, heads: dict | None = None, **recipe):
-        files.write_json(tmp_path / "facts.json", facts | (heads or {}))
+        facts.changed(**(heads or {})).write(tmp_path / "facts.json")
         paths = ["--facts", tmp_path / "facts.json", "--check", tmp_path / "check.json"]
         return [*paths, "--name", "mine", "--recipe", as_json(**recipe)]
 

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 
+from tests.training import identity_of
 from workflow_scripts import files
+from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.checkpoints import Checkpoints, all_steps_down, differences
 
-IDENTITY = {"recipe": {"learning_rate": 1e-4, "rank": 8}, "plan": "a" * 64}
+IDENTITY = identity_of(recipe=RecipeSettings(learning_rate=1e-4, rank=8), plan="a" * 64)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_a_step_written_twice_is_the_later_one(checkpoints):
 
 def test_other_settings_start_afresh_and_say_what_differs(checkpoints, tmp_path, caplog):
     write(checkpoints, 7)
-    other = {"recipe": {"learning_rate": 2e-4, "rank": 8}, "plan": "b" * 64}
+    other = identity_of(recipe=RecipeSettings(learning_rate=2e-4, rank=8), plan="b" * 64)
     afresh = Checkpoints(tmp_path / "run", other)
     with caplog.at_level(logging.WARNING):
         afresh.open()
@@ -97,4 +99,4 @@ def test_stepping_down_is_remembered_until_the_run_is_done(checkpoints, tmp_path
     assert all_steps_down(tmp_path / "run") == 1
     checkpoints.remove()
     assert checkpoints.n_steps_down == 0
-    assert files.fingerprint(IDENTITY) == checkpoints.folder.name
+    assert files.fingerprint(IDENTITY.model_dump(mode="json")) == checkpoints.folder.name

@@ -5,16 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.facts import facts_of
 from tests.unit.train.mixtral import N_EXPERTS, save_mixtral, tiny_mixtral
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.lora import kv_rank, lora_config
 
 
 @pytest.fixture(scope="module")
 def mixtral_facts(tmp_path_factory):
-    return read_facts(save_mixtral(tmp_path_factory.mktemp("mixtral")))
+    return facts_of(save_mixtral(tmp_path_factory.mktemp("mixtral")))
 
 
 def adapted_layers(checkpoint, facts, recipe):
@@ -22,10 +23,10 @@ def adapted_layers(checkpoint, facts, recipe):
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    if facts["n_experts"]:
+    if facts.n_experts:
         base = tiny_mixtral()
     else:
-        base = load_model(checkpoint, window=facts["sliding_window"], precision="float32")
+        base = load_model(checkpoint, window=facts.sliding_window, precision="float32")
     model = get_peft_model(base, lora_config(recipe, facts))
     return {
         name.rpartition("base_model.model.")[2]: layer

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from tests.unit.train.shapes import MISTRAL_7B, TINY
+from tests.unit.train.shapes import MISTRAL_7B, TINY, setup_of
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train.memory import fit, layouts
-from workflow_scripts.train.memory.prediction import PARTS, Setup, predict
+from workflow_scripts.train.memory.prediction import predict
 from workflow_scripts.train.memory.shape import PlannedRun
 
 GB = 10**9
@@ -48,8 +48,8 @@ def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_t
         except StageError:
             assert not times, "less memory was enough"
             continue
-        assert parts["peak"] <= available * GB * (1 - fit.MARGIN)
-        assert parts["peak"] == sum(parts[name] for name in PARTS)
+        assert parts.peak <= available * GB * (1 - fit.MARGIN)
+        assert parts.peak == sum(parts.by_name().values())
         times.append(time_of(setup, row_tokens))
     assert times and times == sorted(times, reverse=True)
 
@@ -73,7 +73,7 @@ def test_the_settings_that_are_given_are_kept():
     training = TrainingSettings(
         rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
     )
-    assert chosen(80, training=training)[0] == Setup(2, 7, False)
+    assert chosen(80, training=training)[0] == setup_of(2, 7, False)
 
 
 def test_memory_gb_goes_before_what_is_free():
@@ -82,7 +82,7 @@ def test_memory_gb_goes_before_what_is_free():
 
 
 def test_each_step_down_takes_clearly_less():
-    peaks = [chosen(40, n_steps_down=n)[1]["peak"] for n in range(4)]
+    peaks = [chosen(40, n_steps_down=n)[1].peak for n in range(4)]
     assert all(
         after <= fit.STEP_DOWN * before for before, after in zip(peaks, peaks[1:], strict=False)
     )
@@ -148,30 +148,32 @@ def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
 
 def test_fsdp2_shares_what_ddp_repeats():
     ddp, fsdp = (
-        predict(on_gpu(training=TrainingSettings(parallelism=name), n_gpus=4), Setup(1, 32, False))
+        predict(
+            on_gpu(training=TrainingSettings(parallelism=name), n_gpus=4), setup_of(1, 32, False)
+        )
         for name in ("ddp", "fsdp2")
     )
     for part in ("base_weights", "adapter", "gradients", "optimizer"):
-        assert fsdp[part] == pytest.approx(ddp[part] / 4, abs=1)
-    assert fsdp["peak"] < ddp["peak"]
+        assert getattr(fsdp, part) == pytest.approx(getattr(ddp, part) / 4, abs=1)
+    assert fsdp.peak < ddp.peak
 
 
 def test_evaluation_counts_where_it_takes_more_than_training():
-    facts = MISTRAL_7B | {"sliding_window": None}
+    facts = MISTRAL_7B.changed(sliding_window=None)
     longest, known, never = (
-        predict(on_gpu(row_tokens=1024, facts=facts, **options), Setup(1, 32, False))
+        predict(on_gpu(row_tokens=1024, facts=facts, **options), setup_of(1, 32, False))
         for options in (
             {},
             {"longest_evaluation": 2000},
             {"recipe": RecipeSettings(evaluations=0)},
         )
     )
-    assert longest["evaluation"] > known["evaluation"] >= never["evaluation"] == 0
+    assert longest.evaluation > known.evaluation >= never.evaluation == 0
 
 
 def test_what_ran_out_is_told_with_what_takes_less():
     run = PlannedRun(
-        TINY | {"n_layers": 16, "layer_windows": [None] * 16},
+        TINY.changed(n_layers=16, layer_windows=[None] * 16),
         RecipeSettings(evaluations=0, rows_per_step=4),
         TrainingSettings(),
         row_tokens=16_384,
@@ -191,14 +193,14 @@ def test_the_table_marks_what_is_chosen():
 
 
 def test_the_demo_is_never_refused_on_24_gb():
-    facts = TINY | {
-        "n_layers": 4,
-        "intermediate_size": 1024,
-        "vocabulary_size": 32_768,
-        "context_tokens": 4096,
-        "sliding_window": 512,
-        "layer_windows": [512] * 4,
-    }
+    facts = TINY.changed(
+        n_layers=4,
+        intermediate_size=1024,
+        vocabulary_size=32_768,
+        context_tokens=4096,
+        sliding_window=512,
+        layer_windows=[512] * 4,
+    )
     run = PlannedRun(
         facts,
         RecipeSettings(rank=64, rows_per_step=8),
@@ -208,4 +210,4 @@ def test_the_demo_is_never_refused_on_24_gb():
     )
     setup, parts = fit.choose(run, available_bytes=24 * GB)
     assert not setup.offloads_activations and setup.n_checkpointed_layers == 0
-    assert parts["peak"] < 6 * GB
+    assert parts.peak < 6 * GB

@@ -25,30 +25,29 @@ from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from tests.unit.train.shapes import MISTRAL_7B, TINY
-from workflow_scripts import files
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from tests.facts import facts_of
+from tests.unit.train.shapes import MISTRAL_7B, TINY, setup_of
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.experts import Nf4Tensor
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train import attention, loss, optimization, projections
 from workflow_scripts.train.activations import save_less
 from workflow_scripts.train.memory import prediction
-from workflow_scripts.train.memory.prediction import Setup
 from workflow_scripts.train.memory.shape import PlannedRun, Shape
 from workflow_scripts.train.model import adapt
 
 
 def config_of(facts, **options):
     return MistralConfig(
-        vocab_size=facts["vocabulary_size"],
-        hidden_size=facts["hidden_size"],
-        intermediate_size=facts["intermediate_size"],
-        num_hidden_layers=facts["n_layers"],
-        num_attention_heads=facts["n_heads"],
-        num_key_value_heads=facts["n_kv_heads"],
-        head_dim=facts["head_dim"],
-        sliding_window=facts["sliding_window"],
-        tie_word_embeddings=facts["ties_embeddings"],
+        vocab_size=facts.vocabulary_size,
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_hidden_layers=facts.n_layers,
+        num_attention_heads=facts.n_heads,
+        num_key_value_heads=facts.n_kv_heads,
+        head_dim=facts.head_dim,
+        sliding_window=facts.sliding_window,
+        tie_word_embeddings=facts.ties_embeddings,
         attn_implementation=attention.register(),
         **options,
     )
@@ -105,7 +104,7 @@ def checkpoint_of(make_checkpoint, tmp_path_factory):
 def model_of(folder, facts, recipe, *, precision="nf4", fuses=True):
     base = load_model(
         folder,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         precision=precision,
         attention=attention.register(),
         device="cpu",
@@ -171,10 +170,10 @@ LAYERS = {
     "DoRA": (TINY, {"dora": True}),
     "16-bit method": (TINY, {"method": "lora"}),
     "full": (TINY, {"method": "full"}),
-    "wide heads": (TINY | {"head_dim": 64, "n_kv_heads": 4}, {}),
-    "narrow feed-forward": (TINY | {"intermediate_size": 256}, {}),
-    "a window": (TINY | {"sliding_window": 64, "layer_windows": [64] * 2}, {}),
-    "a 7B's layer": (MISTRAL_7B | {"n_layers": 1, "vocabulary_size": 512}, {}),
+    "wide heads": (TINY.changed(head_dim=64, n_kv_heads=4), {}),
+    "narrow feed-forward": (TINY.changed(intermediate_size=256), {}),
+    "a window": (TINY.changed(sliding_window=64, layer_windows=[64] * 2), {}),
+    "a 7B's layer": (MISTRAL_7B.changed(n_layers=1, vocabulary_size=512), {}),
 }
 
 
@@ -188,7 +187,7 @@ def test_what_autograd_keeps_is_what_the_formulas_say(name, checkpoint_of):
     precision = {"qlora": "nf4"}.get(recipe.method, "float32")
     model = model_of(checkpoint_of(facts), facts, recipe, precision=precision, fuses=fuses)
     shape = Shape(facts, recipe, compute_bytes=4, is_cuda=False, has_liger=False, fuses=fuses)
-    predicted = prediction.kept_bytes(shape, n_tokens=n_tokens, setup=Setup(1, 0, False))
+    predicted = prediction.kept_bytes(shape, n_tokens=n_tokens, setup=setup_of(1, 0, False))
     found = kept_bytes(model, batch_of(n_tokens))
     # Measured: 0.1 % apart; with a window 1.1 %, its masks.
     assert found == pytest.approx(predicted, rel=0.03)
@@ -203,7 +202,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone(n_again, checkpoint_of):
     batch = batch_of(512)
     with Live() as live:
         result = model(**batch).loss
-    predicted = prediction.kept_bytes(shape, n_tokens=512, setup=Setup(1, n_again, False))
+    predicted = prediction.kept_bytes(shape, n_tokens=512, setup=setup_of(1, n_again, False))
     assert live.now == pytest.approx(predicted, rel=0.03), live.now / predicted
     result.backward()
 
@@ -337,31 +336,31 @@ def test_the_peak_of_a_7b_on_a_gpu_is_predicted_to_the_allocation(name, as_on_cu
     n_tokens, n_again, options = ON_CUDA[name]
     options = dict(options)
     fuses = options.pop("fuses", True)
-    facts = MISTRAL_7B | {"n_layers": 4}
+    facts = MISTRAL_7B.changed(n_layers=4)
     recipe = RecipeSettings(**options)
-    setup = Setup(1, n_again, False)
+    setup = setup_of(1, n_again, False)
     found, weights = fake_peak(facts, recipe, n_tokens=n_tokens, setup=setup, fuses=fuses)
     shape = Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
     parts = prediction.predict_shape(shape, n_tokens=n_tokens, setup=setup)
     # Exact but for the rotary frequencies, 512 bytes.
-    assert 0 <= weights - parts["base_weights"] - parts["adapter"] <= 1024
+    assert 0 <= weights - parts.base_weights - parts.adapter <= 1024
     # No optimizer ran, and cuBLAS has no workspace on fake tensors.
-    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
+    predicted = parts.peak - parts.optimizer - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.03)  # measured: 0.4 %
 
 
 def test_the_peak_of_the_whole_7b_at_32k_is_predicted(as_on_cuda):
-    recipe, setup = RecipeSettings(), Setup(1, 32, False)
+    recipe, setup = RecipeSettings(), setup_of(1, 32, False)
     found, _ = fake_peak(MISTRAL_7B, recipe, n_tokens=32_768, setup=setup)
     shape = Shape(MISTRAL_7B, recipe, compute_bytes=2, is_cuda=True, has_liger=False)
     parts = prediction.predict_shape(shape, n_tokens=32_768, setup=setup)
-    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
+    predicted = parts.peak - parts.optimizer - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.01)  # measured: 0.01 %
 
 
 @pytest.mark.parametrize("fuses", [True, False])
 def test_the_peak_of_an_evaluation_is_predicted(fuses, as_on_cuda):
-    recipe, facts = RecipeSettings(), MISTRAL_7B | {"n_layers": 2}
+    recipe, facts = RecipeSettings(), MISTRAL_7B.changed(n_layers=2)
     model = model_without_numbers(facts, recipe, fuses=fuses).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Live() as live:
         put_on_fake_device(model)
@@ -377,13 +376,13 @@ def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda,
     """torch 2.11, which has no `enable_gqa`."""
     names = attention._varlen_parameters() - {"enable_gqa"}
     monkeypatch.setattr(attention, "_varlen_parameters", lambda: names)
-    facts = MISTRAL_7B | {"n_layers": 2}
-    found, _ = fake_peak(facts, RecipeSettings(), n_tokens=8192, setup=Setup(1, 0, False))
+    facts = MISTRAL_7B.changed(n_layers=2)
+    found, _ = fake_peak(facts, RecipeSettings(), n_tokens=8192, setup=setup_of(1, 0, False))
     shape = Shape(
         facts, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False, expands_keys=True
     )
-    parts = prediction.predict_shape(shape, n_tokens=8192, setup=Setup(1, 0, False))
-    predicted = parts["peak"] - parts["optimizer"] - prediction.CUDA_WORKSPACE
+    parts = prediction.predict_shape(shape, n_tokens=8192, setup=setup_of(1, 0, False))
+    predicted = parts.peak - parts.optimizer - prediction.CUDA_WORKSPACE
     assert found == pytest.approx(predicted, rel=0.02)
 
 
@@ -428,27 +427,27 @@ def cpu_shape(facts, recipe):
 @pytest.mark.parametrize("ties", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("method", ["qlora", "lora_int8", "lora", "full"])
 def test_the_base_takes_the_bytes_predicted(method, ties, make_checkpoint, tmp_path):
-    from workflow_scripts.models.checkpoint import read_facts
+    from tests.facts import facts_of
 
     folder = make_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=ties)
     precision = {"qlora": "nf4", "lora_int8": "int8"}.get(method, "float32")
     base = load_model(folder, window=8, precision=precision, device="cpu")
     base.requires_grad_(False)
     predicted = prediction.base_weight_bytes(
-        cpu_shape(read_facts(folder), RecipeSettings(method=method))
+        cpu_shape(facts_of(folder), RecipeSettings(method=method))
     )
     assert own_bytes(base) == predicted
 
 
 def test_a_mixtures_experts_in_nf4_take_the_bytes_predicted(tmp_path):
+    from tests.facts import facts_of
     from tests.unit.train.mixtral import save_mixtral
-    from workflow_scripts.models.checkpoint import read_facts
 
     folder = save_mixtral(tmp_path / "checkpoint")
     base = load_model(folder, window=None, precision="nf4", device="cpu")
     base.requires_grad_(False)
     assert own_bytes(base) == prediction.base_weight_bytes(
-        cpu_shape(read_facts(folder), RecipeSettings())
+        cpu_shape(facts_of(folder), RecipeSettings())
     )
 
 
@@ -492,7 +491,9 @@ from pathlib import Path
 import torch, transformers, peft, bitsandbytes
 from tests.benchmarks.resident_memory import resident_bytes
 from workflow_scripts import files
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from tests.facts import facts_of
+from workflow_scripts.handover.facts import Facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention, optimization
 from workflow_scripts.train.activations import save_less
@@ -500,7 +501,7 @@ from workflow_scripts.train.model import adapt
 
 folder = Path(sys.argv[1])
 n_rows, row_tokens, n_again = map(int, sys.argv[2:])
-recipe, facts = RecipeSettings(), files.read_json(folder / "facts.json")
+recipe, facts = RecipeSettings(), Facts.read(folder / "facts.json")
 base = load_model(
     folder, window=512, precision="nf4", attention=attention.register(), device="cpu"
 )
@@ -533,8 +534,8 @@ def test_a_process_on_a_cpu_takes_about_what_is_predicted(
         max_position_embeddings=4096,
         sliding_window=512,
     )
-    facts = read_facts(folder)
-    files.write_json(folder / "facts.json", facts)
+    facts = facts_of(folder)
+    facts.write(folder / "facts.json")
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, *map(str, (folder, n_rows, 2560, n_again))],
         cwd=Path(__file__).resolve().parents[3],
@@ -550,5 +551,5 @@ def test_a_process_on_a_cpu_takes_about_what_is_predicted(
         row_tokens=2560,
         device_type="cpu",
     )
-    parts = prediction.predict(run, Setup(n_rows, n_again, False))
-    assert int(done.stdout.split()[-1]) == pytest.approx(parts["peak"], rel=0.3)
+    parts = prediction.predict(run, setup_of(n_rows, n_again, False))
+    assert int(done.stdout.split()[-1]) == pytest.approx(parts.peak, rel=0.3)

@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.facts import facts_of
 from tests.unit.train import one_step
 from tests.unit.train.mixtral import N_EXPERTS, save_mixtral
 from workflow_scripts.data.packing import Piece
 from workflow_scripts.data.plan import write_plan
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import load_model, read_facts
+from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.model import adapt, trainable_model
@@ -115,7 +116,7 @@ def test_layers_saved_whole_move_with_the_adapter(checkpoint, facts, batch):
 
 def test_tied_layers_saved_whole_stay_one_matrix(make_checkpoint, tmp_path, batch):
     folder = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
-    facts = read_facts(folder)
+    facts = facts_of(folder)
     recipe = RecipeSettings(method="lora", rank=8, modules_to_save=["embed_tokens"])
     model = trainable_model(folder, facts, recipe)
     moved = trained_step(model, batch)
@@ -141,7 +142,7 @@ def saved_and_read(model, facts, checkpoint, folder, batch):
 
     base = load_model(
         checkpoint,
-        window=facts["sliding_window"],
+        window=facts.sliding_window,
         precision="float32",
         attention=attention.register(),
     )
@@ -176,7 +177,7 @@ def test_an_adapter_from_its_files_is_the_one_that_trained(
 def test_of_a_mixture_experts_and_router_learn_only_when_asked(
     mixtral, batch, tmp_path, adapts_experts, trains_router, method
 ):
-    facts = read_facts(mixtral)
+    facts = facts_of(mixtral)
     recipe = RecipeSettings(
         method=method,
         rank=8,
@@ -198,7 +199,7 @@ def test_of_a_mixture_experts_and_router_learn_only_when_asked(
 
 def test_the_delta_of_an_expert_is_its_own_product(mixtral, batch):
     """Against experts written out, with the delta added to the weights of each."""
-    facts = read_facts(mixtral)
+    facts = facts_of(mixtral)
     recipe = RecipeSettings(method="lora", rank=8, alpha=24, adapts_experts=True)
     model = trainable_model(mixtral, facts, recipe)
     trained_step(model, batch)
@@ -234,7 +235,7 @@ def test_a_full_fine_tune_of_a_mixture_leaves_the_router_unless_asked(
     mixtral, batch, trains_router
 ):
     recipe = RecipeSettings(method="full", trains_router=trains_router)
-    model = trainable_model(mixtral, read_facts(mixtral), recipe)
+    model = trainable_model(mixtral, facts_of(mixtral), recipe)
     names = {name for name, _ in model.named_parameters()}
     routers = {name for name in names if ".mlp.gate." in name}
     assert len(routers) == 2
@@ -244,7 +245,7 @@ def test_a_full_fine_tune_of_a_mixture_leaves_the_router_unless_asked(
 def test_a_16_bit_mixture_takes_a_float32_router_with_and_without_autocast(mixtral, batch):
     base = load_model(mixtral, window=None, precision="bfloat16")
     recipe = RecipeSettings(method="lora", rank=8, trains_router=True, adapts_experts=True)
-    model = adapt(base, read_facts(mixtral), recipe)
+    model = adapt(base, facts_of(mixtral), recipe)
     plain = {key: batch[key] for key in ("input_ids", "position_ids", "labels")}
     for is_on in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):

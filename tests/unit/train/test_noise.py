@@ -98,5 +98,5 @@ def test_the_attention_probe_is_not_misled_by_noise(noisy, documents, plan_of, f
     model, _ = noisy()
     model.train(is_training)
     plan = plan_of([ROW], row_tokens=300)
-    probed = check_attention(model, documents, plan, facts["layer_windows"])
+    probed = check_attention(model, documents, plan, facts.layer_windows)
     assert 0 < probed["n_moved_tokens"] <= LENGTHS[1]

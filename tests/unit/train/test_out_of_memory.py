@@ -68,14 +68,14 @@ def unlimited(long_rows, tmp_path_factory) -> tuple[Run, int]:
 
 def test_a_run_steps_down_once_and_ends_as_it_would_have(unlimited, long_rows, tmp_path):
     whole, took_bytes = unlimited
-    assert whole.manifest["n_checkpointed_layers"] == 0
+    assert whole.manifest.n_checkpointed_layers == 0
     code, text = train(long_rows, tmp_path, int(0.9 * took_bytes))
     assert code == 0, text
     assert "the memory ran out" in text and "DefaultCPUAllocator" in text
     found = Run.read(tmp_path)
-    assert 0 < found.manifest["n_checkpointed_layers"] <= N_LAYERS
-    for one, other in zip(found.history["train"], whole.history["train"], strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+    assert 0 < found.manifest.n_checkpointed_layers <= N_LAYERS
+    for one, other in zip(found.history.train, whole.history.train, strict=True):
+        assert one.model_dump() == pytest.approx(other.model_dump(), rel=1e-5)
     assert list((tmp_path / "resume").iterdir()) == []
 
 

@@ -7,17 +7,16 @@ import re
 
 import pytest
 
-from tests.unit.train.shapes import MISTRAL_7B
-from workflow_scripts import files
+from tests.unit.train.shapes import MISTRAL_7B, setup_of
+from workflow_scripts.handover.training import MemoryPlan
 from workflow_scripts.log import StageError
 from workflow_scripts.train import plan_memory
 from workflow_scripts.train.memory import fit
-from workflow_scripts.train.memory.prediction import PARTS
 
 
 @pytest.fixture
 def facts_of_7b(tmp_path):
-    files.write_json(tmp_path / "facts.json", MISTRAL_7B)
+    MISTRAL_7B.write(tmp_path / "facts.json")
     return tmp_path / "facts.json"
 
 
@@ -28,20 +27,17 @@ def test_the_plan_of_a_run_on_this_machine(prepared, tmp_path):
         + ["--validation", str(prepared.tokens / "validation.arrow")]
         + ["--recipe", '{"rows_per_step": 2}', "--memory-plan", str(written)]
     )
-    plan = files.read_json(written)
-    assert plan["device"] == "cpu" and plan["n_gpus"] == 1
-    assert 200 <= plan["row_tokens"] <= 256
-    assert plan["evaluation_tokens"] == plan["row_tokens"]  # those of validation are shorter
-    assert plan["rows_per_micro_batch"] in (1, 2)
-    assert plan["predicted_bytes"].keys() == {*PARTS, "peak"}
-    assert plan["predicted_peak_memory_bytes"] <= plan["usable_bytes"] < plan["available_bytes"]
-    chosen = {key: plan[key] for key in ("rows_per_micro_batch", "n_checkpointed_layers")}
-    (candidate,) = [
-        one for one in plan["candidates"]
-        if chosen.items() <= one.items()
-        and one["offloads_activations"] == plan["offloads_activations"]
-    ]  # fmt: skip
-    assert candidate["parts_bytes"] == plan["predicted_bytes"]
+    plan = MemoryPlan.read(written)
+    assert plan.device == "cpu" and plan.n_gpus == 1
+    assert 200 <= plan.row_tokens <= 256
+    assert plan.evaluation_tokens == plan.row_tokens  # those of validation are shorter
+    assert plan.rows_per_micro_batch in (1, 2)
+    assert plan.predicted_peak_memory_bytes <= plan.usable_bytes < plan.available_bytes
+    chosen = setup_of(
+        plan.rows_per_micro_batch, plan.n_checkpointed_layers, plan.offloads_activations
+    )
+    (candidate,) = [one for one in plan.candidates if one.setup == chosen]
+    assert candidate.parts_bytes == plan.predicted_bytes
 
 
 @pytest.mark.parametrize("memory_gb", [8, 12, 16, 24, 40, 48, 80])
@@ -53,15 +49,15 @@ def test_a_7b_is_planned_for_gpus_that_are_not_here(memory_gb, facts_of_7b, tmp_
             ["--facts", str(facts_of_7b), "--row-tokens", "4096", "--recipe", '{"rank": 32}']
             + ["--memory-gb", str(memory_gb), "--memory-plan", str(written)]
         )
-    plan = files.read_json(written)
-    assert plan["device"] == f"a GPU with {memory_gb} GB"
-    assert plan["predicted_peak_memory_bytes"] <= memory_gb * 1e9 * (1 - fit.MARGIN)
+    plan = MemoryPlan.read(written)
+    assert plan.device == f"a GPU with {memory_gb} GB"
+    assert plan.predicted_peak_memory_bytes <= memory_gb * 1e9 * (1 - fit.MARGIN)
     table = next(message for message in caplog.messages if message.startswith("memory of training"))
     (line,) = re.findall(r"^ *(\d+) +(\d+) +(yes|no) .*chosen$", table, re.MULTILINE)
     assert line == (
-        str(plan["rows_per_micro_batch"]),
-        str(plan["n_checkpointed_layers"]),
-        "yes" if plan["offloads_activations"] else "no",
+        str(plan.rows_per_micro_batch),
+        str(plan.n_checkpointed_layers),
+        "yes" if plan.offloads_activations else "no",
     )
 
 
@@ -83,7 +79,7 @@ def test_memory_gb_of_the_command_goes_before_that_of_the_settings(facts_of_7b, 
         ["--facts", str(facts_of_7b), "--row-tokens", "4096", "--memory-gb", "24"]
         + ["--training", json.dumps({"memory_gb": 3}), "--memory-plan", str(written)]
     )
-    assert files.read_json(written)["available_bytes"] == 24 * 10**9
+    assert MemoryPlan.read(written).available_bytes == 24 * 10**9
 
 
 def test_help_starts_without_torch(ask_for_help):

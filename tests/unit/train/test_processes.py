@@ -40,13 +40,15 @@ def alone(alike, tmp_path_factory):
 def test_two_processes_have_the_loss_curve_of_one(alike, alone, tmp_path, parallelism):
     options = {"gpus": 2, "parallelism": parallelism, "gradient_checkpointing": 1}
     found = alike.run(SHARED, tmp_path, **options)
-    assert found.manifest["n_processes"] == 2
+    assert found.manifest.n_processes == 2
     for split in ("train", "validation"):
-        assert len(found.history[split]) == len(alone.history[split]) > 2
-        for one, other in zip(found.history[split], alone.history[split], strict=True):
-            for key, value in other.items():
+        measured, of_alone = getattr(found.history, split), getattr(alone.history, split)
+        assert len(measured) == len(of_alone) > 2
+        for one, other in zip(measured, of_alone, strict=True):
+            for key, value in other:
                 # Measured 2e-6 of the losses; the norms' sums are grouped anew.
-                assert one[key] == pytest.approx(value, rel=1e-5 if "loss" in key else 1e-4), key
+                rel = 1e-5 if "loss" in key else 1e-4
+                assert getattr(one, key) == pytest.approx(value, rel=rel), key
     expected, weights = alone.weights(), found.weights()
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -66,9 +68,9 @@ def test_two_processes_that_are_told_to_end_resume_together(alike, alone, tmp_pa
     assert "training was ended by" in log.read_text()
     assert len(list(tmp_path.glob("resume/*/checkpoint-*"))) == 1
     resumed = alike.run(SHARED, tmp_path, gpus=2, checkpoint_steps=1000)
-    assert resumed.manifest["resumed"] is True
-    for one, other in zip(resumed.history["train"], alone.history["train"], strict=True):
-        assert one["loss_nats_per_token"] == pytest.approx(other["loss_nats_per_token"], rel=1e-5)
+    assert resumed.manifest.resumed is True
+    for one, other in zip(resumed.history.train, alone.history.train, strict=True):
+        assert one.loss_nats_per_token == pytest.approx(other.loss_nats_per_token, rel=1e-5)
 
 
 def test_rows_that_two_processes_cannot_share_stop_before_training(alike, tmp_path):

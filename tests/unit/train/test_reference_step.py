@@ -71,7 +71,7 @@ def product(checkpoint, facts, documents, plan_of, tmp_path):
 
     def step(*, changed_facts=(), **settings):
         recipe = RECIPE.model_copy(update=settings)
-        model = trainable_model(checkpoint, facts | dict(changed_facts), recipe)
+        model = trainable_model(checkpoint, facts.changed(**dict(changed_facts)), recipe)
         torch.manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -29,9 +29,10 @@ def assert_same_ending(found: Run, whole: Run):
         # Measured 0: the same arithmetic.
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
     for split in ("train", "validation"):
-        assert len(found.history[split]) == len(whole.history[split])
-        for one, other in zip(found.history[split], whole.history[split], strict=True):
-            assert one == pytest.approx(other, rel=1e-5)
+        measured, of_whole = getattr(found.history, split), getattr(whole.history, split)
+        assert len(measured) == len(of_whole)
+        for one, other in zip(measured, of_whole, strict=True):
+            assert one.model_dump() == pytest.approx(other.model_dump(), rel=1e-5)
 
 
 def checkpoint_steps(folder):
@@ -60,10 +61,10 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint(prepared, whole_run, tmp_p
         assert 3 in saved
 
     resumed = prepared.run(RECIPE, tmp_path)
-    assert resumed.manifest["resumed"] is bool(saved)
+    assert resumed.manifest.resumed is bool(saved)
     if saved:
         assert f"checkpoint-{saved[-1]}" in resumed.log
-    assert resumed.manifest["n_steps"] == N_STEPS
+    assert resumed.manifest.n_steps == N_STEPS
     assert_same_ending(resumed, whole_run)
     assert list((tmp_path / "resume").iterdir()) == []
 
@@ -82,7 +83,7 @@ def test_a_signal_to_end_saves_first_and_says_how_to_go_on(prepared, whole_run, 
     assert f"step {step} of {N_STEPS}" in text and "Traceback" not in text
 
     resumed = prepared.run(RECIPE, tmp_path, checkpoint_steps=1000)
-    assert resumed.manifest["resumed"] is True
+    assert resumed.manifest.resumed is True
     assert_same_ending(resumed, whole_run)
 
 
@@ -99,7 +100,7 @@ def test_a_signal_in_the_last_step_keeps_what_a_second_start_needs(prepared, tmp
     shutil.rmtree(tmp_path / "adapter")
 
     again = prepared.run(recipe, tmp_path, checkpoint_steps=1000)
-    assert again.manifest["resumed"] is True and again.manifest["n_steps"] == 1
+    assert again.manifest.resumed is True and again.manifest.n_steps == 1
     assert again.history == first.history
     torch.testing.assert_close(again.weights(), weights, rtol=0, atol=0)
     assert list((tmp_path / "resume").iterdir()) == []
@@ -125,7 +126,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(prepared, whole_run, tmp_
     run_log = (tmp_path / "log").read_text()
     assert done.returncode == 0, run_log
     found = Run.read(tmp_path)
-    assert found.manifest["n_failed_checkpoints"] == N_STEPS - saved[-1]
+    assert found.manifest.n_failed_checkpoints == N_STEPS - saved[-1]
     assert run_log.count("could not write a checkpoint") == N_STEPS - saved[-1]
     assert_same_ending(found, whole_run)
 
@@ -145,7 +146,7 @@ def test_another_recipe_starts_afresh_and_says_so(prepared, tmp_path):
     process.wait()
     left = {path.name for path in (tmp_path / "resume").iterdir()}
     found = prepared.run({**RECIPE, "learning_rate": 0.02}, tmp_path)
-    assert found.manifest["resumed"] is False
+    assert found.manifest.resumed is False
     assert "started afresh" in found.log and "recipe.learning_rate: 0.01 → 0.02" in found.log
     assert {path.name for path in (tmp_path / "resume").iterdir()} == left
 
@@ -161,18 +162,20 @@ def test_how_a_run_is_laid_out_may_change_when_it_resumes(prepared, tmp_path):
     process.wait()
     options = {"rows_per_micro_batch": 1, "gradient_checkpointing": "full"}
     resumed = prepared.run(recipe, folder, **options)
-    assert resumed.manifest["resumed"] is True
-    assert resumed.manifest["rows_per_micro_batch"] == 1
-    for one, other in zip(resumed.history["train"], whole.history["train"], strict=True):
-        assert one == pytest.approx(other, rel=1e-4)  # measured 1e-6; the sums are grouped anew
+    assert resumed.manifest.resumed is True
+    assert resumed.manifest.rows_per_micro_batch == 1
+    for one, other in zip(resumed.history.train, whole.history.train, strict=True):
+        assert one.model_dump() == pytest.approx(
+            other.model_dump(), rel=1e-4
+        )  # measured 1e-6; the sums are grouped anew
 
 
 def test_the_best_weights_survive_a_kill(prepared, tmp_path):
     """The rate is so high that the loss rises after its lowest: the best is not the last."""
     recipe = {**RECIPE, "keeps_best": True, "evaluations": 5, "learning_rate": 0.1}
     whole = prepared.run(recipe, tmp_path / "whole")
-    losses = [entry["loss_nats_per_token"] for entry in whole.history["validation"]]
-    best = whole.manifest["best_step"]
+    losses = [entry.loss_nats_per_token for entry in whole.history.validation]
+    best = whole.manifest.best_step
     assert losses.index(min(losses)) + 1 == best < N_STEPS
     folder = tmp_path / "killed"
     process = prepared.start(recipe, folder)
@@ -180,5 +183,5 @@ def test_the_best_weights_survive_a_kill(prepared, tmp_path):
     process.kill()
     process.wait()
     resumed = prepared.run(recipe, folder)
-    assert resumed.manifest["resumed"] is True and resumed.manifest["best_step"] == best
+    assert resumed.manifest.resumed is True and resumed.manifest.best_step == best
     assert_same_ending(resumed, whole)

@@ -11,6 +11,7 @@ from workflow_scripts import files
 from workflow_scripts.data.documents import Documents
 from workflow_scripts.data.packing import Piece, Pieces, best_fit
 from workflow_scripts.data.plan import read_plan
+from workflow_scripts.handover.training import Evaluation
 from workflow_scripts.log import StageError
 from workflow_scripts.train.adapter_files import read_history
 
@@ -34,39 +35,41 @@ def test_the_adapter_loads_and_moves_the_base(whole_run, checkpoint):
 
 
 def test_the_history_has_every_step_and_a_gradient_in_each(whole_run):
-    train = whole_run.history["train"]
-    assert [entry["step"] for entry in train] == list(range(1, N_STEPS + 1))
+    train = whole_run.history.train
+    assert [entry.step for entry in train] == list(range(1, N_STEPS + 1))
     for entry in train:
-        assert entry.keys() == {"step", "loss_nats_per_token", "gradient_norm", "learning_rate"}
-        assert math.isfinite(entry["loss_nats_per_token"])
-        assert 0 < entry["gradient_norm"] < math.inf
-    assert [entry["step"] for entry in whole_run.history["validation"]] == [3, 5]
-    for entry in whole_run.history["validation"]:
-        assert entry.keys() == {"step", "loss_nats_per_token", "perplexity"}
+        assert entry.model_dump().keys() == {
+            "step",
+            "loss_nats_per_token",
+            "gradient_norm",
+            "learning_rate",
+        }
+        assert math.isfinite(entry.loss_nats_per_token)
+        assert 0 < entry.gradient_norm < math.inf
+    assert [entry.step for entry in whole_run.history.validation] == [3, 5]
+    for entry in whole_run.history.validation:
+        assert entry.model_dump().keys() == {"step", "loss_nats_per_token", "perplexity"}
 
 
 def test_the_manifest_says_what_was_done(whole_run, prepared):
     manifest = whole_run.manifest
-    assert manifest["n_steps"] == N_STEPS
-    assert manifest["resumed"] is False
-    assert manifest["tokens_per_second"] > 0
-    assert manifest["duration_seconds"] > 0
-    assert manifest["peak_memory_bytes"] > 2**20
-    assert (
-        manifest["final_loss_nats_per_token"]
-        == (whole_run.history["train"][-1]["loss_nats_per_token"])
-    )
+    assert manifest.n_steps == N_STEPS
+    assert manifest.resumed is False
+    assert manifest.tokens_per_second > 0
+    assert manifest.duration_seconds > 0
+    assert manifest.peak_memory_bytes > 2**20
+    assert manifest.final_loss_nats_per_token == (whole_run.history.train[-1].loss_nats_per_token)
     n_weights = sum(tensor.numel() for tensor in whole_run.weights().values())
-    assert manifest["n_trainable_parameters"] == n_weights
-    identity = manifest["identity"]
-    assert identity["plan"] == files.sha256(prepared.plan)
-    assert identity["tokens"] == files.sha256(prepared.tokens / "train.arrow")
-    assert identity["base"] == {
+    assert manifest.n_trainable_parameters == n_weights
+    identity = manifest.identity
+    assert identity.plan == files.sha256(prepared.plan)
+    assert identity.tokens == files.sha256(prepared.tokens / "train.arrow")
+    assert identity.base == {
         "model.safetensors": files.sha256(prepared.checkpoint / "model.safetensors")
     }
-    assert identity["recipe"]["max_steps"] == N_STEPS
+    assert identity.recipe.max_steps == N_STEPS
     n_rows = len(best_fit(Pieces.whole(LENGTHS), row_tokens=256, seed=0))
-    assert manifest["tokens_per_step"] == pytest.approx(sum(LENGTHS) / n_rows)
+    assert manifest.tokens_per_step == pytest.approx(sum(LENGTHS) / n_rows)
 
 
 def test_after_success_no_checkpoint_is_left(whole_run):
@@ -80,10 +83,9 @@ def entry(step, **values):
 def test_the_history_keeps_steps_and_evaluations_apart():
     log_history = [entry(1), {"step": 1, "eval_loss": 3.0}, entry(2), {"step": 2, "runtime": 1}]
     history = read_history(log_history)
-    assert [row["step"] for row in history["train"]] == [1, 2]
-    assert history["validation"] == [
-        {"step": 1, "loss_nats_per_token": 3.0, "perplexity": math.exp(3.0)}
-    ]
+    assert [row.step for row in history.train] == [1, 2]
+    evaluated = Evaluation(step=1, loss_nats_per_token=3.0, perplexity=math.exp(3.0))
+    assert history.validation == (evaluated,)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +167,12 @@ def test_the_validation_loss_of_training_is_evaluate_perplexitys(
             *("--token-scores", str(tmp_path / "scores.tokens.parquet")),
         ]
     )
-    last = whole_run.history["validation"][-1]
-    assert last["step"] == N_STEPS
+    last = whole_run.history.validation[-1]
+    assert last.step == N_STEPS
     found = files.read_json(scores)
     assert found["n_pieces"] > found["n_conversations"]  # cut at the window, as the chain cuts
-    assert last["loss_nats_per_token"] == pytest.approx(found["loss_nats_per_token"], rel=1e-5)
-    assert last["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
+    assert last.loss_nats_per_token == pytest.approx(found["loss_nats_per_token"], rel=1e-5)
+    assert last.perplexity == pytest.approx(found["perplexity"], rel=1e-5)
 
 
 @pytest.mark.parametrize("honours_window", [True, False])
@@ -196,6 +198,6 @@ def test_a_window_that_is_not_honoured_is_not_there_in_training(prepared, tmp_pa
         supervised = torch.from_numpy(document.is_supervised[1:])
         nats -= float(found[supervised].sum())
         n_tokens += int(supervised.sum())
-    loss = run.history["train"][0]["loss_nats_per_token"]
+    loss = run.history.train[0].loss_nats_per_token
     # Measured 8e-8 and 9e-9; the two references are 4e-3 apart.
     assert loss == pytest.approx(nats / n_tokens, rel=1e-5)

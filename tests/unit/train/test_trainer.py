@@ -46,7 +46,7 @@ def reference(trained, checkpoint, facts):
     from peft import get_peft_model
 
     dense = load_model(
-        checkpoint, window=facts["sliding_window"], precision="float32", attention="eager"
+        checkpoint, window=facts.sliding_window, precision="float32", attention="eager"
     )
     dense = get_peft_model(dense, lora_config(RECIPE, facts))
     layers = dict(dense.named_modules())
@@ -137,7 +137,7 @@ def trainer_of(plan_of, facts):
     ):  # fmt: skip
         plan = plan_of(rows, row_tokens=40, strategy=strategy)
         # Pieces of validation as long as the documents; the model's own window stays.
-        facts_of_job = facts | {"sliding_window": None}
+        facts_of_job = facts.changed(**{"sliding_window": None})
         job = jobs.make_job(facts_of_job, plan, train, recipe, validation=validation)
         progress = Progress(tokens_per_step=40)
         options = {"rows_per_micro_batch": rows_per_micro_batch, "callbacks": [progress]}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
+from workflow_scripts.handover.training import Candidate, MemoryParts, Setup
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TrainingSettings
 from workflow_scripts.train.memory import device
-from workflow_scripts.train.memory.layouts import Candidate, candidates, fastest, table_rows
-from workflow_scripts.train.memory.prediction import PARTS, Setup
+from workflow_scripts.train.memory.layouts import candidates, fastest, table_rows
 from workflow_scripts.train.memory.shape import PlannedRun
 
 # Share of the available bytes left alone: the allocator's gaps between blocks of unequal size.
@@ -18,11 +17,12 @@ MARGIN = 0.06
 # A step down after an out-of-memory asks for this share of what was predicted.
 STEP_DOWN = 0.85
 ROW_STEP_TOKENS = 64  # of a suggested row length
+Changes = Mapping[str, int | bool | str]  # values of settings, by key
 
 
 def choose(
     run: PlannedRun, *, available_bytes: int, n_steps_down: int = 0
-) -> tuple[Setup, dict[str, int]]:
+) -> tuple[Setup, MemoryParts]:
     """The fastest layout that fits, what is `auto` filled in, and its bytes by part.
 
     Args:
@@ -45,7 +45,7 @@ def choose(
         chosen = fastest(found, limit)
     if chosen is None:
         raise _no_fit(run, found, limit)
-    return chosen.setup, chosen.parts
+    return chosen.setup, chosen.parts_bytes
 
 
 def usable_bytes(training: TrainingSettings, available: int) -> float:
@@ -80,12 +80,12 @@ def refusal(run: PlannedRun, *, n_steps_down: int, error: str) -> StageError:
     try:
         setup, parts = choose(run, available_bytes=total, n_steps_down=n_steps_down)
     except StageError:  # what ran out was planned for more than there is now
-        setup, parts = None, min(found, key=lambda one: one.peak).parts
-    limit = STEP_DOWN * parts["peak"]
+        setup, parts = None, min(found, key=lambda one: one.peak).parts_bytes
+    limit = STEP_DOWN * parts.peak
     return StageError(
         "the memory ran out",
         where="training",
-        found=f"{error}; predicted were {gigabytes(parts['peak'])} ({_largest(parts)})",
+        found=f"{error}; predicted were {gigabytes(parts.peak)} ({_largest(parts)})",
         expected=f"a layout that fits beside whatever else uses the {gigabytes(total)}",
         to_fix="\n".join(
             [
@@ -104,7 +104,7 @@ def _no_fit(run: PlannedRun, found: list[Candidate], limit: float) -> StageError
     return StageError(
         "training does not fit into the memory",
         where="training, recipes.<name>, packings.<name>.row_tokens",
-        found=f"at least {gigabytes(least.peak)} ({_largest(least.parts)})",
+        found=f"at least {gigabytes(least.peak)} ({_largest(least.parts_bytes)})",
         expected=f"at most {gigabytes(limit)}, {MARGIN:.0%} of the memory being left free",
         to_fix="\n".join(
             [_advice(run, found, limit), *table_rows(found, chosen=None, limit=limit)]
@@ -133,7 +133,8 @@ def remedies(run: PlannedRun, limit: float) -> list[str]:
     if found:
         return found
 
-    recipe, lesser = run.recipe, {}
+    recipe = run.recipe
+    lesser: dict[str, int | bool | str] = {}
     if recipe.method in ("lora", "lora_int8", "full"):
         lesser["method"] = "qlora"
     if recipe.optimizer == "adamw":
@@ -160,9 +161,9 @@ def remedies(run: PlannedRun, limit: float) -> list[str]:
     return [f"{text} (with training: {in_words})" for text in found] if together else found
 
 
-def _frugal_training(run: PlannedRun) -> list[tuple[dict[str, Any], str]]:
+def _frugal_training(run: PlannedRun) -> list[tuple[Changes, str]]:
     """Changes of `training` that spare memory and that the settings forbid as they are."""
-    wanted: list[tuple[dict[str, Any], str]] = [
+    wanted: list[tuple[Changes, str]] = [
         ({"rows_per_micro_batch": 1}, "training.rows_per_micro_batch: 1"),
         ({"gradient_checkpointing": "full"}, "training.gradient_checkpointing: full"),
         (
@@ -182,8 +183,8 @@ def _frugal_training(run: PlannedRun) -> list[tuple[dict[str, Any], str]]:
 def _with(
     run: PlannedRun,
     *,
-    training: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    training: Changes | None = None,
+    recipe: Changes | None = None,
 ) -> PlannedRun:
     """With settings changed."""
     return dataclasses.replace(
@@ -215,7 +216,7 @@ def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes < 1e10 else f"{n_bytes / 1e9:.1f} GB"
 
 
-def _largest(parts: Mapping[str, int]) -> str:
+def _largest(parts: MemoryParts) -> str:
     """The three largest parts in words."""
-    largest = sorted(PARTS, key=lambda name: -parts[name])[:3]
-    return ", ".join(f"{name.replace('_', ' ')} {gigabytes(parts[name])}" for name in largest)
+    largest = sorted(parts.by_name().items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in largest)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from workflow_scripts.data.cost import CostModel
+from workflow_scripts.handover.training import Candidate, Setup
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings
-from workflow_scripts.train.memory.prediction import (
-    PARTS,
-    Setup,
-    predict,
-)
+from workflow_scripts.train.memory.prediction import predict
 from workflow_scripts.train.memory.shape import PlannedRun, Shape
 
 # Setups whose speeds differ by less are equal: the smaller one is taken.
@@ -25,34 +19,22 @@ FLOPS_PER_BYTE = 200
 FAR = 3
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A layout, what it takes, and how long it takes."""
-
-    setup: Setup
-    parts: dict[str, int]
-    flops_per_token: float
-
-    @property
-    def peak(self) -> int:
-        return self.parts["peak"]
-
-
 def candidates(run: PlannedRun) -> list[Candidate]:
     """All that `setups` lists, predicted."""
     found = []
     for setup in setups(run):
         n_tokens = setup.rows_per_micro_batch * run.row_tokens
         time = flops_per_token(run.shape, n_tokens=n_tokens, setup=setup)
-        found.append(Candidate(setup, predict(run, setup), time))
+        parts = predict(run, setup)
+        found.append(Candidate(**dict(setup), parts_bytes=parts, flops_per_token=time))
     return found
 
 
 def fastest(found: Iterable[Candidate], limit: float) -> Candidate | None:
     """The fastest that takes no more than `limit` bytes; of equally fast ones the smallest."""
     fitting = [candidate for candidate in found if candidate.peak <= limit]
-    if any(not candidate.setup.offloads_activations for candidate in fitting):
-        fitting = [one for one in fitting if not one.setup.offloads_activations]
+    if any(not candidate.offloads_activations for candidate in fitting):
+        fitting = [one for one in fitting if not one.offloads_activations]
     if not fitting:
         return None
     bound = min(one.flops_per_token for one in fitting) * (1 + EQUAL_SPEED)
@@ -66,7 +48,7 @@ def setups(run: PlannedRun) -> list[Setup]:
     Raises:
         StageError: `rows_per_micro_batch` does not divide the rows of a GPU.
     """
-    n_rows, n_layers = rows_a_gpu(run.recipe, run.n_gpus), run.facts["n_layers"]
+    n_rows, n_layers = rows_a_gpu(run.recipe, run.n_gpus), run.facts.n_layers
     training = run.training
     divisors = [n for n in range(1, n_rows + 1) if n_rows % n == 0]
     rows = training.rows_per_micro_batch
@@ -77,16 +59,22 @@ def setups(run: PlannedRun) -> list[Setup]:
             found=f"{rows}, of {n_rows} rows a step on each GPU",
             expected="one of " + ", ".join(map(str, divisors)),
         )
-    again = {
-        "auto": list(range(n_layers + 1)),
-        "off": [0],
-        "full": [n_layers],
-    }.get(training.gradient_checkpointing)
-    if again is None:
-        again = [min(training.gradient_checkpointing, n_layers)]
+    match training.gradient_checkpointing:
+        case "auto":
+            again = list(range(n_layers + 1))
+        case "off":
+            again = [0]
+        case "full":
+            again = [n_layers]
+        case n_checkpointed:
+            again = [min(n_checkpointed, n_layers)]
     offloads = training.offload_activations
     return [
-        Setup(n_rows_at_once, n_again, away)
+        Setup(
+            rows_per_micro_batch=n_rows_at_once,
+            n_checkpointed_layers=n_again,
+            offloads_activations=away,
+        )
         for n_rows_at_once in (divisors if rows == "auto" else [rows])
         for n_again in again
         for away in ((False, True) if offloads == "auto" else (offloads,))
@@ -123,7 +111,7 @@ def flops_per_token(shape: Shape, *, n_tokens: int, setup: Setup) -> float:
     """
     costs = CostModel.of(shape.facts)
     weights = costs.linear_flops_per_token / 4
-    again = setup.n_checkpointed_layers / shape.facts["n_layers"]
+    again = setup.n_checkpointed_layers / shape.facts.n_layers
     passes = (3 if shape.is_full else 2) + again
     moved = {"qlora": 0.5 + 2, "lora_int8": 1 + 2}.get(shape.recipe.method, 0.0)
     ratio = FLOPS_PER_BYTE if shape.is_cuda else FLOPS_PER_BYTE / 10
@@ -134,30 +122,31 @@ def flops_per_token(shape: Shape, *, n_tokens: int, setup: Setup) -> float:
 def table_rows(found: list[Candidate], *, chosen: Setup | None, limit: float) -> list[str]:
     """A line a layout, the largest first, in GB; parts that none has are left out, as are layouts
     far beyond the limit and most numbers of checkpointed layers."""
-    n_layers = max(one.setup.n_checkpointed_layers for one in found)
+    n_layers = max(one.n_checkpointed_layers for one in found)
     telling = {0, n_layers // 4, n_layers // 2, 3 * n_layers // 4, n_layers}
     nearest = min(one.peak for one in found)
     shown = [
         one
         for one in found
         if one.setup == chosen
-        or (len(found) < 12 or one.setup.n_checkpointed_layers in telling)
+        or (len(found) < 12 or one.n_checkpointed_layers in telling)
         and one.peak <= FAR * max(limit, nearest)
     ]
-    parts = [name for name in PARTS if any(one.parts[name] for one in shown)]
+    sizes = [one.parts_bytes.by_name() for one in shown]
+    parts = [name for name in sizes[0] if any(of_one[name] for of_one in sizes)]
     lines = [
         ["rows", "recomputed", "offloads", *(name.split("_")[0] for name in parts)]
         + ["peak", "time", ""]
     ]
     best = min(one.flops_per_token for one in found)
-    for one in sorted(shown, key=lambda one: -one.peak):
+    for one, of_one in sorted(zip(shown, sizes, strict=True), key=lambda pair: -pair[0].peak):
         verdict = "chosen" if one.setup == chosen else "fits" if one.peak <= limit else "too large"
         lines.append(
             [
-                str(one.setup.rows_per_micro_batch),
-                str(one.setup.n_checkpointed_layers),
-                "yes" if one.setup.offloads_activations else "no",
-                *(f"{one.parts[name] / 1e9:.2f}" for name in parts),
+                str(one.rows_per_micro_batch),
+                str(one.n_checkpointed_layers),
+                "yes" if one.offloads_activations else "no",
+                *(f"{of_one[name] / 1e9:.2f}" for name in parts),
                 f"{one.peak / 1e9:.2f}",
                 f"{one.flops_per_token / best:.2f}",
                 verdict,
@@ -168,11 +157,3 @@ def table_rows(found: list[Candidate], *, chosen: Setup | None, limit: float) ->
         "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-
-
-def as_json(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as it is written."""
-    return dataclasses.asdict(candidate.setup) | {
-        "parts_bytes": candidate.parts,
-        "flops_per_token": candidate.flops_per_token,
-    }

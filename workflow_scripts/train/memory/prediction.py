@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from workflow_scripts.handover.training import MemoryParts, Setup
 from workflow_scripts.train.memory.shape import PlannedRun, Shape
 
 CUDA_WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper; 8 MiB before
@@ -25,25 +25,10 @@ CPU_WORKSPACE_FACTOR = 2.5
 NF4_BLOCK, ABSMAX_BLOCK, NF4_CODE, ABSMAX_CODE = 64, 256, 16, 256
 OPTIMIZER_BLOCK = 256  # of bitsandbytes' 8-bit state
 LEAST_8BIT_WEIGHTS = 4096  # smaller tensors keep a 32-bit state
-PARTS = (
-    "base_weights", "adapter", "gradients", "optimizer", "communication", "activations",
-    "workspace", "evaluation", "program",
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a run is laid out on a GPU."""
-
-    rows_per_micro_batch: int
-    n_checkpointed_layers: int
-    """Recomputed in the backward pass, evenly spread."""
-    offloads_activations: bool
-    """What checkpointing saves goes to the CPU's memory."""
-
-
-def predict(run: PlannedRun, setup: Setup) -> dict[str, int]:
-    """Bytes by part at the moment when most is alive, and their sum, `peak`."""
+def predict(run: PlannedRun, setup: Setup) -> MemoryParts:
+    """Bytes by part at the moment when most is alive."""
     return predict_shape(
         run.shape,
         n_tokens=setup.rows_per_micro_batch * run.row_tokens,
@@ -62,22 +47,18 @@ def predict_shape(
     n_gpus: int = 1,
     parallelism: str = "ddp",
     evaluation_tokens: int = 0,
-) -> dict[str, int]:
+) -> MemoryParts:
     """`predict`, of a micro-batch of `n_tokens`."""
     facts, h, s, c = shape.facts, shape.hidden, shape.state_bytes, shape.compute_bytes
-    n_layers = facts["n_layers"]
+    n_layers = facts.n_layers
     tensors = shape.trained
     n_trained = sum(n * math.prod(size) for size, n in tensors.items())
     weights = base_weight_bytes(shape)
     shared = n_gpus if parallelism == "fsdp2" else 1
-    parts = dict.fromkeys(PARTS, 0)
-    parts["base_weights"] = math.ceil(weights / shared)
-    parts["adapter"] = 0 if shape.is_full else math.ceil(4 * n_trained / shared)
-    parts["gradients"] = math.ceil(4 * n_trained / shared)
-    parts["optimizer"] = math.ceil(optimizer_bytes(shape, tensors) / shared)
+    communication = 0
     if n_gpus > 1:
         # DDP's buckets; FSDP2's gathered layer, and the next one on its way.
-        parts["communication"] = 4 * n_trained if shared == 1 else 2 * math.ceil(weights / n_layers)
+        communication = 4 * n_trained if shared == 1 else 2 * math.ceil(weights / n_layers)
 
     layer, casts = sum(kept_by_layer(shape).values()), _kept_weights(shape)
     state = s * h
@@ -85,7 +66,7 @@ def predict_shape(
     after_layers = n_tokens * _norm_bytes(shape)
     before = _kept_by_layers(shape, n_tokens=n_tokens, setup=setup)
     per_token = layer_workspace(shape)
-    f = facts["intermediate_size"] * (facts["n_experts_per_token"] or 1)
+    f = facts.intermediate_size * (facts.n_experts_per_token or 1)
     recomputed = (n_tokens * layer + casts) * (setup.n_checkpointed_layers > 0)
     moments = {
         "logits": after_layers + 3 * n_tokens * state + _logits_bytes(shape, n_tokens),
@@ -97,17 +78,25 @@ def predict_shape(
         + dequantized_bytes(shape)
         + _dora_workspace(shape),
     }
-    parts["activations"] = math.ceil(before)
-    parts["workspace"] = math.ceil(max(moments.values()))
+    activations = math.ceil(before)
+    workspace = math.ceil(max(moments.values()))
     if shape.is_cuda:
-        parts["workspace"] += CUDA_WORKSPACE
+        workspace += CUDA_WORKSPACE
     else:
-        parts["workspace"] = math.ceil(CPU_WORKSPACE_FACTOR * parts["workspace"])
-        parts["program"] = CPU_PROGRAM
-
+        workspace = math.ceil(CPU_WORKSPACE_FACTOR * workspace)
     evaluation = evaluation_bytes(shape, evaluation_tokens)
-    parts["evaluation"] = max(0, evaluation - parts["activations"] - parts["workspace"])
-    return parts | {"peak": sum(parts.values())}
+    parts = {
+        "base_weights": math.ceil(weights / shared),
+        "adapter": 0 if shape.is_full else math.ceil(4 * n_trained / shared),
+        "gradients": math.ceil(4 * n_trained / shared),
+        "optimizer": math.ceil(optimizer_bytes(shape, tensors) / shared),
+        "communication": communication,
+        "activations": activations,
+        "workspace": workspace,
+        "evaluation": max(0, evaluation - activations - workspace),
+        "program": 0 if shape.is_cuda else CPU_PROGRAM,
+    }
+    return MemoryParts(**parts, peak=sum(parts.values()))
 
 
 def base_weight_bytes(shape: Shape) -> int:
@@ -129,11 +118,11 @@ def base_weight_bytes(shape: Shape) -> int:
             per_layer += width * n_weights
     for n_weights in shape.expert_weights():
         per_layer += nf4_bytes(n_weights) if method == "qlora" else width * n_weights
-    router = shape.hidden * (facts["n_experts"] or 0)
+    router = shape.hidden * (facts.n_experts or 0)
     per_layer += width * (router + 2 * shape.hidden)
-    n_tables = 1 if facts["ties_embeddings"] else 2
-    tables = n_tables * facts["vocabulary_size"] * shape.hidden
-    return facts["n_layers"] * per_layer + width * (tables + shape.hidden)
+    n_tables = 1 if facts.ties_embeddings else 2
+    tables = n_tables * facts.vocabulary_size * shape.hidden
+    return facts.n_layers * per_layer + width * (tables + shape.hidden)
 
 
 def nf4_bytes(n_weights: int) -> int:
@@ -188,7 +177,7 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
     else:
         inputs += h * c * bool(names & {"q_proj", "k_proj", "v_proj"})
         inputs += h * c * bool(names & {"gate_proj", "up_proj"})
-        inputs += facts["intermediate_size"] * c * ("down_proj" in names)
+        inputs += facts.intermediate_size * c * ("down_proj" in names)
         # By segment, the outputs are joined to one: a second copy.
         inputs += query * c * ("o_proj" in names and not shape.is_cuda)
     keys = query if shape.expands_keys else kv
@@ -196,7 +185,7 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
         "norms": 2.0 * _norm_bytes(shape),
         "inputs": float(inputs),
         "middles": float(sum(matrix.rank for matrix in adapted) * c),
-        "attention": float(c * (2 * query + 2 * keys) + 4 * facts["n_heads"]),
+        "attention": float(c * (2 * query + 2 * keys) + 4 * facts.n_heads),
         "feed_forward": _kept_by_feed_forward(shape),
     }
     if recipe.dora:
@@ -206,14 +195,14 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
 
 
 def _kept_by_feed_forward(shape: Shape) -> float:
-    facts, f = shape.facts, shape.facts["intermediate_size"]
+    facts, f = shape.facts, shape.facts.intermediate_size
     width = 4 if shape.recipe.dora else shape.compute_bytes
-    if not facts["n_experts"]:
+    if not facts.n_experts:
         return float(width * f * (2 if shape.has_liger else 3))
     # Each token's states are gathered once an expert: gate and up as one, SiLU, product, and the
     # expert's input and output. An estimate: transformers chooses between several kernels.
-    n_active = facts["n_experts_per_token"]
-    return float(width * n_active * (4 * f + 2 * shape.hidden) + 8 * facts["n_experts"])
+    n_active = facts.n_experts_per_token or 1
+    return float(width * n_active * (4 * f + 2 * shape.hidden) + 8 * facts.n_experts)
 
 
 def _norm_bytes(shape: Shape) -> int:
@@ -227,7 +216,7 @@ def _norm_bytes(shape: Shape) -> int:
 
 def _common_bytes(shape: Shape) -> int:
     """A token's rotary tables; its ids, positions and labels."""
-    return 2 * shape.facts["head_dim"] * shape.state_bytes + 32
+    return 2 * shape.facts.head_dim * shape.state_bytes + 32
 
 
 def _kept_weights(shape: Shape) -> int:
@@ -235,13 +224,13 @@ def _kept_weights(shape: Shape) -> int:
     autocast multiplies it (a fused layer drops them again); of experts in NF4."""
     is_cast = shape.compute_bytes < 4 and not shape.is_fused
     n_trained = sum(n * math.prod(size) for size, n in shape.trained.items())
-    casts = shape.compute_bytes * n_trained // shape.facts["n_layers"] if is_cast else 0
+    casts = shape.compute_bytes * n_trained // shape.facts.n_layers if is_cast else 0
     return casts + kept_experts(shape)
 
 
 def _kept_by_layers(shape: Shape, *, n_tokens: int, setup: Setup) -> float:
     n_again = setup.n_checkpointed_layers
-    n_whole = shape.facts["n_layers"] - n_again
+    n_whole = shape.facts.n_layers - n_again
     of_layer = kept_by_layer(shape)
     # Of what went to the CPU a layer's input is back, and the one before it on its way.
     inputs = min(2, n_again) if setup.offloads_activations else n_again
@@ -262,7 +251,7 @@ def kept_bytes(shape: Shape, *, n_tokens: int, setup: Setup) -> int:
     kept = _kept_by_layers(shape, n_tokens=n_tokens, setup=setup)
     kept += n_tokens * (_norm_bytes(shape) + shape.state_bytes * shape.hidden)
     if shape.is_full or "lm_head" in shape.recipe.modules_to_save:
-        kept += 4 * shape.facts["vocabulary_size"] * shape.hidden  # its gradient, already made
+        kept += 4 * shape.facts.vocabulary_size * shape.hidden  # its gradient, already made
     return math.ceil(kept)
 
 
@@ -273,7 +262,7 @@ def layer_workspace(shape: Shape) -> float:
     adapter read: three tensors of the product's size (its gradients by the base and by the adapter
     and their sum; or its gradient and those of its two factors), and the gradient that arrived.
     """
-    f = shape.facts["intermediate_size"] * (shape.facts["n_experts_per_token"] or 1)
+    f = shape.facts.intermediate_size * (shape.facts.n_experts_per_token or 1)
     c = 4 if shape.recipe.dora else shape.compute_bytes
     frees_product = not shape.recipe.dropout and any(
         matrix.name == "down_proj" and (matrix.rank or shape.is_full) for matrix in shape.matrices
@@ -302,7 +291,7 @@ def evaluation_bytes(shape: Shape, n_tokens: int) -> int:
     result from the base, from the adapter, and their sum.
     """
     state = shape.state_bytes * shape.hidden
-    f = shape.facts["intermediate_size"] * (shape.facts["n_experts_per_token"] or 1)
+    f = shape.facts.intermediate_size * (shape.facts.n_experts_per_token or 1)
     width = shape.compute_bytes * f
     weight = max(dequantized_bytes(shape), kept_experts(shape)) + _dora_workspace(shape)
     in_layer = n_tokens * (4 * state + _common_bytes(shape)) + max(
@@ -316,7 +305,7 @@ def _logits_bytes(shape: Shape, n_tokens: int) -> int:
     chunks, as computed; and the output layer's gradient and its copies where it trains."""
     from workflow_scripts.train import loss
 
-    vocabulary = shape.facts["vocabulary_size"]
+    vocabulary = shape.facts.vocabulary_size
     n_elements = loss.CUDA_CHUNK_ELEMENTS if shape.is_cuda else loss.CHUNK_ELEMENTS
     chunk_tokens = min(max(1, n_elements // vocabulary), n_tokens)
     table = vocabulary * shape.hidden

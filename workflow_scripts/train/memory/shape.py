@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from workflow_scripts.models.checkpoint import served_context
+from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train.lora import ATTENTION, MLP, kv_rank, target_modules
 
 DeviceType = Literal["cuda", "cpu"]
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Matrix:
 class Shape:
     """A model under a recipe on a kind of device: what every formula below asks for."""
 
-    facts: Facts
+    facts: ModelShape
     recipe: RecipeSettings
     compute_bytes: int
     is_cuda: bool
@@ -43,15 +41,15 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        return self.facts["hidden_size"]
+        return self.facts.hidden_size
 
     @property
     def query_width(self) -> int:
-        return self.facts["n_heads"] * self.facts["head_dim"]
+        return self.facts.n_heads * self.facts.head_dim
 
     @property
     def kv_width(self) -> int:
-        return self.facts["n_kv_heads"] * self.facts["head_dim"]
+        return self.facts.n_kv_heads * self.facts.head_dim
 
     @property
     def is_full(self) -> bool:
@@ -76,21 +74,21 @@ class Shape:
     def matrices(self) -> list[Matrix]:
         """Those of one layer, experts left out."""
         facts = self.facts
-        feed_forward = facts["intermediate_size"]
+        feed_forward = facts.intermediate_size
         widths = {
             "q_proj": (self.hidden, self.query_width),
             "k_proj": (self.hidden, self.kv_width),
             "v_proj": (self.hidden, self.kv_width),
             "o_proj": (self.query_width, self.hidden),
         }
-        if not facts["n_experts"]:
+        if not facts.n_experts:
             widths |= {
                 "gate_proj": (self.hidden, feed_forward),
                 "up_proj": (self.hidden, feed_forward),
                 "down_proj": (feed_forward, self.hidden),
             }
-        of_kv = kv_rank(self.recipe, n_heads=facts["n_heads"], n_kv_heads=facts["n_kv_heads"])
-        targets = [] if self.is_full else target_modules(self.recipe, dict(facts))
+        of_kv = kv_rank(self.recipe, n_heads=facts.n_heads, n_kv_heads=facts.n_kv_heads)
+        targets = [] if self.is_full else target_modules(self.recipe, facts)
         names = {name.split(".")[-1]: name for name in ATTENTION + MLP}
         return [
             Matrix(
@@ -105,15 +103,15 @@ class Shape:
 
     def expert_weights(self) -> list[int]:
         """Of the two tensors that hold all experts of a layer; none in a dense model."""
-        size = (self.facts["n_experts"] or 0) * self.hidden * self.facts["intermediate_size"]
+        size = (self.facts.n_experts or 0) * self.hidden * self.facts.intermediate_size
         return [2 * size, size] if size else []
 
     @cached_property
     def trained(self) -> dict[tuple[int, ...], int]:
         """How many tensors of each shape train beside a frozen base, or all of them for `full`."""
         facts, recipe = self.facts, self.recipe
-        n_layers, n_experts = facts["n_layers"], facts["n_experts"] or 0
-        feed_forward, vocabulary = facts["intermediate_size"], facts["vocabulary_size"]
+        n_layers, n_experts = facts.n_layers, facts.n_experts or 0
+        feed_forward, vocabulary = facts.intermediate_size, facts.vocabulary_size
         found: dict[tuple[int, ...], int] = {}
 
         def add(size: tuple[int, ...], n: int = n_layers) -> None:
@@ -128,7 +126,7 @@ class Shape:
                 if recipe.dora:
                     add((matrix.n_out,))
         if self.is_full:
-            add((vocabulary, self.hidden), 1 if facts["ties_embeddings"] else 2)
+            add((vocabulary, self.hidden), 1 if facts.ties_embeddings else 2)
             add((self.hidden,), 2 * n_layers + 1)
             if n_experts:
                 add((n_experts, 2 * feed_forward, self.hidden))
@@ -148,7 +146,7 @@ class Shape:
 class PlannedRun:
     """What is to be trained, with which settings, on what."""
 
-    facts: Facts
+    facts: ModelShape
     """Of read_model_facts."""
     recipe: RecipeSettings
     training: TrainingSettings
@@ -163,7 +161,7 @@ class PlannedRun:
     @property
     def evaluation_tokens(self) -> int:
         """Longest row that is evaluated, as `validation.py` packs them; 0 where none is."""
-        longest = self.longest_evaluation or served_context(dict(self.facts))
+        longest = self.longest_evaluation or self.facts.served_context_tokens
         return max(self.row_tokens, longest) if self.recipe.evaluations else 0
 
     @cached_property
@@ -180,8 +178,8 @@ class PlannedRun:
         )
 
 
-def _liger_is_used(training: TrainingSettings, facts: Facts) -> bool:
-    if training.kernels == "torch" or facts["model_type"] != "mistral":
+def _liger_is_used(training: TrainingSettings, facts: ModelShape) -> bool:
+    if training.kernels == "torch" or facts.model_type != "mistral":
         return False
     import importlib.util
 

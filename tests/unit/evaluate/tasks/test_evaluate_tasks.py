@@ -11,6 +11,7 @@ pytest.importorskip("lm_eval", reason="make test-tasks installs it")
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_tasks, fetch_tasks
+from workflow_scripts.handover.tasks import FetchedTasks, TaskScores
 
 FILES = "tests/unit/evaluate/tasks/files"
 
@@ -38,13 +39,13 @@ def evaluate(chain, tmp_path_factory):
             + ["--scores", str(folder / "s.json"), "--samples", str(folder / "s.parquet")]
         )
         rows = files.read_parquet(folder / "s.parquet").to_pylist()
-        return files.read_json(folder / "s.json"), rows
+        return TaskScores.read(folder / "s.json"), rows
 
     return run
 
 
 def scores_of(report):
-    return {(score["task"], score["metric"]): score for score in report["scores"]}
+    return {(score.task, score.metric): score for score in report.scores}
 
 
 @pytest.mark.parametrize("engine", ["--checkpoint", "--gguf"])
@@ -52,19 +53,19 @@ def test_a_model_that_copies_is_always_right(evaluate, copying, engine):
     model = {"--checkpoint": copying.checkpoint, "--gguf": copying.gguf}[engine]
     report, rows = evaluate(engine, model, names=["next_word", "say_again", "both_again@2"])
     scores = scores_of(report)
-    assert {key: score["score"] for key, score in scores.items()} == {
+    assert {key: score.score for key, score in scores.items()} == {
         ("next_word", "acc"): 1.0,
         ("next_word", "acc_norm"): 1.0,
         ("say_again", "exact_match"): 1.0,
         ("both_again", "acc"): 1.0,
     }
-    assert scores["next_word", "acc"]["n_documents"] == 12
-    assert scores["next_word", "acc"]["n_examples"] == 0
+    assert scores["next_word", "acc"].n_documents == 12
+    assert scores["next_word", "acc"].n_examples == 0
     of_group = scores["both_again", "acc"]
-    assert of_group["n_examples"] == 2
-    assert of_group["n_documents"] == 16
-    assert of_group["subtasks"] == ["next_word", "next_letter"]
-    assert {score["n_truncated"] for score in scores.values()} == {0}
+    assert of_group.n_examples == 2
+    assert of_group.n_documents == 16
+    assert of_group.subtasks == ("next_word", "next_letter")
+    assert {score.n_truncated for score in scores.values()} == {0}
     answered = {row["document"]: row["answer"] for row in rows if row["task"] == "say_again"}
     assert answered["0"] == "apple" and len(answered) == 12
 
@@ -75,17 +76,17 @@ def test_a_model_without_preferences_is_at_chance(evaluate, uniform, engine):
     report, rows = evaluate(engine, model, names=["next_word", "say_again"])
     scores = scores_of(report)
     # Of four choices that are as likely the first counts, and each place has a quarter.
-    assert scores["next_word", "acc"]["score"] == 0.25
+    assert scores["next_word", "acc"].score == 0.25
     expected = math.sqrt(0.25 * 0.75 / 11)
-    assert scores["next_word", "acc"]["standard_error"] == pytest.approx(expected)
-    assert scores["say_again", "exact_match"]["score"] == 0
+    assert scores["next_word", "acc"].standard_error == pytest.approx(expected)
+    assert scores["say_again", "exact_match"].score == 0
     values = [row["value"] for row in rows if row["metric"] == "acc"]
     assert sorted(values) == [0] * 9 + [1] * 3
 
 
 def test_a_limit_takes_the_first_documents(evaluate, copying):
     report, rows = evaluate("--gguf", copying.gguf, names=["next_word"], limit=5)
-    assert {score["n_documents"] for score in report["scores"]} == {5}
+    assert {score.n_documents for score in report.scores} == {5}
     assert {row["document"] for row in rows} == set("01234")
 
 
@@ -94,7 +95,7 @@ def test_as_chats_the_prompts_are_others_and_the_scores_say_so(evaluate, copying
     for is_chat in (False, True):
         settings = {"names": ["next_word"], "limit": 2, "chat_template": is_chat}
         report, rows = evaluate("--gguf", copying.gguf, **settings)
-        assert report["are_chats"] is is_chat
+        assert report.are_chats is is_chat
         asked.append({row["document"]: row["prompt_hash"] for row in rows})
     plain, chats = asked
     assert plain.keys() == chats.keys()
@@ -110,8 +111,8 @@ def fetch_arguments(tmp_path, *names):
 
 def test_tasks_of_ones_own_need_no_hub(tmp_path):
     fetch_tasks.main(fetch_arguments(tmp_path, "both_again"))
-    tasks = files.read_json(tmp_path / "fetched.json")["tasks"]
-    assert {task["task"]: task["n_documents"] for task in tasks} == {
+    tasks = FetchedTasks.read(tmp_path / "fetched.json").tasks
+    assert {task.task: task.n_documents for task in tasks} == {
         "next_word": 12,
         "next_letter": 4,
     }

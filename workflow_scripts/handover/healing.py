@@ -1,0 +1,13 @@
+"""How the demo's model was trained after its new vocabulary (`build_demo_model`)."""
+
+from __future__ import annotations
+
+from workflow_scripts.handover.record import Record
+
+
+class Healing(Record):
+    """`healing.json`: loss of every step; empty without healing."""
+
+    step: tuple[int, ...]
+    """Number of each step, from 1."""
+    loss_nats_per_token: tuple[float, ...]
