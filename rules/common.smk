@@ -16,6 +16,9 @@ from workflow_scripts import environment, shared, sweeps, urls
 from workflow_scripts.data import sources
 from workflow_scripts.export import frozen, given, origin, stored_release
 from workflow_scripts.files import check_whole
+
+# Not as `chain`: Snakemake runs this file with names of its own, and calls one so.
+from workflow_scripts.handover import chain as measured_chain
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RUN_TABLES, ReadingSettings, is_local, load_config
 
@@ -48,6 +51,9 @@ MERGED_RUNS = {name: run for name, run in CONFIG.runs.items() if run.merged}
 SWEEPS = sweeps.expand(config).runs
 SWEEP_RUNS = [name for names in SWEEPS.values() for name in names]
 QUANTIZATIONS = list(CONFIG.gguf.quantizations)
+LINKS = {link.name: link for link in measured_chain.links(QUANTIZATIONS)}
+# Those that are compared token by token with the link that they are made from.
+COMPARED_LINKS = {name for name, link in LINKS.items() if "divergence" in link.measured}
 GGUF_TYPES = ["F16", *QUANTIZATIONS]
 RELEASED_TYPES = GGUF_TYPES if CONFIG.retention.f16 else QUANTIZATIONS
 TRANSPLANTED_MODELS = [name for name, model in CONFIG.models.items() if model.transplant]
@@ -75,7 +81,15 @@ def any_run_of(names):
     return any_of([name for name in names if not CONFIG.is_frozen(name)])
 
 
+def any_place():
+    """Where measurements of a link go: below `runs/` or, of a base, below `evaluation/`."""
+    runs, models, datasets = any_run_of(CONFIG.runs), any_of(CONFIG.models), any_of(CONFIG.datasets)
+    return f"runs/(?:{runs})/evaluation|evaluation/(?:{models})(?:/(?:{datasets}))?"
+
+
 wildcard_constraints:
+    place=any_place(),
+    link=any_of(LINKS),
     model=any_of(CONFIG.models),
     dataset=any_of(CONFIG.datasets),
     packing=any_of(CONFIG.packings),

@@ -1,31 +1,32 @@
-# One program scores every kind of link; each rule names the files that make up its own.
+# A rule measures every link: handover/chain.py says which files make up each.
 
 
 rule evaluate_perplexity:
     """Perplexity of a link on the supervised tokens of the test conversations, each one's kept."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_place("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=ancient(of_place(TOKENS_GATE.verdict)),  # gate, read by none
     output:
-        scores="results/runs/{run}/evaluation/F16.json",
-        token_scores="results/runs/{run}/evaluation/F16.tokens.parquet",
+        scores=measured_chain.FILES["scores"],
+        token_scores=measured_chain.token_scores_beside(measured_chain.FILES["scores"]),
     log:
-        "logs/runs/{run}/evaluate_perplexity/F16.log",
+        "logs/{place}/evaluate_perplexity/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/F16.tsv"
+        "benchmarks/{place}/evaluate_perplexity/{link}.tsv"
+    wildcard_constraints:
+        link=any_of(LINKS.keys() - COMPARED_LINKS),
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=0,  # llama.cpp as it is installed here
-        mem_mb=memory_for_models(1.1),
+        gpu=gpus_for_scoring,
+        mem_mb=memory_for_scoring,
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
@@ -36,127 +37,31 @@ rule evaluate_perplexity:
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
 
 
-use rule evaluate_perplexity as evaluate_perplexity_quantization with:
-    # Its divergence from F16 comes from the same pass.
+use rule evaluate_perplexity as evaluate_quantization with:
+    # Of a link that is compared token by token with the one it is made from, in the same pass.
     input:
-        gguf="results/runs/{run}/gguf/{run}-{quant}.gguf",
-        reference="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
+        unpack(files_of_link),
+        reference=weights_of_source,
+        facts=of_place("results/models/{model}/facts.json"),
+        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_place("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=ancient(of_place(TOKENS_GATE.verdict)),  # gate, read by none
     output:
-        scores="results/runs/{run}/evaluation/{quant}.json",
-        token_scores="results/runs/{run}/evaluation/{quant}.tokens.parquet",
-        divergence="results/runs/{run}/evaluation/{quant}.divergence.json",
-    log:
-        "logs/runs/{run}/evaluate_perplexity/{quant}.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/{quant}.tsv"
+        scores=measured_chain.FILES["scores"],
+        token_scores=measured_chain.token_scores_beside(measured_chain.FILES["scores"]),
+        divergence=measured_chain.FILES["divergence"],
+    wildcard_constraints:
+        link=any_of(COMPARED_LINKS),
     resources:
-        gpu=0,
+        gpu=gpus_for_scoring,
         # Both models; with less the program takes them in turns.
         mem_mb=memory_for_models(2),
         runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input, output: [
-            *("--gguf", input.gguf, "--reference", input.reference),
+            *link_arguments(wildcards, input),
+            *("--reference", input.reference),
             *("--divergence", output.divergence),
-        ],
-        settings=scoring_json(),
-        output_version=output_version("evaluate/evaluate_perplexity"),
-
-
-use rule evaluate_perplexity as evaluate_perplexity_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
-    output:
-        scores="results/runs/{run}/evaluation/merged.json",
-        token_scores="results/runs/{run}/evaluation/merged.tokens.parquet",
-    log:
-        "logs/runs/{run}/evaluate_perplexity/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/merged.tsv"
-    resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=scoring_json(),
-        output_version=output_version("evaluate/evaluate_perplexity"),
-
-
-use rule evaluate_perplexity_merged as evaluate_perplexity_awq with:
-    input:
-        checkpoint="results/runs/{run}/awq",
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
-    output:
-        scores="results/runs/{run}/evaluation/awq.json",
-        token_scores="results/runs/{run}/evaluation/awq.tokens.parquet",
-    log:
-        "logs/runs/{run}/evaluate_perplexity/awq.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/awq.tsv"
-
-
-use rule evaluate_perplexity_merged as evaluate_perplexity_adapter with:
-    input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
-    output:
-        scores="results/runs/{run}/evaluation/adapter.json",
-        token_scores="results/runs/{run}/evaluation/adapter.tokens.parquet",
-    log:
-        "logs/runs/{run}/evaluate_perplexity/adapter.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_perplexity/adapter.tsv"
-    params:
-        link=lambda wildcards, input: live_adapter(wildcards, input),
-        settings=scoring_json(),
-        output_version=output_version("evaluate/evaluate_perplexity"),
-
-
-use rule evaluate_perplexity_merged as evaluate_perplexity_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
-        clean="results/data/{dataset}/clean/test.parquet",
-        tokens_check=ancient(TOKENS_GATE.verdict),  # gate, read by none
-    output:
-        scores="results/evaluation/{model}/{dataset}/base{precision}.json",
-        token_scores="results/evaluation/{model}/{dataset}/base{precision}.tokens.parquet",
-    log:
-        "logs/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/{dataset}/evaluate_perplexity/base{precision}.tsv"
-    wildcard_constraints:
-        precision="(-nf4)?",
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
-    params:
-        link=lambda wildcards, input: [
-            "--checkpoint",
-            input.checkpoint,
-            "--precision",
-            wildcards.precision.removeprefix("-") or "native",
         ],
         settings=scoring_json(),
         output_version=output_version("evaluate/evaluate_perplexity"),
@@ -189,28 +94,27 @@ rule chunk_text:
 
 
 rule evaluate_text:
-    """Perplexity of a GGUF on a text of the user's, as llama-perplexity has it."""
+    """Perplexity of a link on a text of the user's, as llama-perplexity has it."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=text_of_run,
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokens=of_place("results/evaluation/{model}/texts/{text}.arrow"),
     output:
-        scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.json",
-        token_scores="results/runs/{run}/evaluation/texts/{text}/{gguf}.tokens.parquet",
+        scores=measured_chain.FILES["text"],
+        token_scores=measured_chain.token_scores_beside(measured_chain.FILES["text"]),
     log:
-        "logs/runs/{run}/evaluate_text/{text}/{gguf}.log",
+        "logs/{place}/evaluate_text/{text}/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/evaluate_text/{text}/{gguf}.tsv"
+        "benchmarks/{place}/evaluate_text/{text}/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=0,  # llama.cpp as it is installed here
-        mem_mb=memory_for_models(1.1),
+        gpu=gpus_for_scoring,
+        mem_mb=memory_for_scoring,
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings="{}",  # every chunk, whole
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
@@ -219,48 +123,6 @@ rule evaluate_text:
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --threads {threads} --scores {output.scores:q}"
         " --token-scores {output.token_scores:q} > {log:q} 2>&1"
-
-
-use rule evaluate_text as evaluate_text_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=text_of_run,
-    output:
-        scores="results/runs/{run}/evaluation/texts/{text}/merged.json",
-        token_scores="results/runs/{run}/evaluation/texts/{text}/merged.tokens.parquet",
-    log:
-        "logs/runs/{run}/evaluate_text/{text}/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_text/{text}/merged.tsv"
-    resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings="{}",
-        output_version=output_version("evaluate/evaluate_perplexity"),
-
-
-use rule evaluate_text_merged as evaluate_text_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokens="results/evaluation/{model}/texts/{text}.arrow",
-    output:
-        scores="results/evaluation/{model}/texts/{text}/base.json",
-        token_scores="results/evaluation/{model}/texts/{text}/base.tokens.parquet",
-    log:
-        "logs/evaluation/{model}/evaluate_text/{text}/base.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/evaluate_text/{text}/base.tsv"
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
 
 
 rule evaluate_positions:
@@ -295,8 +157,8 @@ rule evaluate_positions:
         " --scores {output.scores:q} > {log:q} 2>&1"
 
 
-use rule evaluate_perplexity_adapter as evaluate_validation with:
-    # Sweeps choose by it: the test split stays unseen.
+use rule evaluate_perplexity as evaluate_validation with:
+    # Of a run's live adapter. Sweeps choose by it: the test split stays unseen.
     input:
         checkpoint=of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
@@ -311,6 +173,11 @@ use rule evaluate_perplexity_adapter as evaluate_validation with:
         "logs/runs/{run}/evaluate_validation.log",
     benchmark:
         "benchmarks/runs/{run}/evaluate_validation.tsv"
+    threads: threads_for_run
+    resources:
+        gpu=gpus_for_run,
+        mem_mb=memory_for_models(2),
+        runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input: live_adapter(wildcards, input),
         settings=scoring_json(),

@@ -31,29 +31,28 @@ rule evaluate_recall:
 
 
 rule evaluate_context:
-    """Usable context of a GGUF: questions on long texts, up to what it serves."""
+    """Usable context of a link: questions on long texts, up to the context that it serves."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokenizer=of_place("results/models/{model}/tokenizer"),
         texts=context_text_files(),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
     output:
-        scores="results/runs/{run}/evaluation/{gguf}.context.json",
+        scores=measured_chain.FILES["context"],
     log:
-        "logs/runs/{run}/evaluate_context/{gguf}.log",
+        "logs/{place}/evaluate_context/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/evaluate_context/{gguf}.tsv"
+        "benchmarks/{place}/evaluate_context/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=gpus_for_run,
+        gpu=gpus_for_link,
         mem_mb=memory_for_models(2),
         runtime=growing(480),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings=context_json(),
         texts=flagged("--texts", context_text_files()),
         output_version=output_version("evaluate/evaluate_context"),
@@ -65,75 +64,28 @@ rule evaluate_context:
         " --scores {output.scores:q} > {log:q} 2>&1"
 
 
-use rule evaluate_context as evaluate_context_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        texts=context_text_files(),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-    output:
-        scores="results/runs/{run}/evaluation/merged.context.json",
-    log:
-        "logs/runs/{run}/evaluate_context/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_context/merged.tsv"
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=context_json(),
-        texts=flagged("--texts", context_text_files()),
-        output_version=output_version("evaluate/evaluate_context"),
-
-
-use rule evaluate_context as evaluate_context_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokenizer="results/models/{model}/tokenizer",
-        texts=context_text_files(),
-        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
-    output:
-        scores="results/evaluation/{model}/{dataset}/base.context.json",
-    log:
-        "logs/evaluation/{model}/{dataset}/evaluate_context.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/{dataset}/evaluate_context.tsv"
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(480),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=context_json(),
-        texts=flagged("--texts", context_text_files()),
-        output_version=output_version("evaluate/evaluate_context"),
-
-
 rule answer_prompts:
-    """Greedy answers of a GGUF to the first prompts of the test split."""
+    """Greedy answers of a link to the first prompts of the test split."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokenizer=of_place("results/models/{model}/tokenizer"),
+        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
     output:
-        answers="results/runs/{run}/evaluation/{gguf}.answers.json",
+        answers=measured_chain.FILES["answers"],
     log:
-        "logs/runs/{run}/answer_prompts/{gguf}.log",
+        "logs/{place}/answer_prompts/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/answer_prompts/{gguf}.tsv"
+        "benchmarks/{place}/answer_prompts/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=gpus_for_run,
+        gpu=gpus_for_link,
         mem_mb=memory_for_models(2),
         runtime=growing(60),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings=samples_json(),
         output_version=output_version("evaluate/answer_prompts"),
     shell:
@@ -142,45 +94,3 @@ rule answer_prompts:
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --threads {threads} --answers {output.answers:q}"
         " > {log:q} 2>&1"
-
-
-use rule answer_prompts as answer_prompts_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-    output:
-        answers="results/runs/{run}/evaluation/merged.answers.json",
-    log:
-        "logs/runs/{run}/answer_prompts/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/answer_prompts/merged.tsv"
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=samples_json(),
-        output_version=output_version("evaluate/answer_prompts"),
-
-
-use rule answer_prompts as answer_prompts_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokenizer="results/models/{model}/tokenizer",
-        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
-    output:
-        answers="results/evaluation/{model}/{dataset}/base.answers.json",
-    log:
-        "logs/evaluation/{model}/{dataset}/answer_prompts.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/{dataset}/answer_prompts.tsv"
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(60),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=samples_json(),
-        output_version=output_version("evaluate/answer_prompts"),

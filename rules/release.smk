@@ -36,8 +36,7 @@ rule package_release:
         beginning=beginning,
         merged_check=ancient(MERGED_GATE.verdict),
         gguf_check=ancient(GGUF_GATE.verdict),
-        scores=lambda wildcards: run_scores(wildcards.run) + awq_scores(wildcards.run),
-        base_scores=lambda wildcards: base_scores(CONFIG.runs[wildcards.run]),
+        scores=lambda wildcards: [link.scores for link in chain_of(wildcards.run).links],
         dataset=lambda wildcards: expand(
             of_run("results/data/{dataset}/clean/{{split}}.parquet")(wildcards),
             split=["train", "validation", "test"],
@@ -65,7 +64,7 @@ rule package_release:
         " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
         " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
         " --beginning {input.beginning:q} --checks {input.merged_check:q} {input.gguf_check:q}"
-        " --scores {input.base_scores:q} {input.scores:q} --dataset {input.dataset:q}"
+        " --scores {input.scores:q} --dataset {input.dataset:q}"
         " --config {params.config:q} --benchmarks {params.benchmarks:q} --published {params.published:q}"
         " --release {output.release:q} > {log:q} 2>&1"
 

@@ -64,9 +64,32 @@ rule report_packing:
         " --page {output.page:q} > {log:q} 2>&1"
 
 
+rule write_chain:
+    """Where everything measured of a run is, for the programs that report it."""
+    output:
+        chain="results/runs/{run}/chain.json",
+    log:
+        "logs/runs/{run}/write_chain.log",
+    benchmark:
+        "benchmarks/report/write_chain/{run}.tsv"
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(1_000),
+        runtime=growing(10),  # minutes
+    params:
+        settings=lambda wildcards: chain_settings(wildcards.run).model_dump_json(),
+        output_version=output_version("report/write_chain"),
+    shell:
+        "python -m workflow_scripts.report.write_chain --run {wildcards.run:q}"
+        " --settings {params.settings:q} --chain {output.chain:q} > {log:q} 2>&1"
+
+
 rule collect_metrics:
     """Every figure of a run with its unit, error and place."""
     input:
+        chain="results/runs/{run}/chain.json",
         scores=lambda wildcards: evaluation_files([wildcards.run]),
         texts=lambda wildcards: text_scores([wildcards.run]),
         token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
@@ -87,12 +110,12 @@ rule collect_metrics:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=lambda wildcards: results_json([wildcards.run]),
+        also=also_measured(),
         gates=gate_samples(),
         output_version=output_version("report/collect_metrics"),
     shell:
-        "python -m workflow_scripts.report.collect_metrics --run {wildcards.run:q}"
-        " --runs {params.runs:q} --results results --metrics {output.metrics:q} > {log:q} 2>&1"
+        "python -m workflow_scripts.report.collect_metrics --chains {input.chain:q}"
+        " {params.also:q} --metrics {output.metrics:q} > {log:q} 2>&1"
 
 
 # Reports of all runs read every score of each: behind its metrics.json, which is made of them and
@@ -100,6 +123,7 @@ rule collect_metrics:
 rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
+        chains=chain_files(),
         metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
     output:
         tsv="results/report/comparison.tsv",
@@ -120,17 +144,18 @@ rule report_comparison:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=results_json(),
+        also=also_measured(),
         output_version=output_version("report/report_comparison"),
     shell:
-        "python -m workflow_scripts.report.report_comparison --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        "python -m workflow_scripts.report.report_comparison --chains {input.chains:q}"
+        " {params.also:q} --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} > {log:q} 2>&1"
 
 
 rule report_chain:
     """Perplexity of every link from base to quantized file, as tables and a figure."""
     input:
+        chains=chain_files(),
         metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
     output:
         tsv="results/report/chain.tsv",
@@ -156,12 +181,12 @@ rule report_chain:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=results_json(),
+        also=also_measured(),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
         output_version=output_version("report/report_chain"),
     shell:
-        "python -m workflow_scripts.report.report_chain --runs {params.runs:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        "python -m workflow_scripts.report.report_chain --chains {input.chains:q}"
+        " {params.also:q} --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -195,6 +220,7 @@ rule report_loss:
 rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
+        chains=chain_files(),
         metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
         answers=overview_answers(),
     output:
@@ -215,20 +241,21 @@ rule report_overview:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        runs=results_json(),
-        samples=json.dumps(dict.fromkeys(sampled_runs(), ["base", *SAMPLE_LINKS])),
+        also=also_measured(),
+        samples=[*flagged("--sampled", sampled_runs()), "--samples", *SAMPLE_LINKS],
         # Of the steps before, for a figure: no input, as no step of them makes the page anew.
         records=".snakemake/metadata",
         output_version=output_version("report/report_overview"),
     shell:
-        "python -m workflow_scripts.report.report_overview --runs {params.runs:q}"
-        " --samples {params.samples:q} --results results --records {params.records:q}"
+        "python -m workflow_scripts.report.report_overview --chains {input.chains:q}"
+        " {params.also:q} {params.samples:q} --records {params.records:q}"
         " --page {output.page:q} --headline {output.headline:q} > {log:q} 2>&1"
 
 
 rule report_run:
     """The page of a run: every figure of it, drawn and in tables."""
     input:
+        chain="results/runs/{run}/chain.json",
         scores=lambda wildcards: evaluation_files([wildcards.run]),
         token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
         texts=lambda wildcards: text_scores([wildcards.run]),
@@ -254,14 +281,13 @@ rule report_run:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=lambda wildcards: results_json([wildcards.run]),
+        also=also_measured(),
         benchmarks="benchmarks/runs/{run}",
         gates=gate_samples(),
         output_version=output_version("report/report_run"),
     shell:
-        "python -m workflow_scripts.report.report_run --run {wildcards.run:q}"
-        " --runs {params.runs:q} --results results"
-        " --benchmarks {params.benchmarks:q} --page {output.page:q} > {log:q} 2>&1"
+        "python -m workflow_scripts.report.report_run --chains {input.chain:q}"
+        " {params.also:q} --benchmarks {params.benchmarks:q} --page {output.page:q} > {log:q} 2>&1"
 
 
 rule tabulate_metrics:
@@ -290,6 +316,7 @@ rule tabulate_metrics:
 rule report_context:
     """Usable context of base, merged model and smallest file, with heat maps."""
     input:
+        chains=chain_files(),
         scores=context_files(),
     output:
         tsv="results/report/context.tsv",
@@ -310,18 +337,17 @@ rule report_context:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=runs_json(),
-        links=CONTEXT_LINKS,
         output_version=output_version("report/report_context"),
     shell:
-        "python -m workflow_scripts.report.report_context --runs {params.runs:q}"
-        " --links {params.links:q} --results results --tsv {output.tsv:q}"
+        "python -m workflow_scripts.report.report_context --chains {input.chains:q}"
+        " --tsv {output.tsv:q}"
         " --markdown {output.markdown:q} --html {output.html:q} > {log:q} 2>&1"
 
 
 rule report_samples:
     """Answers of every link to the same prompts, side by side."""
     input:
+        chains=chain_files(),
         answers=answer_files(),
     output:
         page=report(
@@ -340,11 +366,10 @@ rule report_samples:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=runs_json(),
         output_version=output_version("report/report_samples"),
     shell:
-        "python -m workflow_scripts.report.report_samples --runs {params.runs:q}"
-        " --results results --page {output.page:q} > {log:q} 2>&1"
+        "python -m workflow_scripts.report.report_samples --chains {input.chains:q}"
+        " --page {output.page:q} > {log:q} 2>&1"
 
 
 rule report_experiment:
@@ -380,12 +405,12 @@ rule report_experiment:
         runtime=growing(10),  # minutes
     params:
         runs=experiment_json(),
-        recall=["--recall"] if CONFIG.evaluation.recall.n_prompts else [],
+        recall=lambda wildcards, input: flagged("--recall", input.recall),
         n_prompts=CONFIG.evaluation.recall.n_prompts,  # in the caption
         output_version=output_version("report/report_experiment"),
     shell:
         "python -m workflow_scripts.report.report_experiment --runs {params.runs:q}"
-        " {params.recall:q} --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --positions {input.positions:q} {params.recall:q} --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"
 
 
@@ -425,5 +450,5 @@ rule report_sweep:
         output_version=output_version("report/report_sweep"),
     shell:
         "python -m workflow_scripts.report.report_sweep --sweeps {params.sweeps:q}"
-        " --results results --tsv {output.tsv:q} --markdown {output.markdown:q}"
+        " --scores {input.scores:q} --manifests {input.manifests:q} --tsv {output.tsv:q} --markdown {output.markdown:q}"
         " --html {output.html:q} --figure {output.figure:q} > {log:q} 2>&1"

@@ -23,30 +23,29 @@ rule fetch_tasks:
 
 
 rule evaluate_tasks:
-    """Tasks of lm-evaluation-harness by a GGUF, through llama.cpp in the same process."""
+    """Tasks of lm-evaluation-harness by a link."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokenizer=of_place("results/models/{model}/tokenizer"),
         fetched="results/evaluation/tasks.json",  # read from the cache
         files=own_task_files(),
     output:
-        scores="results/runs/{run}/evaluation/{gguf}.tasks.json",
-        samples="results/runs/{run}/evaluation/{gguf}.tasks.parquet",
+        scores=measured_chain.FILES["tasks"],
+        samples=measured_chain.samples_beside(measured_chain.FILES["tasks"]),
     log:
-        "logs/runs/{run}/evaluate_tasks/{gguf}.log",
+        "logs/{place}/evaluate_tasks/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/evaluate_tasks/{gguf}.tsv"
+        "benchmarks/{place}/evaluate_tasks/{link}.tsv"
     conda:
         "../envs/tasks.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=gpus_for_run,
+        gpu=gpus_for_link,
         mem_mb=memory_for_models(2),
         runtime=growing(1_440),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings=tasks_json(),
         output_version=output_version("evaluate/evaluate_tasks"),
     shell:
@@ -57,77 +56,30 @@ rule evaluate_tasks:
         " > {log:q} 2>&1"
 
 
-use rule evaluate_tasks as evaluate_tasks_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        fetched="results/evaluation/tasks.json",
-        files=own_task_files(),
-    output:
-        scores="results/runs/{run}/evaluation/merged.tasks.json",
-        samples="results/runs/{run}/evaluation/merged.tasks.parquet",
-    log:
-        "logs/runs/{run}/evaluate_tasks/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/evaluate_tasks/merged.tsv"
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=tasks_json(),
-        output_version=output_version("evaluate/evaluate_tasks"),
-
-
-use rule evaluate_tasks as evaluate_tasks_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokenizer="results/models/{model}/tokenizer",
-        fetched="results/evaluation/tasks.json",
-        files=own_task_files(),
-    output:
-        scores="results/evaluation/{model}/base.tasks.json",
-        samples="results/evaluation/{model}/base.tasks.parquet",
-    log:
-        "logs/evaluation/{model}/evaluate_tasks.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/evaluate_tasks.tsv"
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(1_440),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=tasks_json(),
-        output_version=output_version("evaluate/evaluate_tasks"),
-
-
 rule match_references:
-    """Exact match of a GGUF's answers with the reference answers of the test split."""
+    """Exact match of a link's answers with the reference answers of the test split."""
     input:
-        gguf="results/runs/{run}/gguf/{run}-{gguf}.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
+        unpack(files_of_link),
+        facts=of_place("results/models/{model}/facts.json"),
+        tokenizer=of_place("results/models/{model}/tokenizer"),
+        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=of_place("results/data/{dataset}/clean/test.parquet"),
     output:
-        scores="results/runs/{run}/evaluation/{gguf}.references.json",
-        samples="results/runs/{run}/evaluation/{gguf}.references.parquet",
+        scores=measured_chain.FILES["references"],
+        samples=measured_chain.samples_beside(measured_chain.FILES["references"]),
     log:
-        "logs/runs/{run}/match_references/{gguf}.log",
+        "logs/{place}/match_references/{link}.log",
     benchmark:
-        "benchmarks/runs/{run}/match_references/{gguf}.tsv"
+        "benchmarks/{place}/match_references/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: threads_for_link
     resources:
-        gpu=gpus_for_run,
+        gpu=gpus_for_link,
         mem_mb=memory_for_models(2),
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: ["--gguf", input.gguf],
+        link=link_arguments,
         settings=references_json(),
         output_version=output_version("evaluate/match_references"),
     shell:
@@ -138,55 +90,10 @@ rule match_references:
         " --scores {output.scores:q} --samples {output.samples:q} > {log:q} 2>&1"
 
 
-use rule match_references as match_references_merged with:
-    input:
-        checkpoint="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_run("results/data/{dataset}/clean/test.parquet"),
-    output:
-        scores="results/runs/{run}/evaluation/merged.references.json",
-        samples="results/runs/{run}/evaluation/merged.references.parquet",
-    log:
-        "logs/runs/{run}/match_references/merged.log",
-    benchmark:
-        "benchmarks/runs/{run}/match_references/merged.tsv"
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=references_json(),
-        output_version=output_version("evaluate/match_references"),
-
-
-use rule match_references as match_references_base with:
-    input:
-        checkpoint="results/models/{model}/checkpoint",
-        facts="results/models/{model}/facts.json",
-        tokenizer="results/models/{model}/tokenizer",
-        tokens="results/data/{dataset}/{model}/tokens/test.arrow",
-        clean="results/data/{dataset}/clean/test.parquet",
-    output:
-        scores="results/evaluation/{model}/{dataset}/base.references.json",
-        samples="results/evaluation/{model}/{dataset}/base.references.parquet",
-    log:
-        "logs/evaluation/{model}/{dataset}/match_references.log",
-    benchmark:
-        "benchmarks/evaluation/{model}/{dataset}/match_references.tsv"
-    threads: threads_for_model
-    resources:
-        gpu=gpus_for_model,
-        mem_mb=memory_for_models(2),
-        runtime=growing(240),  # minutes
-    params:
-        link=lambda wildcards, input: ["--checkpoint", input.checkpoint],
-        settings=references_json(),
-        output_version=output_version("evaluate/match_references"),
-
-
 rule report_tasks:
     """Scores of base, merged model and smallest file, with what each link changes, paired."""
     input:
+        chains=chain_files(),
         scores=task_files(),
     output:
         tsv="results/report/tasks.tsv",
@@ -207,12 +114,8 @@ rule report_tasks:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        runs=runs_json(),
-        links=TASK_LINKS,
-        kinds=task_kinds(),
         output_version=output_version("report/report_tasks"),
     shell:
-        "python -m workflow_scripts.report.report_tasks --runs {params.runs:q}"
-        " --links {params.links:q} --kinds {params.kinds:q} --results results"
+        "python -m workflow_scripts.report.report_tasks --chains {input.chains:q}"
         " --tsv {output.tsv:q} --markdown {output.markdown:q} --html {output.html:q}"
         " > {log:q} 2>&1"

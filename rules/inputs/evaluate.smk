@@ -5,10 +5,72 @@ def scoring_json():
     return CONFIG.evaluation.model_dump_json(include=keys)
 
 
-def text_of_run(wildcards):
-    """The chunks of a text, by the tokenizer of a run's model."""
-    model = CONFIG.runs[wildcards.run].model
-    return f"results/evaluation/{model}/texts/{wildcards.text}.arrow"
+def owner(wildcards):
+    """Whose measurements a {place} holds: names of a run (not of a base), a model and a dataset (not
+    of what has nothing to do with one)."""
+    kind, name, *rest = wildcards.place.split("/")
+    if kind == "runs":
+        run = CONFIG.runs[name]
+        return {"run": name, "model": run.model, "dataset": run.dataset}
+    return {"model": name} | dict(zip(["dataset"], rest))
+
+
+def of_place(pattern):
+    """An input function: `pattern` with the names of the {place}'s owner."""
+    return lambda wildcards: pattern.format_map({**wildcards, **owner(wildcards)})
+
+
+def weights_of(link, wildcards):
+    return link.weights.format_map({**owner(wildcards), "link": link.name})
+
+
+def files_of_link(wildcards):
+    """The files that make up a link, by name."""
+    link, names = LINKS[wildcards.link], owner(wildcards)
+    weights = "gguf" if link.engine == "llama.cpp" else "checkpoint"
+    files = {weights: weights_of(link, wildcards)}
+    if link.adapter:
+        files["adapter"] = link.adapter.format_map(names)
+    if link.gate:
+        files["gate"] = ancient(link.gate.format_map(names))  # read by none
+    return files
+
+
+def weights_of_source(wildcards):
+    """The weights of the link that a link is made from."""
+    return weights_of(LINKS[LINKS[wildcards.link].source], wildcards)
+
+
+def link_arguments(wildcards, input):
+    """Which model is measured, as arguments of the program."""
+    link = LINKS[wildcards.link]
+    if link.engine == "llama.cpp":
+        return ["--gguf", input.gguf]
+    arguments = ["--checkpoint", input.checkpoint]
+    if link.adapter:
+        arguments += ["--adapter", str(Path(input.adapter).parent)]
+    if link.precision == "trained":
+        return [*arguments, "--precision", CONFIG.trained_precision(owner(wildcards)["run"])]
+    return [*arguments, "--precision", link.precision] if link.precision else arguments
+
+
+def threads_for_link(wildcards):
+    return threads_of("models", owner(wildcards)["model"])
+
+
+def gpus_for_link(wildcards):
+    return 0 if CONFIG.models[owner(wildcards)["model"]].built_here else 1
+
+
+def gpus_for_scoring(wildcards):
+    """None for llama.cpp as it is installed here."""
+    return 0 if LINKS[wildcards.link].engine == "llama.cpp" else gpus_for_link(wildcards)
+
+
+def memory_for_scoring(wildcards, input, attempt):
+    """llama.cpp maps its file; transformers may hold the weights twice as it loads them."""
+    n_models = 1.1 if LINKS[wildcards.link].engine == "llama.cpp" else 2
+    return memory_for_models(n_models)(wildcards, input, attempt)
 
 
 def evaluation_text(wildcards):
@@ -63,33 +125,42 @@ def own_task_files():
     return files
 
 
-def runs_json(names=RUNS):
-    """What the report needs to know: the runs, what each combines, and the quantizations."""
-    runs = {name: CONFIG.runs[name].model_dump() for name in names}
-    return json.dumps({"runs": runs, "gguf_types": GGUF_TYPES, "awq": CONFIG.awq.use})
+# One that honours the window, and the file that people run.
+TASK_LINKS = ["merged", QUANTIZATIONS[-1]]
+CONTEXT_LINKS = TASK_LINKS if CONFIG.evaluation.context.of_merged else TASK_LINKS[1:]
 
 
-def results_json(names=RUNS):
-    """The same with what else was measured of them: texts, and the links' context and tasks."""
-    also = {
-        "texts": list(CONFIG.evaluation.texts),
-        "context": ["base", *CONTEXT_LINKS] if CONFIG.evaluation.context.use else [],
-        "tasks": dict.fromkeys(
-            task_kinds() if CONFIG.evaluation.tasks.use else [], ["base", *TASK_LINKS]
-        ),
-        "hub_ids": hub_ids(names),
-    }
-    return json.dumps(json.loads(runs_json(names)) | also)
+def task_kinds():
+    """What the tasks are: those that the config names, and reference answers."""
+    return [*(["tasks"] if CONFIG.evaluation.tasks.names else []), "references"]
 
 
-def hub_ids(names):
-    """Where the bases of some runs are on the Hub: of those that are as they are there."""
-    models = {CONFIG.runs[name].model: CONFIG.models[CONFIG.runs[name].model] for name in names}
-    return {
-        name: model.source
-        for name, model in models.items()
-        if model.source and not model.is_local and not model.rope_scaling
-    }
+def chain_settings(name):
+    """What the chain of a run depends on."""
+    run = CONFIG.runs[name]
+    model = CONFIG.models[run.model]
+    is_as_published = model.source and not model.is_local and not model.rope_scaling
+    return measured_chain.ChainSettings(
+        run=run,
+        quantizations=QUANTIZATIONS,
+        awq=CONFIG.awq.use,
+        texts=list(CONFIG.evaluation.texts),
+        context=["base", *CONTEXT_LINKS],
+        tasks=["base", *TASK_LINKS],
+        task_kinds=task_kinds(),
+        hub_id=model.source if is_as_published else None,
+    )
+
+
+def chain_of(name):
+    """Where everything measured of a run is."""
+    return measured_chain.chain_of(name, chain_settings(name))
+
+
+def also_measured():
+    """Arguments of reports: what they tell of links beside scores and speed."""
+    asked = {"context": CONFIG.evaluation.context.use, "tasks": CONFIG.evaluation.tasks.use}
+    return flagged("--with", [what for what, is_asked in asked.items() if is_asked])
 
 
 def context_json():

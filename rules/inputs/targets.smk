@@ -143,103 +143,50 @@ def adapter_gguf_files():
     ]
 
 
-def links_of(name):
-    """The links of a run's chain after its base; a model merged elsewhere comes without adapter."""
-    return [*([] if name in MERGED_RUNS else ["adapter"]), "merged", *GGUF_TYPES]
+def files_of_chain(names, files_of):
+    """Some files of every link of some runs; a base's once for all runs that share it.
 
-
-def base_scores(run):
-    """Scores of a run's base model, 16-bit and 4-bit: made once for all runs that share it."""
-    folder = f"results/evaluation/{run.model}/{run.dataset}"
-    return [f"{folder}/base.json", f"{folder}/base-nf4.json"]
-
-
-def run_scores(name):
-    return [f"results/runs/{name}/evaluation/{link}.json" for link in links_of(name)]
-
-
-def awq_scores(name):
-    """Scores of a run's AWQ model, where it is made. No speed: what runs here are its weights,
-    without AWQ's kernels."""
-    return [f"results/runs/{name}/evaluation/awq.json"] if CONFIG.awq.use else []
-
-
-def token_scores(scores):
-    """The losses of every token, which stand beside the scores made of them."""
-    return [f"{file.removesuffix('.json')}.tokens.parquet" for file in scores]
+    `files_of` takes a link of handover/chain.py and names the files, or None where there is none."""
+    links = [link for name in names for link in chain_of(name).links]
+    return sorted({file for link in links for file in files_of(link) if file})
 
 
 def chain_token_scores(names):
-    """Of every link of some runs."""
-    files = {file for name in names for file in base_scores(RUNS[name]) + run_scores(name)}
-    files |= {file for name in names for file in awq_scores(name)}
-    return token_scores(sorted(files))
-
-
-def run_speeds(name):
-    return [f"results/runs/{name}/evaluation/{link}.inference.json" for link in links_of(name)]
-
-
-def run_divergences(name):
-    return [f"results/runs/{name}/evaluation/{quant}.divergence.json" for quant in QUANTIZATIONS]
+    """The losses of every token, of every link of some runs."""
+    return files_of_chain(names, lambda link: [link.token_scores])
 
 
 def text_scores(names=MADE_RUNS):
     """Of the texts that the config names: the base once a model, the merged model and every GGUF."""
-    files = set()
-    for text in CONFIG.evaluation.texts:
-        for name in names:
-            files.add(f"results/evaluation/{RUNS[name].model}/texts/{text}/base.json")
-            folder = f"results/runs/{name}/evaluation/texts/{text}"
-            files |= {f"{folder}/{link}.json" for link in ("merged", *GGUF_TYPES)}
-    return sorted(files)
+    return files_of_chain(names, lambda link: link.texts.values())
 
 
 def evaluation_files(names=MADE_RUNS):
     """Scores, speed and divergence of every link of some runs."""
-    files = set()
-    for name in names:
-        files |= {*base_scores(RUNS[name]), *run_scores(name), *run_speeds(name)}
-        files |= {*run_divergences(name), *awq_scores(name)}
-        if CONFIG.evaluation.context.use:
-            files |= set(context_scores(name))
-        if CONFIG.evaluation.tasks.use:
-            files |= set(task_scores(name))
-    return sorted(files)
+    return [
+        *files_of_chain(names, lambda link: [link.scores, link.speed, link.divergence]),
+        *(context_files(names) if CONFIG.evaluation.context.use else []),
+        *(task_files(names) if CONFIG.evaluation.tasks.use else []),
+    ]
 
 
-def base_files(what):
-    """A JSON of the base of every run, made once a model and dataset."""
-    runs = RUNS.values()
-    return sorted(
-        {f"results/evaluation/{run.model}/{run.dataset}/base.{what}.json" for run in runs}
-    )
+def context_files(names=RUNS):
+    """Usable context of the links that are asked."""
+    return files_of_chain(names, lambda link: [link.context])
 
 
-# One that honours the window, and the file that people run.
-TASK_LINKS = ["merged", QUANTIZATIONS[-1]]
-CONTEXT_LINKS = TASK_LINKS if CONFIG.evaluation.context.of_merged else TASK_LINKS[1:]
+def task_files(names=RUNS):
+    """Scores in tasks, with what every document scored."""
+    scores = files_of_chain(names, lambda link: link.tasks.values())
+    return scores + [measured_chain.samples_beside(file) for file in scores]
 
 
-def context_scores(name):
-    """Usable context of a run's links, its base's first."""
-    run = RUNS[name]
-    of_run = expand(f"results/runs/{name}/evaluation/{{link}}.context.json", link=CONTEXT_LINKS)
-    return [f"results/evaluation/{run.model}/{run.dataset}/base.context.json", *of_run]
+def answer_files(names=RUNS):
+    return files_of_chain(names, lambda link: [link.answers])
 
 
-def context_files():
-    return sorted({file for name in RUNS for file in context_scores(name)})
-
-
-def answer_files():
-    links = ["merged", *GGUF_TYPES]
-    of_runs = expand("results/runs/{run}/evaluation/{link}.answers.json", run=RUNS, link=links)
-    return base_files("answers") + of_runs
-
-
-# Of the overview: the tuned model and the file that people run, both by llama.cpp.
-SAMPLE_LINKS = ["F16", QUANTIZATIONS[-1]]
+# Of the overview: the base, the tuned model and the file that people run, both by llama.cpp.
+SAMPLE_LINKS = ["base", "F16", QUANTIZATIONS[-1]]
 
 
 def sampled_runs():
@@ -248,41 +195,17 @@ def sampled_runs():
 
 
 def overview_answers():
-    bases = {(MADE_RUNS[name].model, MADE_RUNS[name].dataset) for name in sampled_runs()}
-    return [
-        *(f"results/evaluation/{model}/{dataset}/base.answers.json" for model, dataset in bases),
-        *expand(
-            "results/runs/{run}/evaluation/{link}.answers.json",
-            run=sampled_runs(),
-            link=SAMPLE_LINKS,
-        ),
-    ]
+    return files_of_chain(
+        sampled_runs(), lambda link: [link.answers if link.name in SAMPLE_LINKS else None]
+    )
+
+
+def chain_files(names=RUNS):
+    return expand("results/runs/{run}/chain.json", run=names)
 
 
 def context_pages():
     return expand("results/report/context.{form}", form=["tsv", "md", "html"])
-
-
-def task_kinds():
-    """What the tasks are: those that the config names, and reference answers."""
-    return [*(["tasks"] if CONFIG.evaluation.tasks.names else []), "references"]
-
-
-def task_scores(name):
-    """Scores of a run's links in tasks, its base's first, with what every document scored."""
-    run = CONFIG.runs[name]
-    of_base = {
-        "tasks": f"results/evaluation/{run.model}/base.tasks",
-        "references": f"results/evaluation/{run.model}/{run.dataset}/base.references",
-    }
-    stems = [of_base[kind] for kind in task_kinds()] + expand(
-        f"results/runs/{name}/evaluation/{{link}}.{{kind}}", link=TASK_LINKS, kind=task_kinds()
-    )
-    return expand("{stem}.{form}", stem=stems, form=["json", "parquet"])
-
-
-def task_files():
-    return sorted({file for name in RUNS for file in task_scores(name)})
 
 
 def task_pages():

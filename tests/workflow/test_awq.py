@@ -30,7 +30,8 @@ def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) ->
     assert jobs == {
         "plan_disk": 1,
         "quantize_awq": 2,
-        "evaluate_perplexity_awq": 2,
+        "evaluate_perplexity": 2,
+        "write_chain": 2,
         "report_overview": 1,
         "report_run": 2,
         "report_comparison": 1,

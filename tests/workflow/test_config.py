@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,21 @@ def test_the_overview_shows_answers_where_the_config_asks_for_them(workflow, tmp
     result = workflow("-n", "-p", "--cores", 8, "--configfile", tmp_path / "mine.yaml")
     jobs = jobs_of(result)
     # Of both runs the tuned model and the smallest file, by llama.cpp; of their base once.
-    assert jobs.get("answer_prompts", 0) == (4 if use else 0)
-    assert jobs.get("answer_prompts_base", 0) == (1 if use else 0)
-    assert "answer_prompts_merged" not in jobs
-    shown = '"mistral": ["base", "F16", "Q4_0"]'
+    assert jobs.get("answer_prompts", 0) == (5 if use else 0)
+    answered = set(re.findall(r"--answers (\S+)", result.stdout))
+    assert answered == {
+        f"results/{place}.answers.json"
+        for place in (
+            "evaluation/demo/stdlib-help/base",
+            *(
+                f"runs/{run}/evaluation/{link}"
+                for run in ("generic", "mistral")
+                for link in ("F16", "Q4_0")
+            ),
+        )
+        if use
+    }
+    shown = "--sampled generic mistral --samples base F16 Q4_0"
     assert (shown in result.stdout) == use
     assert ("mistral/evaluation/Q4_0.answers.json" in result.stdout) == use
 

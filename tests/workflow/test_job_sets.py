@@ -45,7 +45,7 @@ def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
 
 # What follows a quantization that is made, of both runs.
 EVALUATED = {
-    "evaluate_perplexity_quantization": 2,
+    "evaluate_quantization": 2,
     "evaluate_text": 2,
     "benchmark_inference": 2,
     "report_overview": 1,
@@ -62,13 +62,15 @@ def test_a_new_quantization_runs_only_what_is_new_and_what_gathers(
     tiny: Path, tmp_path: Path
 ) -> None:
     jobs = changed(tiny, tmp_path, {"gguf": {"quantizations": ["Q8_0", "Q4_K_M", "Q6_K"]}})
-    assert jobs == {"plan_disk": 1, "plan_quantizations": 1, "quantize_gguf": 2, **EVALUATED}
+    planned = {"plan_disk": 1, "plan_quantizations": 1, "write_chain": 2}
+    assert jobs == {**planned, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_a_new_mix_runs_what_a_new_quantization_runs(tiny: Path, tmp_path: Path) -> None:
     mix = {"mixes": {"Q4_K_L": {"type": "Q4_K_M", "output": "Q8_0"}}}
     jobs = changed(tiny, tmp_path, {"gguf": {**mix, "quantizations": ["Q8_0", "Q4_K_M", "Q4_K_L"]}})
-    assert jobs == {"plan_disk": 1, "plan_quantizations": 1, "quantize_gguf": 2, **EVALUATED}
+    planned = {"plan_disk": 1, "plan_quantizations": 1, "write_chain": 2}
+    assert jobs == {**planned, "quantize_gguf": 2, **EVALUATED}
 
 
 def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
@@ -76,9 +78,7 @@ def test_another_text_is_scored_by_the_links_it_is_for_and_runs_nothing_else(
 ) -> None:
     scored = {
         "chunk_text": 1,
-        "evaluate_text_base": 1,
-        "evaluate_text_merged": 2,
-        "evaluate_text": 6,
+        "evaluate_text": 1 + 2 * 4,  # the base; merged model and three files of both runs
         "report_chain": 1,
         "report_comparison": 1,
         "report_overview": 1,
@@ -96,9 +96,7 @@ def test_usable_context_is_measured_with_the_rest_where_it_is_asked_for(
     tiny: Path, tmp_path: Path
 ) -> None:
     assert changed(tiny, tmp_path, {"evaluation": {"context": {"use": True}}}) == {
-        "evaluate_context": 2,
-        "evaluate_context_merged": 2,
-        "evaluate_context_base": 1,
+        "evaluate_context": 1 + 2 * 2,  # the base; merged model and smallest file of both runs
         "report_context": 1,
         "report_chain": 1,
         "report_comparison": 1,
@@ -169,15 +167,10 @@ def test_a_new_learning_rate_trains_that_run_only_and_touches_no_data(
         "check_gguf": 1,
         "compute_imatrix": 1,
         "quantize_gguf": 2,
-        "evaluate_perplexity": 1,
-        "evaluate_perplexity_quantization": 2,
-        "evaluate_text": 3,
-        "evaluate_text_merged": 1,
-        "evaluate_perplexity_adapter": 1,
-        "evaluate_perplexity_merged": 1,
-        "benchmark_inference": 3,
-        "benchmark_inference_adapter": 1,
-        "benchmark_inference_merged": 1,
+        "evaluate_perplexity": 3,  # adapter, merged, F16
+        "evaluate_quantization": 2,
+        "evaluate_text": 4,
+        "benchmark_inference": 5,
         "report_overview": 1,
         "report_run": 1,
         "report_comparison": 1,
@@ -195,7 +188,8 @@ def test_another_base_to_merge_into_merges_again_and_trains_nothing(
     jobs = changed(tiny, tmp_path, {"runs": {"mistral": {"merge_base": "auto"}}})
     assert jobs["choose_merge_base"] == jobs["merge_adapter"] == jobs["check_merged"] == 1
     assert jobs["convert_gguf"] == 1
-    assert not {"train_adapter", "plan_memory", "evaluate_perplexity_adapter"} & jobs.keys()
+    assert not {"train_adapter", "plan_memory"} & jobs.keys()
+    assert jobs["evaluate_perplexity"] == 2  # merged and F16, not the adapter
 
 
 @pytest.mark.parametrize(
@@ -247,16 +241,14 @@ def test_a_longer_preview_makes_the_previews_alone(tiny: Path, tmp_path: Path) -
 
 def test_answers_on_the_overview_are_all_that_they_add(tiny: Path, tmp_path: Path) -> None:
     jobs = changed(tiny, tmp_path, {"evaluation": {"samples": {"use": True}}})
-    assert jobs == {"answer_prompts": 4, "answer_prompts_base": 1, "report_overview": 1}
+    assert jobs == {"answer_prompts": 1 + 2 * 2, "report_overview": 1}
 
 
 TASKS = {
     "fetch_tasks": 1,
-    "evaluate_tasks_base": 1,
-    "evaluate_tasks_merged": 2,
-    "evaluate_tasks": 2,
+    "evaluate_tasks": 1 + 2 * 2,
 }
-REFERENCES = {"match_references_base": 1, "match_references_merged": 2, "match_references": 2}
+REFERENCES = {"match_references": 1 + 2 * 2}
 
 
 def asked_for_tasks(folder: Path, tmp_path: Path, **tasks: object) -> dict[str, int]:

@@ -27,15 +27,16 @@ from snakemake.settings.types import ConfigSettings, ResourceSettings
 
 names = Wildcards(fromdict={
     "run": "mistral-7b-v0.3", "model": "mistral-7b-v0.3", "dataset": "stdlib-help",
-    "packing": "swa-aware", "quant": "Q4_K_M", "gguf": "F16", "text": "text", "source": "source",
-    "precision": "",
+    "packing": "swa-aware", "quant": "Q4_K_M", "text": "text", "source": "source",
+    "place": "runs/mistral-7b-v0.3/evaluation", "link": "",
 })
 
-def asked(value, attempt):
+def asked(value, link, attempt):
     if not callable(value):
         return value
     given = {"input": SimpleNamespace(facts="facts.json"), "attempt": attempt}
     asks_for = inspect.signature(value).parameters
+    names.link = link
     return value(names, **{name: given[name] for name in given if name in asks_for})
 
 with SnakemakeApi() as api:
@@ -47,17 +48,18 @@ with SnakemakeApi() as api:
         snakefile=Path("Snakefile"),
     )._workflow
     print(json.dumps({
-        rule.name: {
+        (f"{rule.name} of {link}" if "link" in rule.wildcard_names else rule.name): {
             "shell": rule.shellcmd,
             "is_local": rule.name in workflow._localrules,
             **{
-                name: [asked(resource._value, attempt) for attempt in (1, 2)]
+                name: [asked(resource._value, link, attempt) for attempt in (1, 2)]
                 for name, resource in rule.resources.items()
                 if name != "tmpdir"
             },
         }
         for rule in workflow.rules
         if rule.shellcmd
+        for link in ("adapter", "merged", "F16")
     }))
 """
 
@@ -91,7 +93,9 @@ def test_every_rule_says_what_memory_and_time_it_takes_and_asks_for_more_when_tr
 
 def test_what_holds_a_model_asks_for_memory_by_its_size(rules) -> None:
     # 14 GB of weights, 4 GB beside.
-    assert rules["evaluate_perplexity_merged"]["mem_mb"][0] == 2 * 14_000 + 4_000
+    assert rules["evaluate_perplexity of merged"]["mem_mb"][0] == 2 * 14_000 + 4_000
+    # llama.cpp maps its file.
+    assert rules["evaluate_perplexity of F16"]["mem_mb"][0] == 1.1 * 14_000 + 4_000
     assert rules["train_adapter"]["mem_mb"][0] == 4 * 14_000 + 4_000  # a process a GPU of the node
     # Tensor by tensor, whatever the size.
     assert rules["merge_adapter"]["mem_mb"][0] == 4_000
@@ -99,8 +103,8 @@ def test_what_holds_a_model_asks_for_memory_by_its_size(rules) -> None:
 
 def test_every_job_with_a_gpu_takes_it_from_those_that_are_free(rules) -> None:
     with_gpu = {name for name, rule in rules.items() if rule.get("gpu", [0])[0]}
-    assert {"train_adapter", "check_merged", "evaluate_perplexity_adapter"} <= with_gpu
-    assert "evaluate_perplexity" not in with_gpu  # llama.cpp, on the CPU
+    assert {"train_adapter", "check_merged", "evaluate_perplexity of adapter"} <= with_gpu
+    assert "evaluate_perplexity of F16" not in with_gpu  # llama.cpp, on the CPU
     for name in with_gpu:
         assert (
             rules[name]["shell"]
@@ -124,7 +128,7 @@ def test_what_takes_seconds_or_downloads_asks_a_cluster_for_no_node(rules) -> No
     downloads = {name for name in rules if name.startswith("fetch_")}
     others = {"plan_disk", "plan_quantizations", "check_recipe"}
     others |= {"preview_chats", "push_release", "link_base_model"}
-    others |= {"collect_metrics", "tabulate_metrics"}
+    others |= {"write_chain", "collect_metrics", "tabulate_metrics"}
     assert local == reports | downloads | others
     for name in local - {"push_release"}:
         assert rules[name]["mem_mb"][0] <= 4_000 and rules[name]["_cores"][0] == 1, name

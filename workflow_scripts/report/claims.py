@@ -130,7 +130,7 @@ def _perplexity(first: RunResults, last: RunResults) -> tuple[str, str]:
 
 
 def _latency(first: RunResults, last: RunResults) -> tuple[str, str]:
-    name = last.links[-1].name
+    name = last.smallest.name
     speeds = [run.link(name).speed for run in (first, last)]
     assert speeds[0] and speeds[1]
     one, other = (speed.decode_milliseconds_per_token for speed in speeds if speed)
@@ -218,7 +218,7 @@ def published_task(published: PublishedTask, runs: Sequence[RunResults]) -> Clai
     run, of_kind, score = found
     said = (
         f"{shown(score)}, {score.n_examples}-shot, {score.n_documents:,} documents,"
-        f" base of {run.name} ({run.base_hub_id})"
+        f" base of {run.name} ({run.chain.hub_id})"
     )
     return Claim(what, figure, said, MEASURED, _verdict(published, run, of_kind, score))
 
@@ -227,8 +227,8 @@ def _scores_of_7b(
     published: PublishedTask, runs: Sequence[RunResults]
 ) -> Iterator[tuple[RunResults, Tasks, TaskScore]]:
     """Those of the paper's own version first."""
-    of_7b = [run for run in runs if (run.base_hub_id or "").startswith(BASES_7B)]
-    for run in sorted(of_7b, key=lambda run: run.base_hub_id != PUBLISHED_BASE):
+    of_7b = [run for run in runs if (run.chain.hub_id or "").startswith(BASES_7B)]
+    for run in sorted(of_7b, key=lambda run: run.chain.hub_id != PUBLISHED_BASE):
         for of_kind in run.link("base").tasks.values():
             for score in of_kind.scores:
                 if (score.task, score.metric) == (published.task, published.metric):
@@ -238,7 +238,7 @@ def _scores_of_7b(
 def _verdict(published: PublishedTask, run: RunResults, of_kind: Tasks, score: TaskScore) -> str:
     """Whether it is the published figure; what was asked in another way is not held against it."""
     others = []
-    if run.base_hub_id != PUBLISHED_BASE:
+    if run.chain.hub_id != PUBLISHED_BASE:
         others.append(f"published of {PUBLISHED_BASE.partition('/')[2]}")
     if score.n_examples != published.n_examples:
         others.append(

@@ -1,7 +1,6 @@
 """Gather every figure measured of a run, with its unit, error and place.
 
-python -m workflow_scripts.report.collect_metrics --run mistral
-    --runs '{"runs": …, "gguf_types": …}' --results results
+python -m workflow_scripts.report.collect_metrics --chains results/runs/mistral/chain.json
     --metrics results/runs/mistral/metrics.json
 """
 
@@ -12,32 +11,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
+from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.metrics import RunMetrics
+from workflow_scripts.report import results
 from workflow_scripts.report.metrics import measured_files, metrics_of
-from workflow_scripts.report.results import Wanted
 
-OUTPUT_VERSION = 4
+OUTPUT_VERSION = 5
 logger = log.stage_logger("collect_metrics")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    results.add_arguments(parser)
     parser.add_argument("--metrics", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
 
-    wanted = Wanted.read(arguments.runs)
-    links = metrics_of(arguments.run, wanted, arguments.results)
+    (path,) = arguments.chains
+    chain = Chain.read(path)
+    links = metrics_of(chain, arguments.also)
     metrics = RunMetrics(
-        run=arguments.run,
-        settings=wanted.runs[arguments.run],
+        run=chain.run,
+        settings=chain.settings,
         links=links,
-        files={
-            file: files.sha256(arguments.results / file)
-            for file in measured_files(arguments.run, wanted)
-        },
+        files={file: files.sha256(Path(file)) for file in measured_files(chain, arguments.also)},
     )
     metrics.write(arguments.metrics)
     n_metrics = sum(map(len, links.values()))

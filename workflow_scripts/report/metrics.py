@@ -6,14 +6,15 @@ each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from workflow_scripts import files
+from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.metrics import Metric
 from workflow_scripts.report.report_tasks import name_of
-from workflow_scripts.report.results import Wanted, tasks, tasks_file
+from workflow_scripts.report.results import tasks
 
 
 class Found(NamedTuple):
@@ -105,31 +106,27 @@ SHAPE = (
 )
 
 
-def metrics_of(run: str, wanted: Wanted, results: Path) -> dict[str, dict[str, Metric]]:
+def metrics_of(chain: Chain, also: Collection[str] = ()) -> dict[str, dict[str, Metric]]:
     """Of one run, by link and name, from the base's scores to the last file's; what is of the run
     as a whole under `run`.
 
     Args:
-        wanted: what was measured.
-        results: the folder `results/`.
+        chain: where the run's files are.
+        also: `context` and `tasks`, where those were measured.
     Raises:
         StageError: a file that the run must have is missing.
     """
-    found = [one for place in _places(run, wanted) for one in _read(place, results)]
+    found = [one for place in _places(chain, also) for one in _read(place)]
     by_link: dict[str, dict[str, Metric]] = {}
-    for link, name, metric in [*found, *_read_tasks(run, wanted, results)]:
+    for link, name, metric in [*found, *(_read_tasks(chain) if "tasks" in also else [])]:
         by_link.setdefault(link, {})[name] = metric
     return by_link
 
 
-def measured_files(run: str, wanted: Wanted) -> list[str]:
-    """Those of `metrics_of`, below the folder of results."""
-    of_tasks = [
-        tasks_file(run, wanted.runs[run], link, kind)
-        for kind, links in wanted.tasks.items()
-        for link in links
-    ]
-    return [*(place.file for place in _places(run, wanted)), *of_tasks]
+def measured_files(chain: Chain, also: Collection[str] = ()) -> list[str]:
+    """Those of `metrics_of`."""
+    of_tasks = [file for link in chain.links for file in link.tasks.values() if "tasks" in also]
+    return [*(place.file for place in _places(chain, also)), *of_tasks]
 
 
 class Place(NamedTuple):
@@ -143,42 +140,32 @@ class Place(NamedTuple):
     """Of the metrics' names: what a link's text is called."""
 
 
-def _places(run: str, wanted: Wanted) -> Iterator[Place]:
-    settings = wanted.runs[run]
-    model, dataset = settings.model, settings.dataset
-    folder, base = f"runs/{run}", f"evaluation/{model}/{dataset}"
-    yield Place("run", f"models/{model}/facts.json", SHAPE)
-    if settings.packing:
-        packed = f"data/{dataset}/{model}/{settings.packing}"
-        yield Place("run", f"{packed}/packing_report.json", PACKING)
-    if settings.recipe:
-        yield Place("run", f"{folder}/adapter/training_manifest.json", TRAINING)
-    yield Place("run", f"{folder}/merged_check.json", MERGED_GATE)
-    yield Place("run", f"{folder}/gguf_check.json", GGUF_GATE)
-    yield Place("base", f"{base}/base.json", SCORES)
-    yield Place("base NF4", f"{base}/base-nf4.json", SCORES)
-    adapter = () if settings.merged else ("adapter",)
-    for link in (*adapter, "merged", *wanted.gguf_types):
-        yield Place(link, f"{folder}/evaluation/{link}.json", SCORES)
-        yield Place(link, f"{folder}/evaluation/{link}.inference.json", SPEED)
-        if link in wanted.gguf_types and link != "F16":
-            yield Place(link, f"{folder}/evaluation/{link}.divergence.json", DIVERGENCE)
-    if wanted.awq:
-        yield Place("AWQ", f"{folder}/evaluation/awq.json", (*SCORES, SIZE))
-    for text in wanted.texts:
-        scored = f"evaluation/{model}/texts/{text}/base.json"
-        yield Place("base", scored, TEXT, f"{text}: ")
-        for link in ("merged", *wanted.gguf_types):
-            scored = f"{folder}/evaluation/texts/{text}/{link}.json"
-            yield Place(link, scored, TEXT, f"{text}: ")
-    for link in wanted.context:
-        place = base if link == "base" else f"{folder}/evaluation"
-        yield Place(link, f"{place}/{link}.context.json", CONTEXT)
+def _places(chain: Chain, also: Collection[str]) -> Iterator[Place]:
+    of_run: tuple[tuple[str | None, Sequence[Source]], ...] = (
+        (chain.facts, SHAPE),
+        (chain.packing_report, PACKING),
+        (chain.training_manifest, TRAINING),
+        (chain.merged_check, MERGED_GATE),
+        (chain.gguf_check, GGUF_GATE),
+    )
+    yield from (Place("run", file, sources) for file, sources in of_run if file)
+    for link in chain.links:
+        # Where there is no speed, the size is told with the scores.
+        scores = SCORES if link.speed else (*SCORES, SIZE)
+        yield Place(link.title, link.scores, scores)
+        if link.speed:
+            yield Place(link.title, link.speed, SPEED)
+        if link.divergence:
+            yield Place(link.title, link.divergence, DIVERGENCE)
+        for text, file in link.texts.items():
+            yield Place(link.title, file, TEXT, f"{text}: ")
+        if link.context and "context" in also:
+            yield Place(link.title, link.context, CONTEXT)
 
 
-def _read(place: Place, results: Path) -> Iterator[Found]:
+def _read(place: Place) -> Iterator[Found]:
     """The metrics of a file; what it has not, or has as null, was not measured."""
-    content = files.read_json(results / place.file)
+    content = files.read_json(Path(place.file))
     for source in place.sources:
         value = content.get(source.key)
         if value is None:
@@ -196,12 +183,11 @@ def _read(place: Place, results: Path) -> Iterator[Found]:
         yield Found(place.link, place.prefix + source.name, metric)
 
 
-def _read_tasks(run: str, wanted: Wanted, results: Path) -> Iterator[Found]:
+def _read_tasks(chain: Chain) -> Iterator[Found]:
     """Scores of every task and metric, with the ends of their interval where those are known."""
-    for kind, links in wanted.tasks.items():
-        for link in links:
-            file = tasks_file(run, wanted.runs[run], link, kind)
-            for number, score in enumerate(tasks(results / file, kind).scores):
+    for link in chain.links:
+        for kind, file in link.tasks.items():
+            for number, score in enumerate(tasks(Path(file), kind).scores):
                 for end, key, value, error in (
                     ("", "score", score.score, score.standard_error),
                     (", 2.5 %", "low", score.low, None),
@@ -218,4 +204,4 @@ def _read_tasks(run: str, wanted: Wanted, results: Path) -> Iterator[Found]:
                         file=file,
                         key=f"scores.{number}.{key}",
                     )
-                    yield Found(link, name_of(score, kind) + end, metric)
+                    yield Found(link.title, name_of(score, kind) + end, metric)

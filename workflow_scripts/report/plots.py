@@ -63,21 +63,20 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
 
 
 def chain(runs: Sequence[RunResults]) -> Figure:
-    """Perplexity by link, a line a run, bars of one standard error; AWQ, which is no link after
-    the last but made of the merged model, by itself."""
-    names = list(dict.fromkeys(link.name for run in runs for link in run.links))
-    if any(run.awq for run in runs):
-        names.append("AWQ")
+    """Perplexity by link, a line a run, bars of one standard error; links aside by themselves."""
+    every = [link for run in runs for link in run.links]
+    names = list(dict.fromkeys(link.name for link in sorted(every, key=lambda one: one.is_aside)))
     figure, (axis,) = panels(width=8, height=4.2)
     for number, (run, style) in enumerate(zip(runs, styles(), strict=False)):
-        ways: tuple[tuple[Sequence[Link | None], dict[str, Any]], ...] = (
-            (run.links, {"label": run.name}),
-            ([run.awq], {"linestyle": ""}),
+        ways: tuple[tuple[bool, dict[str, Any]], ...] = (
+            (False, {"label": run.name}),
+            (True, {"linestyle": ""}),
         )
-        for links, how in ways:
-            points = [_perplexity(link) for link in links if link]
+        for is_aside, how in ways:
+            links = [link for link in run.links if link.is_aside is is_aside]
+            points = [_perplexity(link) for link in links]
             # Beside each other, so that bars do not hide bars.
-            places = [names.index(link.name) + 0.08 * number for link in links if link]
+            places = [names.index(link.name) + 0.08 * number for link in links]
             if points:
                 values, errors = zip(*points, strict=True)
                 axis.errorbar(places, values, yerr=errors, **style, **how)
@@ -97,9 +96,8 @@ def _perplexity(link: Link) -> tuple[float, float]:
 
 
 def trade_off(run: RunResults) -> Figure:
-    """Quality against size and against speed of the run's files; AWQ's speed is not measured."""
-    links = [link for link in run.links if link.speed is not None and link.name not in _OTHERS]
-    links += [run.awq] if run.awq else []
+    """Quality against size and against speed of the run's files."""
+    links = [link for link in run.links if link.name not in _OTHERS]
     measures = (
         ("size of the file, GB", lambda link: ((link.scores.size_bytes or 0) / 1e9, None)),
         ("decoding, ms a token", lambda link: _of_speed(link, "decode")),

@@ -1,7 +1,7 @@
 """Perplexity of every link, from the base to each quantized file: which hand-over cost what.
 
-python -m workflow_scripts.report.report_chain --runs '{"runs": …, "gguf_types": …, …}'
-    --results results --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
+python -m workflow_scripts.report.report_chain --chains results/runs/mistral/chain.json
+    --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.report import figures, plots, tables
-from workflow_scripts.report.results import Link, RunResults, read_results
+from workflow_scripts.report import figures, plots, results, tables
+from workflow_scripts.report.results import Link, RunResults
 from workflow_scripts.report.tables import (
     Table,
     change_of_perplexity,
@@ -30,13 +30,12 @@ logger = log.stage_logger("report_chain")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    results.add_arguments(parser)
     tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results)
+    runs = results.read_results(arguments.chains, arguments.also)
     chain(runs).write(arguments)
     figures.save(plots.chain(runs), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
@@ -44,19 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def chain(runs: Sequence[RunResults]) -> Table:
     """One row a run and link, and a column a text."""
-    texts = list(runs[0].link("merged").texts)
+    texts = list(dict.fromkeys(text for run in runs for text in run.link("merged").texts))
     rows = []
     for run in runs:
-        links = [*run.links, *([run.awq] if run.awq else [])]
-        changes = ["", *steps(run, links[1:])]
-        for link, step in zip(links, changes, strict=True):
+        for link, step in zip(run.links, steps(run), strict=True):
             rows.append(
                 [
                     f"{run.name}: {link.name}",
                     perplexity(link.scores),
                     step,
                     *diverged(link),
-                    *(perplexity(link.texts[text]) if link.texts else "" for text in texts),
+                    *(perplexity(link.texts[text]) if text in link.texts else "" for text in texts),
                     *measured(link),
                 ]
             )
@@ -93,16 +90,6 @@ def chain(runs: Sequence[RunResults]) -> Table:
     )
 
 
-def source(run: RunResults, link: Link) -> Link:
-    """What a link is made from: F16 for a quantization, the merged model for AWQ, else the link
-    before it."""
-    if link is run.awq:
-        return run.link("merged")
-    if link.divergence is not None:
-        return run.link("F16")
-    return run.links[run.links.index(link) - 1]
-
-
 def note_on_widths(runs: Sequence[RunResults]) -> str:
     """Why a quantization is none of the k-quants, where a model's widths rule them out."""
     widths = {
@@ -122,7 +109,7 @@ def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
     """What the columns of texts are of."""
     if not texts:
         return ""
-    scored = runs[0].link("merged").texts
+    scored = {text: one for run in runs for text, one in run.link("merged").texts.items()}
     sizes = ", ".join(f"{text} {scored[text].n_scored_tokens:,}" for text in texts)
     return (
         f" Texts are scored as llama-perplexity scores them: the second half of chunks, {sizes}"
@@ -130,18 +117,20 @@ def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
     )
 
 
-def steps(run: RunResults, links: Sequence[Link]) -> Iterator[str]:
-    """Of each link: its perplexity against that of the link that it is made from.
+def steps(run: RunResults) -> Iterator[str]:
+    """Of each link: its perplexity against that of the link that it is made from; empty of the
+    base.
 
-    Args:
-        links: of the run, AWQ among them; not the base.
     Raises:
         StageError: the two were scored on different tokens.
     """
     from workflow_scripts.scoring.token_scores import TokenScores
 
-    for link in links:
-        before = source(run, link)
+    for link in run.links:
+        if link.source is None:
+            yield ""
+            continue
+        before = run.link(link.source)
         before_scores, link_scores = (TokenScores.read(one.token_scores) for one in (before, link))
         if not link_scores.scores_the_same(before_scores):
             raise log.StageError(
@@ -150,8 +139,7 @@ def steps(run: RunResults, links: Sequence[Link]) -> Iterator[str]:
                 found=f"{len(link_scores.nats)} of {len(link_scores.ids)} conversations",
                 expected=f"the same {len(before_scores.nats)} of {len(before_scores.ids)}",
                 to_fix="score them again: snakemake evaluate --forcerun evaluate_perplexity"
-                " evaluate_perplexity_quantization evaluate_perplexity_merged"
-                " evaluate_perplexity_adapter evaluate_perplexity_awq evaluate_perplexity_base",
+                " evaluate_quantization",
             )
         yield change_of_perplexity(*link_scores.difference(before_scores))
 

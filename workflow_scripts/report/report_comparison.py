@@ -1,23 +1,22 @@
 """The headline table: the runs side by side, each figure as it was measured on this run.
 
-python -m workflow_scripts.report.report_comparison --runs '{"runs": …, "gguf_types": …, …}'
-    --results results --tsv comparison.tsv --markdown comparison.md --html comparison.html
+python -m workflow_scripts.report.report_comparison --chains results/runs/*/chain.json
+    --tsv comparison.tsv --markdown comparison.md --html comparison.html
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.handover.context import ContextScores
 from workflow_scripts.handover.gates import MergeBase
 from workflow_scripts.handover.speed import Phase, Speed
-from workflow_scripts.report import tables
+from workflow_scripts.report import results, tables
 from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.report_tasks import NONE_ASKED, is_share, name_of, shown
-from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.results import RunResults
 from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
 
 OUTPUT_VERSION = 4
@@ -26,19 +25,18 @@ logger = log.stage_logger("report_comparison")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    results.add_arguments(parser)
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results)
+    runs = results.read_results(arguments.chains, arguments.also)
     comparison(runs).write(arguments)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
 def comparison(runs: Sequence[RunResults]) -> Table:
     """One row a figure, one column a run."""
-    smallest = runs[0].links[-1].name
+    smallest = runs[0].smallest.name
     figures: dict[str, Callable[[RunResults], str]] = {
         "Perplexity, base": lambda run: perplexity(run.link("base").scores),
         "Perplexity, merged": lambda run: perplexity(run.link("merged").scores),
@@ -95,11 +93,13 @@ def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunR
     """Rows of the texts that were scored."""
 
     def figure(text: str, link: str) -> Callable[[RunResults], str]:
-        return lambda run: perplexity(run.link(link).texts[text])
+        return lambda run: (
+            perplexity(run.link(link).texts[text]) if text in run.link(link).texts else ""
+        )
 
     return {
         f"Perplexity on {text}, {link}": figure(text, link)
-        for text in runs[0].link("merged").texts
+        for text in dict.fromkeys(text for run in runs for text in run.link("merged").texts)
         for link in ("base", "merged", smallest)
     }
 

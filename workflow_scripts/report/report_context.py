@@ -1,7 +1,7 @@
 """Usable context of every link: scores by length, effective lengths, what long context gains.
 
-python -m workflow_scripts.report.report_context --runs '{"runs": …}' --links merged Q4_K_M
-    --results results --tsv context.tsv --markdown context.md --html context.html
+python -m workflow_scripts.report.report_context --chains results/runs/*/chain.json
+    --tsv context.tsv --markdown context.md --html context.html
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from workflow_scripts import log, pages
+from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.context import ContextScores, Definition
 from workflow_scripts.report import figures, plots, tables
-from workflow_scripts.report.results import Wanted
 from workflow_scripts.report.tables import Table, with_error
-from workflow_scripts.settings import RunSettings
 
 OUTPUT_VERSION = 3
 Reports = Mapping[str, ContextScores]
@@ -24,16 +23,11 @@ logger = log.stage_logger("report_context")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs")
-    parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    runs = {
-        name: read(name, settings, arguments.links, arguments.results)
-        for name, settings in Wanted.read(arguments.runs).runs.items()
-    }
+    runs = {chain.run: read(chain) for chain in map(Chain.read, arguments.chains)}
     table = context(runs)
     below = ""
     for name, links in runs.items():
@@ -46,13 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 
-def read(run: str, settings: RunSettings, links: Sequence[str], results: Path) -> Reports:
+def read(chain: Chain) -> Reports:
     """Reports of evaluate_context by link, the base's first."""
-    base = results / "evaluation" / settings.model / settings.dataset
-    folder = results / "runs" / run / "evaluation"
     return {
-        "base": ContextScores.read(base / "base.context.json"),
-        **{link: ContextScores.read(folder / f"{link}.context.json") for link in links},
+        link.title: ContextScores.read(Path(link.context)) for link in chain.links if link.context
     }
 
 

@@ -4,8 +4,8 @@ The runs are grouped into arms by what they differ in beside their seeds, and co
 seed; a difference that is no larger than its error is called that.
 
 python -m workflow_scripts.report.report_experiment --runs '{"best-fit-0": {"packing": …}, …}'
-    --results results --tsv experiment.tsv --markdown experiment.md --html experiment.html
-    --figure experiment.svg
+    --positions results/runs/best-fit-0/evaluation/positions.json …
+    --tsv experiment.tsv --markdown experiment.md --html experiment.html --figure experiment.svg
 """
 
 from __future__ import annotations
@@ -92,22 +92,24 @@ class Results:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--runs", required=True, help="JSON of the runs' settings, by name")
-    parser.add_argument("--recall", action="store_true", help="recall of facts was measured too")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--positions", nargs="+", type=Path, required=True, help="of evaluate_positions, by run"
+    )
+    parser.add_argument(
+        "--recall", nargs="+", type=Path, default=[], help="of evaluate_recall, by run"
+    )
     tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
     runs = json.loads(arguments.runs)
     factors, arms = find_arms(runs)
-    evaluations = {run: arguments.results / "runs" / run / "evaluation" for run in runs}
     positions = {
-        run: PositionScores.read(folder / "positions.json") for run, folder in evaluations.items()
+        run: PositionScores.read(path) for run, path in zip(runs, arguments.positions, strict=True)
     }
     recall = {
-        run: RecallScores.read(folder / "recall.json")
-        for run, folder in evaluations.items()
-        if arguments.recall
+        run: RecallScores.read(path)
+        for run, path in zip(runs if arguments.recall else (), arguments.recall, strict=True)
     }
     check_same_questions(positions, recall)
     results = Results(factors, arms, positions, recall)
@@ -138,7 +140,7 @@ def check_same_questions(
         if measured_on[run] != measured_on[first]:
             raise log.StageError(
                 "two runs of an experiment were measured on different things",
-                where=f"results/runs/{run}/evaluation, against those of {first}",
+                where=f"run {run}, against {first}",
                 found=measured_on[run],
                 expected=measured_on[first],
                 to_fix="give all runs one model and one dataset",

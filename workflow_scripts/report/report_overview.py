@@ -1,8 +1,8 @@
 """The first page of the report: the runs side by side, what may be said of their differences, the
 hand-overs that were proven, answers to read, and published figures beside what was measured here.
 
-python -m workflow_scripts.report.report_overview --runs '{"runs": …, "gguf_types": …}'
-    --samples '{"mistral": ["base", "F16", "Q4_K_M"]}' --results results
+python -m workflow_scripts.report.report_overview --chains results/runs/*/chain.json
+    --sampled mistral --samples base F16 Q4_K_M
     --records .snakemake/metadata --page overview.html --headline headline.md
 """
 
@@ -10,23 +10,16 @@ from __future__ import annotations
 
 import argparse
 import graphlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.handover.answers import Answer
-from workflow_scripts.report import figures, plots, samples, stages, verdicts
+from workflow_scripts.report import figures, plots, results, samples, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
 from workflow_scripts.report.metrics import measured_files
 from workflow_scripts.report.report_comparison import comparison
-from workflow_scripts.report.results import (
-    Gates,
-    RunResults,
-    Wanted,
-    read_gates,
-    read_results,
-)
+from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import Table
 
 OUTPUT_VERSION = 5
@@ -36,9 +29,11 @@ logger = log.stage_logger("report_overview")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--samples", required=True, help="JSON of the links to show answers of")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    results.add_arguments(parser)
+    parser.add_argument("--sampled", nargs="+", default=[], help="runs whose answers are shown")
+    parser.add_argument(
+        "--samples", nargs="+", default=[], help="links that answered, the base first"
+    )
     parser.add_argument(
         "--records", type=Path, required=True, help="what Snakemake noted of each file it made"
     )
@@ -46,20 +41,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
     arguments = parser.parse_args(argv)
 
-    runs = read_results(arguments.runs, arguments.results)
+    runs = results.read_results(arguments.chains, arguments.also)
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
     side_by_side, published = comparison(runs), published_figures(claims(runs))
-    gates = [read_gates(run, arguments.results) for run in runs]
+    gates = [results.read_gates(run.chain) for run in runs]
+    sampled = [run for run in runs if run.name in arguments.sampled]
     body = "".join(map(pages.paragraph, said))
     body += table_html(side_by_side)
-    body += samples_html(runs, json.loads(arguments.samples), arguments.results)
+    body += samples_html(sampled, arguments.samples)
     body += "<h2>Nothing lost on the way</h2>" + handovers_html(runs, gates)
     body += figures.inline(
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
     )
     body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
     body += "<h2>How the figures came about</h2>" + stages_html(
-        arguments.runs, arguments.results, arguments.records
+        runs, arguments.also, arguments.records
     )
     files.write_text(arguments.page, pages.page("Overview", body))
     headline = [
@@ -72,26 +68,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
 
 
-def samples_html(
-    runs: Sequence[RunResults], links: Mapping[str, Sequence[str]], results: Path
-) -> str:
+def samples_html(runs: Sequence[RunResults], links: Sequence[str]) -> str:
     """Questions of the test split with the answers of every run, side by side.
 
     Runs of one base and dataset answered the same questions; their answers share a table.
 
     Args:
-        links: of each run, `base` first; a run that is not named has no answers to show.
+        links: of each run, the base first.
     """
+    if not runs:
+        return ""
     by_questions: dict[tuple[str, str], dict[str, tuple[Answer, ...]]] = {}
     for run in runs:
-        if run.name not in links:
-            continue
         asked = (run.settings.model, run.settings.dataset)
         answers = by_questions.setdefault(asked, {})
-        for link, given in samples.read(run.name, run.settings, links[run.name], results).items():
+        for link, given in samples.read(run.chain, links).items():
             answers["base" if link == "base" else f"{run.name}, {link}"] = given
-    if not by_questions:
-        return ""
     shown = "".join(
         (pages.paragraph(f"`{model}` on `{dataset}`") if len(by_questions) > 1 else "")
         + samples.as_html({link: given[:MOST_SAMPLES] for link, given in answers.items()})
@@ -100,10 +92,9 @@ def samples_html(
     return "<h2>The same questions, before and after</h2>" + pages.remark(samples.REMARK) + shown
 
 
-def stages_html(runs: str, results: Path, records: Path) -> str:
+def stages_html(runs: Sequence[RunResults], also: Collection[str], records: Path) -> str:
     """What was run to make the files that the metrics stand in, from first to last."""
-    wanted = Wanted.read(runs)
-    measured = {str(results / file) for run in wanted.runs for file in measured_files(run, wanted)}
+    measured = {file for run in runs for file in measured_files(run.chain, also)}
     found = stages.stages_of(sorted(measured), records)
     if not found.stages:
         return '<p class="quiet">Snakemake kept no record of how they were made.</p>'

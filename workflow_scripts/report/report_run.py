@@ -1,7 +1,7 @@
 """The page of a run: what it is, what every step of it measured, what it took.
 
-python -m workflow_scripts.report.report_run --run mistral --runs '{"runs": …, "gguf_types": …}'
-    --results results --benchmarks benchmarks/runs/mistral --page results/runs/mistral/report.html
+python -m workflow_scripts.report.report_run --chains results/runs/mistral/chain.json
+    --benchmarks benchmarks/runs/mistral --page results/runs/mistral/report.html
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.durations import durations
+from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.cleaning import CleaningReport
 from workflow_scripts.handover.packing import PackingReport
 from workflow_scripts.handover.scores import Loss
 from workflow_scripts.handover.training import History, MemoryPlan, TrainingManifest
 from workflow_scripts.models.kv_cache import kv_cache_bytes
-from workflow_scripts.report import figures, plots, report_tasks, verdicts
-from workflow_scripts.report.report_chain import chain
+from workflow_scripts.report import figures, plots, report_chain, report_tasks, results, verdicts
 from workflow_scripts.report.report_cleaning import funnel_html
 from workflow_scripts.report.report_context import context
 from workflow_scripts.report.report_packing import rows_html
-from workflow_scripts.report.results import Gates, RunResults, read_gates, read_results
+from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import mebibytes, with_error
 
 OUTPUT_VERSION = 5
@@ -31,27 +31,23 @@ logger = log.stage_logger("report_run")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--runs", required=True, help="JSON of the runs and GGUF types")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    results.add_arguments(parser)
     parser.add_argument("--benchmarks", type=Path, required=True, help="of the run's steps")
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
-    every = read_results(arguments.runs, arguments.results)
-    run = next(one for one in every if one.name == arguments.run)
-    folder = arguments.results / "runs" / run.name
+    (run,) = results.read_results(arguments.chains, arguments.also)
     sections = {
         "What came out": outcome_html(run),
         "The chain": chain_html(run),
-        "Hand-overs": gates_html(read_gates(run, arguments.results)),
+        "Hand-overs": gates_html(results.read_gates(run.chain)),
         "Quality, size and speed": trade_off_html(run),
         "Speed, and memory of the context": speed_html(run),
         "Where it is good, and where not": parts_html(run),
         "Usable context": context_html(run),
         "Tasks": tasks_html(run),
-        "Data": data_html(run, arguments.results),
-        "Training": training_html(run, folder),
+        "Data": data_html(run.chain),
+        "Training": training_html(run),
         "Time": time_html(durations(arguments.benchmarks)),
     }
     body = "\n".join(
@@ -83,7 +79,7 @@ def outcome_html(run: RunResults) -> str:
 
 
 def chain_html(run: RunResults) -> str:
-    table = chain([run])
+    table = report_chain.chain([run])
     drawing = figures.inline(
         plots.chain([run]),
         "Perplexity of every link; bars are one standard error of the link alone",
@@ -163,7 +159,7 @@ def speed_html(run: RunResults) -> str:
 
 def parts_html(run: RunResults) -> str:
     """Loss by position, turn and source."""
-    names = [name for name in ("base", "merged", run.links[-1].name) if name]
+    names = [name for name in ("base", "merged", run.smallest.name) if name]
     drawing = figures.inline(
         plots.by_position(run, list(dict.fromkeys(names))),
         "Loss by position of the token in its conversation; bars are one standard error",
@@ -213,25 +209,23 @@ def tasks_html(run: RunResults) -> str:
     return pages.table(["Task and link", *table.header[1:]], rows) + pages.remark(table.note)
 
 
-def data_html(run: RunResults, results: Path) -> str:
+def data_html(chain: Chain) -> str:
     """What became of the conversations, and of the rows they were packed into."""
-    dataset = results / "data" / run.settings.dataset
-    cleaned = funnel_html(CleaningReport.read(dataset / "clean" / "cleaning_report.json"))
-    if run.settings.packing is None:
+    cleaned = funnel_html(CleaningReport.read(Path(chain.cleaning_report)))
+    if chain.packing_report is None:
         return cleaned
-    folder = dataset / run.settings.model / run.settings.packing
-    return cleaned + rows_html(PackingReport.read(folder / "packing_report.json"))
+    return cleaned + rows_html(PackingReport.read(Path(chain.packing_report)))
 
 
-def training_html(run: RunResults, folder: Path) -> str:
+def training_html(run: RunResults) -> str:
     """Curves, and memory as planned and as measured; empty for a run that was not trained here."""
-    if run.manifest is None:
+    if run.manifest is None or run.chain.history is None or run.chain.memory_plan is None:
         return ""
-    history = History.read(folder / "adapter" / "history.json")
+    history = History.read(Path(run.chain.history))
     curves = figures.inline(
         plots.training_curves({run.name: history}), "Loss, gradient norm and learning rate"
     )
-    plan = MemoryPlan.read(folder / "memory_plan.json")
+    plan = MemoryPlan.read(Path(run.chain.memory_plan))
     memory = figures.inline(
         plots.memory(run.manifest, plan),
         "Peak memory of training by part as plan_memory predicted it, and as measured (on a CPU:"

@@ -3,9 +3,11 @@
 A run that cannot be told apart from the best one is called that. The test split is not looked at:
 what is chosen here is reported on it later.
 
-python -m workflow_scripts.report.report_sweep --results results --tsv sweep.tsv
-    --sweeps '{"rates": {"recipe": "rates", "runs": {"rates.learning_rate-1e-4": {"learning_rate":
-    0.0001}, …}}}' --markdown sweep.md --html sweep.html --figure sweep.svg
+python -m workflow_scripts.report.report_sweep
+    --sweeps '{"rates": {"recipe": "rates", "runs": {"rates.1e-4": {"learning_rate": 1e-4}, …}}}'
+    --scores results/runs/rates.1e-4/evaluation/validation.json …
+    --manifests results/runs/rates.1e-4/adapter/training_manifest.json …
+    --tsv sweep.tsv --markdown sweep.md --html sweep.html --figure sweep.svg
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import files, log, sweeps
+from workflow_scripts.handover.chain import token_scores_beside
 from workflow_scripts.handover.scores import Scores
 from workflow_scripts.handover.training import TrainingManifest
 from workflow_scripts.report import tables
@@ -102,14 +105,21 @@ class Sweep:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--sweeps", required=True, help="JSON: recipe, runs and values by sweep")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--scores", nargs="+", type=Path, default=[], help="of evaluate_validation, by run"
+    )
+    parser.add_argument(
+        "--manifests", nargs="+", type=Path, default=[], help="of train_adapter, by run"
+    )
     tables.add_arguments(parser)
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
+    sweeps = json.loads(arguments.sweeps)
+    runs = [run for sweep in sweeps.values() for run in sweep["runs"]]
+    files = dict(zip(runs, zip(arguments.scores, arguments.manifests, strict=True), strict=True))
     ranked = [
-        read_sweep(name, sweep["recipe"], sweep["runs"], arguments.results)
-        for name, sweep in json.loads(arguments.sweeps).items()
+        read_sweep(name, sweep["recipe"], sweep["runs"], files) for name, sweep in sweeps.items()
     ]
     if not ranked:
         raise log.StageError(
@@ -126,27 +136,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def read_sweep(name: str, recipe: str, values: Mapping[str, Values], results: Path) -> Sweep:
+def read_sweep(
+    name: str, recipe: str, values: Mapping[str, Values], files: Mapping[str, tuple[Path, Path]]
+) -> Sweep:
     """A sweep's runs, the lowest validation loss first.
 
     Args:
         values: swept keys by run.
+        files: scores and training manifest by run.
     Raises:
         StageError: two runs were scored on different tokens.
     """
     from workflow_scripts.scoring.token_scores import TokenScores
 
-    folder = results / "runs"
     runs = []
     for name_of_run, swept in values.items():
-        evaluation = folder / name_of_run / "evaluation"
+        scores, manifest = files[name_of_run]
         runs.append(
             Run(
                 name_of_run,
                 swept,
-                Scores.read(evaluation / "validation.json"),
-                TokenScores.read(evaluation / "validation.tokens.parquet"),
-                TrainingManifest.read(folder / name_of_run / "adapter" / "training_manifest.json"),
+                Scores.read(scores),
+                TokenScores.read(Path(token_scores_beside(str(scores)))),
+                TrainingManifest.read(manifest),
             )
         )
     for other in runs[1:]:
@@ -158,8 +170,7 @@ def read_sweep(name: str, recipe: str, values: Mapping[str, Values], results: Pa
             )
             raise log.StageError(
                 "two runs of a sweep were scored on different tokens",
-                where=f"{folder}/{other.name}/evaluation/validation.tokens.parquet,"
-                f" against {runs[0].name}",
+                where=f"{token_scores_beside(str(files[other.name][0]))}, against {runs[0].name}",
                 found=found,
                 expected=f"the same {expected}",
                 to_fix="score them again: snakemake sweep --forcerun evaluate_validation",

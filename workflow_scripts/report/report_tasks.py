@@ -1,8 +1,7 @@
 """Scores of every link in tasks with a right answer, and what each link changes, paired.
 
-python -m workflow_scripts.report.report_tasks --runs '{"runs": …}' --links merged Q4_K_M
-    --kinds tasks references --results results --tsv tasks.tsv --markdown tasks.md
-    --html tasks.html
+python -m workflow_scripts.report.report_tasks --chains results/runs/*/chain.json
+    --tsv tasks.tsv --markdown tasks.md --html tasks.html
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.evaluate.task_scores import Samples, difference
+from workflow_scripts.handover.chain import Chain, TaskKind
 from workflow_scripts.handover.tasks import TaskScore
 from workflow_scripts.report import results as measured
 from workflow_scripts.report import tables
 from workflow_scripts.report.tables import Table
-from workflow_scripts.settings import RunSettings
 
 OUTPUT_VERSION = 1
 NONE_ASKED = (
@@ -35,44 +34,27 @@ class Link:
 
     name: str
     scores: list[TaskScore]
-    samples: Mapping[str, Samples]
+    samples: Mapping[TaskKind, Samples]
     """By kind of task: `tasks`, `references`."""
-    kinds: list[str]
+    kinds: list[TaskKind]
     """Of each score."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--runs", required=True, help="JSON of the runs")
-    parser.add_argument("--links", nargs="+", required=True, help="of each run, after the base")
-    parser.add_argument("--kinds", nargs="+", required=True, help="tasks, references, or both")
-    parser.add_argument("--results", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    runs = {
-        name: read(name, settings, arguments.links, arguments.kinds, arguments.results)
-        for name, settings in measured.Wanted.read(arguments.runs).runs.items()
-    }
+    runs = {chain.run: read(chain) for chain in map(Chain.read, arguments.chains)}
     table = tasks(runs)
     table.write(arguments)
     logger.info("wrote n_rows=%d path=%s", len(table.rows), arguments.html)
 
 
-def read(
-    run: str, settings: RunSettings, links: Sequence[str], kinds: Sequence[str], results: Path
-) -> list[Link]:
-    """Links of a run, its base first."""
-    return [
-        _link(
-            name,
-            {
-                kind: measured.tasks(results / measured.tasks_file(run, settings, name, kind), kind)
-                for kind in kinds
-            },
-        )
-        for name in ("base", *links)
-    ]
+def read(chain: Chain) -> list[Link]:
+    """Links of a run that were asked, its base first."""
+    return [_link(link.title, measured.read_tasks(link)) for link in chain.links if link.tasks]
 
 
 def asked_links(run: measured.RunResults) -> list[Link]:
@@ -80,7 +62,7 @@ def asked_links(run: measured.RunResults) -> list[Link]:
     return [_link(link.name, link.tasks) for link in run.links if link.tasks]
 
 
-def _link(name: str, tasks: Mapping[str, measured.Tasks]) -> Link:
+def _link(name: str, tasks: Mapping[TaskKind, measured.Tasks]) -> Link:
     scores = [(kind, score) for kind, of_kind in tasks.items() for score in of_kind.scores]
     return Link(
         name,
@@ -122,7 +104,7 @@ def task_of(score: TaskScore) -> str:
     return f"{score.task} {score.metric}{kind}"
 
 
-def name_of(score: TaskScore, kind: str) -> str:
+def name_of(score: TaskScore, kind: TaskKind) -> str:
     """What tells a score from every other of its link: `hellaswag acc_norm, 10-shot`; of one that
     was asked in a group, the group too."""
     if kind == "references":
@@ -164,7 +146,7 @@ def is_share(score: TaskScore) -> bool:
     return score.metric.startswith(("acc", "exact_match", "f1", "em"))
 
 
-def change(score: TaskScore, kind: str, link: Link, above: Link) -> str:
+def change(score: TaskScore, kind: TaskKind, link: Link, above: Link) -> str:
     """`+1.20 ± 0.30`, of the same task and metric of the link above."""
     same = attrgetter("asked", "task", "metric", "filter")
     others = [one for one in above.scores if same(one) == same(score)]

@@ -1,13 +1,14 @@
-"""What the report reads: the metrics of every run and link, found by the layout of `results/`."""
+"""Everything measured of a run's links, read from the paths in its `chain.json`."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from workflow_scripts.handover.chain import Chain, LinkFiles, TaskKind, samples_beside
 from workflow_scripts.handover.context import ContextScores
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.gates import GgufCheck, MergeBaseChoice, MergedCheck
@@ -15,8 +16,7 @@ from workflow_scripts.handover.scores import Divergence, Scores
 from workflow_scripts.handover.speed import Speed
 from workflow_scripts.handover.tasks import ReferenceScores, TaskScore, TaskScores
 from workflow_scripts.handover.training import TrainingManifest
-from workflow_scripts.settings import RunSettings, settings_from_json
-from workflow_scripts.settings.fields import Settings
+from workflow_scripts.settings import RunSettings
 
 
 class Tasks(NamedTuple):
@@ -34,6 +34,11 @@ class Link:
     """One state of the chain, for one run."""
 
     name: str
+    """As reports call it."""
+    source: str | None
+    """The link that it is made from; None for the base."""
+    is_aside: bool
+    """Whether figures draw it by itself: no other link is made from it."""
     scores: Scores
     token_scores: Path
     """Path of the loss of every token, which evaluate_perplexity writes."""
@@ -45,7 +50,7 @@ class Link:
     """Of evaluate_text, by name, for the links that are scored on texts."""
     context: ContextScores | None = None
     """None where it was not asked for."""
-    tasks: Mapping[str, Tasks] = field(default_factory=dict)
+    tasks: Mapping[TaskKind, Tasks] = field(default_factory=dict)
     """By kind: `tasks` of evaluate_tasks, `references` of match_references."""
 
 
@@ -53,80 +58,85 @@ class Link:
 class RunResults:
     """Everything measured of one run."""
 
-    name: str
-    settings: RunSettings
-    base_hub_id: str | None
-    """Whose scores the base's are, where the Hub has it and it was taken as it is."""
+    chain: Chain
+    """Where it was read from."""
     facts: Facts
     manifest: TrainingManifest | None
     """Of train_adapter; None where the run began with an adapter or a merged model."""
     merge_base: MergeBaseChoice | None
     """Of choose_merge_base; None where the config names the base."""
     links: list[Link]
-    """From base to the smallest quantization."""
-    awq: Link | None
-    """Beside them, made of the merged model; None where it was not asked for."""
+    """From the base to the smallest file; links aside come last."""
+
+    @property
+    def name(self) -> str:
+        return self.chain.run
+
+    @property
+    def settings(self) -> RunSettings:
+        return self.chain.settings
+
+    @property
+    def smallest(self) -> Link:
+        """The last quantization, which people run."""
+        return [link for link in self.links if not link.is_aside][-1]
 
     def link(self, name: str) -> Link:
         return next(link for link in self.links if link.name == name)
 
 
-class Wanted(Settings):
-    """What was measured, as the rules say it."""
-
-    runs: dict[str, RunSettings]
-    gguf_types: tuple[str, ...] = ()
-    awq: bool = False
-    texts: tuple[str, ...] = ()
-    """Names of the texts that links are scored on."""
-    context: tuple[str, ...] = ()
-    """Links whose usable context was measured."""
-    tasks: dict[str, tuple[str, ...]] = {}
-    """Kind of task → links that were asked."""
-    hub_ids: dict[str, str] = {}
-    """Model → where it is on the Hub, of those taken as they are."""
-
-    @classmethod
-    def read(cls, text: str) -> Wanted:
-        """Of its JSON."""
-        return settings_from_json(cls, text)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--chains` and `--with`."""
+    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    parser.add_argument(
+        "--with",
+        dest="also",
+        nargs="+",
+        choices=["context", "tasks"],
+        default=[],
+        help="what was measured of the links beside their scores and speed",
+    )
 
 
-def read_results(runs: str, results: Path) -> list[RunResults]:
+def read_results(chains: Sequence[Path], also: Collection[str] = ()) -> list[RunResults]:
     """All runs of a report.
 
     Args:
-        runs: JSON of `Wanted`, as the rule hands it.
-        results: the folder `results/`.
+        chains: `chain.json` of each.
+        also: `context` and `tasks`, where those were measured.
     """
-    wanted = Wanted.read(runs)
-    return [
-        RunResults(
-            name=name,
-            settings=settings,
-            base_hub_id=wanted.hub_ids.get(settings.model),
-            facts=Facts.read(results / "models" / settings.model / "facts.json"),
-            manifest=(
-                TrainingManifest.read(
-                    results / "runs" / name / "adapter" / "training_manifest.json"
-                )
-                if settings.recipe
-                else None
-            ),
-            merge_base=(
-                MergeBaseChoice.read(results / "runs" / name / "merge_base.json")
-                if settings.merge_base == "auto"
-                else None
-            ),
-            links=list(_links(name, settings, wanted, results)),
-            awq=(
-                _link("AWQ", results / "runs" / name / "evaluation" / "awq.json")
-                if wanted.awq
-                else None
-            ),
-        )
-        for name, settings in wanted.runs.items()
-    ]
+    return [_run(Chain.read(path), also) for path in chains]
+
+
+def _run(chain: Chain, also: Collection[str]) -> RunResults:
+    titles = {link.name: link.title for link in chain.links}
+    return RunResults(
+        chain=chain,
+        facts=Facts.read(Path(chain.facts)),
+        manifest=(
+            TrainingManifest.read(Path(chain.training_manifest))
+            if chain.training_manifest
+            else None
+        ),
+        merge_base=MergeBaseChoice.read(Path(chain.merge_base)) if chain.merge_base else None,
+        links=[_link(link, titles, also) for link in chain.links],
+    )
+
+
+def _link(files: LinkFiles, titles: Mapping[str, str], also: Collection[str]) -> Link:
+    context = files.context if "context" in also else None
+    return Link(
+        name=files.title,
+        source=titles[files.source] if files.source else None,
+        is_aside=files.is_aside,
+        scores=Scores.read(Path(files.scores)),
+        token_scores=Path(files.token_scores),
+        speed=Speed.read(Path(files.speed)) if files.speed else None,
+        divergence=Divergence.read(Path(files.divergence)) if files.divergence else None,
+        texts={text: Scores.read(Path(path)) for text, path in files.texts.items()},
+        context=ContextScores.read(Path(context)) if context else None,
+        tasks=read_tasks(files) if "tasks" in also else {},
+    )
 
 
 class Gates(NamedTuple):
@@ -137,81 +147,21 @@ class Gates(NamedTuple):
     gguf: GgufCheck
 
 
-def read_gates(run: RunResults, results: Path) -> Gates:
-    folder = results / "runs" / run.name
-    is_given = run.settings.merged
-    merged = None if is_given else MergedCheck.read(folder / "merged_check.json")
-    return Gates(merged, GgufCheck.read(folder / "gguf_check.json"))
+def read_gates(chain: Chain) -> Gates:
+    is_given = chain.settings.merged
+    merged = None if is_given else MergedCheck.read(Path(chain.merged_check))
+    return Gates(merged, GgufCheck.read(Path(chain.gguf_check)))
 
 
-def _links(run: str, settings: RunSettings, wanted: Wanted, results: Path) -> Iterator[Link]:
-    base = results / "evaluation" / settings.model / settings.dataset
-    folder = results / "runs" / run / "evaluation"
-
-    def link(name: str, place: Path, **files_of: Path | None) -> Link:
-        context = place / f"{place_name(name)}.context.json"
-        return dataclasses.replace(
-            _link(name, place / f"{place_name(name)}.json", **files_of),
-            texts=_texts(run, settings, name, results, wanted.texts),
-            context=ContextScores.read(context) if name in wanted.context else None,
-            tasks={
-                kind: tasks(results / tasks_file(run, settings, name, kind), kind)
-                for kind, links in wanted.tasks.items()
-                if name in links
-            },
-        )
-
-    yield link("base", base)
-    yield link("base NF4", base)
-    adapter = () if settings.merged else ("adapter",)
-    for name in (*adapter, "merged", *wanted.gguf_types):
-        speed, divergence = (folder / f"{name}.{what}.json" for what in ("inference", "divergence"))
-        is_quantization = name in wanted.gguf_types and name != "F16"
-        yield link(name, folder, speed=speed, divergence=divergence if is_quantization else None)
+def read_tasks(files: LinkFiles) -> dict[TaskKind, Tasks]:
+    """What a link scored in tasks, by their kind."""
+    return {kind: tasks(Path(path), kind) for kind, path in files.tasks.items()}
 
 
-def tasks_file(run: str, settings: RunSettings, link: str, kind: str) -> str:
-    """Where a link's scores are, below the folder of results; the base is asked published tasks
-    once a model, and the references of a dataset's chats once a model and dataset."""
-    if link != "base":
-        return f"runs/{run}/evaluation/{link}.{kind}.json"
-    dataset = f"{settings.dataset}/" if kind == "references" else ""
-    return f"evaluation/{settings.model}/{dataset}base.{kind}.json"
-
-
-def tasks(path: Path, kind: str) -> Tasks:
-    """From a file of scores, beside which what every document scored lies."""
-    samples = path.with_suffix(".parquet")
+def tasks(path: Path, kind: TaskKind) -> Tasks:
+    """From a file of scores."""
+    samples = Path(samples_beside(str(path)))
     if kind == "references":
         return Tasks(ReferenceScores.read(path).scores, samples, are_chats=True)
     report = TaskScores.read(path)
     return Tasks(report.scores, samples, report.are_chats)
-
-
-def place_name(link: str) -> str:
-    """How the files of a link are called: `base-nf4` of `base NF4`."""
-    return link.lower().replace(" ", "-") if link.startswith("base") else link
-
-
-def _link(
-    name: str, scores: Path, speed: Path | None = None, divergence: Path | None = None
-) -> Link:
-    """A link from the files of its scores, beside which the losses of its tokens lie."""
-    return Link(
-        name,
-        Scores.read(scores),
-        scores.with_suffix(".tokens.parquet"),
-        Speed.read(speed) if speed else None,
-        Divergence.read(divergence) if divergence else None,
-    )
-
-
-def _texts(
-    run: str, settings: RunSettings, link: str, results: Path, texts: Sequence[str]
-) -> dict[str, Scores]:
-    """Scores of a link on the texts; the base is scored once a model, in its own precision."""
-    if link in ("base NF4", "adapter"):
-        return {}
-    base = results / "evaluation" / settings.model / "texts"
-    folder = base if link == "base" else results / "runs" / run / "evaluation" / "texts"
-    return {text: Scores.read(folder / text / f"{link}.json") for text in texts}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workflow_scripts import log, pages
 from workflow_scripts.handover.answers import Answer, Answers
-from workflow_scripts.settings import RunSettings
+from workflow_scripts.handover.chain import Chain
 
 REMARK = (
     "Greedy answers to the first questions of the test split, none of which was trained on. They"
@@ -18,21 +18,18 @@ MOST_CHARACTERS = 100
 """Of a line that stands for a prompt."""
 
 
-def read(
-    run: str, settings: RunSettings, links: Sequence[str], results: Path
-) -> dict[str, tuple[Answer, ...]]:
-    """Answers by link.
+def read(chain: Chain, links: Sequence[str] = ()) -> dict[str, tuple[Answer, ...]]:
+    """Answers by link, the base first.
 
     Args:
-        links: `base` first.
+        links: the links that are wanted; empty: all that answered.
     Raises:
         StageError: two links answered different prompts.
     """
-    base = results / "evaluation" / settings.model / settings.dataset
-    folder = results / "runs" / run / "evaluation"
     paths = {
-        link: base / "base.answers.json" if link == "base" else folder / f"{link}.answers.json"
-        for link in links
+        link.title: Path(link.answers)
+        for link in chain.links
+        if link.answers and (not links or link.name in links)
     }
     answers = {link: Answers.read(path).answers for link, path in paths.items()}
     asked = [one.conversation for one in answers["base"]]
@@ -44,8 +41,7 @@ def read(
                 where=paths[link],
                 found=found,
                 expected=f"{asked} ({paths['base']})",
-                to_fix="snakemake samples --forcerun answer_prompts answer_prompts_merged"
-                " answer_prompts_base",
+                to_fix="snakemake samples --forcerun answer_prompts",
             )
     return answers
 

@@ -52,7 +52,7 @@ def perplexity_change(name: str, other: str, difference: Ratio) -> str:
 
 def of_run(run: RunResults) -> list[str]:
     """What training, and quantizing, did to a run's perplexity."""
-    merged, smallest = run.link("merged"), run.links[-1]
+    merged, smallest = run.link("merged"), run.smallest
     said = [perplexity_change(f"{run.name}, merged,", "the base", paired(merged, run.link("base")))]
     if smallest.name != "F16":
         difference = paired(smallest, run.link("F16"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +21,8 @@ from tests.training import history_of, manifest_of, parts_of, plan_of_memory
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
 from workflow_scripts.data.documents import Document
 from workflow_scripts.evaluate.task_scores import write_samples
+from workflow_scripts.handover.chain import ChainSettings, chain_of
+from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.scoring.token_scores import TokenScores
 
 GGUF_TYPES = ["F16", "Q4_K_M"]
@@ -49,10 +49,62 @@ RUNS = {
 }
 
 
-class Results(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The folder `results` of the working directory, and what was measured."""
+
     folder: Path
-    runs: str
-    """JSON, as the rule hands it."""
+    settings: Mapping[str, ChainSettings]
+    also: tuple[str, ...] = ()
+
+    @property
+    def chains(self) -> list[Path]:
+        """A file of each run, written anew."""
+        paths = [self.folder / "runs" / run / "chain.json" for run in self.settings]
+        for (run, settings), path in zip(self.settings.items(), paths, strict=True):
+            chain_of(run, settings).write(path)
+        return paths
+
+    @property
+    def arguments(self) -> list[str]:
+        return arguments_of(self.chains, self.also)
+
+    @property
+    def by_run(self) -> dict[str, list[str]]:
+        """The arguments for each run alone."""
+        chains = zip(self.settings, self.chains, strict=True)
+        return {run: arguments_of([path], self.also) for run, path in chains}
+
+    def read(self) -> list[RunResults]:
+        return read_results(self.chains, self.also)
+
+    def changed(
+        self, runs: Mapping[str, Mapping[str, object]] | None = None, **settings: object
+    ) -> Results:
+        """The same with other settings of the runs named, or of all chains."""
+        return dataclasses.replace(
+            self,
+            settings={
+                name: ChainSettings.model_validate(
+                    of_run.model_dump()
+                    | settings
+                    | {"run": of_run.run.model_dump() | (runs or {}).get(name, {})}
+                )
+                for name, of_run in self.settings.items()
+            },
+        )
+
+
+def arguments_of(chains: Sequence[Path], also: Sequence[str] = ()) -> list[str]:
+    """Arguments of a report."""
+    return ["--chains", *map(str, chains), *(["--with", *also] if also else [])]
+
+
+ASKED = {"context": ["base", "merged", "Q4_K_M"], "tasks": ["base", "merged", "Q4_K_M"]}
+
+
+def chain_settings(run: str) -> ChainSettings:
+    return ChainSettings(run=RUNS[run], quantizations=["Q4_K_M"])
 
 
 HARDNESS = (0.5, -0.25, 0.0, -0.25)
@@ -98,9 +150,10 @@ def write_gates(folder: Path) -> None:
 
 
 @pytest.fixture
-def write_results(tmp_path) -> Callable[[], Results]:
+def write_results(tmp_path, monkeypatch) -> Callable[[], Results]:
     def write() -> Results:
-        folder = tmp_path / "results"
+        monkeypatch.chdir(tmp_path)  # where paths begin
+        folder = Path("results")
         FACTS.write(folder / "models" / "tiny" / "facts.json")
         clean = folder / "data" / "chats" / "clean"
         CLEANING.write(clean / "cleaning_report.json")
@@ -126,7 +179,7 @@ def write_results(tmp_path) -> Callable[[], Results]:
                 SPEED.write(evaluation / f"{link}.inference.json")
                 if link == "Q4_K_M":
                     DIVERGENCE.write(evaluation / f"{link}.divergence.json")
-        return Results(folder, json.dumps({"runs": RUNS, "gguf_types": GGUF_TYPES, "awq": False}))
+        return Results(folder, {name: chain_settings(name) for name in RUNS})
 
     return write
 
@@ -194,10 +247,10 @@ def all_measured(results) -> Results:
         for link, right in (("merged", [1.0, 0.0, 1.0, number]), ("Q4_K_M", [1.0, 0.0, 0, number])):
             write_tasks(evaluation / f"{link}.tasks", right, HELLASWAG)
             write_tasks(evaluation / f"{link}.references", [*right, 0.0], REFERENCES)
-    asked = ["base", "merged", "Q4_K_M"]
-    more = {"awq": True, "texts": ["wiki"], "context": asked}
-    more |= {"tasks": {"tasks": asked, "references": asked}}
-    return Results(folder, json.dumps(json.loads(results.runs) | more))
+    measured = results.changed(
+        awq=True, texts=["wiki"], task_kinds=["tasks", "references"], **ASKED
+    )
+    return dataclasses.replace(measured, also=("context", "tasks"))
 
 
 @pytest.fixture

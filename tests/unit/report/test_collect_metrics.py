@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,13 +12,10 @@ from workflow_scripts.report import collect_metrics, tabulate_metrics
 
 @pytest.fixture
 def collect(results, tmp_path):
-    def run(runs=results.runs):
-        paths = {name: tmp_path / f"{name}.json" for name in json.loads(runs)["runs"]}
+    def run(results=results):
+        paths = {name: tmp_path / f"{name}.json" for name in results.settings}
         for name, path in paths.items():
-            collect_metrics.main(
-                ["--run", name, "--runs", runs, "--results", str(results.folder)]
-                + ["--metrics", str(path)]
-            )
+            collect_metrics.main([*results.by_run[name], "--metrics", str(path)])
         table = tmp_path / "all_metrics.parquet"
         tabulate_metrics.main(["--metrics", *map(str, paths.values()), "--table", str(table)])
         return paths, pq.read_table(table).to_pylist()
@@ -40,11 +37,10 @@ def number_at(content, key):
 
 
 def test_every_number_stands_in_its_file_under_its_key(collect, described):
-    results = described
-    _, rows = collect(described.runs)
+    _, rows = collect(described)
     assert len(rows) > 80
     for row in rows:
-        content = files.read_json(results.folder / row["file"])
+        content = files.read_json(Path(row["file"]))
         assert number_at(content, row["key"]) == row["value"], row
         # Error and count stand beside it.
         beside = number_at(content, row["key"].rpartition(".")[0]) if "." in row["key"] else content
@@ -71,25 +67,25 @@ def test_each_link_of_each_run_has_its_figures(collect):
 
 
 def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
-    _, rows = collect(all_measured.runs)
+    _, rows = collect(all_measured)
     found = {
         (row["run"], row["link"], row["name"]): (row["value"], row["n"], row["file"])
         for row in rows
     }
     assert len(found) == len(rows)
-    place = "runs/mistral/evaluation"
+    place = "results/runs/mistral/evaluation"
     assert found["mistral", "AWQ", "perplexity"] == (6.25, 34_567, f"{place}/awq.json")
     assert found["mistral", "AWQ", "size"][0] == 3 * 2**20
     wiki = (22.1, 34_567, f"{place}/texts/wiki/F16.json")
     assert found["mistral", "F16", "wiki: perplexity"] == wiki
-    base = (1024, 60, "evaluation/tiny/chats/base.context.json")
+    base = (1024, 60, "results/evaluation/tiny/chats/base.context.json")
     assert found["mistral", "base", "effective context, RULER"] == base
     assert found["generic", "merged", "gain of long context"][0] == 0.0123
     task = (0.75, 4, f"{place}/merged.tasks.json")
     assert found["mistral", "merged", "hellaswag acc_norm, 10-shot"] == task
-    task = (0.25, 4, "evaluation/tiny/base.tasks.json")
+    task = (0.25, 4, "results/evaluation/tiny/base.tasks.json")
     assert found["mistral", "base", "hellaswag acc_norm, 10-shot"] == task
-    matched = (0.2, 5, "evaluation/tiny/chats/base.references.json")
+    matched = (0.2, 5, "results/evaluation/tiny/chats/base.references.json")
     assert found["generic", "base", "reference answers exact_match"] == matched
     matched = (0.1, 5, f"{place}/Q4_K_M.references.json")
     assert found["mistral", "Q4_K_M", "reference answers exact_match, 2.5 %"] == matched
@@ -124,10 +120,9 @@ def test_a_file_that_changes_in_what_is_no_metric_changes_the_run_s_json(collect
 
 
 def test_what_was_not_measured_is_no_row(collect, results):
-    wanted = json.loads(results.runs)
-    wanted["runs"]["mistral"] |= {"packing": None, "recipe": None, "merged": "owner/model"}
+    given = {"packing": None, "recipe": None, "merged": "owner/model"}
     (results.folder / "runs" / "mistral" / "adapter" / "training_manifest.json").unlink()
-    _, rows = collect(json.dumps(wanted))
+    _, rows = collect(results.changed({"mistral": given}))
     of_run = {row["name"] for row in rows if row["run"] == "mistral" and not row["link"]}
     assert "fill of the rows" not in of_run and "steps of training" not in of_run
     assert not any(row["link"] == "adapter" for row in rows if row["run"] == "mistral")

@@ -12,8 +12,7 @@ def collected(results):
     folders = [results.folder / "runs" / name for name in ("generic", "mistral")]
     for folder in folders:
         collect_metrics.main(
-            ["--run", folder.name, "--runs", results.runs, "--results", str(results.folder)]
-            + ["--metrics", str(folder / "metrics.json")]
+            [*results.by_run[folder.name], "--metrics", str(folder / "metrics.json")]
         )
     return folders
 

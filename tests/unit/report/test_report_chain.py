@@ -1,25 +1,24 @@
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.scores import scores_of
+from tests.scores import DIVERGENCE, scores_of
+from tests.speed import SPEED
 from tests.unit.report.conftest import CHANGES, FACTS, token_scores, write_link
 from workflow_scripts import files
 from workflow_scripts.report import report_chain
-from workflow_scripts.report.results import read_results
 
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run(runs=results.runs):
+    def run(results=results):
         paths = {key: tmp_path / f"chain.{key}" for key in ("tsv", "md", "html", "svg")}
         report_chain.main(
-            ["--runs", runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
+            [*results.arguments, "--tsv", str(paths["tsv"])]
             + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
             + ["--figure", str(paths["svg"])]
         )
@@ -70,7 +69,7 @@ def test_a_difference_s_error_is_far_smaller_than_those_of_the_two_links(write, 
 def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, ends_with_message):
     path = results.folder / "runs" / "mistral" / "evaluation" / "F16.tokens.parquet"
     token_scores([1.0, 2.0, 3.0]).write(path)
-    argv = ["--runs", results.runs, "--results", results.folder]
+    argv = results.arguments
     for flag in ("tsv", "markdown", "html", "figure"):
         argv += [f"--{flag}", tmp_path / flag]
     message = ends_with_message(report_chain.main, argv)
@@ -82,10 +81,9 @@ def test_awq_stands_last_against_the_merged_model(results):
     for run, perplexity in (("generic", 5.555), ("mistral", 6.05)):
         path = results.folder / "runs" / run / "evaluation" / "awq.json"
         write_link(path, perplexity, place=4)  # merged has place 3
-    wanted = json.dumps(json.loads(results.runs) | {"awq": True})
-    runs = read_results(wanted, results.folder)
-    # The smallest GGUF stays the last of them, which the comparison times.
-    assert runs[0].links[-1].name == "Q4_K_M"
+    runs = results.changed(awq=True).read()
+    # The smallest GGUF stays the one which the comparison times.
+    assert runs[0].smallest.name == "Q4_K_M"
     rows = report_chain.chain(runs).rows
     assert [row[0] for row in rows if "AWQ" in row[0]] == ["generic: AWQ", "mistral: AWQ"]
     assert rows[6][0] == "generic: AWQ" and rows[6][2].startswith("+10.00 ± ")
@@ -95,10 +93,16 @@ def test_awq_stands_last_against_the_merged_model(results):
 
 
 def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(results):
-    run = read_results(results.runs, results.folder)[0]
-    run.links.append(replace(run.link("Q4_K_M"), name="Q2_K"))
-    assert report_chain.source(run, run.link("Q2_K")).name == "F16"
-    assert report_chain.source(run, run.link("F16")).name == "merged"
+    place = results.folder / "runs" / "generic" / "evaluation"
+    write_link(place / "Q2_K.json", 5.8, place=6)
+    SPEED.write(place / "Q2_K.inference.json")
+    DIVERGENCE.write(place / "Q2_K.divergence.json")
+    one = dataclasses.replace(results, settings={"generic": results.settings["generic"]})
+    (run,) = one.changed(quantizations=["Q4_K_M", "Q2_K"]).read()
+    *_, f16, quantized, quantized_further = run.links
+    assert (f16.source, quantized.source, quantized_further.source) == ("merged", "F16", "F16")
+    change = list(report_chain.steps(run))[-1]
+    assert float(change.split()[0]) == pytest.approx(100 * (5.8 / 5.051 - 1), abs=0.01)
 
 
 def test_what_was_not_measured_is_left_empty(write, read_tsv):
@@ -130,7 +134,7 @@ def test_texts_have_a_column_each(write, results, read_tsv):
             folder = results.folder / "runs" / run / "evaluation" / "texts" / text
             for link in ("merged", "F16", "Q4_K_M"):
                 scores_of(20.0 + number).write(folder / f"{link}.json")
-    paths = write(json.dumps(json.loads(results.runs) | {"texts": ["wiki", "code"]}))
+    paths = write(results.changed(texts=["wiki", "code"]))
     header, *rows = read_tsv(paths["tsv"])
     assert header[5:8] == ["Perplexity, wiki", "Perplexity, code", "Whole conversations"]
     cells = {row[0]: row[5:7] for row in rows}
@@ -157,7 +161,7 @@ def test_the_figure_is_svg_that_names_links_and_runs(write):
 
 def test_awq_stands_by_itself_in_the_figure(write, all_measured):
     assert "<!-- AWQ" not in write()["svg"].read_text()
-    figure = write(all_measured.runs)["svg"].read_text()
+    figure = write(all_measured)["svg"].read_text()
     assert "<!-- AWQ" in figure
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.gates import DEQUANTIZED
@@ -15,7 +13,7 @@ def write(results, tmp_path):
     def run(results=results):
         paths = {key: tmp_path / f"comparison.{key}" for key in ("tsv", "md", "html")}
         report_comparison.main(
-            ["--runs", results.runs, "--results", str(results.folder), "--tsv", str(paths["tsv"])]
+            [*results.arguments, "--tsv", str(paths["tsv"])]
             + ["--markdown", str(paths["md"]), "--html", str(paths["html"])]
         )
         return paths
@@ -88,12 +86,12 @@ def test_a_dataset_that_marks_no_reference_has_an_empty_cell(write, all_measured
 
 
 def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read_tsv):
-    runs = json.loads(results.runs)
-    runs["runs"]["mistral"] |= {"packing": None, "recipe": None, "merged": "owner/model"}
+    given = {"packing": None, "recipe": None, "merged": "owner/model"}
+    results = results.changed({"mistral": given})
     (results.folder / "runs" / "mistral" / "adapter" / "training_manifest.json").unlink()
     paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
     report_comparison.main(
-        ["--runs", json.dumps(runs), "--results", str(results.folder), "--tsv", str(paths[0])]
+        [*results.arguments, "--tsv", str(paths[0])]
         + ["--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     cells = {name: figures for name, *figures in read_tsv(paths[0])}
@@ -104,12 +102,11 @@ def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read
 
 
 def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_path, read_tsv):
-    runs = json.loads(results.runs)
-    runs["runs"]["mistral"]["merge_base"] = "auto"
+    results = results.changed({"mistral": {"merge_base": "auto"}})
     DEQUANTIZED.write(results.folder / "runs" / "mistral" / "merge_base.json")
     paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
     report_comparison.main(
-        ["--runs", json.dumps(runs), "--results", str(results.folder), "--tsv", str(paths[0])]
+        [*results.arguments, "--tsv", str(paths[0])]
         + ["--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     assert read_tsv(paths[0])[-4:] == [

@@ -1,28 +1,31 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
 from tests import browser
 from tests.context import context_scores
-from tests.unit.report.conftest import GAIN, RUNS
+from tests.unit.report.conftest import ASKED, GAIN, chain_settings
+from workflow_scripts.handover.chain import chain_of
 from workflow_scripts.report import report_context
 
 
 @pytest.fixture
-def write(tmp_path):
-    results = tmp_path / "results"
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
     for path, report in {
         "evaluation/tiny/chats/base.context.json": context_scores([0, 0, 0]),
         "runs/r/evaluation/merged.context.json": context_scores([100, 90, 80], **GAIN),
         "runs/r/evaluation/Q4_K_M.context.json": context_scores([90, 70]),
     }.items():
         report.write(results / path)
-    runs = json.dumps({"runs": {"r": RUNS["mistral"]}})
+    chain = results / "chain.json"
+    chain_of("r", chain_settings("mistral").model_copy(update=ASKED)).write(chain)
     paths = [tmp_path / f"context.{form}" for form in ("tsv", "md", "html")]
     report_context.main(
-        ["--runs", runs, "--links", "merged", "Q4_K_M", "--results", str(results)]
+        ["--chains", str(chain)]
         + ["--tsv", str(paths[0]), "--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     return paths

@@ -72,10 +72,23 @@ def folder(tmp_path):
 
 @pytest.fixture
 def arguments(folder):
-    def make(runs=RUNS):
+    def make(runs=RUNS, *, recalls=True):
+        evaluation = folder / "results" / "runs"
         paths = {key: folder / f"experiment.{key}" for key in ("tsv", "md", "html", "svg")}
         return paths, [
-            *("--runs", json.dumps(runs), "--results", str(folder / "results"), "--recall"),
+            *("--runs", json.dumps(runs)),
+            *(
+                "--positions",
+                *(str(evaluation / run / "evaluation" / "positions.json") for run in runs),
+            ),
+            *(
+                (
+                    "--recall",
+                    *(str(evaluation / run / "evaluation" / "recall.json") for run in runs),
+                )
+                if recalls
+                else ()
+            ),
             *("--tsv", str(paths["tsv"]), "--markdown", str(paths["md"])),
             *("--html", str(paths["html"]), "--figure", str(paths["svg"])),
         ]
@@ -149,8 +162,8 @@ def test_what_an_arm_is_stands_beside_the_table(write):
 
 
 def test_without_recall_there_is_none_and_the_rest_stands(arguments, write, read_tsv):
-    paths, argv = arguments()
-    report_experiment.main([argument for argument in argv if argument != "--recall"])
+    paths, argv = arguments(recalls=False)
+    report_experiment.main(argv)
     figures = {row[0] for row in read_tsv(paths["tsv"])[1:]}
     assert len(figures) == 4 and all(name.startswith("Perplexity") for name in figures)
     text = paths["md"].read_text()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from base64 import urlsafe_b64encode
 
@@ -14,17 +14,17 @@ from tests.unit.evaluate.test_task_scores import score_of
 from workflow_scripts import files
 from workflow_scripts.report import claims, report_overview
 from workflow_scripts.report.metrics import metrics_of
-from workflow_scripts.report.results import Wanted, read_results
 
 
 @pytest.fixture
 def write(results, tmp_path):
-    def run(runs=results.runs, samples=None):
+    def run(results=results, sampled=()):
         page, headline = tmp_path / "overview.html", tmp_path / "headline.md"
         report_overview.main(
-            ["--runs", runs, "--results", str(results.folder), "--page", str(page)]
+            [*results.arguments, "--page", str(page)]
             + ["--headline", str(headline), "--records", str(tmp_path / "records")]
-            + ["--samples", json.dumps(samples or {})]
+            + (["--sampled", *sampled] if sampled else [])
+            + ["--samples", "base", "F16", "Q4_K_M"]
         )
         return page, headline
 
@@ -64,19 +64,17 @@ def answered(results):
             n_ended=0 if link == "base" else 5,
         ).write(path)
 
-    links = ["base", "F16", "Q4_K_M"]
-    wanted = json.loads(results.runs)["runs"]
-    for run, settings in wanted.items():
-        base = results.folder / "evaluation" / settings["model"] / settings["dataset"]
+    base = results.folder / "evaluation" / "tiny" / "chats"
+    for run in results.settings:
         write_answers(base / "base.answers.json", "base")
-        for link in links[1:]:
+        for link in ("F16", "Q4_K_M"):
             folder = results.folder / "runs" / run / "evaluation"
             write_answers(folder / f"{link}.answers.json", f"{run} {link}")
-    return dict.fromkeys(wanted, links)
+    return list(results.settings)
 
 
 def test_base_tuned_model_and_smallest_file_answer_side_by_side(write, answered):
-    html = write(samples=answered)[0].read_text()
+    html = write(sampled=answered)[0].read_text()
     assert "<summary>def f0(): ... … What is &lt;b&gt;it&lt;/b&gt; 0?</summary>" in html
     table = html.partition("<summary>def f0()")[2].partition("</table>")[0]
     names = re.findall(r'<th scope="row">([^<]*)</th>', table)
@@ -89,10 +87,9 @@ def test_base_tuned_model_and_smallest_file_answer_side_by_side(write, answered)
 
 
 def test_a_run_that_was_not_asked_shows_no_answers(write, answered):
-    (first, *_) = answered
-    html = write(samples={first: answered[first]})[0].read_text()
+    first, *others = answered
+    html = write(sampled=[first])[0].read_text()
     assert html.count(f"{first}, Q4_K_M</th>") == report_overview.MOST_SAMPLES
-    others = [run for run in answered if run != first]
     assert others and not [run for run in others if f"{run}, Q4_K_M</th>" in html]
     assert "The same questions" not in write()[0].read_text()
 
@@ -152,11 +149,10 @@ def test_the_steps_behind_its_figures_are_drawn_as_they_were_recorded(recorded, 
     assert re.findall('class="name"[^>]*>([^<]+)<', drawn) == ["check_merged", "merge_adapter"]
     assert drawn.count("export · 2 jobs · 60 s") == drawn.count("export · 2 jobs · 90 s") == 1
     assert "2.5 minutes in all" in drawn
-    wanted = Wanted.read(results.runs)
     collected = {
         metric.file
-        for run in wanted.runs
-        for by_name in metrics_of(run, wanted, results.folder).values()
+        for run in results.read()
+        for by_name in metrics_of(run.chain).values()
         for metric in by_name.values()
     }
     assert f"Of {len(collected) - 2} files there is no record" in drawn
@@ -173,8 +169,7 @@ def of_a_7b(all_measured):
     def read(*scores, hub_id=MISTRAL, are_chats=False):
         path = all_measured.folder / "evaluation" / "tiny" / "base.tasks.json"
         task_scores(*scores, are_chats=are_chats).write(path)
-        wanted = json.loads(all_measured.runs) | {"hub_ids": {"tiny": hub_id}}
-        return read_results(json.dumps(wanted), all_measured.folder)
+        return all_measured.changed(hub_id=hub_id).read()
 
     return read
 
@@ -224,9 +219,8 @@ def test_chats_and_another_version_are_other_tests_and_another_model_is_none(of_
 
 
 def test_a_single_run_has_nothing_to_be_compared_with(write, results):
-    wanted = json.loads(results.runs)
-    del wanted["runs"]["mistral"]
-    _, headline = write(json.dumps(wanted))
+    one = dataclasses.replace(results, settings={"generic": results.settings["generic"]})
+    _, headline = write(one)
     assert row(headline, "Tuned recipe: perplexity")[2:4] == ["–", "not measured here"]
 
 
@@ -248,7 +242,7 @@ def test_every_run_s_links_and_gates_move_the_page(write, results, run):
 def test_a_difference_of_latency_is_never_put_down_to_the_recipe(results):
     path = results.folder / "runs" / "mistral" / "evaluation" / "Q4_K_M.inference.json"
     SPEED.changed(decode_milliseconds_per_token=2.0).write(path)  # 2.5 in the other run
-    runs = read_results(results.runs, results.folder)
+    runs = results.read()
     latency = claims.tuned(runs)[1]
     assert latency.here.startswith("-20.0 %")
     assert latency.verdict == "not due to the recipe: both files have the same shape"

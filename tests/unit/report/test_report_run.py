@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests import browser
@@ -18,11 +16,10 @@ def write(results, tmp_path):
     for step, seconds in (("train_adapter", 61.5), ("quantize_gguf/Q4_K_M", 3)):
         (benchmarks / f"{step}.tsv").write_text(f"s\th:m:s\n{seconds}\t-\n")
 
-    def run(name="mistral", runs=results.runs):
+    def run(name="mistral", results=results):
         page = tmp_path / f"{name}.html"
         report_run.main(
-            ["--run", name, "--runs", runs, "--results", str(results.folder)]
-            + ["--benchmarks", str(benchmarks), "--page", str(page)]
+            [*results.by_run[name]] + ["--benchmarks", str(benchmarks), "--page", str(page)]
         )
         return page
 
@@ -58,7 +55,7 @@ def test_it_says_what_became_of_the_data(write):
 
 def test_usable_context_has_a_section_where_it_was_measured(write, all_measured):
     assert "<h2>Usable context</h2>" not in write().read_text()
-    page = write(runs=all_measured.runs).read_text()
+    page = write(results=all_measured).read_text()
     section = page.partition("<h2>Usable context</h2>")[2].partition("<h2>")[0]
     assert section.count("<svg") == 1
     assert "1,024 / 4,096 (512–2,048)" in section and "not measurable" in section
@@ -67,7 +64,7 @@ def test_usable_context_has_a_section_where_it_was_measured(write, all_measured)
 
 def test_tasks_have_a_section_where_they_were_asked(write, all_measured):
     assert "<h2>Tasks</h2>" not in write().read_text()
-    page = write(runs=all_measured.runs).read_text()
+    page = write(results=all_measured).read_text()
     section = page.partition("<h2>Tasks</h2>")[2].partition("<h2>")[0]
     # Of four documents base and merged model differ in two: sd 0.577, ÷ √4.
     for cell in ("hellaswag acc_norm, merged", "75.00 ± 22.00", "+50.00 ± 28.87", "60.00 [10.00"):
@@ -99,11 +96,10 @@ def test_every_file_of_it_moves_the_page(write, results):
 
 
 def test_a_run_that_was_not_trained_here_has_no_training_on_its_page(write, results):
-    wanted = json.loads(results.runs)
-    wanted["runs"]["mistral"] |= {"packing": None, "recipe": None, "adapter": "owner/lora"}
+    given = {"packing": None, "recipe": None, "adapter": "owner/lora"}
     for name in ("adapter/training_manifest.json", "adapter/history.json", "memory_plan.json"):
         (results.folder / "runs" / "mistral" / name).unlink()
-    page = write(runs=json.dumps(wanted)).read_text()
+    page = write(results=results.changed({"mistral": given})).read_text()
     assert "owner/lora" in page and "<h2>Training</h2>" not in page
 
 

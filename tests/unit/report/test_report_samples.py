@@ -1,19 +1,21 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
 from tests import browser
 from tests.reports import answers_of
-from tests.unit.report.conftest import RUNS
+from tests.unit.report.conftest import chain_settings
 from workflow_scripts.handover.answers import Answers
+from workflow_scripts.handover.chain import chain_of
 from workflow_scripts.report import report_samples, samples
 
 
 @pytest.fixture
-def write(tmp_path):
-    results = tmp_path / "results"
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
     folder = results / "runs" / "r" / "evaluation"
     paths = {"base": results / "evaluation" / "tiny" / "chats" / "base.answers.json"}
     paths |= {link: folder / f"{link}.answers.json" for link in ("merged", "F16", "Q4_K_M")}
@@ -29,11 +31,9 @@ def write(tmp_path):
 
     def run():
         page = tmp_path / "samples.html"
-        runs = {"runs": {"r": RUNS["mistral"]}}
-        report_samples.main(
-            ["--runs", json.dumps(runs | {"gguf_types": ["F16", "Q4_K_M"]})]
-            + ["--results", str(results), "--page", str(page)]
-        )
+        chain = results / "chain.json"
+        chain_of("r", chain_settings("mistral")).write(chain)
+        report_samples.main(["--chains", str(chain), "--page", str(page)])
         return page
 
     run.paths = paths

@@ -70,10 +70,17 @@ def add_sweep(folder):
 
 @pytest.fixture
 def arguments(folder):
+    def files_of(swept, flag, file):
+        runs = [run for sweep in swept.values() for run in sweep["runs"]]
+        paths = [str(folder / "results" / "runs" / run / file) for run in runs]
+        return [flag, *paths] if paths else []
+
     def make(swept):
         paths = {key: folder / f"sweep.{key}" for key in ("tsv", "md", "html", "svg")}
         return paths, [
-            *("--sweeps", json.dumps(swept), "--results", str(folder / "results")),
+            *("--sweeps", json.dumps(swept)),
+            *files_of(swept, "--scores", "evaluation/validation.json"),
+            *files_of(swept, "--manifests", "adapter/training_manifest.json"),
             *("--tsv", str(paths["tsv"]), "--markdown", str(paths["md"])),
             *("--html", str(paths["html"]), "--figure", str(paths["svg"])),
         ]

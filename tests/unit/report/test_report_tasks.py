@@ -1,19 +1,28 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
 from tests.tasks import reference_scores, task_scores
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
-from tests.unit.report.conftest import RUNS
+from tests.unit.report.conftest import chain_settings
 from workflow_scripts.evaluate.task_scores import Samples, write_samples
+from workflow_scripts.handover.chain import chain_of
 from workflow_scripts.report import report_tasks
 
 
+def chain_file(links, kinds):
+    path = Path("results", "chain.json")
+    asked = {"tasks": ["base", *links], "task_kinds": kinds}
+    chain_of("r", chain_settings("mistral").model_copy(update=asked)).write(path)
+    return str(path)
+
+
 @pytest.fixture
-def write(tmp_path):
-    results = tmp_path / "results"
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
     of_base, of_merged, of_file = [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0]
     name = "reference answers"
     marked = {"asked": name, "task": name, "subtasks": [name], "metric": "exact_match"}
@@ -37,10 +46,8 @@ def write(tmp_path):
         write_samples(path.with_name(f"{path.name}.parquet"), rows)
     paths = [tmp_path / f"tasks.{form}" for form in ("tsv", "md", "html")]
     report_tasks.main(
-        ["--runs", json.dumps({"runs": {"r": RUNS["mistral"]}})]
-        + ["--links", "merged", "Q4_K_M", "--kinds", "tasks", "references"]
-        + ["--results", str(results), "--tsv", str(paths[0]), "--markdown", str(paths[1])]
-        + ["--html", str(paths[2])]
+        ["--chains", chain_file(["merged", "Q4_K_M"], ["tasks", "references"])]
+        + ["--tsv", str(paths[0]), "--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     return paths
 
@@ -102,14 +109,14 @@ def test_what_is_no_share_is_not_per_cent():
     assert report_tasks.shown(link_of(a_f1=[0.25]).scores[0]) == "25.00"
 
 
-def test_without_any_task_the_table_says_why(tmp_path):
-    results = tmp_path / "results"
+def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
     for where in ("evaluation/tiny/chats/base", "runs/r/evaluation/merged"):
         reference_scores().write(results / f"{where}.references.json")
         write_samples(results / f"{where}.references.parquet", [])
     report_tasks.main(
-        ["--runs", json.dumps({"runs": {"r": RUNS["mistral"]}})]
-        + ["--links", "merged", "--kinds", "references", "--results", str(results)]
+        ["--chains", chain_file(["merged"], ["references"])]
         + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
     )
     assert "No task was asked" in (tmp_path / "html").read_text()

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from workflow_scripts.log import StageError
-from workflow_scripts.report.results import read_results
 
 
 def test_a_runs_links_go_from_the_base_to_the_smallest_file(results):
-    runs = read_results(results.runs, results.folder)
+    runs = results.read()
     assert [run.name for run in runs] == ["generic", "mistral"]
     for run in runs:
         names = [link.name for link in run.links]
@@ -18,7 +15,7 @@ def test_a_runs_links_go_from_the_base_to_the_smallest_file(results):
 
 
 def test_every_figure_comes_from_its_own_run(results):
-    generic, mistral = read_results(results.runs, results.folder)
+    generic, mistral = results.read()
     assert generic.link("merged").scores.perplexity == 5.05
     assert mistral.link("merged").scores.perplexity == 6.05
     assert generic.link("base").scores == mistral.link("base").scores
@@ -31,26 +28,29 @@ def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(res
     path = results.folder / "runs" / "mistral" / "evaluation" / "Q4_K_M.inference.json"
     path.unlink()
     with pytest.raises(StageError, match="a file is missing") as caught:
-        read_results(results.runs, results.folder)
+        results.read()
     assert str(path) in str(caught.value)
 
 
 def test_a_run_that_was_not_trained_here_has_no_manifest_and_a_model_no_adapter(results):
-    wanted = json.loads(results.runs)
     given = {"packing": None, "recipe": None}
-    wanted["runs"]["generic"] |= given | {"adapter": "owner/adapter"}
-    wanted["runs"]["mistral"] |= given | {"merged": "owner/model"}
+    results = results.changed(
+        {
+            "generic": given | {"adapter": "owner/adapter"},
+            "mistral": given | {"merged": "owner/model"},
+        }
+    )
     for name in ("generic", "mistral"):
         (results.folder / "runs" / name / "adapter" / "training_manifest.json").unlink()
     (results.folder / "runs" / "mistral" / "evaluation" / "adapter.json").unlink()
-    generic, mistral = read_results(json.dumps(wanted), results.folder)
+    generic, mistral = results.read()
     assert generic.manifest is None and mistral.manifest is None
     assert [link.name for link in generic.links][2:4] == ["adapter", "merged"]
     assert [link.name for link in mistral.links][1:3] == ["base NF4", "merged"]
 
 
 def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
-    _, mistral = read_results(all_measured.runs, all_measured.folder)
+    _, mistral = all_measured.read()
     by_link = {link.name: link for link in mistral.links}
     with_text = [name for name, link in by_link.items() if link.texts]
     assert with_text == ["base", "merged", "F16", "Q4_K_M"]
@@ -59,15 +59,14 @@ def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
     assert by_link["F16"].texts["wiki"].perplexity == 22.1
     assert by_link["base"].context.n_prompts == 60
     assert by_link["Q4_K_M"].context.is_measurable is False
-    assert mistral.awq.scores.perplexity == 6.25
+    assert mistral.link("AWQ").scores.perplexity == 6.25
 
 
 def test_tasks_are_of_the_links_that_were_asked_and_the_base_s_are_shared(all_measured):
-    wanted = json.loads(all_measured.runs) | {"hub_ids": {"tiny": "owner/tiny"}}
-    generic, mistral = read_results(json.dumps(wanted), all_measured.folder)
+    generic, mistral = all_measured.changed(hub_id="owner/tiny").read()
     by_link = {link.name: link.tasks for link in mistral.links if link.tasks}
     assert list(by_link) == ["base", "merged", "Q4_K_M"]
     assert [list(tasks) for tasks in by_link.values()] == [["tasks", "references"]] * 3
     assert by_link["merged"]["tasks"].scores[0].score == 0.75
     assert by_link["base"] == generic.link("base").tasks
-    assert generic.base_hub_id == mistral.base_hub_id == "owner/tiny"
+    assert generic.chain.hub_id == mistral.chain.hub_id == "owner/tiny"

@@ -10,7 +10,6 @@ import pytest
 
 from tests.unit.report.conftest import CHANGES, token_scores
 from workflow_scripts.report import verdicts
-from workflow_scripts.report.results import read_results
 from workflow_scripts.scoring.ratio import Ratio
 
 
@@ -54,7 +53,7 @@ def test_nothing_is_said_of_what_would_be_seen_without_an_error(error):
 
 
 def test_the_runs_are_compared_token_by_token(results):
-    runs = read_results(results.runs, results.folder)
+    runs = results.read()
     difference = verdicts.paired(runs[1].link("merged"), runs[0].link("merged"))
     assert difference.mean == pytest.approx(math.log(6.05 / 5.05), rel=1e-6)
     # Both links have the same conversations, hard and easy alike: nothing is left of the error.
@@ -64,7 +63,7 @@ def test_the_runs_are_compared_token_by_token(results):
 
 
 def test_two_runs_are_told_what_their_conversations_would_show(results):
-    runs = read_results(results.runs, results.folder)
+    runs = results.read()
     path = runs[1].link("merged").token_scores
     token_scores([1.5, 1.6, 1.9, 2.1]).write(path)
     (sentence,) = verdicts.of_runs(runs)
@@ -74,7 +73,7 @@ def test_two_runs_are_told_what_their_conversations_would_show(results):
 
 
 def test_a_run_is_compared_with_its_base_and_its_smallest_file_with_f16(results):
-    run = read_results(results.runs, results.folder)[0]
+    run = results.read()[0]
     merged, smallest = verdicts.of_run(run)
     error = 100 * 0.505 * statistics.stdev(CHANGES) / 2
     assert f"is 49.5% lower than that of the base (standard error {error:.1f}" in merged
@@ -82,6 +81,6 @@ def test_a_run_is_compared_with_its_base_and_its_smallest_file_with_f16(results)
 
 
 def test_runs_of_other_data_are_not_compared(results):
-    runs = read_results(results.runs, results.folder)
-    others = runs[1].settings.model_copy(update={"dataset": "others"})
-    assert verdicts.of_runs([runs[0], dataclasses.replace(runs[1], settings=others)]) == []
+    runs = results.read()
+    others = runs[1].chain.changed(settings=runs[1].settings.model_dump() | {"dataset": "others"})
+    assert verdicts.of_runs([runs[0], dataclasses.replace(runs[1], chain=others)]) == []
