@@ -70,6 +70,8 @@ class Link:
     """Whether it is measured once for all runs of a model and dataset."""
     is_aside: bool = False
     """Whether figures draw it by itself: no other link is made from it."""
+    is_product: bool = False
+    """Whether people run it, so that its size and speed matter."""
 
     def place(self, measurement: Measurement) -> str:
         """Pattern of the folder of a measurement."""
@@ -139,6 +141,7 @@ def links(quantizations: Sequence[str]) -> list[Link]:
             weights=gguf,
             measured=questions | {"scores", "speed"},
             gate=gguf_gate,
+            is_product=True,
         ),
         *(
             Link(
@@ -149,6 +152,7 @@ def links(quantizations: Sequence[str]) -> list[Link]:
                 measured=questions | {"scores", "speed", "divergence"},
                 gate=gguf_gate,
                 source="F16",
+                is_product=True,
             )
             for quantization in quantizations
         ),
@@ -161,6 +165,7 @@ def links(quantizations: Sequence[str]) -> list[Link]:
             measured=frozenset({"scores"}),
             source="merged",
             is_aside=True,
+            is_product=True,
         ),
     ]
 
@@ -192,6 +197,8 @@ class LinkFiles(Record):
     """The link that it is made from; null for the base."""
     is_aside: bool
     """Whether figures draw it by itself: no other link is made from it."""
+    is_product: bool
+    """Whether people run it, so that its size and speed matter."""
     scores: str
     token_scores: str
     divergence: str | None
@@ -291,6 +298,7 @@ def _files(
         title=link.title,
         source=source,
         is_aside=link.is_aside,
+        is_product=link.is_product,
         scores=scores,
         token_scores=token_scores_beside(scores),
         divergence=path("divergence"),

@@ -97,7 +97,7 @@ def _perplexity(link: Link) -> tuple[float, float]:
 
 def trade_off(run: RunResults) -> Figure:
     """Quality against size and against speed of the run's files."""
-    links = [link for link in run.links if link.name not in _OTHERS]
+    links = [link for link in run.links if link.is_product]
     measures = (
         ("size of the file, GB", lambda link: ((link.scores.size_bytes or 0) / 1e9, None)),
         ("decoding, ms a token", lambda link: _of_speed(link, "decode")),
@@ -117,9 +117,6 @@ def trade_off(run: RunResults) -> Figure:
         axis.locator_params(nbins=5)
     axes[0].set_ylabel("loss, nats a token (less is better)")
     return figure
-
-
-_OTHERS = ("base", "base NF4", "adapter", "merged")
 
 
 def _of_speed(link: Link, phase: Phase) -> tuple[float, float | None]:

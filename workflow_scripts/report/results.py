@@ -39,6 +39,8 @@ class Link:
     """The link that it is made from; None for the base."""
     is_aside: bool
     """Whether figures draw it by itself: no other link is made from it."""
+    is_product: bool
+    """Whether people run it, so that its size and speed matter."""
     scores: Scores
     token_scores: Path
     """Path of the loss of every token, which evaluate_perplexity writes."""
@@ -129,6 +131,7 @@ def _link(files: LinkFiles, titles: Mapping[str, str], also: Collection[str]) ->
         name=files.title,
         source=titles[files.source] if files.source else None,
         is_aside=files.is_aside,
+        is_product=files.is_product,
         scores=Scores.read(Path(files.scores)),
         token_scores=Path(files.token_scores),
         speed=Speed.read(Path(files.speed)) if files.speed else None,

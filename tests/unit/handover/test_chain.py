@@ -28,6 +28,7 @@ def test_each_link_is_made_from_one_before_it():
         "awq": "merged",
     }
     assert [link.name for link in found if link.is_aside] == ["awq"]
+    assert [link.name for link in found if link.is_product] == ["F16", "Q8_0", "Q4_0", "awq"]
 
 
 def test_a_model_merged_elsewhere_has_no_adapter_and_nothing_of_a_training():
@@ -73,6 +74,7 @@ def test_a_quantization_has_all_its_measurements_in_the_folder_of_its_run():
         "title": "Q4_0",
         "source": "F16",
         "is_aside": False,
+        "is_product": True,
         "scores": f"{place}/Q4_0.json",
         "token_scores": f"{place}/Q4_0.tokens.parquet",
         "divergence": f"{place}/Q4_0.divergence.json",
