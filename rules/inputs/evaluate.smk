@@ -144,6 +144,7 @@ def chain_settings(name):
         run=run,
         quantizations=QUANTIZATIONS,
         awq=CONFIG.awq.use,
+        base_gguf=CONFIG.evaluation.base_gguf,
         texts=list(CONFIG.evaluation.texts),
         context=["base", *CONTEXT_LINKS],
         tasks=["base", *TASK_LINKS],

@@ -108,6 +108,19 @@ def test_usable_context_is_measured_with_the_rest_where_it_is_asked_for(
     assert changed(tiny, tmp_path, {"evaluation": {"context": {"n_prompts": 3}}}) == {}
 
 
+def test_the_base_s_own_gguf_is_converted_and_scored_once_for_both_runs(
+    tiny: Path, tmp_path: Path
+) -> None:
+    jobs = changed(tiny, tmp_path, {"evaluation": {"base_gguf": True}})
+    own = {"convert_gguf_base": 1, "evaluate_perplexity": 1, "evaluate_text": 1, "write_chain": 2}
+    assert jobs.items() >= own.items()
+    made_again = jobs.keys() - own.keys()
+    assert made_again == {
+        *("collect_metrics", "tabulate_metrics", "package_release"),
+        *("report_chain", "report_comparison", "report_overview", "report_run"),
+    }
+
+
 def test_another_text_to_calibrate_on_makes_anew_what_is_made_with_the_imatrix(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -109,12 +109,21 @@ def links(quantizations: Sequence[str]) -> list[Link]:
             is_of_model=True,
         ),
         Link(
+            name="base-F16",
+            title="base F16",
+            engine="llama.cpp",
+            weights="results/models/{model}/gguf/{model}-F16.gguf",
+            measured=questions | {"scores"},
+            is_of_model=True,
+        ),
+        Link(
             name="base-nf4",
             title="base NF4",
             engine="transformers",
             weights=base,
             measured=frozenset({"scores"}),
             precision="nf4",
+            source="base",
             is_of_model=True,
         ),
         Link(
@@ -176,6 +185,7 @@ class ChainSettings(Settings):
     run: RunSettings
     quantizations: tuple[str, ...]
     awq: bool = False
+    base_gguf: bool = False
     texts: tuple[str, ...] = ()
     """Names of the texts of `evaluation.texts`."""
     context: tuple[str, ...] = ()
@@ -247,6 +257,7 @@ def links_of(settings: ChainSettings) -> list[Link]:
     """The links of a run. A model that was merged elsewhere comes without an adapter."""
     left_out = {"adapter"} if settings.run.merged else set()
     left_out |= set() if settings.awq else {"awq"}
+    left_out |= set() if settings.base_gguf else {"base-F16"}
     return [link for link in links(settings.quantizations) if link.name not in left_out]
 
 

@@ -175,6 +175,9 @@ class EvaluationSettings(Settings):
     max_conversations: Count | None = None
     """Conversations scored, the first of the split's order (`test` along the chain, `validation`
     by position); null is all."""
+    base_gguf: bool = False
+    """The base's own F16 GGUF is a link of the chain too: what llama.cpp alone changes, before any
+    training."""
     texts: dict[Name, str] = {}
     """Text files that the links are scored on as llama-perplexity scores them, by name:
     `{wikitext: data/wiki.test.raw}`."""

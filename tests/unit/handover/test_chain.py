@@ -31,6 +31,16 @@ def test_each_link_is_made_from_one_before_it():
     assert [link.name for link in found if link.is_product] == ["F16", "Q8_0", "Q4_0", "awq"]
 
 
+def test_the_base_s_own_gguf_is_a_link_where_it_is_asked_for():
+    found = chain(base_gguf=True, texts=["wiki"])
+    assert [link.name for link in found.links][:4] == ["base", "base-F16", "base-nf4", "adapter"]
+    link = found.link("base-F16")
+    assert (link.source, found.link("base-nf4").source) == ("base", "base")
+    assert link.scores == "results/evaluation/m/d/base-F16.json"
+    assert link.texts == {"wiki": "results/evaluation/m/texts/wiki/base-F16.json"}
+    assert link.speed is None and not link.is_product
+
+
 def test_a_model_merged_elsewhere_has_no_adapter_and_nothing_of_a_training():
     found = chain(MERGED)
     assert [link.name for link in found.links] == [
