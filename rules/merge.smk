@@ -22,9 +22,9 @@ rule fetch_adapter:
     params:
         settings=lambda wildcards: given_json(wildcards.run),
         adapter=subpath(output.adapter, parent=True),
-        output_version=output_version("export/fetch_adapter"),
+        output_version=output_version("merge/fetch_adapter"),
     shell:
-        "python -m workflow_scripts.export.fetch_adapter --settings {params.settings:q}"
+        "python -m workflow_scripts.merge.fetch_adapter --settings {params.settings:q}"
         " --checkpoint {input.checkpoint:q} --adapter {params.adapter:q} > {log:q} 2>&1"
 
 
@@ -50,9 +50,9 @@ rule fetch_merged:
         runtime=growing(240),  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
         settings=lambda wildcards: given_json(wildcards.run),
-        output_version=output_version("export/fetch_merged"),
+        output_version=output_version("merge/fetch_merged"),
     shell:
-        "python -m workflow_scripts.export.fetch_merged --settings {params.settings:q}"
+        "python -m workflow_scripts.merge.fetch_merged --settings {params.settings:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --merged {output.merged:q}"
         " > {log:q} 2>&1"
 
@@ -81,10 +81,10 @@ rule choose_merge_base:
     params:
         settings=CONFIG.evaluation.gates.merge_base.model_dump_json(),
         adapter=subpath(input.adapter, parent=True),
-        output_version=output_version("export/choose_merge_base"),
+        output_version=output_version("merge/choose_merge_base"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
-        " python -m workflow_scripts.export.choose_merge_base --checkpoint {input.checkpoint:q}"
+        " python -m workflow_scripts.merge.choose_merge_base --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --adapter {params.adapter:q} --tokens {input.tokens:q}"
         " --settings {params.settings:q} --choice {output.choice:q} > {log:q} 2>&1"
 
@@ -115,9 +115,9 @@ rule merge_adapter:
     params:
         adapter=subpath(input.adapter, parent=True),
         merge_base=merge_base,
-        output_version=output_version("export/merge_adapter"),
+        output_version=output_version("merge/merge_adapter"),
     shell:
-        "python -m workflow_scripts.export.merge_adapter --checkpoint {input.checkpoint:q}"
+        "python -m workflow_scripts.merge.merge_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokenizer {input.tokenizer:q} --adapter {params.adapter:q}"
         " --merge-base {params.merge_base:q} --merged {output.merged:q} > {log:q} 2>&1"
 
@@ -155,7 +155,7 @@ rule check_merged:
         last_attempt=last_attempt(MERGED_GATE),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
-        " python -m workflow_scripts.export.check_merged --checkpoint {input.checkpoint:q}"
+        " python -m workflow_scripts.merge.check_merged --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} {params.adapter:q} --tokenizer {input.tokenizer:q}"
         " --merged {input.merged:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --check {output.check:q} > {log:q} 2>&1"

@@ -16,9 +16,9 @@ rule plan_quantizations:
         runtime=growing(5),  # minutes
     params:
         settings=quantizations_json(),
-        output_version=output_version("export/plan_quantizations"),
+        output_version=output_version("quantize/plan_quantizations"),
     shell:
-        "python -m workflow_scripts.export.plan_quantizations --facts {input.facts:q}"
+        "python -m workflow_scripts.quantize.plan_quantizations --facts {input.facts:q}"
         " --model {wildcards.model:q} --settings {params.settings:q} --plan {output.plan:q}"
         " > {log:q} 2>&1; grep -h ' WARNING ' {log:q} >&2 || true"
 
@@ -45,9 +45,9 @@ rule convert_gguf_base:
         tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
         published="{}",
         software=versions_of("llama-cpp-python", "transformers", "mistral-common"),
-        output_version=output_version("export/convert_gguf"),
+        output_version=output_version("quantize/convert_gguf"),
     shell:
-        "python -m workflow_scripts.export.convert_gguf --merged {input.merged:q}"
+        "python -m workflow_scripts.quantize.convert_gguf --merged {input.merged:q}"
         " {params.tokenizer:q} --facts {input.facts:q} --name {params.name:q}"
         " --published {params.published:q} --gguf {output.gguf:q} > {log:q} 2>&1"
 
@@ -90,9 +90,9 @@ rule convert_adapter:
         runtime=growing(30),  # minutes
     params:
         adapter=subpath(input.adapter, parent=True),
-        output_version=output_version("export/convert_adapter"),
+        output_version=output_version("quantize/convert_adapter"),
     shell:
-        "python -m workflow_scripts.export.convert_adapter --adapter {params.adapter:q}"
+        "python -m workflow_scripts.quantize.convert_adapter --adapter {params.adapter:q}"
         " --checkpoint {input.checkpoint:q} --name {wildcards.run:q} --gguf {output.gguf:q}"
         " > {log:q} 2>&1"
 
@@ -125,7 +125,7 @@ rule check_gguf:
         last_attempt=last_attempt(GGUF_GATE),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
-        " python -m workflow_scripts.export.check_gguf --gguf {input.gguf:q}"
+        " python -m workflow_scripts.quantize.check_gguf --gguf {input.gguf:q}"
         " --merged {input.merged:q} --facts {input.facts:q} --clean {input.clean:q}"
         " --tokens {input.tokens:q} --settings {params.settings:q} --threads {threads}"
         " --check {output.check:q} > {log:q} 2>&1"
@@ -156,10 +156,10 @@ rule compute_imatrix:
     params:
         settings=imatrix_json(),
         texts=lambda wildcards, input: flagged("--texts", input.texts),
-        output_version=output_version("export/compute_imatrix"),
+        output_version=output_version("quantize/compute_imatrix"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
-        " python -m workflow_scripts.export.compute_imatrix --gguf {input.gguf:q}"
+        " python -m workflow_scripts.quantize.compute_imatrix --gguf {input.gguf:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} {params.texts:q}"
         " --settings {params.settings:q} --threads {threads} --imatrix {output.imatrix:q}"
         " > {log:q} 2>&1"
@@ -186,9 +186,9 @@ rule quantize_gguf:
     params:
         settings=lambda wildcards: CONFIG.gguf.mix(wildcards.quant).model_dump_json(),
         imatrix=lambda wildcards, input: flagged("--imatrix", input.imatrix),
-        output_version=output_version("export/quantize_gguf"),
+        output_version=output_version("quantize/quantize_gguf"),
     shell:
-        "python -m workflow_scripts.export.quantize_gguf --gguf {input.gguf:q}"
+        "python -m workflow_scripts.quantize.quantize_gguf --gguf {input.gguf:q}"
         " --settings {params.settings:q} {params.imatrix:q} --threads {threads}"
         " --quantized {output.quantized:q} > {log:q} 2>&1"
 
@@ -215,9 +215,9 @@ rule quantize_awq:
         runtime=growing(1440),  # minutes
     params:
         settings=CONFIG.awq.model_dump_json(exclude={"use"}),
-        output_version=output_version("export/quantize_awq"),
+        output_version=output_version("quantize/quantize_awq"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
-        " python -m workflow_scripts.export.quantize_awq --merged {input.merged:q}"
+        " python -m workflow_scripts.quantize.quantize_awq --merged {input.merged:q}"
         " --facts {input.facts:q} --tokens {input.tokens:q} --settings {params.settings:q}"
         " --awq {output.awq:q} > {log:q} 2>&1"

@@ -17,9 +17,9 @@ rule plan_disk:
     params:
         facts=[f"{name}=results/models/{name}/facts.json" for name in built_models()],
         settings=disk_json(),
-        output_version=output_version("export/plan_disk"),
+        output_version=output_version("release/plan_disk"),
     shell:
-        "python -m workflow_scripts.export.plan_disk --facts {params.facts:q}"
+        "python -m workflow_scripts.release.plan_disk --facts {params.facts:q}"
         " --settings {params.settings:q} --results results --disk-plan {output.disk_plan:q}"
         " > {log:q} 2>&1"
 
@@ -58,9 +58,9 @@ rule package_release:
         published=lambda wildcards: published_json(wildcards.run),
         benchmarks="benchmarks/runs/{run}",
         gates=gate_samples(),
-        output_version=output_version("export/package_release"),
+        output_version=output_version("release/package_release"),
     shell:
-        "python -m workflow_scripts.export.package_release --name {wildcards.run:q}"
+        "python -m workflow_scripts.release.package_release --name {wildcards.run:q}"
         " --settings {params.settings:q} --ggufs {input.ggufs:q} --facts {input.facts:q}"
         " --tokenizer {input.tokenizer:q} --checkpoint {input.checkpoint:q}"
         " --beginning {input.beginning:q} --checks {input.merged_check:q} {input.gguf_check:q}"
@@ -81,7 +81,7 @@ rule push_release:
     params:
         settings=CONFIG.push.model_dump_json(),
     shell:
-        "python -m workflow_scripts.export.push_release --releases {input.releases:q}"
+        "python -m workflow_scripts.release.push_release --releases {input.releases:q}"
         " --settings {params.settings:q} 2>&1 | tee {log:q}"
 
 

@@ -1,3 +1,72 @@
+rule preview_chats:
+    """A page of conversations as the model will see them: tokens, what is supervised, cuts."""
+    input:
+        chats="results/data/{dataset}/clean/train.parquet",
+        tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        tokenizer="results/models/{model}/tokenizer",
+        plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
+    output:
+        preview=report(
+            "results/data/{dataset}/{model}/{packing}/preview.html",
+            category="Data",
+            labels={
+                "what": "conversations as tokens",
+                "dataset": "{dataset}",
+                "model": "{model}",
+                "packing": "{packing}",
+            },
+            caption="../workflow_scripts/report/captions/preview.rst",
+        ),
+    log:
+        "logs/data/{dataset}/{model}/{packing}/preview_chats.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/{packing}/preview_chats.tsv"
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "preview"),
+        output_version=output_version("report/preview_chats"),
+    shell:
+        "python -m workflow_scripts.report.preview_chats --clean {input.chats:q}"
+        " --tokens {input.tokens:q} --tokenizer {input.tokenizer:q} --plan {input.plan:q}"
+        " --settings {params.settings:q} --preview {output.preview:q} > {log:q} 2>&1"
+
+
+rule report_tasks:
+    """Scores of base, merged model and smallest file, with what each link changes, paired."""
+    input:
+        chains=chain_files(),
+        scores=task_files(),
+    output:
+        tsv="results/report/tasks.tsv",
+        markdown="results/report/tasks.md",
+        html=report(
+            "results/report/tasks.html",
+            caption="../workflow_scripts/report/captions/tasks.rst",
+            category="Tasks",
+        ),
+    log:
+        "logs/report/report_tasks.log",
+    benchmark:
+        "benchmarks/report/report_tasks.tsv"
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
+    params:
+        output_version=output_version("report/report_tasks"),
+    shell:
+        "python -m workflow_scripts.report.report_tasks --chains {input.chains:q}"
+        " --tsv {output.tsv:q} --markdown {output.markdown:q} --html {output.html:q}"
+        " > {log:q} 2>&1"
+
+
 rule report_cleaning:
     """A page on a dataset: the funnel with every reason, and samples of what was rejected."""
     input:

@@ -147,7 +147,7 @@ def demo_checkpoint(run_stage, tmp_path_factory) -> Path:
     """A base model at its smallest: one layer, random weights."""
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
     done = run_stage(
-        "workflow_scripts.models.build_random_model",
+        "workflow_scripts.demo.build_random_model",
         "--settings",
         '{"n_layers": 1}',
         "--checkpoint",

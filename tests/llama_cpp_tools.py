@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from workflow_scripts import files
-from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.quantize import llama_cpp_source
 
 LIBRARIES = Path(sysconfig.get_path("platlib")) / "lib"
 ENVIRONMENT = {"LD_LIBRARY_PATH": str(LIBRARIES)}

@@ -8,14 +8,14 @@ def base_model_json(wildcards):
 def local_model_hashes(wildcards, resources):
     """What lies in a local folder: for the key of `--cache` alone, as the versions of packages."""
     source = Path(CONFIG.models[wildcards.model].source).expanduser()
-    return shared.content_of(source) if IS_SHARED else {}
+    return shared_cache.content_of(source) if IS_SHARED else {}
 
 
 # A key of `--cache` says how a file is made: where that gives another file on another day or machine,
 # it would stand for both.
 if IS_SHARED:
     try:
-        shared.check(CONFIG, MADE_RUNS, workflow.workflow_settings.cache)
+        shared_cache.check(CONFIG, MADE_RUNS, workflow.workflow_settings.cache)
     except StageError as error:
         raise WorkflowError(str(error)) from None
 

@@ -5,7 +5,7 @@ def given_files(name):
     source = run.adapter or run.merged
     if source is None or not is_local(source):
         return []
-    find = given.model_files if run.merged else given.adapter_files
+    find = user_models.model_files if run.merged else user_models.adapter_files
     return [str(path) for path in find(Path(source).expanduser())]
 
 
@@ -85,7 +85,7 @@ def published_json(name):
     """What a run's files and card say of where they come from."""
     run = CONFIG.runs[name]
     model, dataset = CONFIG.models[run.model], CONFIG.datasets[run.dataset]
-    return json.dumps(origin.published(run, model, dataset, CONFIG.gguf.quantized_by))
+    return json.dumps(attribution.published(run, model, dataset, CONFIG.gguf.quantized_by))
 
 
 def beginning(wildcards):

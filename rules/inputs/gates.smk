@@ -1,22 +1,22 @@
-# What the rules of gates and those that follow them share; no rules. Why: workflow_scripts/gates.py.
+# What the rules of gates and those that follow them share; no rules. Why: workflow_scripts/orchestration/gates.py.
 from snakemake.io import IOFile
 
-from workflow_scripts.gates import Gate
+from workflow_scripts.orchestration.gates import Gate
 
 TOKENS_GATE = Gate(
     "results/data/{dataset}/{model}/tokens/check.json",
     CONFIG.evaluation.gates.tokens.model_dump_json(),
-    output_version("data/check_tokens"),
+    output_version("tokens/check_tokens"),
 )
 MERGED_GATE = Gate(
     "results/runs/{run}/merged_check.json",
     CONFIG.evaluation.gates.merge.model_dump_json(),
-    output_version("export/check_merged"),
+    output_version("merge/check_merged"),
 )
 GGUF_GATE = Gate(
     "results/runs/{run}/gguf_check.json",
     CONFIG.evaluation.gates.gguf.model_dump_json(),
-    output_version("export/check_gguf"),
+    output_version("quantize/check_gguf"),
 )
 
 

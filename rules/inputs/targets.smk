@@ -146,7 +146,8 @@ def adapter_gguf_files():
 def files_of_chain(names, files_of):
     """Some files of every link of some runs; a base's once for all runs that share it.
 
-    `files_of` takes a link of handover/chain.py and names the files, or None where there is none."""
+    `files_of` takes a link of handover/chain.py and names the files, or None where there is none.
+    """
     links = [link for name in names for link in chain_of(name).links]
     return sorted({file for link in links for file in files_of(link) if file})
 

@@ -74,12 +74,12 @@ def tramontane(
         return [
             Stage(
                 "clean_dataset",
-                [*python, "workflow_scripts.data.clean_dataset", "--source", "synthetic", chats]
+                [*python, "workflow_scripts.chats.clean_dataset", "--source", "synthetic", chats]
                 + ["--settings", json.dumps({"cleaning": cleaning}), *spread, "--clean", clean],
             ),
             Stage(
                 "render_chats",
-                [*python, "workflow_scripts.data.render_chats", "--clean", clean]
+                [*python, "workflow_scripts.tokens.render_chats", "--clean", clean]
                 + ["--tokenizer", tokenizer, "--settings", "{}", *spread, "--tokens", tokens],
             ),
         ]

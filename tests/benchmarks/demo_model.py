@@ -29,13 +29,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.benchmarks import machine
-from workflow_scripts.models import (
-    build_demo_model,
-    healing,
-    smollm2,
-    smollm2_wheel,
-    tokenizer_files,
-)
+from workflow_scripts.demo import build_demo_model, healing, smollm2, smollm2_wheel
+from workflow_scripts.models import tokenizer_files
 
 # 23 KB in documents of 900 to 1,900 tokens of Mistral's: half of them longer than the window.
 FUNCTIONS = "histogram percentile linspace interp meshgrid searchsorted".split()

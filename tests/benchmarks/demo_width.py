@@ -32,9 +32,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tests.benchmarks import machine
 from workflow_scripts.evaluate import evaluate_perplexity
-from workflow_scripts.export import compute_imatrix, convert_gguf, llama_cpp_source, quantize_gguf
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.scores import Divergence, Scores
+from workflow_scripts.quantize import compute_imatrix, convert_gguf, llama_cpp_source, quantize_gguf
 
 WIDTH, N_HEADS, N_KV_HEADS = 768, 12, 4  # from 576, 9 and 3: as many queries a key as before
 QUANTIZATIONS = {

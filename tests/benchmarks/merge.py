@@ -98,7 +98,7 @@ def run(
     paths = ["--checkpoint", scratch / "base", "--adapter", scratch / "adapter"]
     paths += ["--merged", merged]
     if contestant in ("original", "dequantized"):
-        command = [sys.executable, "-m", "workflow_scripts.export.merge_adapter", *paths]
+        command = [sys.executable, "-m", "workflow_scripts.merge.merge_adapter", *paths]
         command += ["--merge-base", contestant, "--tokenizer", scratch / "tokenizer"]
         command += ["--facts", scratch / "facts.json"]
     else:

@@ -26,8 +26,9 @@ import yaml
 from tests.benchmarks.machine import REPOSITORY, circumstances, versions
 from tests.benchmarks.measured_command import measure
 from tests.workflow.conftest import copy_workflow
-from workflow_scripts import files, sweeps
+from workflow_scripts import files
 from workflow_scripts.log import StageError
+from workflow_scripts.settings import sweeps
 
 RESULT = REPOSITORY / "tests" / "benchmarks" / "results" / "nothing_to_do.json"
 QUANTIZATIONS = (

@@ -40,7 +40,7 @@ def plan(contestant: str, lengths_file: Path, row_tokens: int) -> dict[str, Any]
     import numpy as np
 
     from tests.benchmarks import segment_tree
-    from workflow_scripts.data import packing
+    from workflow_scripts.packing import packing
 
     lengths = np.minimum(np.load(lengths_file), row_tokens)
     started = time.perf_counter()

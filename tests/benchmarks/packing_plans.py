@@ -28,8 +28,8 @@ from tests.benchmarks.machine import REPOSITORY, circumstances, version_in, vers
 from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.packing_plans_table import table
 from workflow_scripts import files, log
-from workflow_scripts.data import balance, packing
-from workflow_scripts.data.cost import CostModel
+from workflow_scripts.packing import balance, packing
+from workflow_scripts.packing.cost import CostModel
 
 logger = log.stage_logger("packing_plans")
 

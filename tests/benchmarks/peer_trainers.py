@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.model_shapes import shape_of
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.tokens.documents import Documents
 
 FLASH_ATTENTION_KERNEL = "kernels-community/flash-attn2"
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

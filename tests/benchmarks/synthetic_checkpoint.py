@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from workflow_scripts import files
-from workflow_scripts.export import safetensors_stream
+from workflow_scripts.merge import safetensors_stream
 
 STANDARD_DEVIATION = 0.02
 NOISE_ELEMENTS = 2**20 + 7  # a block of weights never begins where it did before

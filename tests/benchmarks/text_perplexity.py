@@ -125,8 +125,8 @@ def write_ggufs(scratch: Path, config: dict[str, Any], types: Sequence[str]) -> 
     import mistral_common
 
     from tests.benchmarks.synthetic_checkpoint import write_checkpoint
-    from workflow_scripts.export import convert_gguf, quantize_gguf
     from workflow_scripts.models import tokenizer_files
+    from workflow_scripts.quantize import convert_gguf, quantize_gguf
 
     write_checkpoint(scratch / "base", config)
     tokenizer = TOKENIZERS[config["vocab_size"]]
@@ -157,7 +157,7 @@ def write_ggufs(scratch: Path, config: dict[str, Any], types: Sequence[str]) -> 
 
 def write_text(path: Path) -> None:
     """The documentation of Python's standard library, as the interpreter has it."""
-    from workflow_scripts.models import stdlib_docs
+    from workflow_scripts.demo import stdlib_docs
 
     text = "\n\n".join(entry.docstring for entry in stdlib_docs.entries())
     path.write_text(text, encoding="utf-8")

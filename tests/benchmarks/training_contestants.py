@@ -25,9 +25,9 @@ from tests.benchmarks.peer_trainers import Work
 from tests.benchmarks.training_meter import Meter
 from tests.training import identity_of
 from workflow_scripts import files, log
-from workflow_scripts.data.cost import CostModel
-from workflow_scripts.data.documents import Documents
+from workflow_scripts.packing.cost import CostModel
 from workflow_scripts.settings import PackingSettings, RecipeSettings, TrainingSettings
+from workflow_scripts.tokens.documents import Documents
 
 
 class Ours(NamedTuple):
@@ -185,7 +185,7 @@ def our_trainer(
         It, and how many layers it checkpoints.
     """
     from tests.benchmarks.random_models import random_base
-    from workflow_scripts.data.pack_sequences import make_plan
+    from workflow_scripts.packing.pack_sequences import make_plan
     from workflow_scripts.train import attention
     from workflow_scripts.train.activations import save_less
     from workflow_scripts.train.checkpoints import Checkpoints

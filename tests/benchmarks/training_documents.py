@@ -14,7 +14,7 @@ import numpy as np
 from tests.benchmarks.document_lengths import chat_lengths, summary
 from tests.benchmarks.machine import REPOSITORY
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents, documents_schema
+from workflow_scripts.tokens.documents import Documents, documents_schema
 
 BOS = 1
 FIRST_WORD = 3  # token ids below it are control tokens
@@ -81,8 +81,9 @@ def write_demo_documents(path: Path, scratch: Path) -> dict[str, Any]:
     """
     import mistral_common
 
-    from workflow_scripts.data import clean_dataset, render_chats
+    from workflow_scripts.chats import clean_dataset
     from workflow_scripts.models import export_tokenizer
+    from workflow_scripts.tokens import render_chats
 
     checkpoint = scratch / "checkpoint"
     checkpoint.mkdir()
@@ -94,7 +95,7 @@ def write_demo_documents(path: Path, scratch: Path) -> dict[str, Any]:
         ["--checkpoint", str(checkpoint), "--tokenizer", str(scratch / "tokenizer")]
     )
     # By itself: which docstrings there are depends on what has been imported.
-    command = [sys.executable, "-m", "workflow_scripts.data.build_demo_dataset"]
+    command = [sys.executable, "-m", "workflow_scripts.demo.build_demo_dataset"]
     # All chats that the library is enough for, some 300.
     command += ["--settings", '{"n_conversations": 1000}', "--conversations", str(chats)]
     subprocess.run(command, check=True, cwd=REPOSITORY)

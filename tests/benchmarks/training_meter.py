@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.benchmarks.resident_memory import reset_peak, resident_bytes
 from workflow_scripts import log
-from workflow_scripts.data.cost import CostModel, attention_pairs
+from workflow_scripts.packing.cost import CostModel, attention_pairs
 
 
 @dataclass

@@ -29,8 +29,8 @@ from tests.benchmarks.training_contestants import OURS, SEED, our_trainer
 from tests.benchmarks.training_documents import write_demo_documents, write_documents
 from tests.benchmarks.training_throughput import MEASURES, PACKAGES
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.tokens.documents import Documents
 
 logger = log.stage_logger("training_profile")
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tests.conftest import REPOSITORY
 from workflow_scripts import files
-from workflow_scripts.data import signatures
-from workflow_scripts.data.stdlib_questions import asked_signature
+from workflow_scripts.demo import signatures
+from workflow_scripts.demo.stdlib_questions import asked_signature
 
 
 class Question(NamedTuple):

@@ -13,10 +13,11 @@ import pytest
 from tests import release_server
 from tests.conftest import REPOSITORY
 from tests.demo.questions import Answered, ask_base, ask_server, questions_of, shown
-from workflow_scripts.data.documents import SPLITS, Documents
+from workflow_scripts.chats.messages import SPLITS
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.scores import Scores
 from workflow_scripts.scoring.token_scores import TokenScores
+from workflow_scripts.tokens.documents import Documents
 
 RESULTS = REPOSITORY / "results"
 RUNS = ["generic", "mistral"]

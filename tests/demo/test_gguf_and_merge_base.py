@@ -9,10 +9,11 @@ import pytest
 
 from tests.demo.conftest import BASE, RESULTS
 from workflow_scripts import files
-from workflow_scripts.export import check_gguf, choose_merge_base, convert_gguf
 from workflow_scripts.handover.gates import GgufCheck, MergeBaseChoice
 from workflow_scripts.log import StageError
+from workflow_scripts.merge import choose_merge_base
 from workflow_scripts.models import read_model_facts
+from workflow_scripts.quantize import check_gguf, convert_gguf
 
 MODEL = RESULTS / "models" / "demo"
 DATA = RESULTS / "data" / "stdlib-help"

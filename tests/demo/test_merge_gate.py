@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.demo.conftest import BASE, DTYPES, RESULTS
 from workflow_scripts import files
-from workflow_scripts.export import check_merged, exact_merge, merge_adapter
-from workflow_scripts.export.live_adapter import LiveAdapter
 from workflow_scripts.log import StageError
+from workflow_scripts.merge import check_merged, exact_merge, merge_adapter
+from workflow_scripts.merge.live_adapter import LiveAdapter
 from workflow_scripts.settings import MergeGateSettings
 
 FACTS = RESULTS / "models" / "demo" / "facts.json"
@@ -59,7 +59,7 @@ def later(tmp_path_factory) -> Path:
     from peft import PeftModel
     from transformers import MistralForCausalLM
 
-    from workflow_scripts.data.documents import Documents
+    from workflow_scripts.tokens.documents import Documents
 
     documents = Documents(RESULTS / "data" / "stdlib-help" / "demo" / "tokens" / "train.arrow")
     base = MistralForCausalLM.from_pretrained(BASE, dtype=torch.float32)

@@ -10,12 +10,12 @@ from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
 from tests.facts import facts_of
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents, documents_schema
-from workflow_scripts.data.packing import STRATEGIES, Pieces
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import default_device
+from workflow_scripts.packing.packing import STRATEGIES, Pieces
+from workflow_scripts.packing.plan import Plan
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.tokens.documents import Documents, documents_schema
 from workflow_scripts.train import attention
 from workflow_scripts.train.model import trainable_model
 from workflow_scripts.train.probe import check_attention

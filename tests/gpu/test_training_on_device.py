@@ -18,10 +18,10 @@ from transformers import MistralConfig, MistralForCausalLM
 from tests.facts import facts_of
 from tests.unit.train.shapes import setup_of
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents, documents_schema
-from workflow_scripts.data.packing import Piece
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import Piece
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.tokens.documents import Documents, documents_schema
 from workflow_scripts.train import attention, optimization
 from workflow_scripts.train.activations import save_less
 from workflow_scripts.train.batches import Collator

@@ -18,11 +18,13 @@ import pytest
 
 from tests import llama_cpp_tools
 from tests.facts import facts_of
+from tests.unit.prepared_chats import prepared, rendered  # noqa: F401
+from tests.unit.trained_adapters import imatrix_of, mixtral_gguf, train  # noqa: F401
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents, documents_schema
-from workflow_scripts.data.packing import Row, Rows
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.handover.facts import Facts
+from workflow_scripts.packing.packing import Row, Rows
+from workflow_scripts.packing.plan import Plan
+from workflow_scripts.tokens.documents import Documents, documents_schema
 
 WINDOW = 8
 VOCABULARY = 300
@@ -244,11 +246,12 @@ CHATS = [
 
 @pytest.fixture(scope="session")
 def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chain:
-    from workflow_scripts.data.conversations import clean_schema
-    from workflow_scripts.data.rendering import Renderer
-    from workflow_scripts.export import convert_gguf, merge_adapter
+    from workflow_scripts.chats.conversations import clean_schema
+    from workflow_scripts.merge import merge_adapter
     from workflow_scripts.models import read_model_facts
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+    from workflow_scripts.quantize import convert_gguf
+    from workflow_scripts.tokens.rendering import Renderer
 
     folder = tmp_path_factory.mktemp("chain")
     paths = Chain(

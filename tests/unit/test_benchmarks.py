@@ -37,11 +37,11 @@ from tests.benchmarks import (
 from tests.benchmarks.model_shapes import CONFIGS, shape_of
 from tests.benchmarks.segment_tree import Spaces, best_fit_decreasing
 from workflow_scripts import files
-from workflow_scripts.data import packing
-from workflow_scripts.data.cost import CostModel
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.log import StageError
+from workflow_scripts.packing import packing
+from workflow_scripts.packing.cost import CostModel
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.tokens.documents import Documents
 
 MB = 1_000_000
 ranks = st.integers(0, 10**12)

@@ -60,7 +60,7 @@ def test_our_own_bug_keeps_its_traceback(run_python):
 
 
 def test_wrong_usage_is_exit_2(run_stage):
-    done = run_stage("workflow_scripts.data.pack_sequences", "--nonsense")
+    done = run_stage("workflow_scripts.packing.pack_sequences", "--nonsense")
     assert done.returncode == 2
     assert "usage: pack_sequences.py" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from workflow_scripts import urls
-from workflow_scripts.data import sources
+from workflow_scripts.chats import sources
 from workflow_scripts.log import StageError
 
 

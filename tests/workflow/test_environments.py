@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from tests.workflow.conftest import REPOSITORY
 from workflow_scripts.doctor.packages import locked
-from workflow_scripts.export import provenance
+from workflow_scripts.release import provenance
 
 ENVIRONMENTS = sorted((REPOSITORY / "envs").glob("*.yaml"))
 RULES = sorted((REPOSITORY / "rules").rglob("*.smk"))
@@ -85,7 +85,7 @@ def test_a_release_is_packaged_where_its_provenance_finds_every_package():
     (environment,) = (
         path
         for path in ENVIRONMENTS
-        if "workflow_scripts.export.package_release" in programs_in(path.stem)
+        if "workflow_scripts.release.package_release" in programs_in(path.stem)
     )
     assert set(provenance.PACKAGES) <= pins_of(environment).keys()
 

@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint, with random weights."""
     folder = tmp_path_factory.mktemp("base") / "checkpoint"
     settings = {"n_layers": 1, "intermediate_size": 256}
-    command = [sys.executable, "-m", "workflow_scripts.models.build_random_model", "--settings"]
+    command = [sys.executable, "-m", "workflow_scripts.demo.build_random_model", "--settings"]
     command += [json.dumps(settings), "--checkpoint", str(folder)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     return folder

@@ -48,17 +48,16 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
 
     wanted = None
     try:
-        from workflow_scripts.doctor import hub_access, machine
-        from workflow_scripts.doctor import wanted as configs
+        from workflow_scripts.doctor import hub_access, machine, requirements
         from workflow_scripts.log import StageError
 
         try:
-            config = configs.read_config(ROOT, arguments.configfile)
+            config = requirements.read_config(ROOT, arguments.configfile)
         except StageError as error:
             yield of_error("config", error)
         else:
-            wanted = configs.Wanted(config, arguments.results)
-            configs.local_facts(wanted)
+            wanted = requirements.Wanted(config, arguments.results)
+            requirements.local_facts(wanted)
             yield Finding("config", "ok", f"builds {', '.join(wanted.runs)}")
             tasks = config.evaluation.tasks
             if tasks.names:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts.doctor.finding import Finding, Status, of_error
-from workflow_scripts.doctor.wanted import Repository, Wanted, weight_bytes
+from workflow_scripts.doctor.requirements import Repository, Wanted, weight_bytes
 
 SECONDS = 5
 FETCH_ELSEWHERE = (

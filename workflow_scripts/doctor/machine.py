@@ -9,7 +9,7 @@ from pathlib import Path
 
 from workflow_scripts.doctor import probes
 from workflow_scripts.doctor.finding import Finding, Status
-from workflow_scripts.doctor.wanted import Wanted
+from workflow_scripts.doctor.requirements import Wanted
 
 # Beside a model's weights, on their way to the GPU or while they are scored; the demo's largest job
 # takes 1.3 GB in all.
@@ -119,7 +119,7 @@ def _quota() -> float | None:
 
 def _disk(wanted: Wanted) -> Finding:
     """Base models to be fetched, and what plan_disk counts."""
-    from workflow_scripts.export import plan_disk
+    from workflow_scripts.release import plan_disk
 
     planned: dict[str, int] = {}
     unknown: set[str] = set()

@@ -245,7 +245,7 @@ def probe_llama_cpp() -> LlamaCpp:
     """How llama.cpp was built, and what of the CPU it uses."""
     import llama_cpp
 
-    from workflow_scripts.export import llama_cpp_source
+    from workflow_scripts.quantize import llama_cpp_source
 
     system = llama_cpp.llama_print_system_info().decode()
     return LlamaCpp(

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import log
-from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
 from workflow_scripts.handover.answers import Answer, Answers
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import SampleSettings, settings_from_json
+from workflow_scripts.tokens.documents import Document, Documents
 
 if TYPE_CHECKING:
     import numpy as np

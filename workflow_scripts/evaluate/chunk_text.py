@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import documents_schema
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
+from workflow_scripts.tokens.documents import documents_schema
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ def encode_bare(text: str, tokenizer: Tokenizer) -> np.ndarray:
     import numpy as np
     from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece_tokenizer
 
-    from workflow_scripts.data.segment_cache import TextEncoder
+    from workflow_scripts.tokens.segment_cache import TextEncoder
 
     encoder = TextEncoder(tokenizer)
     if not is_sentencepiece_tokenizer(tokenizer):

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import Document, Documents
-from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
@@ -42,6 +40,8 @@ from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import ContextSettings, settings_from_json
+from workflow_scripts.tokens.documents import Document, Documents
+from workflow_scripts.tokens.rendering import Renderer
 
 if TYPE_CHECKING:
     from workflow_scripts.scoring.likelihood import LogitModel
@@ -119,7 +119,7 @@ def haystack_texts(paths: Sequence[Path] | None) -> Iterator[str]:
             files.check_whole(path)
             yield path.read_text(encoding="utf-8")
         return
-    from workflow_scripts.models import stdlib_docs
+    from workflow_scripts.demo import stdlib_docs
 
     for entry in stdlib_docs.entries():
         yield f"{entry.call or entry.name}\n\n{entry.docstring}"

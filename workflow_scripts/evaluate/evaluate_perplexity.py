@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.scores import Distance, Divergence, Scores
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
+from workflow_scripts.tokens.documents import Documents
 
 if TYPE_CHECKING:
-    from workflow_scripts.data.documents import Document
     from workflow_scripts.scoring.likelihood import Scores as Nats
     from workflow_scripts.scoring.pieces import Piece
+    from workflow_scripts.tokens.documents import Document
 
 OUTPUT_VERSION = 4
 logger = log.stage_logger("evaluate_perplexity")

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.scores import PositionScores
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.settings import EvaluationSettings, settings_from_json
+from workflow_scripts.tokens.documents import Document, Documents
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("evaluate_positions")

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.data.recall import CHANCE_NATS
-from workflow_scripts.data.rendering import Renderer
+from workflow_scripts.demo.recall import CHANCE_NATS
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
@@ -27,6 +26,7 @@ from workflow_scripts.handover.context import Cell, RecallScores
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import RecallSettings, settings_from_json
+from workflow_scripts.tokens.rendering import Renderer
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("evaluate_recall")

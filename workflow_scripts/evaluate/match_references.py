@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, log
-from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import links
 from workflow_scripts.evaluate.answers import wilson_interval
 from workflow_scripts.evaluate.task_scores import Sample, write_samples
@@ -30,6 +29,7 @@ from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.tasks import ReferenceScores, TaskScore
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import TaskSettings, settings_from_json
+from workflow_scripts.tokens.documents import Document, Documents
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workflow_scripts.data import recall
-from workflow_scripts.data.messages import Message
-from workflow_scripts.data.rendering import Renderer
+from workflow_scripts.chats.messages import Message
+from workflow_scripts.demo import recall
 from workflow_scripts.evaluate.questions import TASKS, Question
 from workflow_scripts.log import StageError
+from workflow_scripts.tokens.rendering import Renderer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workflow_scripts.data import recall
+from workflow_scripts.demo import recall
 
 N_DISTRACTORS = 3  # as RULER's default
 N_HOPS = 4  # as RULER's default

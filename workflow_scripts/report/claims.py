@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from workflow_scripts.export.plan_disk import BITS_PER_WEIGHT
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.handover.tasks import TaskScore
+from workflow_scripts.release.plan_disk import BITS_PER_WEIGHT
 from workflow_scripts.report.report_context import effective
 from workflow_scripts.report.report_tasks import shown
 from workflow_scripts.report.results import RunResults, Tasks

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.data.conversations import RejectedRow
+from workflow_scripts.chats.conversations import RejectedRow
 from workflow_scripts.handover.cleaning import CleaningReport, SourceCounts
 
 OUTPUT_VERSION = 1

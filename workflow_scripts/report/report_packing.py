@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from workflow_scripts import files, log, pages
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import Row
-from workflow_scripts.data.plan import Plan, read_plan
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.packing import PackingReport
+from workflow_scripts.packing.packing import Row
+from workflow_scripts.packing.plan import Plan, read_plan
 from workflow_scripts.report.histograms import histogram_svg, length_edges
 from workflow_scripts.report.masks import Stretch, mask_svg
+from workflow_scripts.tokens.documents import Documents
 
 OUTPUT_VERSION = 1
 N_FILL_BARS = 20

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workflow_scripts import files, log, sweeps
+from workflow_scripts import files, log
 from workflow_scripts.handover.chain import token_scores_beside
 from workflow_scripts.handover.scores import Scores
 from workflow_scripts.handover.training import TrainingManifest
 from workflow_scripts.report import tables
 from workflow_scripts.report.arms import STUDENT_T
 from workflow_scripts.report.tables import Table, change_of_perplexity, mebibytes, with_error
+from workflow_scripts.settings import sweeps
 
 if TYPE_CHECKING:
     from workflow_scripts.scoring.token_scores import TokenScores

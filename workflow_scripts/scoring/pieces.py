@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workflow_scripts.data.documents import Document
 from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.tokens.documents import Document
 
 if TYPE_CHECKING:
     import numpy as np

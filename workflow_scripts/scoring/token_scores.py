@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document
 from workflow_scripts.handover.scores import Loss, LossAtPositions, LossOfSource, LossOfTurn
 from workflow_scripts.scoring.ratio import Ratio, loss_metrics, ratio
+from workflow_scripts.tokens.documents import Document
 
 FIRST_BUCKET_TOKENS = 256  # then 256–511, 512–1023, 1024–2047 …
 

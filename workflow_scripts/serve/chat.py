@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from workflow_scripts import log
-from workflow_scripts.export.modelfile import SAMPLING
 from workflow_scripts.log import StageError
+from workflow_scripts.release.modelfile import SAMPLING
 from workflow_scripts.serve import models, release
 from workflow_scripts.serve.prompts import Message, Prompts
 

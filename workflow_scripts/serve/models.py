@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from workflow_scripts import files, log
-from workflow_scripts.export.modelfile import DEFAULT_CONTEXT_TOKENS
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import find_tokenizer
+from workflow_scripts.release.modelfile import DEFAULT_CONTEXT_TOKENS
 from workflow_scripts.serve import answers
 from workflow_scripts.serve.prompts import Prompts
 from workflow_scripts.serve.release import Release

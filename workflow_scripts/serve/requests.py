@@ -14,7 +14,7 @@ from llama_cpp.server.types import CreateChatCompletionRequest
 from pydantic import GetPydanticSchema, model_validator
 from starlette.responses import JSONResponse
 
-from workflow_scripts.export.modelfile import SAMPLING
+from workflow_scripts.release.modelfile import SAMPLING
 from workflow_scripts.serve.answers import forced_tools
 from workflow_scripts.serve.models import Models
 from workflow_scripts.serve.prompts import Message, UnusableChat

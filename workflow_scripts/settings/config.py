@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from workflow_scripts import sweeps
+from workflow_scripts.settings import sweeps
 from workflow_scripts.settings.datasets import DatasetSettings
 from workflow_scripts.settings.errors import SettingsError, describe, did_you_mean
 from workflow_scripts.settings.evaluation import EvaluationSettings

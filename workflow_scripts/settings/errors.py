@@ -10,8 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from workflow_scripts import sweeps
 from workflow_scripts.log import StageError
+from workflow_scripts.settings import sweeps
 from workflow_scripts.settings.fields import Settings
 from workflow_scripts.settings.training import RecipeSettings
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from workflow_scripts.data.balance import NO_ROW
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import Piece, Row, Rows
+from workflow_scripts.packing.balance import NO_ROW
+from workflow_scripts.packing.packing import Piece, Row, Rows
+from workflow_scripts.tokens.documents import Documents
 
 if TYPE_CHECKING:
     from torch import Tensor

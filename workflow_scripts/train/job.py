@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.plan import Plan, read_plan
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.training import RunIdentity
 from workflow_scripts.models.checkpoint import default_device
+from workflow_scripts.packing.plan import Plan, read_plan
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.memory.shape import PlannedRun
 from workflow_scripts.train.validation import longest_row
 

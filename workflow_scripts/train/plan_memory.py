@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from workflow_scripts.data.documents import Documents
-    from workflow_scripts.data.plan import read_plan
     from workflow_scripts.models.checkpoint import NO_GPUS, default_device
+    from workflow_scripts.packing.plan import read_plan
+    from workflow_scripts.tokens.documents import Documents
     from workflow_scripts.train.memory import device, fit, layouts
     from workflow_scripts.train.memory.shape import DeviceType, PlannedRun
     from workflow_scripts.train.validation import longest_row

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.log import StageError
+from workflow_scripts.packing.plan import Plan
+from workflow_scripts.tokens.documents import Documents
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from workflow_scripts.data.balance import order_rows
-from workflow_scripts.data.plan import Plan
+from workflow_scripts.packing.balance import order_rows
+from workflow_scripts.packing.plan import Plan
 
 
 class StepSampler(Sampler[int]):

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from workflow_scripts import log
-from workflow_scripts.data.balance import NO_ROW
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import compute_dtype, default_device
+from workflow_scripts.packing.balance import NO_ROW
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import optimization, processes
 from workflow_scripts.train.batches import IGNORED, Collator, PlannedRows

@@ -6,10 +6,10 @@ those of training, so the loss here and the perplexity there are one number.
 
 from __future__ import annotations
 
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import Piece, Pieces, Rows, best_fit
 from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.packing.packing import Piece, Pieces, Rows, best_fit
 from workflow_scripts.scoring.pieces import comparable_tokens, stretches
+from workflow_scripts.tokens.documents import Documents
 
 
 def validation_rows(

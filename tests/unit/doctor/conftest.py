@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from workflow_scripts.doctor.finding import Finding
-from workflow_scripts.doctor.wanted import Wanted, local_facts, read_config
+from workflow_scripts.doctor.requirements import Wanted, local_facts, read_config
 
 
 @pytest.fixture

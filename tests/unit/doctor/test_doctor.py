@@ -76,7 +76,7 @@ def test_a_config_that_cannot_be_built_is_a_finding(tmp_path):
 
 
 def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
-    from workflow_scripts.doctor.wanted import read_config
+    from workflow_scripts.doctor.requirements import read_config
 
     first = {"build": ["mistral"], "gguf": {"quantizations": ["Q8_0"]}}
     second = {"gguf": {"quantizations": ["Q6_K"], "imatrix": {"use": "auto"}}}

@@ -26,7 +26,7 @@ ASK = """
 import dataclasses, json, sys
 from pathlib import Path
 from workflow_scripts.doctor import hub_access
-from workflow_scripts.doctor.wanted import Wanted, read_config
+from workflow_scripts.doctor.requirements import Wanted, read_config
 wanted = Wanted(read_config(Path({root!r}), [Path({overlay!r})]), Path({results!r}))
 found = [dataclasses.asdict(one) for one in hub_access.findings(wanted)]
 shapes = {{name: shape.model_dump() for name, shape in wanted.shapes.items()}}

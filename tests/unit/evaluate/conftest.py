@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.conftest import TEXT_WORDS
 from workflow_scripts.evaluate import chunk_text
-from workflow_scripts.export import convert_gguf, quantize_gguf
+from workflow_scripts.quantize import convert_gguf, quantize_gguf
 
 
 class Texts(NamedTuple):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import answer_prompts
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+from workflow_scripts.tokens.documents import Document, Documents
 
 NO_EOS = -1
 

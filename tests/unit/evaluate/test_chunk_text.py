@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import chunk_text, evaluate_perplexity
 from workflow_scripts.evaluate.chunk_text import cut, encode_bare, read_text
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.token_scores import TokenScores
+from workflow_scripts.tokens.documents import Documents
 
 
 def arguments(chain, text, tokens, settings='{"text_context_tokens": 256}'):

@@ -8,14 +8,14 @@ import torch
 
 from tests.context import cell_of
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document
-from workflow_scripts.data.rendering import Renderer
-from workflow_scripts.data.stdlib_long_chats import make_long_chats
+from workflow_scripts.demo.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_context
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
 from workflow_scripts.handover.context import TaskCell
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ContextSettings
+from workflow_scripts.tokens.documents import Document
+from workflow_scripts.tokens.rendering import Renderer
 
 STATEMENT = re.compile(r"The code of ([\w ]+) is (\d{4})\.")
 SAME = re.compile(r"The variable (\w+) is (?:the same as the variable )?(\w+)\.")

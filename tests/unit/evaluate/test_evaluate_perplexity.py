@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import evaluate_perplexity
+from workflow_scripts.tokens.documents import Documents
 
 
 def score(chain, scores, *model, settings="{}"):

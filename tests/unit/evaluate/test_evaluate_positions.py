@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document, Documents
 from workflow_scripts.evaluate import evaluate_positions
 from workflow_scripts.evaluate.evaluate_positions import whole_pieces
 from workflow_scripts.scoring.likelihood import summarize
+from workflow_scripts.tokens.documents import Document, Documents
 
 LENGTHS = [700, 40, 513, 300, 2]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.data.conversations import clean_schema
-from workflow_scripts.data.stdlib_long_chats import make_long_chats
+from workflow_scripts.chats.conversations import clean_schema
+from workflow_scripts.demo.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_recall
 from workflow_scripts.evaluate.answers import Answer, answer, summarize, wilson_interval
 from workflow_scripts.evaluate.needles import Needle

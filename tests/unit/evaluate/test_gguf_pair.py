@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import kl_div
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.evaluate import evaluate_perplexity, gguf_pair
 from workflow_scripts.evaluate.gguf_pair import rounds
 from workflow_scripts.handover.facts import Facts
@@ -19,6 +18,7 @@ from workflow_scripts.scoring import divergences
 from workflow_scripts.scoring.likelihood import all_logits
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.pieces import Piece, cut
+from workflow_scripts.tokens.documents import Documents
 
 NOT_MEASURED = {"n_models_in_memory", "duration_seconds"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_perplexity
-from workflow_scripts.export import convert_gguf
+from workflow_scripts.quantize import convert_gguf
 
 VOCABULARY = 32_768
 # Tokens of the unigram model: chances that are powers of two, whose logarithms F16 holds.

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workflow_scripts.data.recall import CITIES, Fact
-from workflow_scripts.data.rendering import Renderer
-from workflow_scripts.data.stdlib_long_chats import make_long_chats
+from workflow_scripts.demo.recall import CITIES, Fact
+from workflow_scripts.demo.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+from workflow_scripts.tokens.rendering import Renderer
 
 
 @pytest.fixture(scope="module")

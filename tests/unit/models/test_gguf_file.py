@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.demo import smollm2_wheel
 from workflow_scripts.log import StageError
-from workflow_scripts.models import smollm2_wheel
 from workflow_scripts.models.gguf_file import GgufFile
+from workflow_scripts.quantize import llama_cpp_source
 
 gguf = llama_cpp_source.gguf_package()
 

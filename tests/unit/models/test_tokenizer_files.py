@@ -14,10 +14,10 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from workflow_scripts.data.stdlib_chats import make_chats
-from workflow_scripts.export import llama_cpp_source
+from workflow_scripts.demo.stdlib_chats import make_chats
 from workflow_scripts.log import StageError
 from workflow_scripts.models import tokenizer_files
+from workflow_scripts.quantize import llama_cpp_source
 
 SENTENCEPIECE = ["v1", "v2", "v3", "v7"]
 VERSIONS = [*SENTENCEPIECE, "tekken"]

@@ -19,11 +19,11 @@ from tests.speed import SPEED
 from tests.tasks import reference_scores, task_scores
 from tests.training import history_of, manifest_of, parts_of, plan_of_memory
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
-from workflow_scripts.data.documents import Document
 from workflow_scripts.evaluate.task_scores import write_samples
 from workflow_scripts.handover.chain import ChainSettings, chain_of
 from workflow_scripts.report.results import RunResults, read_results
 from workflow_scripts.scoring.token_scores import TokenScores
+from workflow_scripts.tokens.documents import Document
 
 GGUF_TYPES = ["F16", "Q4_K_M"]
 PERPLEXITIES = {"adapter": 5.0, "merged": 5.05, "F16": 5.051, "Q4_K_M": 5.5}

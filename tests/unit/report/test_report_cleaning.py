@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.data.conversations import rejected_schema
+from workflow_scripts.chats.conversations import rejected_schema
 from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
 from workflow_scripts.report import report_cleaning
 

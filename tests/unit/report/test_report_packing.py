@@ -12,10 +12,10 @@ import pytest
 
 from tests.facts import MISTRAL_7B
 from workflow_scripts import files
-from workflow_scripts.data import pack_sequences
-from workflow_scripts.data.documents import Documents, documents_schema
-from workflow_scripts.data.plan import Plan, read_plan
+from workflow_scripts.packing import pack_sequences
+from workflow_scripts.packing.plan import Plan, read_plan
 from workflow_scripts.report import report_packing
+from workflow_scripts.tokens.documents import Documents, documents_schema
 
 STRATEGIES = ["best_fit", "concatenate", "none"]
 HOSTILE = "</title></svg><script>alert('1')</script> \"x\" \u202egpj.exe\x07"

@@ -11,10 +11,10 @@ import pytest
 from tests.scores import scores_of as scores_of_a_link
 from tests.training import manifest_of
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document
 from workflow_scripts.handover.scores import Scores
 from workflow_scripts.report import report_sweep
 from workflow_scripts.scoring.token_scores import TokenScores
+from workflow_scripts.tokens.documents import Document
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 N_CONVERSATIONS = 12

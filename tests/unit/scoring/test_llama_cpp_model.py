@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from workflow_scripts.data.documents import Documents
 from workflow_scripts.log import StageError
 from workflow_scripts.scoring.likelihood import divergence, negative_log_likelihoods
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.pieces import cut
 from workflow_scripts.scoring.transformers_model import TransformersModel
+from workflow_scripts.tokens.documents import Documents
 
 TOKENS = np.random.default_rng(0).integers(3, 32_768, size=300).astype(np.int32)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.facts import MISTRAL_7B
-from workflow_scripts.data.documents import Document
 from workflow_scripts.scoring.pieces import comparable_tokens, cut, longest, stretches
+from workflow_scripts.tokens.documents import Document
 
 
 @st.composite

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.facts import facts_of
-from workflow_scripts.export.base_weights import BaseWeights
-from workflow_scripts.export.model_weights import Weights
+from workflow_scripts.merge.base_weights import BaseWeights
+from workflow_scripts.merge.model_weights import Weights
 from workflow_scripts.scoring.likelihood import all_logits, score_documents
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.streamed_model import StreamedModel, batches

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.data.documents import Document
 from workflow_scripts.scoring.likelihood import summarize
 from workflow_scripts.scoring.token_scores import TokenScores, turns
+from workflow_scripts.tokens.documents import Document
 
 NAMES = ["a", "b", None]
 

@@ -89,8 +89,8 @@ def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
     """Train until every answer is by far the likeliest."""
     import torch
 
-    from workflow_scripts.data.rendering import Renderer
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+    from workflow_scripts.tokens.rendering import Renderer
 
     renderer = Renderer(load_mistral_tokenizer(tokenizer, for_training=True))
     renderings = [
@@ -129,8 +129,8 @@ def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
 @pytest.fixture(scope="session")
 def released(learned, tokenizer_v3, tmp_path_factory) -> Path:
     """What package_release leaves, as far as serving reads it."""
-    from workflow_scripts.export import convert_gguf
     from workflow_scripts.models import read_model_facts
+    from workflow_scripts.quantize import convert_gguf
 
     folder = tmp_path_factory.mktemp("released") / "release"
     folder.mkdir()
@@ -153,7 +153,7 @@ def formal_adapter(learned, tokenizer_v3, tmp_path_factory) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from workflow_scripts.export import llama_cpp_source
+    from workflow_scripts.quantize import llama_cpp_source
 
     folder = tmp_path_factory.mktemp("formal")
     torch.manual_seed(0)

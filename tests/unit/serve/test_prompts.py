@@ -6,9 +6,9 @@ import pytest
 
 from tests.conftest import OFFICIAL_TOKENIZERS
 from tests.unit.serve.conftest import ANSWERED, CALL, CHATS, QUESTION, WEATHER, said
-from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.serve.prompts import Prompts, UnusableChat, call_id
+from workflow_scripts.tokens.rendering import Renderer
 
 VERSIONS = list(OFFICIAL_TOKENIZERS)
 

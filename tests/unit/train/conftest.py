@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from workflow_scripts.data.packing import Pieces, best_fit
-from workflow_scripts.data.plan import write_plan
 from workflow_scripts.handover.training import History, TrainingManifest
+from workflow_scripts.packing.packing import Pieces, best_fit
+from workflow_scripts.packing.plan import write_plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MODULE = "workflow_scripts.train.train_adapter"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.training import identity_of
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.packing.plan import Plan
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.checkpoints import Checkpoints
 from workflow_scripts.train.job import Job
 from workflow_scripts.train.trainer import make_trainer

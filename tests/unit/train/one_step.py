@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from tests.unit.train.jobs import make_job, trainer_of
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.plan import read_plan
 from workflow_scripts.handover.facts import Facts
+from workflow_scripts.packing.plan import read_plan
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.model import trainable_model
 
 

@@ -15,9 +15,9 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.plan import read_plan
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.plan import read_plan
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train import attention
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.loss import sum_loss

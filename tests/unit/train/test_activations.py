@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workflow_scripts.data.packing import Piece
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import Piece
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import activations, attention
 from workflow_scripts.train.batches import Collator

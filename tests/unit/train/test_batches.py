@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflow_scripts.data.balance import NO_ROW
-from workflow_scripts.data.packing import STRATEGIES, Piece, Pieces, Rows
+from workflow_scripts.packing.balance import NO_ROW
+from workflow_scripts.packing.packing import STRATEGIES, Piece, Pieces, Rows
 from workflow_scripts.train.batches import IGNORED, Collator, PlannedRows
 
 LENGTHS = [12, 5, 1, 30, 7, 2, 16]

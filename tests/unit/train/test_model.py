@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tests.facts import facts_of
 from tests.unit.train import one_step
 from tests.unit.train.mixtral import N_EXPERTS, save_mixtral
-from workflow_scripts.data.packing import Piece
-from workflow_scripts.data.plan import write_plan
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import Piece
+from workflow_scripts.packing.plan import write_plan
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.model import adapt, trainable_model

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.unit.train import one_step, sharded_step
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import STRATEGIES, Pieces
-from workflow_scripts.data.plan import read_plan, write_plan
+from workflow_scripts.packing.packing import STRATEGIES, Pieces
+from workflow_scripts.packing.plan import read_plan, write_plan
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.batches import Collator
 
 REPOSITORY = Path(__file__).resolve().parents[3]

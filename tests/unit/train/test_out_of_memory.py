@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.train.conftest import REPOSITORY, Prepared, Run
 from workflow_scripts import files
-from workflow_scripts.data.packing import Pieces, best_fit
-from workflow_scripts.data.plan import write_plan
+from workflow_scripts.packing.packing import Pieces, best_fit
+from workflow_scripts.packing.plan import write_plan
 
 N_LAYERS, ROW_TOKENS = 8, 2048
 RECIPE = {"rank": 8, "rows_per_step": 1, "max_steps": 2, "evaluations": 0, "keeps_best": False}

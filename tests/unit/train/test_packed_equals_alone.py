@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from workflow_scripts.data.packing import STRATEGIES, Piece, Pieces
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import STRATEGIES, Piece, Pieces
 from workflow_scripts.train import attention
 from workflow_scripts.train.batches import Collator
 

@@ -13,10 +13,10 @@ from transformers import (
     MixtralConfig,
 )
 
-from workflow_scripts.data.packing import STRATEGIES, Piece, Pieces, Rows
-from workflow_scripts.data.plan import Plan
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import STRATEGIES, Piece, Pieces, Rows
+from workflow_scripts.packing.plan import Plan
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train import attention
 from workflow_scripts.train.model import trainable_model

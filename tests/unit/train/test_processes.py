@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.unit.train.conftest import RECIPE
-from workflow_scripts.data.packing import Pieces, best_fit
-from workflow_scripts.data.plan import write_plan
 from workflow_scripts.log import StageError
+from workflow_scripts.packing.packing import Pieces, best_fit
+from workflow_scripts.packing.plan import write_plan
 from workflow_scripts.settings import TrainingSettings
 from workflow_scripts.train.processes import launch_command
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.unit.train.jobs import make_job, trainer_of
 from tests.unit.train.one_step import Gradients
-from workflow_scripts.data.packing import Piece
+from workflow_scripts.packing.packing import Piece
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.model import trainable_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from workflow_scripts.data.balance import NO_ROW, step_imbalance
-from workflow_scripts.data.packing import Piece
+from workflow_scripts.packing.balance import NO_ROW, step_imbalance
+from workflow_scripts.packing.packing import Piece
 from workflow_scripts.train.sampler import StepSampler
 
 SHAPE = {"micro_batches_per_step": 2, "rows_per_micro_batch": 2}

@@ -8,11 +8,11 @@ import torch
 from tests.unit.train import jobs
 from tests.unit.train.conftest import LENGTHS, MODULE, N_STEPS, RECIPE
 from workflow_scripts import files
-from workflow_scripts.data.documents import Documents
-from workflow_scripts.data.packing import Piece, Pieces, best_fit
-from workflow_scripts.data.plan import read_plan
 from workflow_scripts.handover.training import Evaluation
 from workflow_scripts.log import StageError
+from workflow_scripts.packing.packing import Piece, Pieces, best_fit
+from workflow_scripts.packing.plan import read_plan
+from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.adapter_files import read_history
 
 

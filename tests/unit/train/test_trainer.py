@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.unit.train import jobs
-from workflow_scripts.data.packing import Piece
 from workflow_scripts.models.checkpoint import load_model
+from workflow_scripts.packing.packing import Piece
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.batches import Collator
 from workflow_scripts.train.callbacks import Progress

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from workflow_scripts.data.cost import CostModel
 from workflow_scripts.handover.training import Candidate, Setup
 from workflow_scripts.log import StageError
+from workflow_scripts.packing.cost import CostModel
 from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.memory.prediction import predict
 from workflow_scripts.train.memory.shape import PlannedRun, Shape

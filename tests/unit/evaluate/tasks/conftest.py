@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from workflow_scripts.export import convert_gguf
+from workflow_scripts.quantize import convert_gguf
 
 
 class Model(NamedTuple):

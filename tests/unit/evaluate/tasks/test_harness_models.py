@@ -14,7 +14,6 @@ pytest.importorskip("lm_eval", reason="make test-tasks installs it")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from workflow_scripts.data.rendering import Renderer
 from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
 from workflow_scripts.evaluate.harness_models import (
     LogitLM,
@@ -28,6 +27,7 @@ from workflow_scripts.scoring.likelihood import negative_log_likelihoods
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.transformers_model import TransformersModel
+from workflow_scripts.tokens.rendering import Renderer
 
 MAX_LENGTH = 64
 LONG = " ".join(f"{n} after {n - 1}" for n in range(1, 40))

@@ -1,0 +1,27 @@
+rule pack_sequences:
+    """Plan the rows of training: which document, from which token, how many. Copies no token."""
+    input:
+        tokens="results/data/{dataset}/{model}/tokens/train.arrow",
+        tokenizer="results/models/{model}/tokenizer",
+        facts="results/models/{model}/facts.json",
+        tokens_check=ancient(TOKENS_GATE.verdict),  # gate, read by none
+    output:
+        plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
+        report="results/data/{dataset}/{model}/{packing}/packing_report.json",
+    log:
+        "logs/data/{dataset}/{model}/{packing}/pack_sequences.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/{packing}/pack_sequences.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(2_000),
+        runtime=growing(10),  # minutes
+    params:
+        # This packing's table and no more: a new learning rate must not pack again.
+        settings=lambda wildcards: settings_json("packings", wildcards.packing),
+        output_version=output_version("packing/pack_sequences"),
+    shell:
+        "python -m workflow_scripts.packing.pack_sequences --tokens {input.tokens:q}"
+        " --tokenizer {input.tokenizer:q} --facts {input.facts:q} --settings {params.settings:q}"
+        " --plan {output.plan:q} --report {output.report:q} > {log:q} 2>&1"

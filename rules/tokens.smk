@@ -1,0 +1,66 @@
+rule render_chats:
+    """Token ids by mistral-common, with the spans that training may learn from."""
+    input:
+        train="results/data/{dataset}/clean/train.parquet",
+        validation="results/data/{dataset}/clean/validation.parquet",
+        test="results/data/{dataset}/clean/test.parquet",
+        tokenizer="results/models/{model}/tokenizer",
+    output:
+        train="results/data/{dataset}/{model}/tokens/train.arrow",
+        validation="results/data/{dataset}/{model}/tokens/validation.arrow",
+        test="results/data/{dataset}/{model}/tokens/test.arrow",
+        rejected="results/data/{dataset}/{model}/tokens/rejected.parquet",
+        report="results/data/{dataset}/{model}/tokens/rendering_report.json",
+    log:
+        "logs/data/{dataset}/{model}/render_chats.log",
+    cache: IS_SHARED
+    conda:
+        "../envs/data.yaml"
+    threads: threads_for_dataset
+    resources:
+        mem_mb=growing(4_000),
+        runtime=growing(120),  # minutes
+    params:
+        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "rendering"),
+        # Names of folders are in no params, here and in clean_dataset: --cache would tell them apart.
+        software=versions_of("ftfy", "rensa", "mistral-common", "tokenizers", "pyarrow"),
+        output_version=output_version("tokens/render_chats"),
+    shell:
+        'python -m workflow_scripts.tokens.render_chats --clean "$(dirname {input.train:q})"'
+        " --tokenizer {input.tokenizer:q} --settings {params.settings:q} --processes {threads}"
+        ' --tokens "$(dirname {output.train:q})" > {log:q} 2>&1'
+
+
+rule check_tokens:
+    """Gate: the same ids by mistral-common and by the tokenizer that ships."""
+    input:
+        train_chats="results/data/{dataset}/clean/train.parquet",
+        validation_chats="results/data/{dataset}/clean/validation.parquet",
+        test_chats="results/data/{dataset}/clean/test.parquet",
+        train="results/data/{dataset}/{model}/tokens/train.arrow",
+        validation="results/data/{dataset}/{model}/tokens/validation.arrow",
+        test="results/data/{dataset}/{model}/tokens/test.arrow",
+        tokenizer="results/models/{model}/tokenizer",
+    output:
+        check=update(TOKENS_GATE.verdict),
+        passed=TOKENS_GATE.passed,
+    log:
+        "logs/data/{dataset}/{model}/check_tokens.log",
+    benchmark:
+        "benchmarks/data/{dataset}/{model}/check_tokens.tsv"
+    conda:
+        "../envs/data.yaml"
+    resources:
+        mem_mb=growing(4_000),
+        runtime=growing(60),  # minutes
+    params:
+        settings=TOKENS_GATE.settings,
+        clean=subpath(input.train_chats, parent=True),
+        tokens=subpath(input.train, parent=True),
+        output_version=TOKENS_GATE.version,
+        last_attempt=last_attempt(TOKENS_GATE),
+    shell:
+        "python -m workflow_scripts.tokens.check_tokens --clean {params.clean:q}"
+        " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"
+        " --settings {params.settings:q} --check {output.check:q} > {log:q} 2>&1"
+        " && printf %s {params.settings:q}' '{params.output_version} > {output.passed:q}"

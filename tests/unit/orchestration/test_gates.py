@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from workflow_scripts.orchestration.gates import Gate
+
+RUN = {"run": "mistral", "dataset": "chats", "model": "demo"}
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return Gate(str(tmp_path / "{run}" / "gguf_check.json"), '{"kl_divergence_nats":1e-05}', 2)
+
+
+@pytest.fixture
+def leave(gate):
+    """Leave what an attempt leaves: a verdict, and the settings that it passed with, or none."""
+
+    def write(*, passed_with: str | None, **changes):
+        names = RUN | changes
+        for path, text in ((gate.verdict, "{}"), (gate.passed, passed_with)):
+            file = Path(path.format(**names))
+            file.parent.mkdir(exist_ok=True)
+            if text is not None:
+                file.write_text(text)
+
+    return write
+
+
+def test_a_verdict_stands_only_with_the_settings_it_passed_with(gate, leave):
+    assert not gate.stands(RUN)
+    leave(passed_with=gate.asked)
+    assert gate.stands(RUN)
+    assert not gate._replace(settings='{"kl_divergence_nats":1e-06}').stands(RUN)
+    assert not gate._replace(version=3).stands(RUN)
+
+
+def test_a_gate_judges_again_where_a_verdict_is_left_that_does_not_stand(gate, leave):
+    other = RUN | {"run": "generic"}
+    assert not gate.judges_again([RUN, other])  # nothing was judged yet
+    leave(passed_with=gate.asked)
+    assert not gate.judges_again([RUN, other])
+    leave(passed_with=None, run="generic")
+    assert gate.judges_again([RUN, other])
+
+
+def test_the_param_of_a_gate_changes_until_it_passes_and_then_stays(gate, leave):
+    recorded: list[str] = []
+
+    def attempt() -> str:
+        return gate.last_attempt(RUN, lambda path: recorded)
+
+    first, second = attempt(), attempt()
+    assert first != second
+    leave(passed_with=None)  # failed: the verdict of before was restored
+    recorded[:] = ["2", repr(gate.settings), repr(second)]
+    assert attempt() not in {first, second}
+    leave(passed_with=gate.asked)
+    assert attempt() == second
+    recorded.clear()  # of another folder, without Snakemake's records
+    assert attempt() == ""
