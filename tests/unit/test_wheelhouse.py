@@ -91,7 +91,7 @@ def test_a_folder_of_wheels_is_enough_without_a_network(folder):
     python = folder / ".venv" / "bin" / "python"
     code = (
         "import llama_cpp\n"
-        "from workflow_scripts.export import llama_cpp_source\n"
+        "from workflow_scripts.quantize import llama_cpp_source\n"
         "print(llama_cpp_source.converter())"
     )
     done = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True)

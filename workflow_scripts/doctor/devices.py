@@ -248,5 +248,5 @@ def llama_cpp_findings(
             "missing",
             llama.converter_error,
             "its source beside the environment",
-            "python -m workflow_scripts.quantize.llama_cpp_source",
+            "python -m workflow_scripts.quantize.fetch_llama_cpp",
         )

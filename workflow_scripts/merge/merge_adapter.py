@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log, parallel
-from workflow_scripts.handover.facts import Facts, ModelShape
+from workflow_scripts.handover.facts import Facts
 from workflow_scripts.merge import merge_base
-from workflow_scripts.models.checkpoint import ConfigJson
+from workflow_scripts.models.positions import stretched_config
 
 if TYPE_CHECKING:
     import torch
@@ -86,31 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_bytes,
         arguments.merged,
     )
-
-
-def stretched_config(
-    config: ConfigJson, facts: ModelShape
-) -> dict[str, Any]:  # untyped: as `ConfigJson`
-    """The base's config.json with the positions it was trained with.
-
-    Args:
-        config: of the base.
-        facts: of `read_shape`.
-    """
-    if not facts.rope_scaling:
-        return dict(config)
-    # transformers 5 keeps all of it in rope_parameters; an older key beside it would win.
-    kept = {key: config[key] for key in config if key not in ("rope_theta", "rope_scaling")}
-    is_dynamic = facts.rope_parameters["rope_type"] == "dynamic"
-    return kept | {
-        "rope_parameters": facts.rope_parameters,
-        # Dynamic NTK is reckoned from the context of the base, which it has nowhere else.
-        "max_position_embeddings": (
-            config["max_position_embeddings"] if is_dynamic else facts.context_tokens
-        ),
-        # A null, as Mixtral has it, stops transformers' YaRN and dynamic NTK.
-        "head_dim": facts.head_dim,
-    }
 
 
 def correct_index(path: Path, n_bytes: int) -> None:

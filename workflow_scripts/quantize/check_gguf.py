@@ -7,8 +7,8 @@ against the ids of training. Logits: KL divergence to the merged model in float3
 text, no piece longer than the window.
 
 python -m workflow_scripts.quantize.check_gguf --gguf run-F16.gguf --merged merged/
-    --facts facts.json --clean clean/validation.parquet --tokens tokens/validation.arrow --settings '{}' --threads 2
-    --check gguf_check.json
+    --facts facts.json --clean clean/validation.parquet --tokens tokens/validation.arrow
+    --settings '{}' --threads 2 --check gguf_check.json
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.handover.tasks import TaskScore
 from workflow_scripts.release.plan_disk import BITS_PER_WEIGHT
-from workflow_scripts.report.report_context import effective
-from workflow_scripts.report.report_tasks import shown
+from workflow_scripts.report.context_table import effective
 from workflow_scripts.report.results import RunResults, Tasks
 from workflow_scripts.report.tables import with_error
+from workflow_scripts.report.task_table import shown
 from workflow_scripts.report.verdicts import STANDARD_ERRORS, paired
 
 MEASURED, COMPUTED, NOT_MEASURED = "measured", "computed from shapes", "not measured here"

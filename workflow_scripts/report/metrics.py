@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from workflow_scripts import files
 from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.metrics import Metric
-from workflow_scripts.report.report_tasks import name_of
 from workflow_scripts.report.results import tasks
+from workflow_scripts.report.task_table import name_of
 
 
 class Found(NamedTuple):

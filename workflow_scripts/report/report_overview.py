@@ -17,8 +17,8 @@ from workflow_scripts import files, log, pages
 from workflow_scripts.handover.answers import Answer
 from workflow_scripts.report import figures, plots, results, samples, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
+from workflow_scripts.report.comparison_table import comparison
 from workflow_scripts.report.metrics import measured_files
-from workflow_scripts.report.report_comparison import comparison
 from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import Table
 

@@ -18,10 +18,17 @@ from workflow_scripts.handover.packing import PackingReport
 from workflow_scripts.handover.scores import Loss
 from workflow_scripts.handover.training import History, MemoryPlan, TrainingManifest
 from workflow_scripts.models.kv_cache import kv_cache_bytes
-from workflow_scripts.report import figures, plots, report_chain, report_tasks, results, verdicts
-from workflow_scripts.report.report_cleaning import funnel_html
-from workflow_scripts.report.report_context import context
-from workflow_scripts.report.report_packing import rows_html
+from workflow_scripts.report import (
+    chain_table,
+    figures,
+    plots,
+    results,
+    task_table,
+    verdicts,
+)
+from workflow_scripts.report.cleaning_page import funnel_html
+from workflow_scripts.report.context_table import context
+from workflow_scripts.report.packing_page import rows_html
 from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import mebibytes, with_error
 
@@ -79,7 +86,7 @@ def outcome_html(run: RunResults) -> str:
 
 
 def chain_html(run: RunResults) -> str:
-    table = report_chain.chain([run])
+    table = chain_table.chain([run])
     drawing = figures.inline(
         plots.chain([run]),
         "Perplexity of every link; bars are one standard error of the link alone",
@@ -199,10 +206,10 @@ def context_html(run: RunResults) -> str:
 
 def tasks_html(run: RunResults) -> str:
     """Where they were asked: scores of every link, and what it changes."""
-    links = report_tasks.asked_links(run)
+    links = task_table.asked_links(run)
     if not links:
         return ""
-    table = report_tasks.tasks({run.name: links})
+    table = task_table.tasks({run.name: links})
     if not table.rows:
         return pages.remark(table.note)
     rows = [[name.replace(f": {run.name}: ", ", "), *cells] for name, *cells in table.rows]

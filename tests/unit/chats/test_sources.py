@@ -443,7 +443,7 @@ def test_other_names_have_no_format(name):
 
 def test_the_snakefile_can_name_files_without_loading_arrow():
     code = (
-        "import sys; from workflow_scripts.data import sources; sources.expand(['data']);"
+        "import sys; from workflow_scripts.chats import sources; sources.expand(['data']);"
         " print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 
 from workflow_scripts.log import StageError
-from workflow_scripts.quantize import llama_cpp_source
+from workflow_scripts.quantize import fetch_llama_cpp, llama_cpp_source
 
 ROOT = "llama_cpp_python-1.2.3"
 
@@ -38,7 +38,7 @@ def test_only_the_converters_what_they_import_and_the_tools_are_unpacked(tmp_pat
     sdist = archive(tmp_path / "a.tar.gz", [*names, f"{ROOT}/convert_hf_to_gguf.py"])
     folder = tmp_path / "folder"
     folder.mkdir()
-    llama_cpp_source.unpack(sdist, folder)
+    fetch_llama_cpp.unpack(sdist, folder)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == set(wanted)
     for name in wanted:
@@ -51,7 +51,7 @@ def test_a_member_that_leaves_the_folder_is_refused(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(StageError, match="leave its folder"):
-        llama_cpp_source.unpack(sdist, folder)
+        fetch_llama_cpp.unpack(sdist, folder)
     assert not (tmp_path / "outside.py").exists()
 
 
@@ -59,7 +59,7 @@ def test_the_converter_of_the_installed_version_is_there_and_runs():
     script = llama_cpp_source.converter()
     version = metadata.version("llama-cpp-python")
     assert script.parent.name == f"llama.cpp-{version}"
-    assert version in llama_cpp_source.SDIST_SHA256
+    assert version in fetch_llama_cpp.SDIST_SHA256
     done = subprocess.run(
         [sys.executable, str(script), "--print-supported-models"], capture_output=True, text=True
     )
@@ -69,12 +69,12 @@ def test_the_converter_of_the_installed_version_is_there_and_runs():
 
 def test_where_the_converter_lies_already_nothing_is_fetched(run_stage):
     before = llama_cpp_source.converter().stat().st_mtime_ns
-    done = run_stage("workflow_scripts.quantize.llama_cpp_source", PIP_INDEX_URL="http://0.0.0.0:9")
+    done = run_stage("workflow_scripts.quantize.fetch_llama_cpp", PIP_INDEX_URL="http://0.0.0.0:9")
     assert done.returncode == 0, done.stderr
     assert llama_cpp_source.converter().stat().st_mtime_ns == before
 
 
 def test_help_starts_without_torch(ask_for_help):
-    done, imported = ask_for_help("workflow_scripts.quantize.llama_cpp_source")
+    done, imported = ask_for_help("workflow_scripts.quantize.fetch_llama_cpp")
     assert done.returncode == 0
     assert not imported & {"torch", "transformers"}

@@ -10,7 +10,7 @@ from tests.scores import DIVERGENCE, scores_of
 from tests.speed import SPEED
 from tests.unit.report.conftest import CHANGES, FACTS, token_scores, write_link
 from workflow_scripts import files
-from workflow_scripts.report import report_chain
+from workflow_scripts.report import chain_table, report_chain
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_awq_stands_last_against_the_merged_model(results):
     runs = results.changed(awq=True).read()
     # The smallest GGUF stays the one which the comparison times.
     assert runs[0].smallest.name == "Q4_K_M"
-    rows = report_chain.chain(runs).rows
+    rows = chain_table.chain(runs).rows
     assert [row[0] for row in rows if "AWQ" in row[0]] == ["generic: AWQ", "mistral: AWQ"]
     assert rows[6][0] == "generic: AWQ" and rows[6][2].startswith("+10.00 ± ")
     # Its file's size; what it would take with AWQ's kernels was not timed.
@@ -101,7 +101,7 @@ def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(resul
     (run,) = one.changed(quantizations=["Q4_K_M", "Q2_K"]).read()
     *_, f16, quantized, quantized_further = run.links
     assert (f16.source, quantized.source, quantized_further.source) == ("merged", "F16", "F16")
-    change = list(report_chain.steps(run))[-1]
+    change = list(chain_table.steps(run))[-1]
     assert float(change.split()[0]) == pytest.approx(100 * (5.8 / 5.051 - 1), abs=0.01)
 
 

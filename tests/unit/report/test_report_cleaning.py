@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from workflow_scripts import files
 from workflow_scripts.chats.conversations import rejected_schema
 from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
-from workflow_scripts.report import report_cleaning
+from workflow_scripts.report import cleaning_page, report_cleaning
 
 HOSTILE = "<script>alert('1')</script> \"x\" \u202egpj.exe\x07"
 REPORT = CleaningReport(
@@ -219,7 +219,7 @@ def test_samples_are_spread_over_all_of_a_reason(n_rows, tmp_path_factory):
     table = pa.Table.from_pylist(rows, schema=rejected_schema())
     with files.parquet_stream(path, table.schema, rows_per_group=16) as write:
         write(table)
-    samples = report_cleaning.read_samples(path)
+    samples = cleaning_page.read_samples(path)
     assert samples.keys() == set(reasons)
     for reason, n in Counter(reasons).items():
         lines = [line for line, other in enumerate(reasons) if other == reason]

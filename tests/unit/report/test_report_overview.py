@@ -125,7 +125,7 @@ def recorded(results, tmp_path):
         name = urlsafe_b64encode(str(file).encode()).decode()
         *folders, last = (name[at : at + 200] for at in range(0, len(name), 200))
         path = (tmp_path / "records").joinpath(*(f"@{folder}" for folder in folders), last)
-        command = f"python -m workflow_scripts.export.{rule} --x"
+        command = f"python -m workflow_scripts.merge.{rule} --x"
         of_job = {"rule": rule, "log": [f"{file}.log"], "shellcmd": command, "incomplete": False}
         times = {"starttime": 1000.0, "endtime": 1000.0 + seconds}
         files.write_json(path, of_job | times | {"input": list(map(str, inputs))})
@@ -147,7 +147,7 @@ def test_the_steps_behind_its_figures_are_drawn_as_they_were_recorded(recorded, 
     page, _ = write()
     drawn = page.read_text().partition('<figure class="stages">')[2].partition("</figure>")[0]
     assert re.findall('class="name"[^>]*>([^<]+)<', drawn) == ["check_merged", "merge_adapter"]
-    assert drawn.count("export · 2 jobs · 60 s") == drawn.count("export · 2 jobs · 90 s") == 1
+    assert drawn.count("merge · 2 jobs · 60 s") == drawn.count("merge · 2 jobs · 90 s") == 1
     assert "2.5 minutes in all" in drawn
     collected = {
         metric.file

@@ -14,7 +14,7 @@ from tests.facts import MISTRAL_7B
 from workflow_scripts import files
 from workflow_scripts.packing import pack_sequences
 from workflow_scripts.packing.plan import Plan, read_plan
-from workflow_scripts.report import report_packing
+from workflow_scripts.report import packing_page, report_packing
 from workflow_scripts.tokens.documents import Documents, documents_schema
 
 STRATEGIES = ["best_fit", "concatenate", "none"]
@@ -240,7 +240,7 @@ def test_the_supervised_tokens_of_every_row_are_those_the_plan_counts(pack, stra
     )
     found = [
         int(
-            report_packing.learned_tokens(
+            packing_page.learned_tokens(
                 row, packed.documents, crosses_documents=packed.plan.crosses_documents
             ).sum()
         )

@@ -9,7 +9,7 @@ from tests.unit.evaluate.test_task_scores import rows_of, score_of
 from tests.unit.report.conftest import chain_settings
 from workflow_scripts.evaluate.task_scores import Samples, write_samples
 from workflow_scripts.handover.chain import chain_of
-from workflow_scripts.report import report_tasks
+from workflow_scripts.report import report_tasks, task_table
 
 
 def chain_file(links, kinds):
@@ -76,11 +76,11 @@ def link_of(**scored):
         scores.append(score_of(values, **of_task))
         rows += [row | {"metric": metric} for row in rows_of(values, task, asked=task)]
     kinds = ["tasks"] * len(scores)
-    return report_tasks.Link("link", scores, {"tasks": Samples(rows)}, kinds)
+    return task_table.Link("link", scores, {"tasks": Samples(rows)}, kinds)
 
 
 def changes(above, link):
-    return [cells[2] for _, one, cells in report_tasks.cells_of([above, link]) if one is link]
+    return [cells[2] for _, one, cells in task_table.cells_of([above, link]) if one is link]
 
 
 def test_a_score_is_held_against_the_same_task_and_metric():
@@ -92,9 +92,9 @@ def test_a_score_is_held_against_the_same_task_and_metric():
 
 def test_a_task_that_was_asked_alone_and_in_a_group_has_two_names():
     scored = score_of([1.0], task="b", asked="b@2", n_examples=2)
-    assert report_tasks.name_of(scored, "tasks") == "b acc, 2-shot"
-    assert report_tasks.name_of(scored.changed(asked="all@2"), "tasks") == "b acc, 2-shot (all)"
-    assert report_tasks.name_of(scored, "references") == "b acc"
+    assert task_table.name_of(scored, "tasks") == "b acc, 2-shot"
+    assert task_table.name_of(scored.changed(asked="all@2"), "tasks") == "b acc, 2-shot (all)"
+    assert task_table.name_of(scored, "references") == "b acc"
 
 
 def test_what_is_shown_as_nothing_has_no_sign():
@@ -104,9 +104,9 @@ def test_what_is_shown_as_nothing_has_no_sign():
 
 def test_what_is_no_share_is_not_per_cent():
     above, link = link_of(a_word_perplexity=[12.5, 13.5]), link_of(a_word_perplexity=[12.5, 12.5])
-    assert report_tasks.shown(link.scores[0]) == "12.50"
+    assert task_table.shown(link.scores[0]) == "12.50"
     assert changes(above, link) == ["−0.50 ± 0.50"]
-    assert report_tasks.shown(link_of(a_f1=[0.25]).scores[0]) == "25.00"
+    assert task_table.shown(link_of(a_f1=[0.25]).scores[0]) == "25.00"
 
 
 def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):

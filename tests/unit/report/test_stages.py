@@ -20,7 +20,7 @@ rule make:
     output: "results/{{name}}.txt"
     log: "logs/{{name}}.log"
     benchmark: "benchmarks/make/{{name}}.tsv"
-    shell: "sleep 0.5; : python -m workflow_scripts.data.make; touch {{output}}"
+    shell: "sleep 0.5; : python -m workflow_scripts.chats.make; touch {{output}}"
 
 rule fold:
     input: "results/a.txt"
@@ -68,7 +68,7 @@ def test_the_stages_behind_a_file_are_those_that_snakemake_ran_for_it(built):
     found = stages_behind(built, "results/gathered.txt")
     names = [(stage.room, stage.name, stage.n_jobs) for stage in found.stages]
     # A program by its room, a command of no program of ours by its rule; `unasked` comes later.
-    assert names == [("", "gather", 1), ("data", "make", 2), ("train", "fold", 1)]
+    assert names == [("", "gather", 1), ("chats", "make", 2), ("train", "fold", 1)]
     assert found.follows == {(1, 2), (1, 0), (2, 0)}
     assert found.n_unrecorded == 0
     assert stages_behind(built, "results/b.txt").follows == frozenset()
@@ -114,7 +114,7 @@ def test_the_figure_has_a_box_a_stage_and_a_line_where_no_other_says_it(built):
     assert drawn.count("<rect") == 3
     # make → gather is said by make → fold → gather.
     assert len(re.findall(r'<path d="M[^"]*C', drawn)) == 2
-    for text in (">fold<", ">train · 1 job · 1 s<", ">data · 2 jobs · 1 s<", "How &lt;it&gt;"):
+    for text in (">fold<", ">train · 1 job · 1 s<", ">chats · 2 jobs · 1 s<", "How &lt;it&gt;"):
         assert text in drawn
     circle = Stages([Stage("a", "b", 1, 1.0)] * 2, frozenset({(0, 1), (1, 0)}), 0)
     with pytest.raises(graphlib.CycleError):

@@ -1,0 +1,192 @@
+"""The runs side by side: each figure as it was measured on this run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from workflow_scripts.handover.context import ContextScores
+from workflow_scripts.handover.gates import MergeBase
+from workflow_scripts.handover.speed import Phase, Speed
+from workflow_scripts.report.context_table import effective
+from workflow_scripts.report.results import RunResults
+from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+from workflow_scripts.report.task_table import NONE_ASKED, is_share, name_of, shown
+
+
+def comparison(runs: Sequence[RunResults]) -> Table:
+    """One row a figure, one column a run."""
+    smallest = runs[0].smallest.name
+    figures: dict[str, Callable[[RunResults], str]] = {
+        "Perplexity, base": lambda run: perplexity(run.link("base").scores),
+        "Perplexity, merged": lambda run: perplexity(run.link("merged").scores),
+        f"Perplexity, {smallest}": lambda run: perplexity(run.link(smallest).scores),
+        **texts(runs, smallest),
+        "Change against the base": lambda run: change(run, "merged"),
+        f"Prompt, {smallest}, ms/token": lambda run: per_token(run, smallest, "prompt"),
+        f"Decode, {smallest}, ms/token": lambda run: per_token(run, smallest, "decode"),
+        f"File, {smallest}": lambda run: mebibytes(run.link(smallest).scores.size_bytes),
+        f"Memory of inference, {smallest}": lambda run: mebibytes(
+            speed_of(run, smallest).peak_memory_bytes
+        ),
+        "Memory of training, predicted": lambda run: mebibytes(
+            trained(run, "predicted_peak_memory_bytes")
+        ),
+        "Memory of training, measured": lambda run: mebibytes(trained(run, "peak_memory_bytes")),
+        "Training, tokens/s": lambda run: count(trained(run, "tokens_per_second")),
+        "Training, steps": lambda run: count(trained(run, "n_steps")),
+        "Trainable parameters": lambda run: count(trained(run, "n_trainable_parameters")),
+        "Context, transformers": lambda run: f"{run.facts.context_tokens:,}",
+        "Context, GGUF": lambda run: f"{run.facts.served_context_tokens:,}",
+        **usable(runs[0]),
+        **tasks(runs),
+    }
+    if any(run.merge_base for run in runs):
+        figures |= {
+            "Merged into": merged_into,
+            "Validation, live adapter: perplexity": lambda run: (
+                f"{run.merge_base.adapter_perplexity:.4f}" if run.merge_base else ""
+            ),
+            "Validation, merged into the original: perplexity, KL": lambda run: candidate(
+                run, "original"
+            ),
+            "Validation, merged into the dequantized: perplexity, KL": lambda run: candidate(
+                run, "dequantized"
+            ),
+        }
+    scores = runs[0].link("merged").scores
+    return Table(
+        title="Runs compared",
+        note=(
+            f"Test split: {scores.n_conversations} conversations, {scores.n_scored_tokens:,}"
+            f" supervised tokens, in pieces of at most {scores.piece_tokens} tokens; lower"
+            " perplexity is better; ± is a standard error (speed: standard deviation over"
+            " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
+            f" apply.{note_on_context(runs)}{note_on_tasks(runs)}"
+        ),
+        header=["", *(run.name for run in runs)],
+        rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
+    )
+
+
+def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the texts that were scored."""
+
+    def figure(text: str, link: str) -> Callable[[RunResults], str]:
+        return lambda run: (
+            perplexity(run.link(link).texts[text]) if text in run.link(link).texts else ""
+        )
+
+    return {
+        f"Perplexity on {text}, {link}": figure(text, link)
+        for text in dict.fromkeys(text for run in runs for text in run.link("merged").texts)
+        for link in ("base", "merged", smallest)
+    }
+
+
+def usable(run: RunResults) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the links whose usable context was measured."""
+
+    def figure(name: str) -> Callable[[RunResults], str]:
+        return lambda run: effective(context_of(run, name), "ruler")
+
+    return {
+        f"Usable context, {link.name}": figure(link.name)
+        for link in run.links
+        if link.context is not None
+    }
+
+
+def note_on_context(runs: Sequence[RunResults]) -> str:
+    measured = [link.context for run in runs for link in run.links if link.context is not None]
+    if not measured:
+        return " How much of a context is usable: `snakemake context`."
+    n_prompts = sorted({report.n_prompts for report in measured})
+    return (
+        " Usable context: the longest length up to which 85.6 % of the questions on a text are"
+        " answered (RULER), with the 95 % interval of that many prompts;"
+        f" {' or '.join(f'{n:,}' for n in n_prompts)} prompts a link."
+    )
+
+
+def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
+    """Rows of the tasks that any run was asked: two datasets may mark references in one alone."""
+    found: dict[str, dict[str, dict[str, str]]] = {}  # task → link → run
+    for run in runs:
+        for link in run.links:
+            for kind, of_kind in link.tasks.items():
+                for score in of_kind.scores:
+                    name = name_of(score, kind) + (", %" if is_share(score) else "")
+                    of_link = found.setdefault(name, {}).setdefault(link.name, {})
+                    of_link[run.name] = shown(score)
+
+    def figure(of_runs: Mapping[str, str]) -> Callable[[RunResults], str]:
+        return lambda run: of_runs.get(run.name, "")
+
+    return {
+        f"{name}, {link}": figure(of_runs)
+        for name, by_link in found.items()
+        for link, of_runs in by_link.items()
+    }
+
+
+def note_on_tasks(runs: Sequence[RunResults]) -> str:
+    measured = [of_kind for run in runs for link in run.links for of_kind in link.tasks.values()]
+    if not measured:
+        return " Tasks with a right answer: `snakemake tasks`."
+    if not any(of_kind.scores for of_kind in measured):
+        return f" {NONE_ASKED}"
+    return (
+        " Tasks: ± a standard error over documents, of reference answers the 95 % Wilson interval;"
+        " what each link changes, paired: results/report/tasks.md."
+    )
+
+
+def merged_into(run: RunResults) -> str:
+    """The base of the merge, and whether the config or a measurement chose it; empty for a model
+    that was merged elsewhere."""
+    if run.settings.merged:
+        return ""
+    if run.merge_base is None:
+        return run.settings.merge_base
+    return f"{run.merge_base.merge_base} (measured)"
+
+
+def candidate(run: RunResults, base: MergeBase) -> str:
+    """A merge against the live adapter, on validation text; empty where nothing was measured."""
+    if run.merge_base is None:
+        return ""
+    measured = run.merge_base.candidate(base)
+    return f"{measured.perplexity:.4f}, {measured.kl_divergence_nats:.2g} nats"
+
+
+def trained(run: RunResults, key: str) -> float | None:
+    """A figure of training; None where nothing was trained here, or it was not measured: of a run
+    that resumed at its last step nothing was timed."""
+    return getattr(run.manifest, key) if run.manifest else None
+
+
+def count(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
+
+
+def change(run: RunResults, link: str) -> str:
+    base = run.link("base").scores.perplexity
+    return f"{run.link(link).scores.perplexity / base - 1:+.1%}"
+
+
+def speed_of(run: RunResults, link: str) -> Speed:
+    """The speed of a link that has one, as every GGUF does."""
+    speed = run.link(link).speed
+    assert speed is not None, link
+    return speed
+
+
+def context_of(run: RunResults, link: str) -> ContextScores:
+    """Usable context of a link that it was measured of."""
+    context = run.link(link).context
+    assert context is not None, link
+    return context
+
+
+def per_token(run: RunResults, link: str, phase: Phase) -> str:
+    return with_error(*speed_of(run, link).of_token(phase), digits=3)
