@@ -23,11 +23,6 @@ report: "workflow_scripts/report/captions/workflow.rst"
 
 
 include: "rules/common.smk"
-include: "rules/inputs/gates.smk"
-include: "rules/inputs/data.smk"
-include: "rules/inputs/export.smk"
-include: "rules/inputs/evaluate.smk"
-include: "rules/inputs/targets.smk"
 include: "rules/models.smk"
 include: "rules/demo.smk"
 include: "rules/chats.smk"
@@ -41,7 +36,7 @@ include: "rules/release.smk"
 include: "rules/report.smk"
 
 
-look_again_after_gates()
+GATES.look_again()
 
 
 # Of the main process alone: not of a cluster's jobs, nor of a dry run.
@@ -57,116 +52,116 @@ rule all:
     """The report, and a release of every run in `build`."""
     default_target: True
     input:
-        disk_plan(),
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
-        report_files(),
-        preview_files(),
-        release_files(),
+        TARGETS.disk_plan(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
+        TARGETS.report(),
+        TARGETS.preview(),
+        TARGETS.releases(),
 
 
 rule data:
     """Chats cleaned, rendered, checked and packed."""
     input:
-        data_files(),
+        TARGETS.data(),
 
 
 rule preview:
     """Pages to look at before any GPU time is spent: what cleaning did, and tokens as trained."""
     input:
-        preview_files(),
+        TARGETS.preview(),
 
 
 rule train:
     """An adapter of every run."""
     input:
-        recipe_checks(),
-        held_out("validation", runs=stopping_runs()),
-        adapter_files(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", runs=BUILD.stopping_runs),
+        TARGETS.adapters(),
 
 
 rule export:
     """Merged models and GGUFs of every run, their gates passed."""
     input:
-        disk_plan(),
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation"),
-        export_files(),
+        TARGETS.disk_plan(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation"),
+        TARGETS.exported(),
 
 
 rule adapter_gguf:
     """Adapters alone as GGUF LoRAs, and the base in F16 that they share at run time."""
     input:
-        recipe_checks(),
-        adapter_gguf_files(),
+        TARGETS.recipe_checks(),
+        TARGETS.adapter_ggufs(),
 
 
 rule evaluate:
     """Scores and speed of every link of every run."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
-        evaluation_files(),
-        text_scores(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
+        TARGETS.evaluations(),
+        TARGETS.text_scores(),
 
 
 rule report:
     """Tables and figures; `snakemake --report report.html` gathers them in one page."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
-        report_files(),
-        preview_files(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
+        TARGETS.report(),
+        TARGETS.preview(),
 
 
 rule context:
     """Usable context of every run: base, merged model and smallest file."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
-        context_pages(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
+        TARGETS.context_pages(),
 
 
 rule samples:
     """Answers of every link to the same prompts, to be read."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
         "results/report/samples.html",
 
 
 rule tasks:
     """Tasks with a right answer by every run: base, merged model and smallest file."""
     input:
-        quantization_plans(),
-        recipe_checks(),
-        held_out("validation", "test"),
-        task_pages(),
+        TARGETS.quantization_plans(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", "test"),
+        TARGETS.task_pages(),
 
 
 rule store:
     """Releases of every run on storage (`storage.releases`)."""
     input:
-        lambda wildcards: stored_files(),
+        TARGETS.stored,
 
 
 rule experiment:
     """Runs of an overlay in config/experiments/, trained and compared; nothing is exported."""
     input:
-        recipe_checks(),
-        held_out("validation", runs=built(TRAINED_RUNS, MADE_RUNS)),
-        experiment_files(),
+        TARGETS.recipe_checks(),
+        TARGETS.held_out("validation", runs=TARGETS.made_trained_runs()),
+        TARGETS.experiment(),
 
 
 rule sweep:
     """Runs of the recipes with lists of values, trained, scored on validation, ranked; not exported."""
     input:
-        recipe_checks(made_sweep_runs()),
-        held_out("validation", runs=made_sweep_runs()),
-        lambda wildcards: sweep_files(),
+        TARGETS.recipe_checks(BUILD.made_sweep_runs),
+        TARGETS.held_out("validation", runs=BUILD.made_sweep_runs),
+        TARGETS.sweep,

@@ -14,7 +14,7 @@ rule fetch_dataset:
         mem_mb=growing(4_000),
         runtime=growing(240),  # minutes
     params:
-        settings=hub_source_json,
+        settings=PARAMS.hub_source,
         output_version=output_version("chats/fetch_dataset"),
     shell:
         "python -m workflow_scripts.chats.fetch_dataset --settings {params.settings:q}"
@@ -24,8 +24,8 @@ rule fetch_dataset:
 rule clean_dataset:
     """Keep the usable conversations, reject the rest with reasons, split by a stable hash."""
     input:
-        files=dataset_files,
-        evaluation_files=evaluation_text_files,
+        files=USER_FILES.of_dataset,
+        evaluation_files=USER_FILES.held_out_of_dataset,
     output:
         train="results/data/{dataset}/clean/train.parquet",
         validation="results/data/{dataset}/clean/validation.parquet",
@@ -38,13 +38,13 @@ rule clean_dataset:
         "benchmarks/data/{dataset}/clean_dataset.tsv"
     conda:
         "../envs/data.yaml"
-    threads: threads_for_dataset
+    threads: RESOURCES.threads_of_dataset
     resources:
         mem_mb=growing(4_000),
         runtime=growing(120),  # minutes
     params:
-        settings=cleaning_json,
-        sources=source_arguments,
+        settings=PARAMS.cleaning,
+        sources=USER_FILES.source_arguments,
         evaluation=lambda wildcards, input: flagged("--evaluation-files", input.evaluation_files),
         output_version=output_version("chats/clean_dataset"),
     shell:

@@ -7,7 +7,7 @@ rule build_demo_model:
     benchmark:
         "benchmarks/models/{model}/build_demo_model.tsv"
     wildcard_constraints:
-        model=any_of(TRANSPLANTED_MODELS),
+        model=any_of(BUILD.models_that("transplant")),
     conda:
         "../envs/train.yaml"
     threads: 8
@@ -15,7 +15,7 @@ rule build_demo_model:
         mem_mb=growing(4_000),
         runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: settings_json("models", wildcards.model, "transplant"),
+        settings=lambda wildcards: PARAMS.entry("models", wildcards.model, "transplant"),
         output_version=output_version("demo/build_demo_model"),
     shell:
         "python -m workflow_scripts.demo.build_demo_model --settings {params.settings:q}"
@@ -31,14 +31,14 @@ rule build_random_model:
     benchmark:
         "benchmarks/models/{model}/build_random_model.tsv"
     wildcard_constraints:
-        model=any_of(RANDOM_MODELS),
+        model=any_of(BUILD.models_that("generate")),
     conda:
         "../envs/train.yaml"
     resources:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: settings_json("models", wildcards.model, "generate"),
+        settings=lambda wildcards: PARAMS.entry("models", wildcards.model, "generate"),
         output_version=output_version("demo/build_random_model"),
     shell:
         "python -m workflow_scripts.demo.build_random_model --settings {params.settings:q}"
@@ -54,14 +54,14 @@ rule build_demo_dataset:
     benchmark:
         "benchmarks/data/{dataset}/build_demo_dataset.tsv"
     wildcard_constraints:
-        dataset=any_of(GENERATED_DATASETS),
+        dataset=any_of(BUILD.generated_datasets),
     conda:
         "../envs/data.yaml"
     resources:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "generate"),
+        settings=lambda wildcards: PARAMS.entry("datasets", wildcards.dataset, "generate"),
         output_version=output_version("demo/build_demo_dataset"),
     shell:
         "python -m workflow_scripts.demo.build_demo_dataset --settings {params.settings:q}"

@@ -4,11 +4,11 @@
 rule evaluate_perplexity:
     """Perplexity of a link on the supervised tokens of the test conversations, each one's kept."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_place("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient(of_place(TOKENS_GATE.verdict)),  # gate, read by none
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokens=BUILD.of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=BUILD.of_place("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=ancient(BUILD.of_place(GATES.tokens.verdict)),  # gate, read by none
     output:
         scores=measured_chain.FILES["scores"],
         token_scores=measured_chain.token_scores_beside(measured_chain.FILES["scores"]),
@@ -17,17 +17,17 @@ rule evaluate_perplexity:
     benchmark:
         "benchmarks/{place}/evaluate_perplexity/{link}.tsv"
     wildcard_constraints:
-        link=any_of(LINKS.keys() - COMPARED_LINKS),
+        link=any_of(BUILD.links.keys() - BUILD.compared_links),
     conda:
         "../envs/export.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_scoring,
-        mem_mb=memory_for_scoring,
+        gpu=RESOURCES.gpus_of_scoring,
+        mem_mb=RESOURCES.memory_of_scoring,
         runtime=growing(240),  # minutes
     params:
-        link=link_arguments,
-        settings=scoring_json(),
+        link=LINKS.arguments,
+        settings=PARAMS.scoring(),
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -40,37 +40,37 @@ rule evaluate_perplexity:
 use rule evaluate_perplexity as evaluate_quantization with:
     # Of a link that is compared token by token with the one it is made from, in the same pass.
     input:
-        unpack(files_of_link),
-        reference=weights_of_source,
-        facts=of_place("results/models/{model}/facts.json"),
-        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_place("results/data/{dataset}/clean/test.parquet"),
-        tokens_check=ancient(of_place(TOKENS_GATE.verdict)),  # gate, read by none
+        unpack(LINKS.files),
+        reference=LINKS.source,
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokens=BUILD.of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=BUILD.of_place("results/data/{dataset}/clean/test.parquet"),
+        tokens_check=ancient(BUILD.of_place(GATES.tokens.verdict)),  # gate, read by none
     output:
         scores=measured_chain.FILES["scores"],
         token_scores=measured_chain.token_scores_beside(measured_chain.FILES["scores"]),
         divergence=measured_chain.FILES["divergence"],
     wildcard_constraints:
-        link=any_of(COMPARED_LINKS),
+        link=any_of(BUILD.compared_links),
     resources:
-        gpu=gpus_for_scoring,
+        gpu=RESOURCES.gpus_of_scoring,
         # Both models; with less the program takes them in turns.
-        mem_mb=memory_for_models(2),
+        mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
         link=lambda wildcards, input, output: [
-            *link_arguments(wildcards, input),
+            *LINKS.arguments(wildcards, input),
             *("--reference", input.reference),
             *("--divergence", output.divergence),
         ],
-        settings=scoring_json(),
+        settings=PARAMS.scoring(),
         output_version=output_version("evaluate/evaluate_perplexity"),
 
 
 rule chunk_text:
     """A text of the user's in chunks of one context, as llama-perplexity cuts it."""
     input:
-        text=evaluation_text,
+        text=USER_FILES.evaluation_text,
         tokenizer="results/models/{model}/tokenizer",
         facts="results/models/{model}/facts.json",
     output:
@@ -85,7 +85,7 @@ rule chunk_text:
         mem_mb=growing(4_000),
         runtime=growing(30),  # minutes
     params:
-        settings=CONFIG.evaluation.model_dump_json(include={"text_context_tokens"}),
+        settings=PARAMS.texts(),
         output_version=output_version("evaluate/chunk_text"),
     shell:
         "python -m workflow_scripts.evaluate.chunk_text --text {input.text:q}"
@@ -96,9 +96,9 @@ rule chunk_text:
 rule evaluate_text:
     """Perplexity of a link on a text of the user's, as llama-perplexity has it."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokens=of_place("results/evaluation/{model}/texts/{text}.arrow"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokens=BUILD.of_place("results/evaluation/{model}/texts/{text}.arrow"),
     output:
         scores=measured_chain.FILES["text"],
         token_scores=measured_chain.token_scores_beside(measured_chain.FILES["text"]),
@@ -108,13 +108,13 @@ rule evaluate_text:
         "benchmarks/{place}/evaluate_text/{text}/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_scoring,
-        mem_mb=memory_for_scoring,
+        gpu=RESOURCES.gpus_of_scoring,
+        mem_mb=RESOURCES.memory_of_scoring,
         runtime=growing(240),  # minutes
     params:
-        link=link_arguments,
+        link=LINKS.arguments,
         settings="{}",  # every chunk, whole
         output_version=output_version("evaluate/evaluate_perplexity"),
     shell:
@@ -128,11 +128,11 @@ rule evaluate_text:
 rule evaluate_positions:
     """Loss of a run's live adapter by position, on whole validation conversations."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=GATES.verdict_of_tokens(),
     output:
         scores="results/runs/{run}/evaluation/positions.json",
     log:
@@ -141,14 +141,14 @@ rule evaluate_positions:
         "benchmarks/runs/{run}/evaluate_positions.tsv"
     conda:
         "../envs/train.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: live_adapter(wildcards, input),
-        settings=CONFIG.evaluation.model_dump_json(include={"max_conversations"}),
+        link=lambda wildcards, input: LINKS.live_adapter(wildcards.run, input),
+        settings=PARAMS.positions(),
         output_version=output_version("evaluate/evaluate_positions"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -160,12 +160,12 @@ rule evaluate_positions:
 use rule evaluate_perplexity as evaluate_validation with:
     # Of a run's live adapter. Sweeps choose by it: the test split stays unseen.
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        clean=BUILD.of_run("results/data/{dataset}/clean/validation.parquet"),
+        tokens_check=GATES.verdict_of_tokens(),
     output:
         scores="results/runs/{run}/evaluation/validation.json",
         token_scores="results/runs/{run}/evaluation/validation.tokens.parquet",
@@ -173,25 +173,25 @@ use rule evaluate_perplexity as evaluate_validation with:
         "logs/runs/{run}/evaluate_validation.log",
     benchmark:
         "benchmarks/runs/{run}/evaluate_validation.tsv"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: live_adapter(wildcards, input),
-        settings=scoring_json(),
+        link=lambda wildcards, input: LINKS.live_adapter(wildcards.run, input),
+        settings=PARAMS.scoring(),
         output_version=output_version("evaluate/evaluate_perplexity"),
 
 
 rule evaluate_recall:
     """Facts that a run's live adapter finds again in held-out text, by length and depth."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        chats=of_run("results/data/{dataset}/clean/validation.parquet"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
+        chats=BUILD.of_run("results/data/{dataset}/clean/validation.parquet"),
     output:
         scores="results/runs/{run}/evaluation/recall.json",
     log:
@@ -200,13 +200,13 @@ rule evaluate_recall:
         "benchmarks/runs/{run}/evaluate_recall.tsv"
     conda:
         "../envs/train.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
-        link=lambda wildcards, input: live_adapter(wildcards, input),
+        link=lambda wildcards, input: LINKS.live_adapter(wildcards.run, input),
         settings=CONFIG.evaluation.recall.model_dump_json(),
         output_version=output_version("evaluate/evaluate_recall"),
     shell:
@@ -219,11 +219,11 @@ rule evaluate_recall:
 rule evaluate_context:
     """Usable context of a link: questions on long texts, up to the context that it serves."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokenizer=of_place("results/models/{model}/tokenizer"),
-        texts=context_text_files(),
-        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_place("results/models/{model}/tokenizer"),
+        texts=USER_FILES.context_texts(),
+        tokens=BUILD.of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
     output:
         scores=measured_chain.FILES["context"],
     log:
@@ -232,15 +232,15 @@ rule evaluate_context:
         "benchmarks/{place}/evaluate_context/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_link,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_link,
+        mem_mb=memory_of_models(2),
         runtime=growing(480),  # minutes
     params:
-        link=link_arguments,
-        settings=context_json(),
-        texts=flagged("--texts", context_text_files()),
+        link=LINKS.arguments,
+        settings=PARAMS.context(),
+        texts=flagged("--texts", USER_FILES.context_texts()),
         output_version=output_version("evaluate/evaluate_context"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -253,10 +253,10 @@ rule evaluate_context:
 rule answer_prompts:
     """Greedy answers of a link to the first prompts of the test split."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokenizer=of_place("results/models/{model}/tokenizer"),
-        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_place("results/models/{model}/tokenizer"),
+        tokens=BUILD.of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
     output:
         answers=measured_chain.FILES["answers"],
     log:
@@ -265,14 +265,14 @@ rule answer_prompts:
         "benchmarks/{place}/answer_prompts/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_link,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_link,
+        mem_mb=memory_of_models(2),
         runtime=growing(60),  # minutes
     params:
-        link=link_arguments,
-        settings=samples_json(),
+        link=LINKS.arguments,
+        settings=PARAMS.samples(),
         output_version=output_version("evaluate/answer_prompts"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -285,7 +285,7 @@ rule answer_prompts:
 rule fetch_tasks:
     """The data of the tasks, from the Hub into the cache of `datasets`, where there is a connection."""
     input:
-        files=own_task_files(),
+        files=USER_FILES.tasks(),
     output:
         fetched="results/evaluation/tasks.json",
     log:
@@ -299,7 +299,7 @@ rule fetch_tasks:
         mem_mb=growing(4_000),
         runtime=growing(120),  # minutes
     params:
-        settings=CONFIG.evaluation.tasks.model_dump_json(include={"names", "include"}),
+        settings=PARAMS.task_data(),
         output_version=output_version("evaluate/fetch_tasks"),
     shell:
         "python -m workflow_scripts.evaluate.fetch_tasks --settings {params.settings:q}"
@@ -309,11 +309,11 @@ rule fetch_tasks:
 rule evaluate_tasks:
     """Tasks of lm-evaluation-harness by a link."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokenizer=of_place("results/models/{model}/tokenizer"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_place("results/models/{model}/tokenizer"),
         fetched="results/evaluation/tasks.json",  # read from the cache
-        files=own_task_files(),
+        files=USER_FILES.tasks(),
     output:
         scores=measured_chain.FILES["tasks"],
         samples=measured_chain.samples_beside(measured_chain.FILES["tasks"]),
@@ -323,14 +323,14 @@ rule evaluate_tasks:
         "benchmarks/{place}/evaluate_tasks/{link}.tsv"
     conda:
         "../envs/tasks.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_link,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_link,
+        mem_mb=memory_of_models(2),
         runtime=growing(1_440),  # minutes
     params:
-        link=link_arguments,
-        settings=tasks_json(),
+        link=LINKS.arguments,
+        settings=PARAMS.tasks(),
         output_version=output_version("evaluate/evaluate_tasks"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -343,11 +343,11 @@ rule evaluate_tasks:
 rule match_references:
     """Exact match of a link's answers with the reference answers of the test split."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
-        tokenizer=of_place("results/models/{model}/tokenizer"),
-        tokens=of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
-        clean=of_place("results/data/{dataset}/clean/test.parquet"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_place("results/models/{model}/tokenizer"),
+        tokens=BUILD.of_place("results/data/{dataset}/{model}/tokens/test.arrow"),
+        clean=BUILD.of_place("results/data/{dataset}/clean/test.parquet"),
     output:
         scores=measured_chain.FILES["references"],
         samples=measured_chain.samples_beside(measured_chain.FILES["references"]),
@@ -357,14 +357,14 @@ rule match_references:
         "benchmarks/{place}/match_references/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_link
+    threads: RESOURCES.threads_of_link
     resources:
-        gpu=gpus_for_link,
-        mem_mb=memory_for_models(2),
+        gpu=RESOURCES.gpus_of_link,
+        mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
-        link=link_arguments,
-        settings=references_json(),
+        link=LINKS.arguments,
+        settings=PARAMS.references(),
         output_version=output_version("evaluate/match_references"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -377,8 +377,8 @@ rule match_references:
 rule benchmark_inference:
     """Speed, memory and size of a link, alone on the machine: it takes all cores."""
     input:
-        unpack(files_of_link),
-        facts=of_place("results/models/{model}/facts.json"),
+        unpack(LINKS.files),
+        facts=BUILD.of_place("results/models/{model}/facts.json"),
     output:
         speed=measured_chain.FILES["speed"],
     log:
@@ -387,13 +387,13 @@ rule benchmark_inference:
         "benchmarks/{place}/benchmark_inference/{link}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: all_cores()
+    threads: RESOURCES.all_cores()
     resources:
-        gpu=gpus_for_scoring,
-        mem_mb=memory_for_scoring,
+        gpu=RESOURCES.gpus_of_scoring,
+        mem_mb=RESOURCES.memory_of_scoring,
         runtime=growing(60),  # minutes
     params:
-        link=link_arguments,
+        link=LINKS.arguments,
         settings=CONFIG.evaluation.inference.model_dump_json(),
         output_version=output_version("evaluate/benchmark_inference"),
     shell:

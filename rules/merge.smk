@@ -1,8 +1,8 @@
 rule fetch_adapter:
     """An adapter of the user's (`runs.<name>.adapter`), by a copy, once it is known to fit its base."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        given=lambda wildcards: given_files(wildcards.run),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        given=lambda wildcards: USER_FILES.of_beginning(wildcards.run),
     output:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -12,7 +12,7 @@ rule fetch_adapter:
     benchmark:
         "benchmarks/runs/{run}/fetch_adapter.tsv"
     wildcard_constraints:
-        run=any_run_of(ADAPTER_RUNS),
+        run=BUILD.any_run_of(BUILD.adapter_runs),
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -20,7 +20,7 @@ rule fetch_adapter:
         mem_mb=growing(4_000),
         runtime=growing(60),  # minutes
     params:
-        settings=lambda wildcards: given_json(wildcards.run),
+        settings=PARAMS.beginning,
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("merge/fetch_adapter"),
     shell:
@@ -31,17 +31,17 @@ rule fetch_adapter:
 rule fetch_merged:
     """A fine-tuned model of the user's (`runs.<name>.merged`): a local folder by links, or the Hub."""
     input:
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        given=lambda wildcards: given_files(wildcards.run),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
+        given=lambda wildcards: USER_FILES.of_beginning(wildcards.run),
     output:
-        merged=kept("merged", directory("results/runs/{run}/merged")),
+        merged=BUILD.kept("merged", directory("results/runs/{run}/merged")),
     log:
         "logs/runs/{run}/fetch_merged.log",
     benchmark:
         "benchmarks/runs/{run}/fetch_merged.tsv"
     wildcard_constraints:
-        run=any_run_of(MERGED_RUNS),
+        run=BUILD.any_run_of(BUILD.merged_runs),
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -49,7 +49,7 @@ rule fetch_merged:
         mem_mb=growing(2_000),
         runtime=growing(240),  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
-        settings=lambda wildcards: given_json(wildcards.run),
+        settings=PARAMS.beginning,
         output_version=output_version("merge/fetch_merged"),
     shell:
         "python -m workflow_scripts.merge.fetch_merged --settings {params.settings:q}"
@@ -60,11 +60,11 @@ rule fetch_merged:
 rule choose_merge_base:
     """Which weights the adapter is merged into, for `merge_base: auto`: both are scored."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        facts=of_run("results/models/{model}/facts.json"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        tokens_check=ancient_verdict(TOKENS_GATE),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokens_check=GATES.verdict_of_tokens(),
     output:
         choice="results/runs/{run}/merge_base.json",
     log:
@@ -73,10 +73,10 @@ rule choose_merge_base:
         "benchmarks/runs/{run}/choose_merge_base.tsv"
     conda:
         "../envs/train.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(0.25),  # the 4-bit base of training; the rest is streamed
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(0.25),  # the 4-bit base of training; the rest is streamed
         runtime=growing(120),  # minutes
     params:
         settings=CONFIG.evaluation.gates.merge_base.model_dump_json(),
@@ -92,29 +92,29 @@ rule choose_merge_base:
 rule merge_adapter:
     """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
-        choice=merge_base_choice,
+        choice=TARGETS.merge_base_choice,
     output:
-        merged=kept("merged", directory("results/runs/{run}/merged")),
+        merged=BUILD.kept("merged", directory("results/runs/{run}/merged")),
     log:
         "logs/runs/{run}/merge_adapter.log",
     benchmark:
         "benchmarks/runs/{run}/merge_adapter.tsv"
     wildcard_constraints:
-        run=any_run_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+        run=BUILD.any_run_of(CONFIG.runs.keys() - BUILD.merged_runs.keys()),
     conda:
         "../envs/train.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
         mem_mb=growing(4_000),
         runtime=growing(60),  # minutes
     params:
         adapter=subpath(input.adapter, parent=True),
-        merge_base=merge_base,
+        merge_base=PARAMS.merge_base,
         output_version=output_version("merge/merge_adapter"),
     shell:
         "python -m workflow_scripts.merge.merge_adapter --checkpoint {input.checkpoint:q}"
@@ -125,34 +125,34 @@ rule merge_adapter:
 rule check_merged:
     """Gate: merged = base + adapter, and no worse than the adapter on the base it was trained on."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        facts=of_run("results/models/{model}/facts.json"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
-        choice=merge_base_choice,
+        choice=TARGETS.merge_base_choice,
         merged="results/runs/{run}/merged",
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     output:
-        check=update(MERGED_GATE.verdict),
-        passed=MERGED_GATE.passed,
+        check=update(GATES.merged.verdict),
+        passed=GATES.merged.passed,
     log:
         "logs/runs/{run}/check_merged.log",
     benchmark:
         "benchmarks/runs/{run}/check_merged.tsv"
     wildcard_constraints:
-        run=any_run_of(CONFIG.runs.keys() - MERGED_RUNS.keys()),
+        run=BUILD.any_run_of(CONFIG.runs.keys() - BUILD.merged_runs.keys()),
     conda:
         "../envs/train.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(0.25),  # the 4-bit base of training; the rest is streamed
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(0.25),  # the 4-bit base of training; the rest is streamed
         runtime=growing(120),  # minutes
     params:
-        settings=MERGED_GATE.settings,
-        adapter=merged_adapter,
-        output_version=MERGED_GATE.version,
-        last_attempt=last_attempt(MERGED_GATE),
+        settings=GATES.merged.settings,
+        adapter=PARAMS.merged_adapter,
+        output_version=GATES.merged.version,
+        last_attempt=GATES.last_attempt(GATES.merged),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.merge.check_merged --checkpoint {input.checkpoint:q}"
@@ -165,15 +165,15 @@ rule check_merged:
 use rule check_merged as check_fetched_merged with:
     # A model merged elsewhere: its folder, and that it computes.
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        facts=of_run("results/models/{model}/facts.json"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
         merged="results/runs/{run}/merged",
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     wildcard_constraints:
-        run=any_run_of(MERGED_RUNS),
+        run=BUILD.any_run_of(BUILD.merged_runs),
     params:
-        settings=MERGED_GATE.settings,
+        settings=GATES.merged.settings,
         adapter=[],
-        output_version=MERGED_GATE.version,
-        last_attempt=last_attempt(MERGED_GATE),
+        output_version=GATES.merged.version,
+        last_attempt=GATES.last_attempt(GATES.merged),

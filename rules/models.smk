@@ -5,9 +5,9 @@ rule fetch_base_model:
     log:
         "logs/models/{model}/fetch_base_model.log",
     wildcard_constraints:
-        model=any_of(HUB_MODELS),
+        model=any_of(BUILD.hub_models),
     # Without benchmark, as every rule that `--cache` shares: Snakemake takes none that has one.
-    cache: IS_SHARED
+    cache: BUILD.is_shared
     localrule: True
     conda:
         "../envs/train.yaml"
@@ -15,7 +15,7 @@ rule fetch_base_model:
         mem_mb=growing(2_000),
         runtime=growing(240),  # minutes: 94 GB of Mixtral at 10 MB/s
     params:
-        settings=base_model_json,
+        settings=PARAMS.base_model,
         output_version=output_version("models/fetch_base_model"),
     shell:
         "python -m workflow_scripts.models.fetch_base_model --settings {params.settings:q}"
@@ -26,10 +26,10 @@ use rule fetch_base_model as link_base_model with:
     # A local folder by links. Not shared: they would dangle elsewhere, and what is shared becomes
     # writable by all, links or not.
     wildcard_constraints:
-        model=any_of(LOCAL_MODELS),
+        model=any_of(BUILD.models_that("is_local")),
     localrule: True
     params:
-        content=local_model_hashes,
+        content=PARAMS.local_model_hashes,
 
 
 rule read_model_facts:
@@ -48,7 +48,7 @@ rule read_model_facts:
         mem_mb=growing(1_000),
         runtime=growing(30),  # minutes: every byte is hashed
     params:
-        version=facts_arguments,  # another name here would hash every model again
+        version=PARAMS.facts_arguments,  # another name here would hash every model again
         output_version=output_version("models/read_model_facts"),
     shell:
         "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"
@@ -71,7 +71,7 @@ rule export_tokenizer:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        version=tokenizer_version,
+        version=PARAMS.tokenizer_version,
         output_version=output_version("models/export_tokenizer"),
     shell:
         "python -m workflow_scripts.models.export_tokenizer --checkpoint {input.checkpoint:q}"

@@ -15,7 +15,7 @@ rule plan_quantizations:
         mem_mb=growing(1_000),
         runtime=growing(5),  # minutes
     params:
-        settings=quantizations_json(),
+        settings=PARAMS.quantizations(),
         output_version=output_version("quantize/plan_quantizations"),
     shell:
         "python -m workflow_scripts.quantize.plan_quantizations --facts {input.facts:q}"
@@ -33,10 +33,10 @@ rule convert_gguf_base:
         gguf="results/models/{model}/gguf/{model}-F16.gguf",
     log:
         "logs/models/{model}/convert_gguf.log",
-    cache: IS_SHARED
+    cache: BUILD.is_shared
     conda:
         "../envs/export.yaml"
-    threads: threads_for_model
+    threads: RESOURCES.threads_of_model
     resources:
         mem_mb=growing(8_000),
         runtime=growing(60),  # minutes
@@ -44,7 +44,7 @@ rule convert_gguf_base:
         name=lambda wildcards: wildcards.model,
         tokenizer=lambda wildcards, input: ["--tokenizer", input.tokenizer],
         published="{}",
-        software=versions_of("llama-cpp-python", "transformers", "mistral-common"),
+        software=PARAMS.versions_of("llama-cpp-python", "transformers", "mistral-common"),
         output_version=output_version("quantize/convert_gguf"),
     shell:
         "python -m workflow_scripts.quantize.convert_gguf --merged {input.merged:q}"
@@ -56,19 +56,19 @@ use rule convert_gguf_base as convert_gguf with:
     # Not shared: its key would not tell two trainings of one recipe apart.
     input:
         merged="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
+        merged_check=ancient(GATES.merged.verdict),  # gate, read by none
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
     output:
-        gguf=kept("f16", "results/runs/{run}/gguf/{run}-F16.gguf"),
+        gguf=BUILD.kept("f16", "results/runs/{run}/gguf/{run}-F16.gguf"),
     log:
         "logs/runs/{run}/convert_gguf.log",
     benchmark:
         "benchmarks/runs/{run}/convert_gguf.tsv"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     params:
         name=lambda wildcards: wildcards.run,
         tokenizer=[],
-        published=lambda wildcards: published_json(wildcards.run),
+        published=lambda wildcards: PARAMS.published(wildcards.run),
 
 
 rule convert_adapter:
@@ -76,7 +76,7 @@ rule convert_adapter:
     input:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
-        checkpoint=of_run("results/models/{model}/checkpoint"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
     output:
         gguf="results/runs/{run}/gguf/{run}-adapter.gguf",
     log:
@@ -102,27 +102,27 @@ rule check_gguf:
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
         merged="results/runs/{run}/merged",
-        facts=of_run("results/models/{model}/facts.json"),
-        clean=of_run("results/data/{dataset}/clean/validation.parquet"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        clean=BUILD.of_run("results/data/{dataset}/clean/validation.parquet"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
     output:
-        check=update(GGUF_GATE.verdict),
-        passed=GGUF_GATE.passed,
+        check=update(GATES.gguf.verdict),
+        passed=GATES.gguf.passed,
     log:
         "logs/runs/{run}/check_gguf.log",
     benchmark:
         "benchmarks/runs/{run}/check_gguf.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(1.1),  # the GGUF; the merged model is streamed
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(1.1),  # the GGUF; the merged model is streamed
         runtime=growing(120),  # minutes
     params:
-        settings=GGUF_GATE.settings,
-        output_version=GGUF_GATE.version,
-        last_attempt=last_attempt(GGUF_GATE),
+        settings=GATES.gguf.settings,
+        output_version=GATES.gguf.version,
+        last_attempt=GATES.last_attempt(GATES.gguf),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.quantize.check_gguf --gguf {input.gguf:q}"
@@ -136,10 +136,10 @@ rule compute_imatrix:
     """Importance matrix of the F16 GGUF, on chats of the training split and files the user names."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
-        texts=calibration_text_files(),
+        gguf_check=ancient(GATES.gguf.verdict),  # gate, read by none
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+        texts=USER_FILES.calibration_texts(),
     output:
         imatrix="results/runs/{run}/gguf/imatrix.gguf",
     log:
@@ -148,13 +148,13 @@ rule compute_imatrix:
         "benchmarks/runs/{run}/compute_imatrix.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(1.1),
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(1.1),
         runtime=growing(240),  # minutes
     params:
-        settings=imatrix_json(),
+        settings=PARAMS.imatrix(),
         texts=lambda wildcards, input: flagged("--texts", input.texts),
         output_version=output_version("quantize/compute_imatrix"),
     shell:
@@ -169,8 +169,8 @@ rule quantize_gguf:
     """One quantization of the F16 GGUF by llama.cpp's own quantizer; several run side by side."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
-        gguf_check=ancient(GGUF_GATE.verdict),  # gate, read by none
-        imatrix=imatrix_of_quantization,
+        gguf_check=ancient(GATES.gguf.verdict),  # gate, read by none
+        imatrix=TARGETS.imatrix,
     output:
         quantized="results/runs/{run}/gguf/{run}-{quant}.gguf",
     log:
@@ -179,12 +179,12 @@ rule quantize_gguf:
         "benchmarks/runs/{run}/quantize_gguf/{quant}.tsv"
     conda:
         "../envs/export.yaml"
-    threads: threads_for_quantizing
+    threads: RESOURCES.threads_of_quantizing
     resources:
         mem_mb=growing(2_000),
         runtime=growing(60),  # minutes
     params:
-        settings=lambda wildcards: CONFIG.gguf.mix(wildcards.quant).model_dump_json(),
+        settings=PARAMS.mix,
         imatrix=lambda wildcards, input: flagged("--imatrix", input.imatrix),
         output_version=output_version("quantize/quantize_gguf"),
     shell:
@@ -197,9 +197,9 @@ rule quantize_awq:
     """The merged model in AWQ's 4 bits, calibrated on chats of the training split."""
     input:
         merged="results/runs/{run}/merged",
-        merged_check=ancient(MERGED_GATE.verdict),  # gate, read by none
-        facts=of_run("results/models/{model}/facts.json"),
-        tokens=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+        merged_check=ancient(GATES.merged.verdict),  # gate, read by none
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokens=BUILD.of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
     output:
         awq=directory("results/runs/{run}/awq"),
     log:
@@ -208,10 +208,10 @@ rule quantize_awq:
         "benchmarks/runs/{run}/quantize_awq.tsv"
     conda:
         "../envs/awq.yaml"
-    threads: threads_for_run
+    threads: RESOURCES.threads_of_run
     resources:
-        gpu=gpus_for_run,
-        mem_mb=memory_for_models(3),
+        gpu=RESOURCES.gpus_of_run,
+        mem_mb=memory_of_models(3),
         runtime=growing(1440),  # minutes
     params:
         settings=CONFIG.awq.model_dump_json(exclude={"use"}),

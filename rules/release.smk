@@ -2,7 +2,7 @@ rule plan_disk:
     """Gate: the disk holds what the build writes. It stops the others by being first, when sizes are
     known: as an input of theirs it would make their files anew with every new quantization."""
     input:
-        facts=expand("results/models/{model}/facts.json", model=built_models()),
+        facts=expand("results/models/{model}/facts.json", model=BUILD.models),
     output:
         disk_plan="results/disk_plan.json",
     log:
@@ -15,8 +15,8 @@ rule plan_disk:
         mem_mb=growing(500),
         runtime=growing(5),  # minutes
     params:
-        facts=[f"{name}=results/models/{name}/facts.json" for name in built_models()],
-        settings=disk_json(),
+        facts=[f"{name}=results/models/{name}/facts.json" for name in BUILD.models],
+        settings=PARAMS.disk(),
         output_version=output_version("release/plan_disk"),
     shell:
         "python -m workflow_scripts.release.plan_disk --facts {params.facts:q}"
@@ -27,20 +27,15 @@ rule plan_disk:
 rule package_release:
     """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
     input:
-        ggufs=lambda wildcards: expand(
-            "results/runs/{run}/gguf/{run}-{gguf}.gguf", run=wildcards.run, gguf=RELEASED_TYPES
-        ),
-        facts=of_run("results/models/{model}/facts.json"),
-        tokenizer=of_run("results/models/{model}/tokenizer"),
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        beginning=beginning,
-        merged_check=ancient(MERGED_GATE.verdict),
-        gguf_check=ancient(GGUF_GATE.verdict),
-        scores=lambda wildcards: [link.scores for link in chain_of(wildcards.run).links],
-        dataset=lambda wildcards: expand(
-            of_run("results/data/{dataset}/clean/{{split}}.parquet")(wildcards),
-            split=["train", "validation", "test"],
-        ),
+        ggufs=RELEASES.ggufs,
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        beginning=RELEASES.beginning,
+        merged_check=ancient(GATES.merged.verdict),
+        gguf_check=ancient(GATES.gguf.verdict),
+        scores=lambda wildcards: LINKS.scores(wildcards.run),
+        dataset=RELEASES.dataset,
     output:
         release=directory("results/runs/{run}/release"),
     log:
@@ -54,10 +49,10 @@ rule package_release:
         runtime=growing(30),  # minutes
     params:
         settings=lambda wildcards: CONFIG.runs[wildcards.run].model_dump_json(),
-        config=lambda wildcards: release_json(wildcards.run),
-        published=lambda wildcards: published_json(wildcards.run),
+        config=lambda wildcards: PARAMS.release(wildcards.run),
+        published=lambda wildcards: PARAMS.published(wildcards.run),
         benchmarks="benchmarks/runs/{run}",
-        gates=gate_samples(),
+        gates=GATES.samples(),
         output_version=output_version("release/package_release"),
     shell:
         "python -m workflow_scripts.release.package_release --name {wildcards.run:q}"
@@ -72,7 +67,7 @@ rule package_release:
 rule push_release:
     """Releases to the Hub; a dry run unless `push.dry_run` is false. Has no file: it asks the Hub."""
     input:
-        releases=release_files(RUNS),
+        releases=TARGETS.releases(BUILD.runs),
     log:
         "logs/push_release.log",
     localrule: True
@@ -90,15 +85,15 @@ rule store_release:
     input:
         release="results/runs/{run}/release",
     output:
-        sums=stored_sums(),
+        sums=RELEASES.stored_sums(),
     log:
         "logs/runs/{run}/store_release.log",
     wildcard_constraints:
-        run=any_of(RUNS if CONFIG.storage.releases else []),
+        run=any_of(BUILD.runs if CONFIG.storage.releases else []),
     localrule: True
     resources:
         mem_mb=growing(1_000),
         runtime=growing(240),  # minutes
     run:
         # Not a program: storage's endpoint and credentials are Snakemake's to know.
-        store(wildcards.run, input.release, output.sums, log[0])
+        RELEASES.store(wildcards.run, input.release, output.sums, log[0])

@@ -28,7 +28,7 @@ rule preview_chats:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "preview"),
+        settings=lambda wildcards: PARAMS.entry("datasets", wildcards.dataset, "preview"),
         output_version=output_version("report/preview_chats"),
     shell:
         "python -m workflow_scripts.report.preview_chats --clean {input.chats:q}"
@@ -39,8 +39,8 @@ rule preview_chats:
 rule report_tasks:
     """Scores of base, merged model and smallest file, with what each link changes, paired."""
     input:
-        chains=chain_files(),
-        scores=task_files(),
+        chains=TARGETS.chains(),
+        scores=TARGETS.task_scores(),
     output:
         tsv="results/report/tasks.tsv",
         markdown="results/report/tasks.md",
@@ -148,7 +148,7 @@ rule write_chain:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        settings=lambda wildcards: chain_settings(wildcards.run).model_dump_json(),
+        settings=lambda wildcards: LINKS.chain_settings(wildcards.run).model_dump_json(),
         output_version=output_version("report/write_chain"),
     shell:
         "python -m workflow_scripts.report.write_chain --run {wildcards.run:q}"
@@ -159,13 +159,13 @@ rule collect_metrics:
     """Every figure of a run with its unit, error and place."""
     input:
         chain="results/runs/{run}/chain.json",
-        scores=lambda wildcards: evaluation_files([wildcards.run]),
-        texts=lambda wildcards: text_scores([wildcards.run]),
-        token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
-        checks=ancient([MERGED_GATE.verdict, GGUF_GATE.verdict]),
-        training=lambda wildcards: training_reports(wildcards.run),
-        merge_base=merge_base_choice,
-        facts=of_run("results/models/{model}/facts.json"),
+        scores=lambda wildcards: TARGETS.evaluations([wildcards.run]),
+        texts=lambda wildcards: TARGETS.text_scores([wildcards.run]),
+        token_scores=lambda wildcards: TARGETS.token_scores([wildcards.run]),
+        checks=ancient([GATES.merged.verdict, GATES.gguf.verdict]),
+        training=lambda wildcards: TARGETS.training_reports(wildcards.run),
+        merge_base=TARGETS.merge_base_choice,
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
     output:
         metrics="results/runs/{run}/metrics.json",
     log:
@@ -179,8 +179,8 @@ rule collect_metrics:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        also=also_measured(),
-        gates=gate_samples(),
+        also=LINKS.also_measured(),
+        gates=GATES.samples(),
         output_version=output_version("report/collect_metrics"),
     shell:
         "python -m workflow_scripts.report.collect_metrics --chains {input.chain:q}"
@@ -192,8 +192,8 @@ rule collect_metrics:
 rule report_comparison:
     """The headline table: the runs side by side in perplexity, speed, memory and context."""
     input:
-        chains=chain_files(),
-        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+        chains=TARGETS.chains(),
+        metrics=TARGETS.metrics(),
     output:
         tsv="results/report/comparison.tsv",
         markdown="results/report/comparison.md",
@@ -213,7 +213,7 @@ rule report_comparison:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        also=also_measured(),
+        also=LINKS.also_measured(),
         output_version=output_version("report/report_comparison"),
     shell:
         "python -m workflow_scripts.report.report_comparison --chains {input.chains:q}"
@@ -224,8 +224,8 @@ rule report_comparison:
 rule report_chain:
     """Perplexity of every link from base to quantized file, as tables and a figure."""
     input:
-        chains=chain_files(),
-        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+        chains=TARGETS.chains(),
+        metrics=TARGETS.metrics(),
     output:
         tsv="results/report/chain.tsv",
         markdown="results/report/chain.md",
@@ -250,7 +250,7 @@ rule report_chain:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        also=also_measured(),
+        also=LINKS.also_measured(),
         n_conversations=CONFIG.evaluation.max_conversations or "all",
         output_version=output_version("report/report_chain"),
     shell:
@@ -262,7 +262,9 @@ rule report_chain:
 rule report_loss:
     """Loss curves of training, with the validation loss on the same axes."""
     input:
-        histories=expand("results/runs/{run}/adapter/history.json", run=built(TRAINED_RUNS)),
+        histories=expand(
+            "results/runs/{run}/adapter/history.json", run=TARGETS.built_trained_runs()
+        ),
     output:
         figure=report(
             "results/report/loss.svg",
@@ -289,9 +291,9 @@ rule report_loss:
 rule report_overview:
     """The first page: the runs side by side, their differences in words, published figures."""
     input:
-        chains=chain_files(),
-        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
-        answers=overview_answers(),
+        chains=TARGETS.chains(),
+        metrics=TARGETS.metrics(),
+        answers=TARGETS.overview_answers(),
     output:
         page=report(
             "results/report/overview.html",
@@ -310,8 +312,8 @@ rule report_overview:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        also=also_measured(),
-        samples=[*flagged("--sampled", sampled_runs()), "--samples", *SAMPLE_LINKS],
+        also=LINKS.also_measured(),
+        samples=[*flagged("--sampled", TARGETS.sampled_runs()), "--samples", *LINKS.sample_links],
         # Of the steps before, for a figure: no input, as no step of them makes the page anew.
         records=".snakemake/metadata",
         output_version=output_version("report/report_overview"),
@@ -325,13 +327,13 @@ rule report_run:
     """The page of a run: every figure of it, drawn and in tables."""
     input:
         chain="results/runs/{run}/chain.json",
-        scores=lambda wildcards: evaluation_files([wildcards.run]),
-        token_scores=lambda wildcards: chain_token_scores([wildcards.run]),
-        texts=lambda wildcards: text_scores([wildcards.run]),
-        checks=ancient([MERGED_GATE.verdict, GGUF_GATE.verdict]),
-        data=lambda wildcards: data_reports(wildcards.run),
-        training=lambda wildcards: training_files(wildcards.run),
-        facts=of_run("results/models/{model}/facts.json"),
+        scores=lambda wildcards: TARGETS.evaluations([wildcards.run]),
+        token_scores=lambda wildcards: TARGETS.token_scores([wildcards.run]),
+        texts=lambda wildcards: TARGETS.text_scores([wildcards.run]),
+        checks=ancient([GATES.merged.verdict, GATES.gguf.verdict]),
+        data=lambda wildcards: TARGETS.data_reports(wildcards.run),
+        training=lambda wildcards: TARGETS.training_files(wildcards.run),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
     output:
         page=report(
             "results/runs/{run}/report.html",
@@ -350,9 +352,9 @@ rule report_run:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        also=also_measured(),
+        also=LINKS.also_measured(),
         benchmarks="benchmarks/runs/{run}",
-        gates=gate_samples(),
+        gates=GATES.samples(),
         output_version=output_version("report/report_run"),
     shell:
         "python -m workflow_scripts.report.report_run --chains {input.chain:q}"
@@ -362,7 +364,7 @@ rule report_run:
 rule tabulate_metrics:
     """The figures of all runs in one table."""
     input:
-        metrics=expand("results/runs/{run}/metrics.json", run=RUNS),
+        metrics=TARGETS.metrics(),
     output:
         table="results/report/all_metrics.parquet",
     log:
@@ -385,8 +387,8 @@ rule tabulate_metrics:
 rule report_context:
     """Usable context of base, merged model and smallest file, with heat maps."""
     input:
-        chains=chain_files(),
-        scores=context_files(),
+        chains=TARGETS.chains(),
+        scores=TARGETS.contexts(),
     output:
         tsv="results/report/context.tsv",
         markdown="results/report/context.md",
@@ -416,8 +418,8 @@ rule report_context:
 rule report_samples:
     """Answers of every link to the same prompts, side by side."""
     input:
-        chains=chain_files(),
-        answers=answer_files(),
+        chains=TARGETS.chains(),
+        answers=TARGETS.answers(),
     output:
         page=report(
             "results/report/samples.html",
@@ -444,10 +446,12 @@ rule report_samples:
 rule report_experiment:
     """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
     input:
-        positions=expand("results/runs/{run}/evaluation/positions.json", run=built(TRAINED_RUNS)),
+        positions=expand(
+            "results/runs/{run}/evaluation/positions.json", run=TARGETS.built_trained_runs()
+        ),
         recall=expand(
             "results/runs/{run}/evaluation/recall.json",
-            run=built(TRAINED_RUNS) if CONFIG.evaluation.recall.n_prompts else [],
+            run=TARGETS.built_trained_runs() if CONFIG.evaluation.recall.n_prompts else [],
         ),
     output:
         tsv="results/report/experiment.tsv",
@@ -473,7 +477,7 @@ rule report_experiment:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        runs=experiment_json(),
+        runs=PARAMS.experiment(),
         recall=lambda wildcards, input: flagged("--recall", input.recall),
         n_prompts=CONFIG.evaluation.recall.n_prompts,  # in the caption
         output_version=output_version("report/report_experiment"),
@@ -486,11 +490,11 @@ rule report_experiment:
 rule report_sweep:
     """Which values of a recipe are best, by validation scores: a ranking of every sweep in `runs`."""
     input:
-        scores=expand("results/runs/{run}/evaluation/validation.json", run=SWEEP_RUNS),
+        scores=expand("results/runs/{run}/evaluation/validation.json", run=BUILD.sweep_runs),
         token_scores=expand(
-            "results/runs/{run}/evaluation/validation.tokens.parquet", run=SWEEP_RUNS
+            "results/runs/{run}/evaluation/validation.tokens.parquet", run=BUILD.sweep_runs
         ),
-        manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=SWEEP_RUNS),
+        manifests=expand("results/runs/{run}/adapter/training_manifest.json", run=BUILD.sweep_runs),
     output:
         tsv="results/report/sweep.tsv",
         markdown="results/report/sweep.md",
@@ -515,7 +519,7 @@ rule report_sweep:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
-        sweeps=sweep_json(),
+        sweeps=PARAMS.sweeps(),
         output_version=output_version("report/report_sweep"),
     shell:
         "python -m workflow_scripts.report.report_sweep --sweeps {params.sweeps:q}"

@@ -13,17 +13,17 @@ rule render_chats:
         report="results/data/{dataset}/{model}/tokens/rendering_report.json",
     log:
         "logs/data/{dataset}/{model}/render_chats.log",
-    cache: IS_SHARED
+    cache: BUILD.is_shared
     conda:
         "../envs/data.yaml"
-    threads: threads_for_dataset
+    threads: RESOURCES.threads_of_dataset
     resources:
         mem_mb=growing(4_000),
         runtime=growing(120),  # minutes
     params:
-        settings=lambda wildcards: settings_json("datasets", wildcards.dataset, "rendering"),
+        settings=lambda wildcards: PARAMS.entry("datasets", wildcards.dataset, "rendering"),
         # Names of folders are in no params, here and in clean_dataset: --cache would tell them apart.
-        software=versions_of("ftfy", "rensa", "mistral-common", "tokenizers", "pyarrow"),
+        software=PARAMS.versions_of("ftfy", "rensa", "mistral-common", "tokenizers", "pyarrow"),
         output_version=output_version("tokens/render_chats"),
     shell:
         'python -m workflow_scripts.tokens.render_chats --clean "$(dirname {input.train:q})"'
@@ -42,8 +42,8 @@ rule check_tokens:
         test="results/data/{dataset}/{model}/tokens/test.arrow",
         tokenizer="results/models/{model}/tokenizer",
     output:
-        check=update(TOKENS_GATE.verdict),
-        passed=TOKENS_GATE.passed,
+        check=update(GATES.tokens.verdict),
+        passed=GATES.tokens.passed,
     log:
         "logs/data/{dataset}/{model}/check_tokens.log",
     benchmark:
@@ -54,11 +54,11 @@ rule check_tokens:
         mem_mb=growing(4_000),
         runtime=growing(60),  # minutes
     params:
-        settings=TOKENS_GATE.settings,
+        settings=GATES.tokens.settings,
         clean=subpath(input.train_chats, parent=True),
         tokens=subpath(input.train, parent=True),
-        output_version=TOKENS_GATE.version,
-        last_attempt=last_attempt(TOKENS_GATE),
+        output_version=GATES.tokens.version,
+        last_attempt=GATES.last_attempt(GATES.tokens),
     shell:
         "python -m workflow_scripts.tokens.check_tokens --clean {params.clean:q}"
         " --tokens {params.tokens:q} --tokenizer {input.tokenizer:q}"

@@ -17,7 +17,7 @@ rule check_recipe:
         mem_mb=growing(500),
         runtime=growing(5),  # minutes
     params:
-        recipe=lambda wildcards: settings_json("recipes", wildcards.recipe),
+        recipe=lambda wildcards: PARAMS.entry("recipes", wildcards.recipe),
         output_version=output_version("train/check_recipe"),
     shell:
         "python -m workflow_scripts.train.check_recipe --facts {input.facts:q}"
@@ -28,8 +28,8 @@ rule check_recipe:
 rule plan_memory:
     """Gate: the run fits into the GPU's memory, or the nearest settings that do are named."""
     input:
-        facts=of_run("results/models/{model}/facts.json"),
-        plan=of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        plan=BUILD.of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
     output:
         memory_plan="results/runs/{run}/memory_plan.json",
     log:
@@ -37,17 +37,17 @@ rule plan_memory:
     benchmark:
         "benchmarks/runs/{run}/plan_memory.tsv"
     wildcard_constraints:
-        run=any_run_of(TRAINED_RUNS),
+        run=BUILD.any_run_of(BUILD.trained_runs),
     conda:
         "../envs/train.yaml"
     resources:
-        gpu=gpus_of_a_node,  # training's other nodes are like it
+        gpu=RESOURCES.gpus_of_a_node,  # training's other nodes are like it
         mem_mb=growing(4_000),
         runtime=growing(10),  # minutes
     params:
-        recipe=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
+        recipe=PARAMS.recipe,
         # Made of the resources, so that Snakemake runs nothing again when it changes.
-        training=lambda wildcards, resources: training_json(resources),
+        training=lambda wildcards, resources: PARAMS.training(resources),
         output_version=output_version("train/plan_memory"),
     shell:
         "python -m workflow_scripts.take_gpus {resources.gpu}"
@@ -59,11 +59,11 @@ rule plan_memory:
 rule train_adapter:
     """An adapter, over the rows of the plan; resumes from its own checkpoints, which are no output."""
     input:
-        checkpoint=of_run("results/models/{model}/checkpoint"),
-        facts=of_run("results/models/{model}/facts.json"),
-        train=of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
-        validation=of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
-        plan=of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
+        checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
+        facts=BUILD.of_run("results/models/{model}/facts.json"),
+        train=BUILD.of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
+        validation=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
+        plan=BUILD.of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
         memory_plan="results/runs/{run}/memory_plan.json",  # gate, read by none
     output:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
@@ -75,20 +75,20 @@ rule train_adapter:
     benchmark:
         "benchmarks/runs/{run}/train_adapter.tsv"
     wildcard_constraints:
-        run=any_run_of(TRAINED_RUNS),
+        run=BUILD.any_run_of(BUILD.trained_runs),
     conda:
         "../envs/train.yaml"
-    threads: threads_for_training
+    threads: RESOURCES.threads_of_training
     resources:
-        **(SEVERAL_NODES if CONFIG.training.nodes > 1 else {}),
-        gpu=gpus_for_training,
+        **RESOURCES.several_nodes(),
+        gpu=RESOURCES.gpus_of_training,
         nodes=CONFIG.training.nodes,
-        mem_mb=memory_for_models(CONFIG.training.gpus),  # of a node, with a process a GPU
+        mem_mb=memory_of_models(CONFIG.training.gpus),  # of a node, with a process a GPU
         runtime=1440,  # minutes; the next attempt goes on from the checkpoints
     params:
-        settings=lambda wildcards: settings_json("recipes", CONFIG.runs[wildcards.run].recipe),
+        settings=PARAMS.recipe,
         # As above.
-        training=lambda wildcards, resources: training_json(resources, CONFIG.training.nodes),
+        training=lambda wildcards, resources: PARAMS.training(resources, CONFIG.training.nodes),
         tokens=subpath(input.train, parent=True),
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.facts import MISTRAL_7B
 from tests.workflow.conftest import REPOSITORY, copy_workflow
+from workflow_scripts.handover.facts import FileFacts
 
 # A real model, of two files of 7 GB, whose training takes two nodes of four GPUs.
 OVERLAY = {"training": {"gpus": 4, "nodes": 2}, "awq": {"use": True}}
-FACTS = {"files": {"one": {"size_bytes": 7_000_000_000}, "two": {"size_bytes": 7_000_000_000}}}
+WEIGHTS = FileFacts(size_bytes=7_000_000_000)
+FACTS = MISTRAL_7B.changed(files={"1.safetensors": WEIGHTS, "2.safetensors": WEIGHTS})
 # Every rule that runs a program, as Snakemake has it, for a job of that model.
 READ = """
 import inspect, json
@@ -69,7 +72,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("resources")
     copy_workflow(folder)
     (folder / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    (folder / "facts.json").write_text(json.dumps(FACTS))
+    FACTS.write(folder / "facts.json")
     done = subprocess.run(
         [sys.executable, "-c", READ], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -17,10 +17,16 @@ That alone would let a failed gate through (Snakemake 9.27):
 from __future__ import annotations
 
 import ast
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from snakemake.io import IOFile, ancient
+from snakemake.iocontainers import Wildcards
+
+from workflow_scripts.orchestration.build import Build, output_version
 
 # Recorded params of the output at a path, as Snakemake writes them: the `repr` of each.
 RecordedParams = Callable[[str], Sequence[str] | None]
@@ -79,3 +85,68 @@ class Gate(NamedTuple):
             return f"{ATTEMPT}{time.time_ns()}"
         params = map(ast.literal_eval, recorded(self.verdict.format(**names)) or ())
         return next((one for one in params if str(one).startswith(ATTEMPT)), "")
+
+
+class Gates:
+    """The gates of a build, with what their rules and those that follow share.
+
+    Args:
+        workflow: Snakemake's own, which recorded the last attempts.
+    """
+
+    def __init__(self, build: Build, workflow: Any) -> None:  # untyped: Snakemake's
+        settings = build.config.evaluation.gates
+        self.build = build
+        self.workflow = workflow
+        self.tokens = Gate(
+            "results/data/{dataset}/{model}/tokens/check.json",
+            settings.tokens.model_dump_json(),
+            output_version("tokens/check_tokens"),
+        )
+        self.merged = Gate(
+            "results/runs/{run}/merged_check.json",
+            settings.merge.model_dump_json(),
+            output_version("merge/check_merged"),
+        )
+        self.gguf = Gate(
+            "results/runs/{run}/gguf_check.json",
+            settings.gguf.model_dump_json(),
+            output_version("quantize/check_gguf"),
+        )
+
+    def last_attempt(self, gate: Gate) -> Callable[[Wildcards], str]:
+        """A gate's param that changes until it passes."""
+
+        def recorded(path: str) -> Sequence[str] | None:
+            params: Sequence[str] | None = self.workflow.persistence.params(IOFile(path))
+            return params
+
+        return lambda wildcards: gate.last_attempt(dict(wildcards.items()), recorded)
+
+    def verdict_of_tokens(self) -> Any:  # untyped: an input function with a flag
+        """A run's verdict as input of what follows, which a verdict asked for again does not
+        re-run."""
+        return ancient(self.build.of_run(self.tokens.verdict))
+
+    def samples(self) -> str:
+        """What the figures of gates in reports and releases depend on; tolerances change none of
+        them."""
+        tolerances = {"merge": {"perplexity_increase_fraction"}, "gguf": {"kl_divergence_nats"}}
+        samples = self.build.config.evaluation.gates.model_dump(include=set(tolerances))
+        for gate, keys in tolerances.items():
+            for key in keys:
+                del samples[gate][key]
+        return json.dumps(samples | {"versions": [self.merged.version, self.gguf.version]})
+
+    def look_again(self) -> None:
+        """Make checkpoints of the gates that run again over finished work."""
+        config = self.build.config
+        places = [self.build.names(name) for name in config.runs if not config.is_frozen(name)]
+        for gate, rules in (
+            (self.tokens, ["check_tokens"]),
+            (self.merged, ["check_merged", "check_fetched_merged"]),
+            (self.gguf, ["check_gguf"]),
+        ):
+            if gate.judges_again(places):
+                for name in rules:
+                    self.workflow.get_rule(name).is_checkpoint = True

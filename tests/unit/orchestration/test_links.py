@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.unit.orchestration.test_build import wildcards
+from workflow_scripts.orchestration.links import Links
+
+RUN, BASE = "runs/mistral/evaluation", "evaluation/demo/stdlib-help"
+CHECKPOINT = "results/models/demo/checkpoint"
+ADAPTER = "results/runs/mistral/adapter/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("place", "link", "files", "arguments"),
+    [
+        (BASE, "base", {"checkpoint": CHECKPOINT}, ["--precision", "native"]),
+        (BASE, "base-nf4", {"checkpoint": CHECKPOINT}, ["--precision", "nf4"]),
+        (
+            RUN,
+            "adapter",
+            {"checkpoint": CHECKPOINT, "adapter": ADAPTER},
+            ["--adapter", "results/runs/mistral/adapter", "--precision", "nf4"],
+        ),
+        (
+            RUN,
+            "merged",
+            {
+                "checkpoint": "results/runs/mistral/merged",
+                "gate": "results/runs/mistral/merged_check.json",
+            },
+            [],
+        ),
+        (
+            RUN,
+            "Q8_0",
+            {
+                "gguf": "results/runs/mistral/gguf/mistral-Q8_0.gguf",
+                "gate": "results/runs/mistral/gguf_check.json",
+            },
+            [],
+        ),
+        (BASE, "base-F16", {"gguf": "results/models/demo/gguf/demo-F16.gguf"}, []),
+    ],
+)
+def test_a_link_is_made_up_of_its_files_and_said_to_the_program(
+    build, place, link, files, arguments
+):
+    links = Links(build())
+    asked = wildcards(place=place, link=link)
+    assert links.files(asked) == files
+    weights = [("--checkpoint" if "checkpoint" in files else "--gguf")]
+    weights.append(files.get("checkpoint") or files["gguf"])
+    assert links.arguments(asked, SimpleNamespace(**files)) == weights + arguments
+
+
+def test_a_gate_stops_and_is_no_reason_to_run_again(build):
+    files = Links(build()).files(wildcards(place=RUN, link="merged"))
+    assert files["gate"].flags["ancient"] is True
+    assert not getattr(files["checkpoint"], "flags", {})
+
+
+def test_a_quantization_is_compared_with_the_file_it_is_made_from(build):
+    links = Links(build())
+    source = links.source(wildcards(place=RUN, link="Q8_0"))
+    assert source == "results/runs/mistral/gguf/mistral-F16.gguf"
+
+
+def test_a_base_s_scores_are_asked_for_once_for_all_runs(build):
+    links = Links(build())
+    scores = links.files_of(links.build.runs, lambda link: [link.scores])
+    bases = [path for path in scores if "/base" in path]
+    assert len(bases) == 2 and len(scores) == len(set(scores)) == 2 + 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kinds"),
+    [({}, ["references"]), ({"names": ["mmlu"]}, ["tasks", "references"])],
+)
+def test_tasks_of_the_chain_are_those_that_the_config_names(build, overlay, kinds):
+    links = Links(build({"evaluation": {"tasks": overlay}}))
+    assert list(links.chain("mistral").link("merged").tasks) == kinds
+    assert not links.chain("mistral").link("F16").tasks
+
+
+def test_the_hub_is_named_where_the_base_is_as_it_is_there(build):
+    real = {"source": "owner/model"}
+    run = {"model": "real", "dataset": "stdlib-help", "merged": "owner/m"}
+    for model, hub_id in (
+        (real, "owner/model"),
+        (real | {"rope_scaling": {"type": "yarn", "factor": 2}}, None),
+        ({"source": "./folder"}, None),
+    ):
+        links = Links(build({"models": {"real": model}, "runs": {"real": run}}))
+        assert links.chain("real").hub_id == hub_id

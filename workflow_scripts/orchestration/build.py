@@ -1,0 +1,220 @@
+"""What a config builds: its runs, by how they begin, and the names that wildcards may take."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from snakemake.exceptions import WorkflowError
+from snakemake.io import temp
+from snakemake.iocontainers import Wildcards
+
+from workflow_scripts.handover import chain
+from workflow_scripts.settings import Config, RunSettings, sweeps
+
+ROOT = Path(__file__).parents[2]
+Runs = Mapping[str, RunSettings]
+InputFunction = Callable[[Wildcards], str]
+
+
+class Build:
+    """The config as rules ask for it.
+
+    Args:
+        config: validated.
+        written: the same as the user wrote it, with the sweeps in it.
+        cores: of this machine, where jobs run on it; None on a cluster.
+        is_shared: whether Snakemake was started with `--cache`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        written: dict[str, Any],  # untyped: as Snakemake read it
+        *,
+        cores: int | None = None,
+        is_shared: bool = False,
+    ) -> None:
+        self.config = config
+        self.cores = cores
+        self.is_shared = is_shared
+        self.sweeps = sweeps.expand(written)
+
+    # --- runs ---
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Those that reports show."""
+        return {name: self.config.runs[name] for name in self.config.build}
+
+    @cached_property
+    def made_runs(self) -> Runs:
+        """Those of them that this build makes."""
+        return self._not_frozen(self.runs)
+
+    @cached_property
+    def trained_runs(self) -> Runs:
+        return {name: run for name, run in self.config.runs.items() if run.is_trained}
+
+    @cached_property
+    def adapter_runs(self) -> Runs:
+        """Those that begin with an adapter of the user's."""
+        return {name: run for name, run in self.config.runs.items() if run.adapter}
+
+    @cached_property
+    def merged_runs(self) -> Runs:
+        """Those that begin with a merged model of the user's."""
+        return {name: run for name, run in self.config.runs.items() if run.merged}
+
+    @cached_property
+    def sweep_runs(self) -> list[str]:
+        """Names of the runs that sweeps stand for."""
+        return [name for names in self.sweeps.runs.values() for name in names]
+
+    @cached_property
+    def made_sweep_runs(self) -> list[str]:
+        return [name for name in self.sweep_runs if not self.config.is_frozen(name)]
+
+    def built(self, runs: Iterable[str], among: Iterable[str] | None = None) -> list[str]:
+        """Those of some runs that `build` names, in its order."""
+        wanted = set(runs)
+        return [name for name in (self.runs if among is None else among) if name in wanted]
+
+    @cached_property
+    def stopping_runs(self) -> list[str]:
+        """Those of the build that stop early by their validation loss."""
+        recipes = self.config.recipes
+        return [
+            name
+            for name, run in self.made_runs.items()
+            if run.recipe and recipes[run.recipe].early_stopping
+        ]
+
+    def _not_frozen(self, runs: Runs) -> Runs:
+        return {name: run for name, run in runs.items() if not self.config.is_frozen(name)}
+
+    # --- links ---
+
+    @cached_property
+    def quantizations(self) -> list[str]:
+        return list(self.config.gguf.quantizations)
+
+    @cached_property
+    def gguf_types(self) -> list[str]:
+        return ["F16", *self.quantizations]
+
+    @cached_property
+    def released_types(self) -> list[str]:
+        return self.gguf_types if self.config.retention.f16 else self.quantizations
+
+    @cached_property
+    def links(self) -> dict[str, chain.Link]:
+        """Every link that there can be."""
+        return {link.name: link for link in chain.links(self.quantizations)}
+
+    @cached_property
+    def compared_links(self) -> set[str]:
+        """Those that are compared token by token with the link that they are made from."""
+        return {name for name, link in self.links.items() if "divergence" in link.measured}
+
+    # --- models and datasets ---
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Those that the build's runs are of."""
+        return sorted({run.model for run in self.made_runs.values()})
+
+    def models_that(self, key: str) -> list[str]:
+        """Models with something under `key`: `transplant`, `generate`, `is_local`."""
+        return [name for name, model in self.config.models.items() if getattr(model, key)]
+
+    @cached_property
+    def hub_models(self) -> list[str]:
+        models = self.config.models.items()
+        return [name for name, model in models if model.source and not model.is_local]
+
+    @cached_property
+    def generated_datasets(self) -> list[str]:
+        return [name for name, dataset in self.config.datasets.items() if dataset.generate]
+
+    @cached_property
+    def hub_sources(self) -> set[str]:
+        return {
+            name
+            for dataset in self.config.datasets.values()
+            for name, source in dataset.all_sources.items()
+            if source.hub
+        }
+
+    # --- wildcards ---
+
+    def any_run_of(self, names: Iterable[str]) -> str:
+        """A wildcard constraint: a frozen run has no rules, its files are as the user's own."""
+        return any_of([name for name in names if not self.config.is_frozen(name)])
+
+    @cached_property
+    def any_place(self) -> str:
+        """Where measurements of a link go: below `runs/` or, of a base, below `evaluation/`."""
+        runs = self.any_run_of(self.config.runs)
+        models, datasets = any_of(self.config.models), any_of(self.config.datasets)
+        return f"runs/(?:{runs})/evaluation|evaluation/(?:{models})(?:/(?:{datasets}))?"
+
+    def names(self, run: str) -> dict[str, str]:
+        """What the wildcards of a run's files stand for."""
+        settings = self.config.runs[run]
+        packing = settings.packing or ""
+        names = {"model": settings.model, "dataset": settings.dataset, "packing": packing}
+        return {"run": run} | names
+
+    def owner(self, wildcards: Wildcards) -> dict[str, str]:
+        """Whose measurements a {place} holds: names of a run (not of a base), a model and a dataset
+        (not of what has nothing to do with one)."""
+        kind, name, *rest = wildcards.place.split("/")
+        if kind == "runs":
+            return self.names(name)
+        return {"model": name} | dict(zip(["dataset"], rest, strict=False))
+
+    def of_run(self, pattern: str) -> InputFunction:
+        """An input function: `pattern` with {model}, {dataset}, {packing} filled in from the run.
+        Other wildcards stay as they are for Snakemake."""
+        return lambda wildcards: pattern.format(**self.names(wildcards.run))
+
+    def of_place(self, pattern: str) -> InputFunction:
+        """An input function: `pattern` with the names of the {place}'s owner."""
+        return lambda wildcards: pattern.format_map({**wildcards, **self.owner(wildcards)})
+
+    # --- outputs ---
+
+    def kept(self, what: str, file: str) -> str:
+        """An output as the config wants it: one that does not stay goes once nothing needs it."""
+        flagged: str = file if getattr(self.config.retention, what) else temp(file)
+        return flagged
+
+
+def any_of(names: Iterable[str]) -> str:
+    """A wildcard constraint: one of these names and nothing else."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
+
+
+def output_version(stage: str) -> int:
+    """A stage's OUTPUT_VERSION, read without running it: a changed algorithm makes its files anew.
+
+    Args:
+        stage: room and program: `packing/pack_sequences`.
+    """
+    source = ROOT / "workflow_scripts" / f"{stage}.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OUTPUT_VERSION":
+            version: int = ast.literal_eval(node.value)
+            return version
+    raise WorkflowError(f"{source} has no OUTPUT_VERSION")
+
+
+def flagged(flag: str, files: Iterable[str]) -> list[str]:
+    """A flag with its files, or nothing where there are none."""
+    found = list(files)
+    return [flag, *found] if found else []

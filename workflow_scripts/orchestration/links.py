@@ -1,0 +1,122 @@
+"""The links of the chain as Snakemake sees them: their files, their arguments, where the
+measurements of runs are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from snakemake.io import ancient
+from snakemake.iocontainers import InputFiles, Wildcards
+
+from workflow_scripts.handover import chain
+from workflow_scripts.handover.chain import Chain, ChainSettings, LinkFiles, TaskKind
+from workflow_scripts.orchestration.build import Build, flagged
+
+
+class Links:
+    """Input functions and arguments of the rules that measure or report links."""
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        self.config = build.config
+        self.links = build.links
+
+    def files(self, wildcards: Wildcards) -> dict[str, str]:
+        """The files that make up a link, by name."""
+        link, names = self.links[wildcards.link], self.build.owner(wildcards)
+        weights = "gguf" if link.engine == "llama.cpp" else "checkpoint"
+        files = {weights: self._weights(link, names)}
+        if link.adapter:
+            files["adapter"] = link.adapter.format_map(names)
+        if link.gate:
+            files["gate"] = ancient(link.gate.format_map(names))  # read by none
+        return files
+
+    def source(self, wildcards: Wildcards) -> str:
+        """The weights of the link that a link is made from."""
+        source = self.links[wildcards.link].source
+        assert source is not None  # of those that are compared with one
+        return self._weights(self.links[source], self.build.owner(wildcards))
+
+    def _weights(self, link: chain.Link, names: dict[str, str]) -> str:
+        return link.weights.format_map({**names, "link": link.name})
+
+    def arguments(self, wildcards: Wildcards, input: InputFiles) -> list[str]:
+        """Which model is measured."""
+        link = self.links[wildcards.link]
+        if link.engine == "llama.cpp":
+            return ["--gguf", input.gguf]
+        if link.precision == "trained":
+            return self.live_adapter(self.build.owner(wildcards)["run"], input)
+        precision = ["--precision", link.precision] if link.precision else []
+        return ["--checkpoint", input.checkpoint, *precision]
+
+    def live_adapter(self, run: str, input: InputFiles) -> list[str]:
+        """Arguments of what was trained, live on the base it was trained on."""
+        adapter = str(Path(input.adapter).parent)
+        precision = self.config.trained_precision(run)
+        return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", precision]
+
+    @property
+    def task_links(self) -> list[str]:
+        """One that honours the window, and the file that people run."""
+        return ["merged", self.build.quantizations[-1]]
+
+    @property
+    def context_links(self) -> list[str]:
+        of_merged = self.config.evaluation.context.of_merged
+        return self.task_links if of_merged else self.task_links[1:]
+
+    @property
+    def sample_links(self) -> list[str]:
+        """Of the overview: the base, the tuned model and the file that people run, both by
+        llama.cpp."""
+        return ["base", "F16", self.build.quantizations[-1]]
+
+    @property
+    def task_kinds(self) -> list[TaskKind]:
+        """What the tasks are: those that the config names, and reference answers."""
+        return ["tasks", "references"] if self.config.evaluation.tasks.names else ["references"]
+
+    def chain_settings(self, run: str) -> ChainSettings:
+        """What the chain of a run depends on."""
+        settings = self.config.runs[run]
+        model = self.config.models[settings.model]
+        is_as_published = model.source and not model.is_local and not model.rope_scaling
+        return ChainSettings(
+            run=settings,
+            quantizations=tuple(self.build.quantizations),
+            awq=self.config.awq.use,
+            base_gguf=self.config.evaluation.base_gguf,
+            texts=tuple(self.config.evaluation.texts),
+            context=("base", *self.context_links),
+            tasks=("base", *self.task_links),
+            task_kinds=tuple(self.task_kinds),
+            hub_id=model.source if is_as_published else None,
+        )
+
+    def chain(self, run: str) -> Chain:
+        """Where everything measured of a run is."""
+        return chain.chain_of(run, self.chain_settings(run))
+
+    def scores(self, run: str) -> list[str]:
+        """From the base to the smallest file."""
+        return [link.scores for link in self.chain(run).links]
+
+    def files_of(
+        self, runs: Iterable[str], files_of: Callable[[LinkFiles], Iterable[str | None]]
+    ) -> list[str]:
+        """Some files of every link of some runs; a base's once for all runs that share it.
+
+        Args:
+            files_of: of a link; None where there is none.
+        """
+        links = [link for run in runs for link in self.chain(run).links]
+        return sorted({file for link in links for file in files_of(link) if file})
+
+    def also_measured(self) -> list[str]:
+        """Arguments of reports: what they tell of links beside scores and speed."""
+        evaluation = self.config.evaluation
+        asked = {"context": evaluation.context.use, "tasks": evaluation.tasks.use}
+        return flagged("--with", [what for what, is_asked in asked.items() if is_asked])
