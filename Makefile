@@ -30,7 +30,7 @@ lint: .venv/.tests-installed
 
 schema: .venv/.installed  ## write config/config.schema.json, the table in config/README.md, docs/records.md
 	python -m workflow_scripts.settings_documents
-	python -m workflow_scripts.handover.documents
+	python -m workflow_scripts.handover.reference_page
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… make)")'

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts.chats import schemas
-from workflow_scripts.chats.messages import Function, Message, ToolCall
+from workflow_scripts.chats.messages import CALL_ID, Function, Message, ToolCall
 from workflow_scripts.chats.rejections import Rejected
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from workflow_scripts.settings import ReadingSettings
 
-# mistral-common's, for functions and for the ids of calls.
-FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # mistral-common's
 NO_ID = (None, "", "null")  # "null" is what mistral-common puts for none
 ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 # Far below the depth at which Python's recursion ends, for the JSON that rendering reads again.

@@ -5,8 +5,11 @@ These are plain dicts: a million conversations pass by, and Arrow and mistral-co
 
 from __future__ import annotations
 
+import re
 from typing import NotRequired, TypedDict
 
+# mistral-common's, for the ids of tool calls.
+CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 SPLITS = ("train", "validation", "test")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import log
-from workflow_scripts.evaluate import links
+from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
 from workflow_scripts.handover.answers import Answer, Answers
 from workflow_scripts.handover.facts import Facts
@@ -46,7 +46,7 @@ class Asked(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) as model:
             given = [by_llama_cpp(model, eos)(one.prompt, settings.max_tokens) for one in asked]
     else:
-        scorer = links.load_transformers(arguments, facts)
+        scorer = link_arguments.load_transformers(arguments, facts)
         given = [
             by_transformers(scorer.model, eos)(one.prompt, settings.max_tokens) for one in asked
         ]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workflow_scripts import log
-from workflow_scripts.evaluate import links
+from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.speed import Phase, Speed, SpeedTest, Times
 from workflow_scripts.scoring.pieces import comparable_tokens
@@ -38,7 +38,7 @@ logger = log.stage_logger("benchmark_inference")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--settings", required=True, help="JSON of `evaluation.inference`")
     parser.add_argument("--speed", type=Path, required=True, help="to write: JSON")
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) as model:
             seconds = measure(tests_of(Gguf(model)), settings.repetitions)
     else:
-        scorer = links.load_transformers(arguments, facts)
+        scorer = link_arguments.load_transformers(arguments, facts)
         device = str(scorer.model.device)
         seconds = measure(tests_of(Transformers(scorer.model)), settings.repetitions)
     speed = Speed(
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             llama_bench_row(phase, depth, lengths[phase], times)
             for (phase, depth), times in seconds.items()
         ),
-        size_bytes=links.size_bytes(arguments),
+        size_bytes=link_arguments.size_bytes(arguments),
         peak_memory_bytes=peak_memory_bytes(device),
     )
     speed.write(arguments.speed)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.evaluate import links
-from workflow_scripts.evaluate.answers import answer, summarize
+from workflow_scripts.evaluate import link_arguments
+from workflow_scripts.evaluate.long_prompts import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
 from workflow_scripts.evaluate.questions import WITHOUT_DEPTH
 from workflow_scripts.handover.context import (
@@ -58,7 +58,7 @@ logger = log.stage_logger("evaluate_context")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument(
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cells = measure(model, prompts, lengths, settings)
             gain = long_gain(model, documents, context, settings)
     else:
-        loaded = links.load_transformers(arguments, facts)
+        loaded = link_arguments.load_transformers(arguments, facts)
         cells = measure(loaded, prompts, lengths, settings)
         gain = long_gain(loaded, documents, context, settings)
     by_length = scores_by_length(cells)

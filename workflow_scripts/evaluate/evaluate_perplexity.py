@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
-from workflow_scripts.evaluate import links
+from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.scores import Distance, Divergence, Scores
 from workflow_scripts.scoring import pieces as cutting
@@ -39,7 +39,7 @@ logger = log.stage_logger("evaluate_perplexity")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--reference", type=Path, help="the F16 GGUF that --gguf was made from")
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.gguf:
         nats = score_gguf(arguments, pieces)
     else:
-        precision = links.measured_precision(arguments.precision, arguments.checkpoint)
+        precision = link_arguments.measured_precision(arguments.precision, arguments.checkpoint)
         long = {
             number
             for number, document in enumerate(documents)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = Scores(
         piece_tokens=piece_tokens,
         n_pieces=len(pieces),
-        size_bytes=links.size_bytes(arguments),
+        size_bytes=link_arguments.size_bytes(arguments),
         **dict(tokens.metrics()),
         by_position=tokens.by_position(),
         by_turn=tokens.by_turn(),
@@ -182,7 +182,7 @@ def score_transformers(
     """
     from workflow_scripts.scoring.likelihood import score_documents
 
-    model = links.load_transformers(arguments, facts)
+    model = link_arguments.load_transformers(arguments, facts)
     nats = score_documents(model, shown(pieces))
     if long is None:
         return nats, None

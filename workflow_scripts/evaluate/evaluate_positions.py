@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.evaluate import links
+from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.scores import PositionScores
 from workflow_scripts.scoring.pieces import Piece
@@ -30,7 +30,7 @@ logger = log.stage_logger("evaluate_positions")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_transformers_arguments(parser)
+    link_arguments.add_transformers_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
     parser.add_argument("--settings", required=True, help="JSON of `evaluation`, its scoring keys")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix="raise datasets.<name>.cleaning.validation_fraction",
         )
     started = time.perf_counter()
-    model = links.load_transformers(arguments, facts)
+    model = link_arguments.load_transformers(arguments, facts)
     shown = log.progress(pieces, logger, total=len(pieces), unit="conversations")
     tokens = TokenScores.of(
         documents,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         positions={piece.document: piece.scored for piece in pieces},
     )
     scores = PositionScores(
-        precision=links.measured_precision(arguments.precision),
+        precision=link_arguments.measured_precision(arguments.precision),
         sliding_window=facts.sliding_window,
         n_tokens_beyond_context=sum(
             max(0, len(document.input_ids) - facts.context_tokens) for document in documents

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.demo.recall import CHANCE_NATS
-from workflow_scripts.evaluate import links
-from workflow_scripts.evaluate.answers import answer, summarize
+from workflow_scripts.evaluate import link_arguments
+from workflow_scripts.evaluate.long_prompts import answer, summarize
 from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
 from workflow_scripts.handover.context import Cell, RecallScores
 from workflow_scripts.handover.facts import Facts
@@ -34,7 +34,7 @@ logger = log.stage_logger("evaluate_recall")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_transformers_arguments(parser)
+    link_arguments.add_transformers_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--chats", type=Path, required=True, help="held-out conversations: Parquet")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     started = time.perf_counter()
-    model = links.load_transformers(arguments, facts)
+    model = link_arguments.load_transformers(arguments, facts)
     # The longest first, so that what cannot be made stops at once.
     cells = [
         (length, depth) for length in sorted(lengths, reverse=True) for depth in settings.depths
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers = [answer(model, needle) for needle in needles]
         measured.append(summarize(answers, length_tokens=length, depth_fraction=depth))
     scores = RecallScores(
-        precision=links.measured_precision(arguments.precision),
+        precision=link_arguments.measured_precision(arguments.precision),
         sliding_window=facts.sliding_window,
         chance_nats_per_answer=CHANCE_NATS,
         cells=tuple(

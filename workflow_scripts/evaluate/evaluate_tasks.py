@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts import log
-from workflow_scripts.evaluate import harness, links
+from workflow_scripts.evaluate import harness, link_arguments
 from workflow_scripts.evaluate.task_scores import Sample, write_samples
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.tasks import TaskScore, TaskScores
@@ -37,7 +37,7 @@ logger = log.stage_logger("evaluate_tasks")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--settings", required=True, help="JSON of `evaluation.tasks`")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             scores, rows = evaluate(lm, settings, manager)
     else:
-        loaded = links.load_transformers(arguments, facts)
+        loaded = link_arguments.load_transformers(arguments, facts)
         lm = TransformersLM(loaded.model, tokenizer, max_length=max_length)
         scores, rows = evaluate(lm, settings, manager)
     report = TaskScores(

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from workflow_scripts import files, log
-from workflow_scripts.evaluate import links
-from workflow_scripts.evaluate.answers import wilson_interval
+from workflow_scripts.evaluate import link_arguments
+from workflow_scripts.evaluate.long_prompts import wilson_interval
 from workflow_scripts.evaluate.task_scores import Sample, write_samples
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.tasks import ReferenceScores, TaskScore
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    links.add_arguments(parser)
+    link_arguments.add_arguments(parser)
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
@@ -148,7 +148,7 @@ def answered(
             arguments.gguf, context_tokens=context, n_threads=arguments.threads
         ) as model:
             return rows(by_llama_cpp(model, eos))
-    return rows(by_transformers(links.load_transformers(arguments, facts).model, eos))
+    return rows(by_transformers(link_arguments.load_transformers(arguments, facts).model, eos))
 
 
 def matches(answer: str, references: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ from workflow_scripts import files, log
 from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.metrics import RunMetrics
 from workflow_scripts.report import results
-from workflow_scripts.report.metrics import measured_files, metrics_of
+from workflow_scripts.report.metric_sources import measured_files, metrics_of
 
 OUTPUT_VERSION = 5
 logger = log.stage_logger("collect_metrics")

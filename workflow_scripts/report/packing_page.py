@@ -18,7 +18,7 @@ from workflow_scripts.tokens.documents import Documents
 N_FILL_BARS = 20
 
 
-STRATEGIES = {
+STRATEGY_TEXTS = {
     "best_fit": "Documents stay whole and apart: each goes to the fullest row that still holds it.",
     "concatenate": "Documents lie end to end and are cut where a row ends; attention runs on from"
     " one to the next.",

@@ -18,7 +18,7 @@ from workflow_scripts.handover.answers import Answer
 from workflow_scripts.report import figures, plots, results, samples, stages, verdicts
 from workflow_scripts.report.claims import Claim, claims
 from workflow_scripts.report.comparison_table import comparison
-from workflow_scripts.report.metrics import measured_files
+from workflow_scripts.report.metric_sources import measured_files
 from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import Table
 

@@ -16,7 +16,7 @@ from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.packing import PackingReport
 from workflow_scripts.packing.plan import read_plan
 from workflow_scripts.report.packing_page import (
-    STRATEGIES,
+    STRATEGY_TEXTS,
     cost_html,
     histograms_html,
     masks_html,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
     intro = (
-        f"<p>{STRATEGIES[plan.strategy]}</p>"
+        f"<p>{STRATEGY_TEXTS[plan.strategy]}</p>"
         f'<p class="quiet">{pages.visible(str(arguments.plan))}</p>'
     )
     files.write_text(arguments.page, pages.page("Packing of the training rows", intro + body))

@@ -11,7 +11,7 @@ from llama_cpp.server import app as library
 from llama_cpp.server.settings import ServerSettings
 from starlette.concurrency import run_in_threadpool
 
-from workflow_scripts.serve.models import Models
+from workflow_scripts.serve.loaded_models import Models
 from workflow_scripts.serve.requests import ChatRequest, refusal, refused
 
 CHATS = "/v1/chat/completions"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from workflow_scripts import log
 from workflow_scripts.log import StageError
 from workflow_scripts.release.modelfile import SAMPLING
-from workflow_scripts.serve import models, release
+from workflow_scripts.serve import loaded_models, release
 from workflow_scripts.serve.prompts import Message, Prompts
 
 if TYPE_CHECKING:
@@ -39,14 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=SAMPLING["temperature"])
     parser.add_argument("--max-tokens", type=int, help="longest answer; default: what fits")
     parser.add_argument("--seed", type=int, help="default: another answer every time")
-    models.add_arguments(parser)
+    loaded_models.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
     chosen = release.read(arguments.release)
     prompts = Prompts(chosen.tokenizer)
-    llama = models.load(chosen, prompts, models.device_of(arguments))
+    llama = loaded_models.load(chosen, prompts, loaded_models.device_of(arguments))
     try:
-        tell(f"{chosen.name}, {models.context_of(llama)} tokens of context; /system, /new, /quit")
+        tell(
+            f"{chosen.name}, {loaded_models.context_of(llama)} tokens of context; /system, /new,"
+            " /quit"
+        )
         # llama-cpp-python would begin with one seed at every start.
         seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
         sampling = {**SAMPLING, "temperature": arguments.temperature, "seed": seed}
@@ -118,7 +121,7 @@ class Conversation:
 
     def _forget(self) -> None:
         """Drop the oldest turns until the rest leaves room for an answer."""
-        n_ctx = models.context_of(self.llama)
+        n_ctx = loaded_models.context_of(self.llama)
         n_forgotten = 0
         while len(self.prompts.render(self._messages())) > (1 - ANSWER_FRACTION) * n_ctx:
             if len(self.turns) == 1:

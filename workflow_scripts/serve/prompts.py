@@ -9,11 +9,11 @@ sets the one BOS, and a text never makes a control token.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from workflow_scripts.chats.messages import CALL_ID
 from workflow_scripts.models.tokenizer_files import (
     find_tokenizer,
     load_mistral_tokenizer,
@@ -22,8 +22,6 @@ from workflow_scripts.models.tokenizer_files import (
 
 if TYPE_CHECKING:
     from llama_cpp.llama_types import ChatCompletionTool
-
-CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 class CalledFunction(TypedDict):

@@ -15,8 +15,8 @@ from pydantic import GetPydanticSchema, model_validator
 from starlette.responses import JSONResponse
 
 from workflow_scripts.release.modelfile import SAMPLING
-from workflow_scripts.serve.answers import forced_tools
-from workflow_scripts.serve.models import Models
+from workflow_scripts.serve.completions import forced_tools
+from workflow_scripts.serve.loaded_models import Models
 from workflow_scripts.serve.prompts import Message, UnusableChat
 
 # A JSON object, whatever its keys: mistral-common checks it when the prompt is rendered.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.log import StageError
-from workflow_scripts.serve import models, release
+from workflow_scripts.serve import loaded_models, release
 
 KEY_VARIABLE = "TRAMONTANE_API_KEY"
 logger = log.stage_logger("server")
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--draft", type=Path, help="smaller release of the same tokenizer: speculative decoding"
     )
     parser.add_argument("--draft-tokens", type=int, default=8, help="tokens guessed at a time")
-    models.add_arguments(parser)
+    loaded_models.add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key-file", type=Path, help=f"else {KEY_VARIABLE}, else no key")
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.serve.application import application
 
-    served = models.Models(
+    served = loaded_models.Models(
         [release.read(path) for path in arguments.releases],
-        models.device_of(arguments),
+        loaded_models.device_of(arguments),
         adapters=dict(named_file(text) for text in arguments.adapter),
         draft=release.read(arguments.draft) if arguments.draft else None,
         n_ahead=arguments.draft_tokens,

@@ -24,10 +24,6 @@ from workflow_scripts.settings.datasets import (
     RenderingSettings,
     SourceSettings,
 )
-from workflow_scripts.settings.documents import (
-    config_schema,
-    option_tables,
-)
 from workflow_scripts.settings.errors import (
     SettingsError,
 )
@@ -67,6 +63,10 @@ from workflow_scripts.settings.models import (
     RandomModelSettings,
     RopeScalingSettings,
     TransplantSettings,
+)
+from workflow_scripts.settings.reference_page import (
+    config_schema,
+    option_tables,
 )
 from workflow_scripts.settings.runs import (
     RunSettings,

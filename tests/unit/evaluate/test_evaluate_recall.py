@@ -13,7 +13,7 @@ from workflow_scripts import files
 from workflow_scripts.chats.conversations import clean_schema
 from workflow_scripts.demo.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_recall
-from workflow_scripts.evaluate.answers import Answer, answer, summarize, wilson_interval
+from workflow_scripts.evaluate.long_prompts import Answer, answer, summarize, wilson_interval
 from workflow_scripts.evaluate.needles import Needle
 from workflow_scripts.evaluate.questions import Question
 from workflow_scripts.scoring.transformers_model import TransformersModel

@@ -8,8 +8,8 @@ import pytest
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import match_references
-from workflow_scripts.evaluate.answers import wilson_interval
 from workflow_scripts.evaluate.greedy import by_llama_cpp
+from workflow_scripts.evaluate.long_prompts import wilson_interval
 from workflow_scripts.handover.tasks import ReferenceScores
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel

@@ -13,7 +13,7 @@ from tests.tasks import task_scores
 from tests.unit.evaluate.test_task_scores import score_of
 from workflow_scripts import files
 from workflow_scripts.report import claims, report_overview
-from workflow_scripts.report.metrics import metrics_of
+from workflow_scripts.report.metric_sources import metrics_of
 
 
 @pytest.fixture

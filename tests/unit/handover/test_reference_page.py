@@ -5,18 +5,18 @@ from typing import Any, Literal
 import pytest
 
 from tests.conftest import REPOSITORY
-from workflow_scripts.handover import documents
+from workflow_scripts.handover import reference_page
 from workflow_scripts.handover.facts import Facts, FileFacts, RopeStretch
 from workflow_scripts.settings import RecipeSettings
 
 
 def test_the_page_of_records_is_that_of_the_classes() -> None:
-    text = (REPOSITORY / documents.PAGE).read_text(encoding="utf-8")
-    assert text == documents.page(), "run `make schema` and commit what it wrote"
+    text = (REPOSITORY / reference_page.PAGE).read_text(encoding="utf-8")
+    assert text == reference_page.page(), "run `make schema` and commit what it wrote"
 
 
 def test_a_record_has_its_file_and_every_field_with_its_meaning() -> None:
-    text = documents.page()
+    text = reference_page.page()
     assert "| `facts.json` | [Facts](#facts) |" in text
     section = text.partition("### Facts\n")[2].partition("\n## ")[0]
     assert section.startswith(
@@ -29,25 +29,29 @@ def test_a_record_has_its_file_and_every_field_with_its_meaning() -> None:
 
 
 def test_a_part_of_other_records_names_no_file() -> None:
-    assert documents.files_of(Facts) == "`facts.json`"
-    assert documents.files_of(FileFacts) == ""
-    assert documents.files_of(RopeStretch) == ""  # a key in backticks, which is no file
+    assert reference_page.files_of(Facts) == "`facts.json`"
+    assert reference_page.files_of(FileFacts) == ""
+    assert reference_page.files_of(RopeStretch) == ""  # a key in backticks, which is no file
 
 
 def test_a_record_names_its_file_or_is_a_part_of_others() -> None:
-    text = documents.page()
-    records = [one for module in documents._modules() for one in documents.records_of(module)]
+    text = reference_page.page()
+    records = [
+        one for module in reference_page._modules() for one in reference_page.records_of(module)
+    ]
     bases = {base for record in records for base in record.__mro__[1:]}
     alone = [
         record.__name__
         for record in records
-        if not (documents.files_of(record) or record in bases or f"[{record.__name__}](#" in text)
+        if not (
+            reference_page.files_of(record) or record in bases or f"[{record.__name__}](#" in text
+        )
     ]
     assert alone == []
 
 
 def test_a_file_that_is_one_mapping_has_no_table() -> None:
-    section = documents.page().partition("### QuantizationPlan\n")[2].partition("\n## ")[0]
+    section = reference_page.page().partition("### QuantizationPlan\n")[2].partition("\n## ")[0]
     assert "The file is an object of [TensorTypes](#tensortypes) by name." in section
     assert "| field |" not in section
 
@@ -66,7 +70,7 @@ def test_a_file_that_is_one_mapping_has_no_table() -> None:
     ],
 )
 def test_the_unit_is_the_end_of_a_name(name: str, unit: str) -> None:
-    assert documents.unit_of(name) == unit
+    assert reference_page.unit_of(name) == unit
 
 
 @pytest.mark.parametrize(
@@ -85,4 +89,4 @@ def test_the_unit_is_the_end_of_a_name(name: str, unit: str) -> None:
     ],
 )
 def test_a_type_is_told_as_json_has_it(annotation: Any, expected: str) -> None:
-    assert documents.in_json(annotation) == expected
+    assert reference_page.in_json(annotation) == expected

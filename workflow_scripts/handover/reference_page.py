@@ -1,6 +1,6 @@
 """Write `docs/records.md`: the files that pass between stages, field by field.
 
-python -m workflow_scripts.handover.documents            (or: make schema)
+python -m workflow_scripts.handover.reference_page            (or: make schema)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from workflow_scripts.serve import answers
+from workflow_scripts.serve import completions
 from workflow_scripts.serve.prompts import UnusableChat
 
 WITH_SPACE = SimpleNamespace(has_leading_space=True, version="v3")
@@ -20,7 +20,7 @@ def chunks(*texts, finish_reason="stop"):
 
 
 def streamed(*texts, begins="", reads_calls=True, **options):
-    shaped = answers._streamed(
+    shaped = completions._streamed(
         chunks(*texts, **options), begins, WITH_SPACE, reads_calls=reads_calls
     )
     return [chunk["choices"][0] for chunk in shaped]
@@ -55,21 +55,21 @@ def test_what_is_no_call_stays_text():
 
 @pytest.mark.parametrize("written", ["", "null", "[]", "{}", '"f"', "[1]", '[{"arguments": {}}]'])
 def test_calls_are_a_list_of_names_and_arguments(written):
-    assert answers.parse_calls(written) is None
+    assert completions.parse_calls(written) is None
 
 
 def test_a_call_without_an_id_gets_one_of_nine_characters_of_its_own():
     written = json.dumps([{"name": "f", "arguments": {}}] * 2)
-    first, second = (call["id"] for call in answers.parse_calls(written))
+    first, second = (call["id"] for call in completions.parse_calls(written))
     assert len(first) == len(second) == 9 and first != second and first.isalnum()
 
 
 def test_a_choice_of_tools_is_those_that_are_offered():
     tools = [{"function": {"name": name}} for name in ("f", "g")]
     chosen = {"type": "function", "function": {"name": "g"}}
-    assert answers.forced_tools(tools, chosen) == tools[1:]
-    assert answers.forced_tools(tools, "required") == tools
-    assert answers.forced_tools(tools, "auto") == answers.forced_tools(tools, None) == []
+    assert completions.forced_tools(tools, chosen) == tools[1:]
+    assert completions.forced_tools(tools, "required") == tools
+    assert completions.forced_tools(tools, "auto") == completions.forced_tools(tools, None) == []
     for choice, offered in ((chosen, tools[:1]), ("required", None)):
         with pytest.raises(UnusableChat, match="no tool that is offered"):
-            answers.forced_tools(offered, choice)
+            completions.forced_tools(offered, choice)

@@ -15,7 +15,7 @@ from workflow_scripts import files, log
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 from workflow_scripts.release.modelfile import DEFAULT_CONTEXT_TOKENS
-from workflow_scripts.serve import answers
+from workflow_scripts.serve import completions
 from workflow_scripts.serve.prompts import Prompts
 from workflow_scripts.serve.release import Release
 
@@ -113,7 +113,7 @@ def load(
     # llama.cpp rounds the context up, llama-cpp-python's buffers it does not: what is over would be
     # past the model's window, or past the buffers' end.
     llama._n_ctx = n_ctx
-    answers.install(llama, prompts)
+    completions.install(llama, prompts)
     return llama
 
 

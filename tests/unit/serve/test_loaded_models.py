@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.serve.conftest import CHATS
 from workflow_scripts.log import StageError
-from workflow_scripts.serve import models, release
+from workflow_scripts.serve import loaded_models, release
 from workflow_scripts.serve.prompts import Prompts
 
 
@@ -20,12 +20,12 @@ def parrot(released):
 def test_a_draft_guesses_what_the_model_says_and_saves_it_steps(parrot, n_ahead):
     """Of a draft that is the model itself every guess is right."""
     prompts = Prompts(parrot.tokenizer)
-    device = models.Device(n_threads=1)
-    small = models.load(parrot, prompts, device)
-    draft = models.DraftModel(small, n_ahead=n_ahead)
+    device = loaded_models.Device(n_threads=1)
+    small = loaded_models.load(parrot, prompts, device)
+    draft = loaded_models.DraftModel(small, n_ahead=n_ahead)
     steps = {}
     for name, runs_ahead in (("alone", None), ("drafted", draft)):
-        llama = models.load(parrot, prompts, device, draft=runs_ahead)
+        llama = loaded_models.load(parrot, prompts, device, draft=runs_ahead)
         prompt = prompts.render(CHATS["question"][0][:-1])
         n_evaluated = []
         evaluate = llama.eval
@@ -39,8 +39,10 @@ def test_a_draft_guesses_what_the_model_says_and_saves_it_steps(parrot, n_ahead)
 
 
 def test_past_its_context_a_draft_guesses_nothing(parrot):
-    llama = models.load(parrot, Prompts(parrot.tokenizer), models.Device(n_ctx=32, n_threads=1))
-    draft = models.DraftModel(llama, n_ahead=4)
+    llama = loaded_models.load(
+        parrot, Prompts(parrot.tokenizer), loaded_models.Device(n_ctx=32, n_threads=1)
+    )
+    draft = loaded_models.DraftModel(llama, n_ahead=4)
     tokens = np.ones(40, dtype=np.intc)
     assert [len(draft(tokens[:n])) for n in (10, 30, 31, 32, 40)] == [4, 2, 1, 0, 0]
     llama.close()
@@ -51,8 +53,8 @@ def test_an_answer_ends_where_the_context_does_though_llama_cpp_has_more(parrot)
     prompts = Prompts(parrot.tokenizer)
     messages = CHATS["question"][0][:-1]
     n_ctx = len(prompts.render(messages)) + 5
-    llama = models.load(parrot, prompts, models.Device(n_ctx=n_ctx, n_threads=1))
-    assert llama.n_ctx() > models.context_of(llama) == n_ctx
+    llama = loaded_models.load(parrot, prompts, loaded_models.Device(n_ctx=n_ctx, n_threads=1))
+    assert llama.n_ctx() > loaded_models.context_of(llama) == n_ctx
     answer = llama.create_chat_completion(messages, temperature=0.0)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == n_ctx
@@ -62,8 +64,8 @@ def test_an_answer_ends_where_the_context_does_though_llama_cpp_has_more(parrot)
 def test_nothing_computed_with_one_adapter_is_read_with_another(parrot, formal_adapter):
     """Greedy answers hide it: the last token alone can tell the models apart."""
     prompt = Prompts(parrot.tokenizer).render(CHATS["question"][0][:-1])
-    served = models.Models(
-        [parrot], models.Device(n_threads=1), adapters={"formal": formal_adapter}
+    served = loaded_models.Models(
+        [parrot], loaded_models.Device(n_threads=1), adapters={"formal": formal_adapter}
     )
 
     def logits(name):
@@ -84,7 +86,7 @@ def test_a_draft_of_another_tokenizer_is_refused(parrot, released, official_toke
         shutil.copyfile(path, tmp_path / path.name)
     shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model.v2")
     with pytest.raises(StageError, match="another tokenizer"):
-        models.check_draft(parrot, release.read(tmp_path))
+        loaded_models.check_draft(parrot, release.read(tmp_path))
 
 
 def test_a_release_is_named_by_its_run_and_a_file_by_itself(released, tmp_path):

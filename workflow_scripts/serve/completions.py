@@ -14,7 +14,8 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from workflow_scripts.serve.prompts import CALL_ID, Message, Prompts, UnusableChat
+from workflow_scripts.chats.messages import CALL_ID
+from workflow_scripts.serve.prompts import Message, Prompts, UnusableChat
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -131,7 +132,7 @@ def calls_grammar(tools: Sequence[ChatCompletionTool], prompts: Prompts) -> Llam
             "arguments": function.get("parameters") or {"type": "object"},
         }
         if prompts.version != "v2":
-            properties["id"] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+            properties["id"] = {"type": "string", "pattern": f"^{CALL_ID.pattern}$"}
         calls.append(
             {
                 "type": "object",
