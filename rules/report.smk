@@ -289,7 +289,7 @@ rule report_loss:
 
 
 rule report_overview:
-    """The first page: the runs side by side, their differences in words, published figures."""
+    """The first page: the runs side by side, their differences in words, answers to read."""
     input:
         chains=TARGETS.chains(),
         metrics=TARGETS.metrics(),
@@ -314,13 +314,11 @@ rule report_overview:
     params:
         also=LINKS.also_measured(),
         samples=[*flagged("--sampled", TARGETS.sampled_runs()), "--samples", *LINKS.sample_links],
-        # Of the steps before, for a figure: no input, as no step of them makes the page anew.
-        records=".snakemake/metadata",
         output_version=output_version("report/report_overview"),
     shell:
         "python -m workflow_scripts.report.report_overview --chains {input.chains:q}"
-        " {params.also:q} {params.samples:q} --records {params.records:q}"
-        " --page {output.page:q} --headline {output.headline:q} > {log:q} 2>&1"
+        " {params.also:q} {params.samples:q} --page {output.page:q}"
+        " --headline {output.headline:q} > {log:q} 2>&1"
 
 
 rule report_run:

@@ -1,28 +1,24 @@
 """The first page of the report: the runs side by side, what may be said of their differences, the
-hand-overs that were proven, answers to read, and published figures beside what was measured here.
+hand-overs that were proven, and answers to read.
 
 python -m workflow_scripts.report.report_overview --chains results/runs/*/chain.json
-    --sampled mistral --samples base F16 Q4_K_M
-    --records .snakemake/metadata --page overview.html --headline headline.md
+    --sampled mistral --samples base F16 Q4_K_M --page overview.html --headline headline.md
 """
 
 from __future__ import annotations
 
 import argparse
-import graphlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.handover.answers import Answer
-from workflow_scripts.report import figures, plots, results, samples, stages, verdicts
-from workflow_scripts.report.claims import Claim, claims
+from workflow_scripts.report import figures, plots, results, samples, verdicts
 from workflow_scripts.report.comparison_table import comparison
-from workflow_scripts.report.metric_sources import measured_files
 from workflow_scripts.report.results import Gates, RunResults
 from workflow_scripts.report.tables import Table
 
-OUTPUT_VERSION = 5
+OUTPUT_VERSION = 6
 MOST_SAMPLES = 4
 logger = log.stage_logger("report_overview")
 
@@ -34,16 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--samples", nargs="+", default=[], help="links that answered, the base first"
     )
-    parser.add_argument(
-        "--records", type=Path, required=True, help="what Snakemake noted of each file it made"
-    )
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
     arguments = parser.parse_args(argv)
 
     runs = results.read_results(arguments.chains, arguments.also)
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
-    side_by_side, published = comparison(runs), published_figures(claims(runs))
+    side_by_side = comparison(runs)
     gates = [results.read_gates(run.chain) for run in runs]
     sampled = [run for run in runs if run.name in arguments.sampled]
     body = "".join(map(pages.paragraph, said))
@@ -53,16 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     body += figures.inline(
         plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
     )
-    body += f"<h2>{pages.visible(published.title)}</h2>" + table_html(published, is_of_words=True)
-    body += "<h2>How the figures came about</h2>" + stages_html(
-        runs, arguments.also, arguments.records
-    )
     files.write_text(arguments.page, pages.page("Overview", body))
     headline = [
         "## Headline",
         "\n".join(f"- {sentence}" for sentence in said),
         side_by_side.as_markdown(),
-        published.as_markdown(),
     ]
     files.write_text(arguments.headline, "\n\n".join(headline) + "\n")
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
@@ -92,45 +80,8 @@ def samples_html(runs: Sequence[RunResults], links: Sequence[str]) -> str:
     return "<h2>The same questions, before and after</h2>" + pages.remark(samples.REMARK) + shown
 
 
-def stages_html(runs: Sequence[RunResults], also: Collection[str], records: Path) -> str:
-    """What was run to make the files that the metrics stand in, from first to last."""
-    measured = {file for run in runs for file in measured_files(run.chain, also)}
-    found = stages.stages_of(sorted(measured), records)
-    if not found.stages:
-        return '<p class="quiet">Snakemake kept no record of how they were made.</p>'
-    minutes = sum(stage.seconds for stage in found.stages) / 60
-    caption = (
-        "Every step behind the figures of this page, as Snakemake recorded it: what a step reads"
-        " stands above it, with a line where nothing between says so already. Each box: program,"
-        f" folder of it, jobs, and their time from start to last file, {minutes:,.1f} minutes in"
-        " all, jobs side by side counted each."
-    )
-    if found.n_unrecorded:
-        caption += (
-            f" Of {pages.counted(found.n_unrecorded, 'file')} there is no record: what made only"
-            " these is not shown."
-        )
-    try:
-        return stages.figure(found, caption)
-    except graphlib.CycleError:
-        return '<p class="quiet">The steps follow each other in a circle: no figure of them.</p>'
-
-
-def table_html(table: Table, *, is_of_words: bool = False) -> str:
-    drawn = pages.table(table.header, table.rows, is_of_words=is_of_words)
-    return drawn + pages.remark(table.note)
-
-
-def published_figures(found: Sequence[Claim]) -> Table:
-    return Table(
-        title="Published figures, and what is known here",
-        note=(
-            "“Measured” is of the runs of this build, on this machine; “computed from shapes” needs"
-            " no run; what is “not measured here” is said to be so, not repeated."
-        ),
-        header=["", "published", "here", "how", "verdict"],
-        rows=[[one.what, one.published, one.here, one.kind, one.verdict] for one in found],
-    )
+def table_html(table: Table) -> str:
+    return pages.table(table.header, table.rows) + pages.remark(table.note)
 
 
 def handovers_html(runs: Sequence[RunResults], gates: Sequence[Gates]) -> str:

@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from workflow_scripts.settings.config import Config
-from workflow_scripts.settings.datasets import (
-    CleaningSettings,
-    DatasetSettings,
-    DecontaminationSettings,
-    DemoDatasetSettings,
-    NearDuplicateSettings,
-    PreviewSettings,
-    RenderingSettings,
-    SourceSettings,
-)
-from workflow_scripts.settings.evaluation import (
-    ContextSettings,
-    EvaluationSettings,
-    GateSettings,
-    GgufGateSettings,
-    InferenceSettings,
-    MergeBaseGateSettings,
-    MergeGateSettings,
-    RecallSettings,
-    SampleSettings,
-    TaskSettings,
-    TokensGateSettings,
-)
-from workflow_scripts.settings.export import (
-    AwqSettings,
-    GgufSettings,
-    ImatrixSettings,
-    MixSettings,
-    PushSettings,
-    RetentionSettings,
-)
 from workflow_scripts.settings.fields import Settings
-from workflow_scripts.settings.models import (
-    ModelSettings,
-    RandomModelSettings,
-    RopeScalingSettings,
-    TransplantSettings,
-)
-from workflow_scripts.settings.runs import RunSettings
-from workflow_scripts.settings.training import PackingSettings, RecipeSettings, TrainingSettings
 
 
 def config_schema() -> dict[str, Any]:  # untyped: JSON Schema
@@ -75,17 +36,7 @@ def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:  # untyped: JSON
 def option_tables() -> str:
     """Markdown: every option with its meaning, unit and default, a table a settings class."""
     sections = []
-    for table in (
-        Config, ModelSettings, RopeScalingSettings, TransplantSettings,
-        RandomModelSettings, DatasetSettings,
-        SourceSettings, DemoDatasetSettings, CleaningSettings, NearDuplicateSettings,
-        DecontaminationSettings, RenderingSettings, PreviewSettings, PackingSettings,
-        RecipeSettings, TrainingSettings, RunSettings, GgufSettings, MixSettings,
-        ImatrixSettings, AwqSettings, RetentionSettings, PushSettings, EvaluationSettings,
-        GateSettings, TokensGateSettings, MergeBaseGateSettings, MergeGateSettings,
-        GgufGateSettings, InferenceSettings, RecallSettings, ContextSettings, SampleSettings,
-        TaskSettings,
-    ):  # fmt: skip
+    for table in dict.fromkeys(_tables(Config)):
         path, _, meaning = (table.__doc__ or "").partition(": ")
         title = path if table is not Config else "Top level"
         lines = [f"### {title}", "", _one_line(meaning or path), ""]
@@ -94,6 +45,22 @@ def option_tables() -> str:
             lines.append(f"| `{name}` | {_default(field)} | {_one_line(field.description)} |")
         sections.append("\n".join(lines))
     return "\n\n".join(sections) + "\n"
+
+
+def _tables(table: type[Settings]) -> Iterator[type[Settings]]:
+    """A settings class and those of its options, in their order."""
+    yield table
+    for field in table.model_fields.values():
+        for inner in _settings_in(field.annotation):
+            yield from _tables(inner)
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings classes in a type: one, one or none, many by name."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _settings_in(argument)
 
 
 def _default(field: FieldInfo) -> str:
