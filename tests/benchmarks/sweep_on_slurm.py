@@ -25,8 +25,7 @@ from typing import Any
 import yaml
 
 from tests.benchmarks.machine import REPOSITORY, circumstances, versions
-from tests.slurm.conftest import HERE as SLURM
-from tests.slurm.conftest import SYSTEM, free_port
+from tests.slurm.conftest import HERE as SLURM, SYSTEM, free_port
 from tests.workflow.conftest import TINY, copy_workflow
 from workflow_scripts import files
 

@@ -7,8 +7,7 @@ import stat
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError

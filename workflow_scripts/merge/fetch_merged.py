@@ -20,8 +20,7 @@ from workflow_scripts.handover.facts import Facts, ModelShape, RopeParameters
 from workflow_scripts.handover.provenance import GivenOrigin
 from workflow_scripts.log import StageError
 from workflow_scripts.merge import user_models
-from workflow_scripts.models import checkpoint as checkpoints
-from workflow_scripts.models import tensors
+from workflow_scripts.models import checkpoint as checkpoints, tensors
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1

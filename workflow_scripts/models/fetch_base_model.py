@@ -17,8 +17,7 @@ from pathlib import Path
 from workflow_scripts import files, hub, log
 from workflow_scripts.handover.origin import Origin
 from workflow_scripts.log import StageError
-from workflow_scripts.models import checkpoint as checkpoints
-from workflow_scripts.models import tokenizer_files
+from workflow_scripts.models import checkpoint as checkpoints, tokenizer_files
 from workflow_scripts.settings import ModelSettings, settings_from_json
 
 OUTPUT_VERSION = 1

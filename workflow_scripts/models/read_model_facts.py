@@ -20,8 +20,7 @@ from pathlib import Path
 
 from workflow_scripts import files, log
 from workflow_scripts.handover.facts import Facts, FileFacts
-from workflow_scripts.models import checkpoint as checkpoints
-from workflow_scripts.models import tensors, tokenizer_files
+from workflow_scripts.models import checkpoint as checkpoints, tensors, tokenizer_files
 from workflow_scripts.settings import RopeScalingSettings, settings_from_json
 
 OUTPUT_VERSION = 2

@@ -24,8 +24,7 @@ from workflow_scripts import log
 from workflow_scripts.handover.training import MemoryParts, Setup, TrainingManifest
 from workflow_scripts.models.exhaustion import exhausts_memory
 from workflow_scripts.settings import RecipeSettings, TrainingSettings, settings_from_json
-from workflow_scripts.train import checkpoints as checkpointing
-from workflow_scripts.train import processes
+from workflow_scripts.train import checkpoints as checkpointing, processes
 from workflow_scripts.train.checkpoints import Checkpoints
 from workflow_scripts.train.job import Job
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pyarrow import parquet
 
 from tests import hub_server

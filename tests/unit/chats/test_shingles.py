@@ -6,8 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts.chats import shingles
 from workflow_scripts.chats.shingles import comparable_text, ngram_hashes, word_hashes, words

@@ -5,8 +5,7 @@ import unicodedata
 
 import ftfy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts.chats import text_repair
 from workflow_scripts.chats.text_repair import mend_whitespace, repair_unicode

@@ -12,8 +12,7 @@ from tests.unit.models.test_checkpoint import MINISTRAL_8B, MISTRAL_7B_V01, MIXT
 from tests.unit.train.mixtral import save_mixtral, tiny_mixtral
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.models import checkpoint as checkpoints
-from workflow_scripts.models import tensors
+from workflow_scripts.models import checkpoint as checkpoints, tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -8,8 +8,7 @@ import shutil
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers.pre_tokenizers import ByteLevel

@@ -4,8 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.facts import MISTRAL_7B
 from workflow_scripts.packing.balance import MAX_IMBALANCE, NO_ROW, order_rows, step_imbalance

@@ -3,8 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.packing.packing import Piece, Rows

@@ -4,8 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from mistral_common.tokens.tokenizers.tekken import is_tekkenizer
 
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer

@@ -5,8 +5,7 @@ import statistics
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from snakemake.utils import update_config
 
 from tests.conftest import REPOSITORY

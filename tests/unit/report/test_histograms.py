@@ -4,8 +4,7 @@ import math
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts.report.histograms import count_ticks, histogram_svg, length_edges
 

@@ -5,8 +5,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pydantic import TypeAdapter
 
 from workflow_scripts.settings import Name, RecipeSettings, SettingsError, load_config, sweeps

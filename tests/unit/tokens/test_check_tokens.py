@@ -5,8 +5,7 @@ import shutil
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.chats.messages import SPLITS

@@ -4,8 +4,7 @@ import logging
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.chats.rejections import check_rejected

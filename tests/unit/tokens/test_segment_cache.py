@@ -8,8 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer

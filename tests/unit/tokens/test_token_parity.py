@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts.log import StageError
 from workflow_scripts.tokens.token_parity import choose_sample, compare, learnable_answers

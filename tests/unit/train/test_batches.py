@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from workflow_scripts.packing.balance import NO_ROW
 from workflow_scripts.packing.packing import STRATEGIES, Piece, Pieces, Rows

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.facts import facts_of
 from tests.unit.train.mixtral import N_EXPERTS, save_mixtral, tiny_mixtral
