@@ -54,7 +54,7 @@ def test_other_settings_without_its_use_run_nothing(tiny: Path, overlay) -> None
 
 def test_it_is_calibrated_on_training_text_alone(workflow, overlay) -> None:
     result = workflow("export", "-n", "-p", "--cores", 8, "--configfile", overlay())
-    commands = [line for line in result.stdout.splitlines() if "export.quantize_awq" in line]
+    commands = [line for line in result.stdout.splitlines() if "quantize.quantize_awq" in line]
     assert len(commands) == 2
     for line in commands:
         assert "tokens/train.arrow" in line

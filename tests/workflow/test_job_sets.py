@@ -147,7 +147,7 @@ def test_a_type_that_needs_an_imatrix_asks_for_it_by_itself(workflow, tmp_path: 
 
 def test_the_imatrix_is_computed_on_training_text_alone(workflow) -> None:
     result = workflow("-n", "-p", "--cores", 8)
-    commands = [line for line in result.stdout.splitlines() if "export.compute_imatrix" in line]
+    commands = [line for line in result.stdout.splitlines() if "quantize.compute_imatrix" in line]
     assert len(commands) == 2
     for line in commands:
         assert "tokens/train.arrow" in line

@@ -93,7 +93,7 @@ def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
         text=True,
         check=True,
     ).stdout
-    line = next(line for line in shown.splitlines() if "export.plan_disk" in line)
+    line = next(line for line in shown.splitlines() if "release.plan_disk" in line)
     settings = json.loads(line.split("--settings '")[1].split("'")[0])
     assert list(settings["runs"]) == config.build == ["mistral"]
     assert settings["gguf"]["quantizations"] == list(config.gguf.quantizations) == ["Q6_K"]
