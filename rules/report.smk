@@ -60,10 +60,11 @@ rule report_tasks:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
+        asked=LINKS.task_arguments(),
         output_version=output_version("report/report_tasks"),
     shell:
         "python -m workflow_scripts.report.report_tasks --chains {input.chains:q}"
-        " --tsv {output.tsv:q} --markdown {output.markdown:q} --html {output.html:q}"
+        " {params.asked:q} --tsv {output.tsv:q} --markdown {output.markdown:q} --html {output.html:q}"
         " > {log:q} 2>&1"
 
 
@@ -406,10 +407,11 @@ rule report_context:
         mem_mb=growing(1_000),
         runtime=growing(10),  # minutes
     params:
+        asked=LINKS.context_arguments(),
         output_version=output_version("report/report_context"),
     shell:
         "python -m workflow_scripts.report.report_context --chains {input.chains:q}"
-        " --tsv {output.tsv:q}"
+        " {params.asked:q} --tsv {output.tsv:q}"
         " --markdown {output.markdown:q} --html {output.html:q} > {log:q} 2>&1"
 
 

@@ -186,26 +186,6 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(workflow, tmp_path: Path)
     assert '"learning_rate":0.0002' in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("model", "hub_ids"),
-    [
-        ({}, '{"mistral-7b-v0.1": "mistralai/Mistral-7B-v0.1"}'),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "{}"),
-        ({"source": "./own", "revision": None}, "{}"),
-    ],
-    ids=["as it is", "stretched", "a folder"],
-)
-def test_published_figures_are_held_against_a_base_that_is_as_the_hub_has_it(
-    workflow, tmp_path: Path, model: dict, hub_ids: str
-) -> None:
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"models": {"mistral-7b-v0.1": model}}))
-    overlay = REPOSITORY / "config" / "models" / "mistral-7b-v0.1.yaml"
-    result = workflow("-n", "-p", "--cores", 8, "--configfile", overlay, "own.yaml")
-    text = result.stdout + result.stderr
-    overview = [line for line in text.splitlines() if "report.report_overview" in line]
-    assert len(overview) == 1 and f'"hub_ids": {hub_ids}' in overview[0]
-
-
 def test_the_smoke_setting_caps_every_training(workflow) -> None:
     result = workflow("-n", "-p", "--cores", 8, "--config", "max_steps=2")
     text = result.stdout + result.stderr

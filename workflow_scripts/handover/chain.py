@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from workflow_scripts.handover.record import Record
 from workflow_scripts.settings import RunSettings
@@ -188,17 +188,11 @@ class ChainSettings(Settings):
     base_gguf: bool = False
     texts: tuple[str, ...] = ()
     """Names of the texts of `evaluation.texts`."""
-    context: tuple[str, ...] = ()
-    """Links whose usable context is measured."""
-    tasks: tuple[str, ...] = ()
-    """Links that are asked tasks."""
-    task_kinds: tuple[TaskKind, ...] = ()
-    hub_id: str | None = None
-    """Where the base is on the Hub, if it was taken as it is there."""
 
 
 class LinkFiles(Record):
-    """Where the measurements of a link are; null where one is not made of it."""
+    """Where the measurements of a link are; null where one is never made of it. The files of
+    `context`, `answers` and `tasks` are there if the config asked for them."""
 
     name: str
     title: str
@@ -229,8 +223,6 @@ class Chain(Record):
     run: str
     settings: RunSettings
     """`runs.<name>` of the config."""
-    hub_id: str | None
-    """Where the base is on the Hub, if it was taken as it is there."""
     facts: str
     cleaning_report: str
     packing_report: str | None
@@ -271,7 +263,6 @@ def chain_of(run: str, settings: ChainSettings) -> Chain:
     return Chain(
         run=run,
         settings=settings.run,
-        hub_id=settings.hub_id,
         facts=f"results/models/{settings.run.model}/facts.json",
         cleaning_report=f"{data}/clean/cleaning_report.json",
         packing_report=(
@@ -295,15 +286,14 @@ def chain_of(run: str, settings: ChainSettings) -> Chain:
 def _files(
     link: Link, source: str | None, names: dict[str, str], settings: ChainSettings
 ) -> LinkFiles:
-    def path(measurement: Measurement, *, is_asked: bool = True, text: str = "") -> str | None:
-        if measurement not in link.measured or not is_asked:
+    def path(measurement: Measurement, *, text: str = "") -> str | None:
+        if measurement not in link.measured:
             return None
         return link.file(measurement, text=text).format(**names)
 
     scores = link.file("scores").format(**names)
     texts = {text: path("text", text=text) for text in settings.texts}
-    kinds = settings.task_kinds if link.name in settings.tasks else ()
-    tasks = {kind: path(kind) for kind in kinds}
+    tasks = {kind: path(kind) for kind in get_args(TaskKind)}
     return LinkFiles(
         name=link.name,
         title=link.title,
@@ -315,7 +305,7 @@ def _files(
         divergence=path("divergence"),
         speed=path("speed"),
         texts={text: file for text, file in texts.items() if file},
-        context=path("context", is_asked=link.name in settings.context),
+        context=path("context"),
         answers=path("answers"),
         tasks={kind: file for kind, file in tasks.items() if file},
     )

@@ -60,13 +60,13 @@ class Links:
 
     @property
     def task_links(self) -> list[str]:
-        """One that honours the window, and the file that people run."""
-        return ["merged", self.build.quantizations[-1]]
+        """The base, one more that honours the window, and the file that people run."""
+        return ["base", "merged", self.build.quantizations[-1]]
 
     @property
     def context_links(self) -> list[str]:
         of_merged = self.config.evaluation.context.of_merged
-        return self.task_links if of_merged else self.task_links[1:]
+        return [link for link in self.task_links if link != "merged" or of_merged]
 
     @property
     def sample_links(self) -> list[str]:
@@ -81,19 +81,12 @@ class Links:
 
     def chain_settings(self, run: str) -> ChainSettings:
         """What the chain of a run depends on."""
-        settings = self.config.runs[run]
-        model = self.config.models[settings.model]
-        is_as_published = model.source and not model.is_local and not model.rope_scaling
         return ChainSettings(
-            run=settings,
+            run=self.config.runs[run],
             quantizations=tuple(self.build.quantizations),
             awq=self.config.awq.use,
             base_gguf=self.config.evaluation.base_gguf,
             texts=tuple(self.config.evaluation.texts),
-            context=("base", *self.context_links),
-            tasks=("base", *self.task_links),
-            task_kinds=tuple(self.task_kinds),
-            hub_id=model.source if is_as_published else None,
         )
 
     def chain(self, run: str) -> Chain:
@@ -115,8 +108,16 @@ class Links:
         links = [link for run in runs for link in self.chain(run).links]
         return sorted({file for link in links for file in files_of(link) if file})
 
+    def context_arguments(self) -> list[str]:
+        return flagged("--context", self.context_links)
+
+    def task_arguments(self) -> list[str]:
+        return [*flagged("--tasks", self.task_links), *flagged("--kinds", self.task_kinds)]
+
     def also_measured(self) -> list[str]:
         """Arguments of reports: what they tell of links beside scores and speed."""
         evaluation = self.config.evaluation
-        asked = {"context": evaluation.context.use, "tasks": evaluation.tasks.use}
-        return flagged("--with", [what for what, is_asked in asked.items() if is_asked])
+        return [
+            *(self.context_arguments() if evaluation.context.use else []),
+            *(self.task_arguments() if evaluation.tasks.use else []),
+        ]

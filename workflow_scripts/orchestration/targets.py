@@ -169,11 +169,18 @@ class Targets:
 
     def contexts(self, runs: Iterable[str] | None = None) -> list[str]:
         """Usable context of the links that are asked."""
-        return self.links.files_of(self._shown(runs), lambda link: [link.context])
+        asked = self.links.context_links
+        return self.links.files_of(
+            self._shown(runs), lambda link: [link.context if link.name in asked else None]
+        )
 
     def task_scores(self, runs: Iterable[str] | None = None) -> list[str]:
         """Scores in tasks, with what every document scored."""
-        scores = self.links.files_of(self._shown(runs), lambda link: link.tasks.values())
+        asked, kinds = self.links.task_links, self.links.task_kinds
+        scores = self.links.files_of(
+            self._shown(runs),
+            lambda link: [link.tasks.get(kind) for kind in kinds if link.name in asked],
+        )
         return scores + [chain.samples_beside(file) for file in scores]
 
     def answers(self) -> list[str]:

@@ -28,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     (path,) = arguments.chains
     chain = Chain.read(path)
-    links = metrics_of(chain, arguments.also)
+    asked = results.Asked.of(arguments)
+    links = metrics_of(chain, asked)
     metrics = RunMetrics(
         run=chain.run,
         settings=chain.settings,
         links=links,
-        files={file: files.sha256(Path(file)) for file in measured_files(chain, arguments.also)},
+        files={file: files.sha256(Path(file)) for file in measured_files(chain, asked)},
     )
     metrics.write(arguments.metrics)
     n_metrics = sum(map(len, links.values()))

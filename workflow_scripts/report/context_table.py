@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from workflow_scripts.handover.chain import Chain
@@ -12,10 +12,16 @@ from workflow_scripts.report.tables import Table, with_error
 Reports = Mapping[str, ContextScores]
 
 
-def read(chain: Chain) -> Reports:
-    """Reports of evaluate_context by link, the base's first."""
+def read(chain: Chain, links: Sequence[str]) -> Reports:
+    """Reports of evaluate_context by link, the base's first.
+
+    Args:
+        links: those that were measured.
+    """
     return {
-        link.title: ContextScores.read(Path(link.context)) for link in chain.links if link.context
+        link.title: ContextScores.read(Path(link.context))
+        for link in chain.links
+        if link.context and link.name in links
     }
 
 

@@ -6,14 +6,14 @@ each of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from workflow_scripts import files
 from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.metrics import Metric
-from workflow_scripts.report.results import tasks
+from workflow_scripts.report.results import NOTHING_ASKED, Asked, tasks
 from workflow_scripts.report.task_table import name_of
 
 
@@ -106,27 +106,26 @@ SHAPE = (
 )
 
 
-def metrics_of(chain: Chain, also: Collection[str] = ()) -> dict[str, dict[str, Metric]]:
+def metrics_of(chain: Chain, asked: Asked = NOTHING_ASKED) -> dict[str, dict[str, Metric]]:
     """Of one run, by link and name, from the base's scores to the last file's; what is of the run
     as a whole under `run`.
 
     Args:
         chain: where the run's files are.
-        also: `context` and `tasks`, where those were measured.
     Raises:
         StageError: a file that the run must have is missing.
     """
-    found = [one for place in _places(chain, also) for one in _read(place)]
+    found = [one for place in _places(chain, asked) for one in _read(place)]
     by_link: dict[str, dict[str, Metric]] = {}
-    for link, name, metric in [*found, *(_read_tasks(chain) if "tasks" in also else [])]:
+    for link, name, metric in [*found, *_read_tasks(chain, asked)]:
         by_link.setdefault(link, {})[name] = metric
     return by_link
 
 
-def measured_files(chain: Chain, also: Collection[str] = ()) -> list[str]:
+def measured_files(chain: Chain, asked: Asked = NOTHING_ASKED) -> list[str]:
     """Those of `metrics_of`."""
-    of_tasks = [file for link in chain.links for file in link.tasks.values() if "tasks" in also]
-    return [*(place.file for place in _places(chain, also)), *of_tasks]
+    of_tasks = [file for link in chain.links for file in asked.tasks_of(link).values()]
+    return [*(place.file for place in _places(chain, asked)), *of_tasks]
 
 
 class Place(NamedTuple):
@@ -140,7 +139,7 @@ class Place(NamedTuple):
     """Of the metrics' names: what a link's text is called."""
 
 
-def _places(chain: Chain, also: Collection[str]) -> Iterator[Place]:
+def _places(chain: Chain, asked: Asked) -> Iterator[Place]:
     of_run: tuple[tuple[str | None, Sequence[Source]], ...] = (
         (chain.facts, SHAPE),
         (chain.packing_report, PACKING),
@@ -159,8 +158,8 @@ def _places(chain: Chain, also: Collection[str]) -> Iterator[Place]:
             yield Place(link.title, link.divergence, DIVERGENCE)
         for text, file in link.texts.items():
             yield Place(link.title, file, TEXT, f"{text}: ")
-        if link.context and "context" in also:
-            yield Place(link.title, link.context, CONTEXT)
+        if context := asked.context_of(link):
+            yield Place(link.title, context, CONTEXT)
 
 
 def _read(place: Place) -> Iterator[Found]:
@@ -183,10 +182,10 @@ def _read(place: Place) -> Iterator[Found]:
         yield Found(place.link, place.prefix + source.name, metric)
 
 
-def _read_tasks(chain: Chain) -> Iterator[Found]:
+def _read_tasks(chain: Chain, asked: Asked) -> Iterator[Found]:
     """Scores of every task and metric, with the ends of their interval where those are known."""
     for link in chain.links:
-        for kind, file in link.tasks.items():
+        for kind, file in asked.tasks_of(link).items():
             for number, score in enumerate(tasks(Path(file), kind).scores):
                 for end, key, value, error in (
                     ("", "score", score.score, score.standard_error),

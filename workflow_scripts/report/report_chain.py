@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, arguments.also)
+    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
     chain(runs).write(arguments)
     figures.save(plots.chain(runs), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)

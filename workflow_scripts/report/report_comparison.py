@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, arguments.also)
+    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
     comparison(runs).write(arguments)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 

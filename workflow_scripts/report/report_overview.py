@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, arguments.also)
+    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
     side_by_side = comparison(runs)
     gates = [results.read_gates(run.chain) for run in runs]

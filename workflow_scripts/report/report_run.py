@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
-    (run,) = results.read_results(arguments.chains, arguments.also)
+    (run,) = results.read_results(arguments.chains, results.Asked.of(arguments))
     sections = {
         "What came out": outcome_html(run),
         "The chain": chain_html(run),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from workflow_scripts.handover.chain import Chain, LinkFiles, TaskKind, samples_beside
 from workflow_scripts.handover.context import ContextScores
@@ -88,29 +88,61 @@ class RunResults:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--chains` and `--with`."""
+    """`--chains`, and what was measured of the links beside their scores and speed."""
     parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    add_context_argument(parser)
+    add_task_arguments(parser)
+
+
+def add_context_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", nargs="+", default=[], help="links with usable context")
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", nargs="+", default=[], help="links that were asked tasks")
     parser.add_argument(
-        "--with",
-        dest="also",
-        nargs="+",
-        choices=["context", "tasks"],
-        default=[],
-        help="what was measured of the links beside their scores and speed",
+        "--kinds", nargs="+", choices=get_args(TaskKind), default=[], help="what the tasks were"
     )
 
 
-def read_results(chains: Sequence[Path], also: Collection[str] = ()) -> list[RunResults]:
+class Asked(NamedTuple):
+    """What was measured of links beside their scores and speed."""
+
+    context: Sequence[str] = ()
+    """Links whose usable context was measured."""
+    tasks: Sequence[str] = ()
+    """Links that were asked tasks."""
+    kinds: Sequence[TaskKind] = ()
+    """What the tasks were."""
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Asked:
+        return cls(arguments.context, arguments.tasks, arguments.kinds)
+
+    def context_of(self, link: LinkFiles) -> str | None:
+        """The file of a link's usable context."""
+        return link.context if link.name in self.context else None
+
+    def tasks_of(self, link: LinkFiles) -> dict[TaskKind, str]:
+        """The files of what a link scored in tasks, by kind."""
+        if link.name not in self.tasks:
+            return {}
+        return {kind: file for kind, file in link.tasks.items() if kind in self.kinds}
+
+
+NOTHING_ASKED = Asked()
+
+
+def read_results(chains: Sequence[Path], asked: Asked = NOTHING_ASKED) -> list[RunResults]:
     """All runs of a report.
 
     Args:
         chains: `chain.json` of each.
-        also: `context` and `tasks`, where those were measured.
     """
-    return [_run(Chain.read(path), also) for path in chains]
+    return [_run(Chain.read(path), asked) for path in chains]
 
 
-def _run(chain: Chain, also: Collection[str]) -> RunResults:
+def _run(chain: Chain, asked: Asked) -> RunResults:
     titles = {link.name: link.title for link in chain.links}
     return RunResults(
         chain=chain,
@@ -121,12 +153,12 @@ def _run(chain: Chain, also: Collection[str]) -> RunResults:
             else None
         ),
         merge_base=MergeBaseChoice.read(Path(chain.merge_base)) if chain.merge_base else None,
-        links=[_link(link, titles, also) for link in chain.links],
+        links=[_link(link, titles, asked) for link in chain.links],
     )
 
 
-def _link(files: LinkFiles, titles: Mapping[str, str], also: Collection[str]) -> Link:
-    context = files.context if "context" in also else None
+def _link(files: LinkFiles, titles: Mapping[str, str], asked: Asked) -> Link:
+    context = asked.context_of(files)
     return Link(
         name=files.title,
         source=titles[files.source] if files.source else None,
@@ -138,7 +170,7 @@ def _link(files: LinkFiles, titles: Mapping[str, str], also: Collection[str]) ->
         divergence=Divergence.read(Path(files.divergence)) if files.divergence else None,
         texts={text: Scores.read(Path(path)) for text, path in files.texts.items()},
         context=ContextScores.read(Path(context)) if context else None,
-        tasks=read_tasks(files) if "tasks" in also else {},
+        tasks=read_tasks(asked.tasks_of(files)),
     )
 
 
@@ -156,9 +188,9 @@ def read_gates(chain: Chain) -> Gates:
     return Gates(merged, GgufCheck.read(Path(chain.gguf_check)))
 
 
-def read_tasks(files: LinkFiles) -> dict[TaskKind, Tasks]:
+def read_tasks(files: Mapping[TaskKind, str]) -> dict[TaskKind, Tasks]:
     """What a link scored in tasks, by their kind."""
-    return {kind: tasks(Path(path), kind) for kind, path in files.tasks.items()}
+    return {kind: tasks(Path(path), kind) for kind, path in files.items()}
 
 
 def tasks(path: Path, kind: TaskKind) -> Tasks:

@@ -30,9 +30,13 @@ class Link:
     """Of each score."""
 
 
-def read(chain: Chain) -> list[Link]:
+def read(chain: Chain, asked: measured.Asked) -> list[Link]:
     """Links of a run that were asked, its base first."""
-    return [_link(link.title, measured.read_tasks(link)) for link in chain.links if link.tasks]
+    return [
+        _link(link.title, measured.read_tasks(files))
+        for link in chain.links
+        if (files := asked.tasks_of(link))
+    ]
 
 
 def asked_links(run: measured.RunResults) -> list[Link]:

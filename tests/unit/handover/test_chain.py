@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workflow_scripts.handover.chain import Chain, ChainSettings, chain_of, links
+from workflow_scripts.handover.chain import Chain, ChainSettings, chain_of
 from workflow_scripts.report import write_chain
 
 TRAINED = {"model": "m", "dataset": "d", "packing": "p", "recipe": "r"}
@@ -57,9 +57,7 @@ def test_a_model_merged_elsewhere_has_no_adapter_and_nothing_of_a_training():
 
 
 def test_a_base_is_measured_once_for_all_runs_of_a_model_and_dataset():
-    found = chain(
-        texts=["wiki"], context=["base", "Q4_0"], tasks=["base"], task_kinds=["tasks", "references"]
-    )
+    found = chain(texts=["wiki"])
     base = found.base
     assert base.scores == "results/evaluation/m/d/base.json"
     assert base.token_scores == "results/evaluation/m/d/base.tokens.parquet"
@@ -75,9 +73,7 @@ def test_a_base_is_measured_once_for_all_runs_of_a_model_and_dataset():
 
 
 def test_a_quantization_has_all_its_measurements_in_the_folder_of_its_run():
-    link = chain(texts=["wiki"], context=["Q4_0"], tasks=["merged"], task_kinds=["tasks"]).link(
-        "Q4_0"
-    )
+    link = chain(texts=["wiki"]).link("Q4_0")
     place = "results/runs/x/evaluation"
     assert link.model_dump() == {
         "name": "Q4_0",
@@ -92,7 +88,7 @@ def test_a_quantization_has_all_its_measurements_in_the_folder_of_its_run():
         "texts": {"wiki": f"{place}/texts/wiki/Q4_0.json"},
         "context": f"{place}/Q4_0.context.json",
         "answers": f"{place}/Q4_0.answers.json",
-        "tasks": {},  # not asked
+        "tasks": {kind: f"{place}/Q4_0.{kind}.json" for kind in ("tasks", "references")},
     }
 
 
@@ -106,15 +102,13 @@ def test_a_quantization_has_all_its_measurements_in_the_folder_of_its_run():
     ],
 )
 def test_what_is_not_measured_of_a_link_has_no_path(name, lacks):
-    asked = [link.name for link in links(["Q8_0"])]
-    link = chain(awq=True, texts=["wiki"], context=asked).link(name)
+    link = chain(awq=True, texts=["wiki"]).link(name)
     assert {key for key, value in link.model_dump().items() if value is None} == lacks
-    assert bool(link.texts) == (name == "merged")
+    assert bool(link.texts) == bool(link.tasks) == (name == "merged")
 
 
 def test_the_program_writes_what_reports_read(tmp_path):
-    settings = ChainSettings(run=TRAINED, quantizations=["Q4_0"], hub_id="owner/m")
+    settings = ChainSettings(run=TRAINED, quantizations=["Q4_0"])
     path = tmp_path / "chain.json"
     write_chain.main(["--run", "x", "--settings", settings.model_dump_json(), "--chain", str(path)])
     assert Chain.read(path) == chain_of("x", settings)
-    assert Chain.read(path).hub_id == "owner/m"

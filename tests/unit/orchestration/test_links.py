@@ -75,22 +75,38 @@ def test_a_base_s_scores_are_asked_for_once_for_all_runs(build):
 
 
 @pytest.mark.parametrize(
-    ("overlay", "kinds"),
-    [({}, ["references"]), ({"names": ["mmlu"]}, ["tasks", "references"])],
+    ("tasks", "arguments"),
+    [
+        ({}, []),
+        ({"names": ["mmlu"]}, []),
+        ({"use": True}, ["--tasks", "base", "merged", "Q4_0", "--kinds", "references"]),
+        (
+            {"use": True, "names": ["mmlu"]},
+            ["--tasks", "base", "merged", "Q4_0", "--kinds", "tasks", "references"],
+        ),
+    ],
 )
-def test_tasks_of_the_chain_are_those_that_the_config_names(build, overlay, kinds):
-    links = Links(build({"evaluation": {"tasks": overlay}}))
-    assert list(links.chain("mistral").link("merged").tasks) == kinds
-    assert not links.chain("mistral").link("F16").tasks
+def test_reports_are_told_what_the_config_asks_for(build, tasks, arguments):
+    links = Links(build({"evaluation": {"tasks": tasks, "context": {"use": False}}}))
+    assert links.also_measured() == arguments
 
 
-def test_the_hub_is_named_where_the_base_is_as_it_is_there(build):
-    real = {"source": "owner/model"}
-    run = {"model": "real", "dataset": "stdlib-help", "merged": "owner/m"}
-    for model, hub_id in (
-        (real, "owner/model"),
-        (real | {"rope_scaling": {"type": "yarn", "factor": 2}}, None),
-        ({"source": "./folder"}, None),
-    ):
-        links = Links(build({"models": {"real": model}, "runs": {"real": run}}))
-        assert links.chain("real").hub_id == hub_id
+@pytest.mark.parametrize("of_merged", [True, False])
+def test_usable_context_is_of_the_merged_model_where_that_is_asked_for(build, of_merged):
+    context = {"use": True, "of_merged": of_merged}
+    found = Links(build({"evaluation": {"context": context}})).also_measured()
+    assert found == ["--context", "base", *(["merged"] if of_merged else []), "Q4_0"]
+
+
+def test_what_is_asked_for_is_no_part_of_the_chain(build):
+    """So that asking for more runs nothing but that."""
+    chains = [
+        Links(build({"evaluation": evaluation})).chain_settings("mistral")
+        for evaluation in (
+            {},
+            {"tasks": {"use": True, "names": ["mmlu"]}},
+            {"context": {"use": False, "of_merged": True}},
+            {"samples": {"use": False}},
+        )
+    ]
+    assert chains == [chains[0]] * 4

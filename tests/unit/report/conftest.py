@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.training import history_of, manifest_of, parts_of, plan_of_memory
 from tests.unit.evaluate.test_task_scores import rows_of, score_of
 from workflow_scripts.evaluate.task_scores import write_samples
 from workflow_scripts.handover.chain import ChainSettings, chain_of
-from workflow_scripts.report.results import RunResults, read_results
+from workflow_scripts.report.results import Asked, RunResults, read_results
 from workflow_scripts.scoring.token_scores import TokenScores
 from workflow_scripts.tokens.documents import Document
 
@@ -55,7 +56,7 @@ class Results:
 
     folder: Path
     settings: Mapping[str, ChainSettings]
-    also: tuple[str, ...] = ()
+    asked: Asked = Asked()
 
     @property
     def chains(self) -> list[Path]:
@@ -67,16 +68,16 @@ class Results:
 
     @property
     def arguments(self) -> list[str]:
-        return arguments_of(self.chains, self.also)
+        return arguments_of(self.chains, self.asked)
 
     @property
     def by_run(self) -> dict[str, list[str]]:
         """The arguments for each run alone."""
         chains = zip(self.settings, self.chains, strict=True)
-        return {run: arguments_of([path], self.also) for run, path in chains}
+        return {run: arguments_of([path], self.asked) for run, path in chains}
 
     def read(self) -> list[RunResults]:
-        return read_results(self.chains, self.also)
+        return read_results(self.chains, self.asked)
 
     def changed(
         self, runs: Mapping[str, Mapping[str, object]] | None = None, **settings: object
@@ -95,12 +96,14 @@ class Results:
         )
 
 
-def arguments_of(chains: Sequence[Path], also: Sequence[str] = ()) -> list[str]:
+def arguments_of(chains: Sequence[Path], asked: Asked) -> list[str]:
     """Arguments of a report."""
-    return ["--chains", *map(str, chains), *(["--with", *also] if also else [])]
+    flags = [[f"--{name}", *values] for name, values in asked._asdict().items() if values]
+    return ["--chains", *map(str, chains), *itertools.chain.from_iterable(flags)]
 
 
-ASKED = {"context": ["base", "merged", "Q4_K_M"], "tasks": ["base", "merged", "Q4_K_M"]}
+LINKS = ["base", "merged", "Q4_K_M"]
+ASKED = Asked(LINKS, LINKS, ["tasks", "references"])
 
 
 def chain_settings(run: str) -> ChainSettings:
@@ -247,10 +250,7 @@ def all_measured(results) -> Results:
         for link, right in (("merged", [1.0, 0.0, 1.0, number]), ("Q4_K_M", [1.0, 0.0, 0, number])):
             write_tasks(evaluation / f"{link}.tasks", right, HELLASWAG)
             write_tasks(evaluation / f"{link}.references", [*right, 0.0], REFERENCES)
-    measured = results.changed(
-        awq=True, texts=["wiki"], task_kinds=["tasks", "references"], **ASKED
-    )
-    return dataclasses.replace(measured, also=("context", "tasks"))
+    return dataclasses.replace(results.changed(awq=True, texts=["wiki"]), asked=ASKED)
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ def write(tmp_path, monkeypatch):
     }.items():
         report.write(results / path)
     chain = results / "chain.json"
-    chain_of("r", chain_settings("mistral").model_copy(update=ASKED)).write(chain)
+    chain_of("r", chain_settings("mistral")).write(chain)
     paths = [tmp_path / f"context.{form}" for form in ("tsv", "md", "html")]
     report_context.main(
-        ["--chains", str(chain)]
+        ["--chains", str(chain), "--context", *ASKED.context]
         + ["--tsv", str(paths[0]), "--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     return paths

@@ -12,11 +12,11 @@ from workflow_scripts.handover.chain import chain_of
 from workflow_scripts.report import report_tasks, task_table
 
 
-def chain_file(links, kinds):
+def asked(links, kinds):
+    """Arguments of a run whose base and links were asked."""
     path = Path("results", "chain.json")
-    asked = {"tasks": ["base", *links], "task_kinds": kinds}
-    chain_of("r", chain_settings("mistral").model_copy(update=asked)).write(path)
-    return str(path)
+    chain_of("r", chain_settings("mistral")).write(path)
+    return ["--chains", str(path), "--tasks", "base", *links, "--kinds", *kinds]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def write(tmp_path, monkeypatch):
         write_samples(path.with_name(f"{path.name}.parquet"), rows)
     paths = [tmp_path / f"tasks.{form}" for form in ("tsv", "md", "html")]
     report_tasks.main(
-        ["--chains", chain_file(["merged", "Q4_K_M"], ["tasks", "references"])]
+        [*asked(["merged", "Q4_K_M"], ["tasks", "references"])]
         + ["--tsv", str(paths[0]), "--markdown", str(paths[1]), "--html", str(paths[2])]
     )
     return paths
@@ -116,7 +116,7 @@ def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):
         reference_scores().write(results / f"{where}.references.json")
         write_samples(results / f"{where}.references.parquet", [])
     report_tasks.main(
-        ["--chains", chain_file(["merged"], ["references"])]
+        [*asked(["merged"], ["references"])]
         + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
     )
     assert "No task was asked" in (tmp_path / "html").read_text()

@@ -104,5 +104,7 @@ def test_settings_that_leave_no_choice_are_kept(unlimited, long_rows, tmp_path):
 
 def assert_says_what_to_do(text):
     assert "Traceback" not in text
-    for part in ("DefaultCPUAllocator", "predicted were", "to fix:", "rows  recomputed  offloads"):
+    # In the words of the allocator, or of the system where the weights could not be mapped again.
+    assert "DefaultCPUAllocator" in text or "Cannot allocate memory" in text, text
+    for part in ("predicted were", "to fix:", "rows  recomputed  offloads"):
         assert part in text, text
