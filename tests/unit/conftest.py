@@ -18,6 +18,8 @@ import pytest
 
 from tests import llama_cpp_tools
 from tests.facts import facts_of
+
+# Fixtures that several rooms use: pytest finds them by their names here.
 from tests.unit.prepared_chats import prepared, rendered  # noqa: F401
 from tests.unit.trained_adapters import imatrix_of, mixtral_gguf, train  # noqa: F401
 from workflow_scripts import files

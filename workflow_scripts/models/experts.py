@@ -55,6 +55,7 @@ class Nf4Tensor(torch.Tensor):
         return bitsandbytes.functional.dequantize_4bit(self.packed, self.state).view(self.shape)
 
     # torch declares these methods otherwise than it calls them.
+    # Torch's types have these three as those of a plain tensor; a subclass defines its own.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

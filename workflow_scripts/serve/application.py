@@ -33,6 +33,7 @@ def application(served: Models, api_key: str | None) -> FastAPI:
     """
     library.set_server_settings(ServerSettings(api_key=api_key, interrupt_requests=False))
     # Its own proxy holds one model at a time.
+    # In place of the library's own: it has the same methods, and is of no class of its.
     library._llama_proxy = served  # type: ignore[assignment]
     chats = APIRouter()
 

@@ -27,6 +27,7 @@ class ChatRequest(CreateChatCompletionRequest):
     """llama-cpp-python's request, as far as it is too narrow made wider."""
 
     # The library's types refuse what clients send (a null `content` beside tool calls).
+    # llama-cpp-python's types are narrower than what clients send.
     messages: list[Annotated[Message, AsSent]]  # type: ignore[assignment]
     tools: list[Annotated[ChatCompletionTool, AsSent]] | None = None
     tool_choice: str | Annotated[ChatCompletionNamedToolChoice, AsSent] | None = None  # type: ignore[assignment]
