@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 from snakemake.utils import min_version
@@ -5,14 +6,17 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-# Where this file lies: not where Snakemake runs with --directory, nor where a Snakefile lies that
-# takes this one as a module.
+# The folder of this file. Snakemake may run in another one (--directory), and another Snakefile may take
+# this one as a module.
 WORKFLOW_FOLDER = Path(workflow.current_basedir.get_path_or_uri(secret_free=True))
-OWN_CONFIG = Path("config", "config.yaml")
+sys.path.insert(0, str(WORKFLOW_FOLDER))
 
+from workflow_scripts.settings import config_files
 
-# Of the folder Snakemake runs in, where it has one.
-configfile: OWN_CONFIG if OWN_CONFIG.exists() else WORKFLOW_FOLDER / OWN_CONFIG
+# `start` in rules/common.smk puts the catalogue, config/config.yaml, below what is read here.
+for path in config_files.defaults(workflow.overwrite_configfiles):
+
+    configfile: path
 
 
 # With `--sdm apptainer`, and then alone: made of envs/tramontane.def.

@@ -1,8 +1,4 @@
 # What rules of every room use, and wildcard constraints; no rules.
-import sys
-
-sys.path.insert(0, str(WORKFLOW_FOLDER))
-
 # Functions and modules alone, under names that Snakemake, which shares this namespace, has not.
 from workflow_scripts.handover import chain as measured_chain
 from workflow_scripts.orchestration.build import any_of, flagged, output_version

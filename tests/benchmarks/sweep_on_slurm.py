@@ -26,7 +26,7 @@ import yaml
 
 from tests.benchmarks.machine import REPOSITORY, circumstances, versions
 from tests.slurm.conftest import HERE as SLURM, SYSTEM, free_port
-from tests.workflow.conftest import TINY, copy_workflow
+from tests.workflow.conftest import DEMO, TINY, copy_workflow
 from workflow_scripts import files
 
 RESULT = REPOSITORY / "tests" / "benchmarks" / "results" / "sweep_on_slurm.json"
@@ -88,7 +88,7 @@ def prepare(folder: Path, n_runs: int) -> list[Path]:
     overlay.write_text(
         yaml.safe_dump({"recipes": {"rates": recipe}, "runs": {"rates": run | {"recipe": "rates"}}})
     )
-    configs = [TINY, overlay]
+    configs = [DEMO, TINY, overlay]
     subprocess.run([*snakemake("data", configs), "--cores", "2", "--quiet"], cwd=folder, check=True)
     return configs
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.workflow.conftest import REPOSITORY, TINY, copy_workflow
+from tests.workflow.conftest import DEMO, REPOSITORY, TINY, copy_workflow
 from workflow_scripts.take_gpus import BATCH_JOBS
 
 HERE = Path(__file__).parent
@@ -206,7 +206,7 @@ def configured(folder: Path, overlay: dict) -> list[object]:
     """Arguments that run a copy of the workflow with an overlay over the tiny config."""
     path = folder / "overlay.yaml"
     path.write_text(yaml.safe_dump(overlay))
-    return ["--configfile", TINY, path]
+    return ["--configfile", DEMO, TINY, path]
 
 
 @pytest.fixture(scope="session")

@@ -318,6 +318,14 @@ def test_an_editor_finds_no_fault_with_a_config_that_ships(path):
     jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), config_schema())
 
 
+def test_an_editor_finds_no_fault_with_an_overlay_of_two_lines():
+    mine = {
+        "datasets": {"mine": {"files": ["a"]}},
+        "runs": {"mistral-7b-v0.3": {"dataset": "mine"}},
+    }
+    jsonschema.validate(mine, config_schema())
+
+
 @pytest.mark.parametrize(
     ("recipe", "is_right"),
     [

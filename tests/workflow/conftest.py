@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "config" / "demo.yaml"
 TINY = REPOSITORY / "tests" / "workflow" / "tiny.yaml"
 WORKFLOW = ("Snakefile", "config", "profiles", "rules", "envs", "workflow_scripts", "data")
 
@@ -57,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny build of both runs."""
     folder = tmp_path_factory.mktemp("tiny")
     copy_workflow(folder)
-    result = snakemake_in(folder)("--cores", os.cpu_count() or 1, "--configfile", TINY)
+    result = snakemake_in(folder)("--cores", os.cpu_count() or 1, "--configfile", DEMO, TINY)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     return folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, jobs_of, snakemake_in
 from workflow_scripts import files
 
 SETTINGS = {"use": True, "group_size": 32, "n_tokens": 2048}
@@ -26,7 +26,7 @@ def overlay(tmp_path: Path):
 
 
 def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) -> None:
-    jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, overlay()))
+    jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", DEMO, TINY, overlay()))
     assert jobs == {
         "plan_disk": 1,
         "quantize_awq": 2,
@@ -43,17 +43,17 @@ def test_it_adds_quantizing_and_scoring_and_what_gathers(tiny: Path, overlay) ->
 
 
 def test_the_target_export_makes_it(tiny: Path, overlay) -> None:
-    result = snakemake_in(tiny)("export", "-n", "--cores", 8, "--configfile", TINY, overlay())
+    result = snakemake_in(tiny)("export", "-n", "--cores", 8, "--configfile", DEMO, TINY, overlay())
     assert jobs_of(result) == {"plan_disk": 1, "quantize_awq": 2, "export": 1}
 
 
 def test_other_settings_without_its_use_run_nothing(tiny: Path, overlay) -> None:
     unused = overlay(awq={"use": False, "group_size": 64})
-    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, unused)) == {}
+    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", DEMO, TINY, unused)) == {}
 
 
 def test_it_is_calibrated_on_training_text_alone(workflow, overlay) -> None:
-    result = workflow("export", "-n", "-p", "--cores", 8, "--configfile", overlay())
+    result = workflow("export", "-n", "-p", "--cores", 8, "--configfile", DEMO, overlay())
     commands = [line for line in result.stdout.splitlines() if "quantize.quantize_awq" in line]
     assert len(commands) == 2
     for line in commands:
@@ -70,7 +70,7 @@ def built(tiny: Path, tmp_path_factory) -> Path:
     path = folder / "awq.yaml"
     path.write_text(yaml.safe_dump({"awq": SETTINGS, "build": ["mistral"]}))
     cores = os.cpu_count() or 1
-    result = snakemake_in(folder)("report", "--cores", cores, "--configfile", TINY, path)
+    result = snakemake_in(folder)("report", "--cores", cores, "--configfile", DEMO, TINY, path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     return folder
 

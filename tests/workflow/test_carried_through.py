@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, Snakemake, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, Snakemake, jobs_of, snakemake_in
 
 
 def commands(workflow: Snakemake, tmp_path: Path, overlay: dict, *targets: str) -> list[str]:
     """The shell commands of a dry run, each as one line."""
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(overlay))
-    result = workflow(*targets, "-n", "-p", "--cores", 8, "--configfile", path)
+    result = workflow(*targets, "-n", "-p", "--cores", 8, "--configfile", DEMO, path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return re.findall(
         r"^(?:Shell command:)?\s*(python -m .*)$", result.stdout + result.stderr, re.M
@@ -68,7 +68,7 @@ def test_scaling_fetches_no_model_and_tokenizes_nothing_again(tiny: Path, tmp_pa
     overlay = {"models": {"demo": {"rope_scaling": {"type": "yarn", "factor": 4}}}}
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(overlay))
-    jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, path))
+    jobs = jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", DEMO, TINY, path))
     assert jobs["read_model_facts"] == 1
     assert jobs["train_adapter"] == jobs["merge_adapter"] == 2
     untouched = {"build_random_model", "export_tokenizer", "clean_dataset", "render_chats"}

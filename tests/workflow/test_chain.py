@@ -136,9 +136,9 @@ def test_the_release_checks_its_own_sums(tiny: Path, run: str) -> None:
 
 
 def test_snakemakes_own_report_holds_the_tables_and_figures(tiny: Path) -> None:
-    from tests.workflow.conftest import TINY, snakemake_in
+    from tests.workflow.conftest import DEMO, TINY, snakemake_in
 
-    result = snakemake_in(tiny)("--configfile", TINY, "--report", "report.html")
+    result = snakemake_in(tiny)("--configfile", DEMO, TINY, "--report", "report.html")
     assert result.returncode == 0, result.stderr[-2000:]
     page = (tiny / "report.html").read_text(encoding="utf-8")
     for name in ("comparison.html", "chain.html", "chain.svg", "loss.svg"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import REPOSITORY, jobs_of
+from tests.workflow.conftest import DEMO, REPOSITORY, jobs_of
 from workflow_scripts import settings_documents
 
 MODELS = sorted((REPOSITORY / "config" / "models").glob("*.yaml"))
@@ -19,9 +19,19 @@ EXPERIMENTS = [
 ]
 
 
+def own_data(run: str) -> dict[str, object]:
+    """What a user writes to train a real model on their own chats."""
+    return {
+        "datasets": {"my-chats": {"files": ["data/sample-chats.jsonl"]}},
+        "runs": {run: {"dataset": "my-chats"}},
+    }
+
+
 @pytest.mark.parametrize("overlay", MODELS, ids=lambda path: path.stem)
-def test_the_overlay_of_a_real_model_builds_one_run(workflow, overlay: Path) -> None:
-    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", overlay))
+def test_the_overlay_of_a_real_model_builds_one_run(workflow, tmp_path, overlay: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(own_data(overlay.stem)))
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", overlay, mine))
     assert jobs["train_adapter"] == jobs["fetch_base_model"] == jobs["package_release"] == 1
     assert "build_demo_model" not in jobs
 
@@ -37,7 +47,7 @@ def test_there_is_an_overlay_for_every_model_that_is_promised() -> None:
 
 @pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_trains_its_runs_and_exports_nothing(workflow, overlay: Path) -> None:
-    jobs = jobs_of(workflow("experiment", "-n", "--cores", 8, "--configfile", overlay))
+    jobs = jobs_of(workflow("experiment", "-n", "--cores", 8, "--configfile", DEMO, overlay))
     assert jobs["train_adapter"] == jobs["evaluate_positions"] >= 6
     recalls = overlay.stem != "recipe"  # which leaves it out
     assert jobs.get("evaluate_recall", 0) == (jobs["train_adapter"] if recalls else 0)
@@ -58,7 +68,7 @@ def test_a_base_to_merge_into_is_measured_for_the_runs_that_ask(workflow) -> Non
 def test_the_overview_shows_answers_where_the_config_asks_for_them(workflow, tmp_path, use) -> None:
     overlay = {"evaluation": {"samples": {"use": use}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
-    result = workflow("-n", "-p", "--cores", 8, "--configfile", tmp_path / "mine.yaml")
+    result = workflow("-n", "-p", "--cores", 8, "--configfile", DEMO, tmp_path / "mine.yaml")
     jobs = jobs_of(result)
     # Of both runs the tuned model and the smallest file, by llama.cpp; of their base once.
     assert jobs.get("answer_prompts", 0) == (5 if use else 0)
@@ -81,17 +91,34 @@ def test_the_overview_shows_answers_where_the_config_asks_for_them(workflow, tmp
 
 
 def test_an_overlay_with_own_data_builds_its_run_alone(workflow) -> None:
-    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "config/own-data.yaml"))
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", DEMO, "config/own-data.yaml"))
     assert jobs["train_adapter"] == jobs["clean_dataset"] == 1
     assert "build_demo_dataset" not in jobs
 
 
+def test_nothing_of_the_demo_reaches_a_run_of_a_real_model(workflow, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own_data("mistral-7b-v0.3")))
+    overlay = "config/models/mistral-7b-v0.3.yaml"
+    result = workflow("-n", "-p", "--cores", 8, "--configfile", overlay, "mine.yaml")
+    jobs = jobs_of(result)
+    assert not {"answer_prompts", "report_context"} & jobs.keys()
+    assert '"perplexity_increase_fraction":0.005' in result.stdout
+    assert "0.02" not in result.stdout and "stdlib" not in result.stdout
+
+
+def test_a_config_without_a_model_says_which_file_to_name_first(workflow) -> None:
+    result = workflow("-n", "--configfile", "config/own-data.yaml")
+    assert result.returncode == 1
+    assert "config/demo.yaml my-data.yaml" in result.stdout + result.stderr
+    (overlay,) = [path for path in MODELS if path.stem == "mistral-7b-v0.3"]
+    result = workflow("-n", "--configfile", overlay)
+    assert result.returncode == 1
+    said = "runs.mistral-7b-v0.3.dataset: missing (name a dataset of yours"
+    assert said in result.stdout + result.stderr
+
+
 def test_own_data_goes_into_the_run_of_a_real_model(workflow, tmp_path: Path) -> None:
-    own = {
-        "datasets": {"my-chats": {"files": ["data/sample-chats.jsonl"]}},
-        "runs": {"mistral-7b-v0.3": {"dataset": "my-chats"}},
-    }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own_data("mistral-7b-v0.3")))
     overlay = "config/models/mistral-7b-v0.3.yaml"
     jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", overlay, "mine.yaml"))
     assert jobs["clean_dataset"] == 1
@@ -112,7 +139,7 @@ def test_a_dataset_of_several_sources_fetches_what_the_hub_has(workflow, tmp_pat
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     result = workflow(
         *("preview", "-n", "-p", "--cores", 8),
-        *("--configfile", "config/own-data.yaml", tmp_path / "mine.yaml"),
+        *("--configfile", DEMO, "config/own-data.yaml", tmp_path / "mine.yaml"),
     )
     jobs = jobs_of(result)
     assert jobs["fetch_dataset"] == jobs["clean_dataset"] == jobs["report_cleaning"] == 1
@@ -129,7 +156,7 @@ def test_a_pattern_without_a_file_stops_before_any_job(workflow, tmp_path: Path)
     overlay = {"datasets": {"my-chats": {"files": ["data/none-*.jsonl"]}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(overlay))
     result = workflow(
-        *("-n", "--cores", 8, "--configfile", "config/own-data.yaml", tmp_path / "mine.yaml")
+        *("-n", "--cores", 8, "--configfile", DEMO, "config/own-data.yaml", tmp_path / "mine.yaml")
     )
     assert result.returncode != 0
     output = result.stdout + result.stderr
@@ -164,7 +191,7 @@ def test_a_wrong_config_is_one_message_before_any_job(
     workflow, tmp_path: Path, overlay: dict, parts: list[str]
 ) -> None:
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(overlay))
-    result = workflow("--cores", 1, "--configfile", "wrong.yaml")
+    result = workflow("--cores", 1, "--configfile", DEMO, "wrong.yaml")
     text = result.stdout + result.stderr
     assert result.returncode != 0
     for part in parts:
@@ -182,7 +209,7 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(workflow, tmp_path: Path)
         ],
         str,
     )
-    result = workflow("-n", "-p", "--cores", 8, "--configfile", "text.yaml")
+    result = workflow("-n", "-p", "--cores", 8, "--configfile", DEMO, "text.yaml")
     assert '"learning_rate":0.0002' in result.stdout + result.stderr
 
 
@@ -206,7 +233,7 @@ def test_schema_and_option_tables_are_those_of_the_settings() -> None:
 def test_dynamic_scaling_is_refused_where_gguf_is_made_and_nowhere_else(workflow, tmp_path) -> None:
     scaled = {"models": {"demo": {"rope_scaling": {"type": "dynamic", "factor": 2}}}}
     (tmp_path / "dynamic.yaml").write_text(yaml.safe_dump(scaled))
-    command = ("-n", "--cores", 2, "--configfile", "dynamic.yaml")
+    command = ("-n", "--cores", 2, "--configfile", DEMO, "dynamic.yaml")
     assert jobs_of(workflow("train", *command))["train_adapter"] == 2
     result = workflow("export", *command)
     assert result.returncode == 1

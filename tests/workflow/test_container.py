@@ -7,7 +7,7 @@ import re
 
 import yaml
 
-from tests.workflow.conftest import REPOSITORY, snakemake_in
+from tests.workflow.conftest import DEMO, REPOSITORY, snakemake_in
 
 ENVS = REPOSITORY / "envs"
 
@@ -50,7 +50,7 @@ def test_apptainer_is_given_the_image_and_the_program_in_it(workflow, tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     source = {"models": {"m": {"source": str(tmp_path / "no-such-folder")}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(source))
-    target = ["results/models/m/checkpoint", "--configfile", "mine.yaml"]
+    target = ["results/models/m/checkpoint", "--configfile", DEMO, "mine.yaml"]
     result = workflow("--cores", 1, *target, "--sdm", "apptainer")
     assert "the local base model is not there" in result.stdout + result.stderr
     assert f"{tmp_path}/envs/tramontane.sif" in asked.read_text()

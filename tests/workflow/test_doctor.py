@@ -7,6 +7,9 @@ import json
 import pytest
 import yaml
 
+from tests.workflow.conftest import DEMO
+
+OF_THE_MODEL = ("results/models/m/checkpoint", "--configfile", DEMO)
 HINT = "What this machine may lack: python -m workflow_scripts.doctor"
 
 
@@ -19,14 +22,14 @@ def overlay(tmp_path):
 
 
 def test_a_failed_step_points_to_the_doctor_once(workflow, overlay) -> None:
-    result = workflow("--cores", 1, "results/models/m/checkpoint", "--configfile", overlay)
+    result = workflow("--cores", 1, *OF_THE_MODEL, overlay)
     assert result.returncode != 0
     assert "the local base model is not there" in result.stdout + result.stderr
     assert (result.stdout + result.stderr).count(HINT) == 1
 
 
 def test_a_dry_run_and_a_wrong_config_do_not(workflow, overlay, tmp_path) -> None:
-    result = workflow("-n", "--cores", 1, "results/models/m/checkpoint", "--configfile", overlay)
+    result = workflow("-n", "--cores", 1, *OF_THE_MODEL, overlay)
     assert result.returncode == 0
     assert HINT not in result.stdout + result.stderr
     (tmp_path / "wrong.json").write_text(json.dumps({"build": ["none"]}))

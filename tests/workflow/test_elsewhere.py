@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, Snakemake, copy_workflow, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, Snakemake, copy_workflow, jobs_of, snakemake_in
 
 CLEAN = Path("results/data/stdlib-help/clean")
 
@@ -49,7 +49,7 @@ def files_below(folder: Path) -> set[Path]:
 def test_results_lie_where_directory_says_and_the_workflow_stays_as_it_was(tmp_path: Path) -> None:
     snakefile, snakemake = folders(tmp_path)
     before = files_below(snakefile.parent)
-    options = ("--cores", 1, "--snakefile", snakefile, "--configfile", TINY)
+    options = ("--cores", 1, "--snakefile", snakefile, "--configfile", DEMO, TINY)
 
     made = snakemake(*options, "--directory", tmp_path / "scratch", CLEAN / "train.parquet")
     assert made.returncode == 0, made.stderr
@@ -62,7 +62,7 @@ def test_results_lie_where_directory_says_and_the_workflow_stays_as_it_was(tmp_p
 
 def test_a_folder_with_a_config_of_its_own_goes_before_the_shipped_one(tmp_path: Path) -> None:
     snakefile, snakemake = folders(tmp_path)
-    config = yaml.safe_load((snakefile.parent / "config" / "config.yaml").read_text())
+    config = yaml.safe_load(DEMO.read_text())
     (name,) = config["build"][:1]
     own = tmp_path / "own" / "config" / "config.yaml"
     own.parent.mkdir()
@@ -73,12 +73,34 @@ def test_a_folder_with_a_config_of_its_own_goes_before_the_shipped_one(tmp_path:
     assert jobs_of(snakemake("--dry-run", "--snakefile", snakefile))["package_release"] == 2
 
 
+def test_a_module_s_config_is_laid_over_the_catalogue(tmp_path: Path) -> None:
+    snakefile, snakemake = folders(tmp_path)
+    (tmp_path / "own" / "Snakefile").write_text(
+        USERS_SNAKEFILE.format(snakefile=snakefile, prefix="")
+    )
+    mine = {
+        "models": {"demo": {"transplant": {}}},
+        "datasets": {"stdlib-help": {"generate": {"n_conversations": 120}}},
+        "runs": {
+            "mine": {
+                "model": "demo",
+                "dataset": "stdlib-help",
+                "packing": "swa-aware",
+                "recipe": "zephyr-sft",
+            }
+        },
+        "build": ["mine"],
+    }
+    (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(mine))
+    planned = jobs_of(snakemake("--configfile", "mine.yaml", "--dry-run", "tramontane_all"))
+    assert planned["tramontane_package_release"] == 1
+
+
 def test_another_workflow_takes_it_as_a_module_and_goes_on_from_its_files(tmp_path: Path) -> None:
     snakefile, snakemake = folders(tmp_path)
     own = tmp_path / "own"
     (own / "Snakefile").write_text(USERS_SNAKEFILE.format(snakefile=snakefile, prefix=""))
-    config = snakefile.parent / "config" / "config.yaml"
-    options = ("--cores", 1, "--configfile", config, TINY)
+    options = ("--cores", 1, "--configfile", DEMO, TINY)
 
     made = snakemake(*options)
     assert made.returncode == 0, made.stderr
@@ -88,7 +110,7 @@ def test_another_workflow_takes_it_as_a_module_and_goes_on_from_its_files(tmp_pa
     assert "not present in the Snakefile" not in made.stderr  # of local rules, by their old names
     assert "Nothing to be done" in (again := snakemake(*options)).stdout + again.stderr
 
-    planned = jobs_of(snakemake("--configfile", config, "--dry-run", "tramontane_all"))
+    planned = jobs_of(snakemake("--configfile", DEMO, "--dry-run", "tramontane_all"))
     assert planned["tramontane_package_release"] == 2
 
 
@@ -99,7 +121,6 @@ def test_a_module_with_a_prefix_is_refused_before_anything_runs(
     snakefile, snakemake = folders(tmp_path)
     text = USERS_SNAKEFILE.format(snakefile=snakefile, prefix=prefix)
     (tmp_path / "own" / "Snakefile").write_text(text)
-    config = snakefile.parent / "config" / "config.yaml"
-    refused = snakemake("--dry-run", "--configfile", config)
+    refused = snakemake("--dry-run", "--configfile", DEMO)
     assert refused.returncode == 1
     assert "a module with a prefix is not supported" in refused.stdout + refused.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, jobs_of, snakemake_in
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def dry_run(tiny: Path, tmp_path: Path):
     def run(overlay: dict, *arguments: object):
         path = tmp_path / "overlay.yaml"
         path.write_text(yaml.safe_dump(overlay))
-        return snakemake_in(tiny)("-n", "--cores", 8, *arguments, "--configfile", TINY, path)
+        return snakemake_in(tiny)("-n", "--cores", 8, *arguments, "--configfile", DEMO, TINY, path)
 
     return run
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.workflow.conftest import TINY, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, jobs_of, snakemake_in
 
 RUNS = ("generic", "mistral")
 TIGHT = {"gguf": {"kl_divergence_nats": 1e-30}}
@@ -37,7 +37,7 @@ def start(built: Path, tmp_path: Path) -> Start:
         overlay = tmp_path / "gates.yaml"
         overlay.write_text(yaml.safe_dump({"evaluation": {"gates": gates}, **others}))
         cores = ["--cores", os.cpu_count() or 1]
-        return snakemake_in(built)(*arguments, *cores, "--configfile", TINY, overlay)
+        return snakemake_in(built)(*arguments, *cores, "--configfile", DEMO, TINY, overlay)
 
     return run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, copy_workflow, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, copy_workflow, jobs_of, snakemake_in
 from workflow_scripts import files
 
 TRAINED = {"train_adapter", "plan_memory", "pack_sequences", "report_loss", "report_packing"}
@@ -47,7 +47,7 @@ def given(tiny: Path, tmp_path_factory) -> tuple[Path, Path]:
 def built(given: tuple[Path, Path]) -> Path:
     folder, overlay = given
     run = snakemake_in(folder)
-    arguments = ("--cores", os.cpu_count() or 1, "--configfile", TINY, overlay)
+    arguments = ("--cores", os.cpu_count() or 1, "--configfile", DEMO, TINY, overlay)
     assert not TRAINED & jobs_of(run("-n", *arguments)).keys()
     result = run(*arguments)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
@@ -81,14 +81,14 @@ def test_what_need_not_stay_is_gone_and_nothing_asks_for_it(
         assert [path.name for path in (folder / "release").glob("*.gguf")] == [f"{run}-Q8_0.gguf"]
         assert (folder / "evaluation" / "F16.json").exists()
     run = snakemake_in(built)
-    assert jobs_of(run("-n", "--cores", 8, "--configfile", TINY, given[1])) == {}
+    assert jobs_of(run("-n", "--cores", 8, "--configfile", DEMO, TINY, given[1])) == {}
 
 
 def test_a_changed_adapter_is_fetched_again(built: Path, given: tuple[Path, Path]) -> None:
     adapter = yaml.safe_load(given[1].read_text())["runs"]["lora"]["adapter"]
     config = Path(adapter) / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
-    jobs = jobs_of(snakemake_in(built)("-n", "--cores", 8, "--configfile", TINY, given[1]))
+    jobs = jobs_of(snakemake_in(built)("-n", "--cores", 8, "--configfile", DEMO, TINY, given[1]))
     assert jobs["fetch_adapter"] == jobs["merge_adapter"] == jobs["package_release"] == 1
 
 
@@ -102,7 +102,7 @@ def test_a_changed_adapter_is_fetched_again(built: Path, given: tuple[Path, Path
 def test_what_is_not_there_stops_before_the_first_job(workflow, tmp_path, beginning, message):
     overlay = {"runs": {"lora": BASE | beginning}, "build": ["lora"]}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(overlay))
-    result = workflow("-n", "--cores", 8, "--configfile", "own.yaml")
+    result = workflow("-n", "--cores", 8, "--configfile", DEMO, "own.yaml")
     assert result.returncode == 1
     said = result.stdout + result.stderr  # a dry run speaks to standard output
     assert message in said

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY
+from tests.workflow.conftest import DEMO, TINY
 
 # All ten fall into `train` at the default shares of 5 %.
 CHATS = [
@@ -41,7 +41,7 @@ def overlay(tmp_path: Path):
         }
         path = tmp_path / "overlay.yaml"
         path.write_text(yaml.safe_dump(config))
-        return ["--configfile", TINY, path]
+        return ["--configfile", DEMO, TINY, path]
 
     return write
 

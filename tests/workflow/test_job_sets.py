@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY, jobs_of, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, jobs_of, snakemake_in
 
 
 def changed(folder: Path, tmp_path: Path, overlay: dict) -> dict[str, int]:
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump(overlay))
-    return jobs_of(snakemake_in(folder)("-n", "--cores", 8, "--configfile", TINY, path))
+    return jobs_of(snakemake_in(folder)("-n", "--cores", 8, "--configfile", DEMO, TINY, path))
 
 
 def processor_seconds() -> float:
@@ -30,7 +30,7 @@ def test_a_second_run_finds_nothing_to_do_within_five_seconds(tiny: Path) -> Non
     # dry run on a free one they were 4.6, and the clock's 4.6.
     for _ in range(3):
         started = processor_seconds()
-        result = snakemake_in(tiny)("--cores", 8, "--configfile", TINY)
+        result = snakemake_in(tiny)("--cores", 8, "--configfile", DEMO, TINY)
         durations.append(processor_seconds() - started)
         assert result.returncode == 0
         assert "Nothing to be done" in result.stdout + result.stderr
@@ -40,7 +40,7 @@ def test_a_second_run_finds_nothing_to_do_within_five_seconds(tiny: Path) -> Non
 def test_touching_every_source_file_re_runs_nothing(tiny: Path) -> None:
     for path in (tiny / "workflow_scripts").rglob("*.py"):
         path.touch()
-    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY)) == {}
+    assert jobs_of(snakemake_in(tiny)("-n", "--cores", 8, "--configfile", DEMO, TINY)) == {}
 
 
 # What follows a quantization that is made, of both runs.
@@ -141,7 +141,7 @@ def test_a_type_that_needs_an_imatrix_asks_for_it_by_itself(workflow, tmp_path: 
         (tmp_path / "own.yaml").write_text(
             yaml.safe_dump({"gguf": {"quantizations": [kind], "imatrix": {"use": "auto"}}})
         )
-        jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", "own.yaml"))
+        jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", DEMO, "own.yaml"))
         assert jobs.get("compute_imatrix", 0) == n_matrices
 
 
@@ -155,7 +155,7 @@ def test_the_imatrix_is_computed_on_training_text_alone(workflow) -> None:
 
 
 def test_adapters_alone_need_no_merged_model_and_one_base(tiny: Path, tmp_path: Path) -> None:
-    result = snakemake_in(tiny)("adapter_gguf", "-n", "--cores", 8, "--configfile", TINY)
+    result = snakemake_in(tiny)("adapter_gguf", "-n", "--cores", 8, "--configfile", DEMO, TINY)
     jobs = jobs_of(result)
     jobs.pop("adapter_gguf")
     assert jobs == {"convert_adapter": 2, "convert_gguf_base": 1}
@@ -237,7 +237,7 @@ def test_what_need_not_stay_goes_and_nothing_else(
 ) -> None:
     """That it does go, and is not asked for again, test_given_models.py sees in a build."""
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"retention": retention}))
-    result = workflow("-n", "--cores", 8, "--configfile", "own.yaml")
+    result = workflow("-n", "--cores", 8, "--configfile", DEMO, "own.yaml")
     assert result.returncode == 0, result.stderr
     said = re.findall(r"Would remove temporary output (.+)", result.stdout + result.stderr)
     assert set(said) == {
@@ -267,7 +267,7 @@ REFERENCES = {"match_references": 1 + 2 * 2}
 def asked_for_tasks(folder: Path, tmp_path: Path, **tasks: object) -> dict[str, int]:
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump({"evaluation": {"tasks": tasks}}))
-    jobs = jobs_of(snakemake_in(folder)("-n", "tasks", "--configfile", TINY, path))
+    jobs = jobs_of(snakemake_in(folder)("-n", "tasks", "--configfile", DEMO, TINY, path))
     return {name: n for name, n in jobs.items() if name != "tasks"}
 
 
@@ -300,7 +300,7 @@ def test_tasks_are_scored_with_the_rest_where_that_is_asked_for(tiny: Path, tmp_
 def test_a_folder_without_task_files_stops_before_any_job(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "overlay.yaml"
     path.write_text(yaml.safe_dump({"evaluation": {"tasks": {"include": str(tmp_path / "no")}}}))
-    result = snakemake_in(tiny)("-n", "tasks", "--configfile", TINY, path)
+    result = snakemake_in(tiny)("-n", "tasks", "--configfile", DEMO, TINY, path)
     assert result.returncode != 0
     assert "evaluation.tasks.include" in result.stdout + result.stderr
 
@@ -323,12 +323,12 @@ def test_what_the_files_themselves_say_makes_them_anew_and_trains_nothing(
 
 @pytest.mark.parametrize("target", ["data", "train", "export", "evaluate", "report"])
 def test_every_stage_target_is_finished_once_all_is(tiny: Path, target: str) -> None:
-    assert jobs_of(snakemake_in(tiny)("-n", target, "--cores", 8, "--configfile", TINY)) == {}
+    assert jobs_of(snakemake_in(tiny)("-n", target, "--cores", 8, "--configfile", DEMO, TINY)) == {}
 
 
 def test_forcing_training_runs_it_and_what_follows(tiny: Path) -> None:
     jobs = jobs_of(
-        snakemake_in(tiny)("-n", "--cores", 8, "--configfile", TINY, "-R", "train_adapter")
+        snakemake_in(tiny)("-n", "--cores", 8, "--configfile", DEMO, TINY, "-R", "train_adapter")
     )
     assert jobs["train_adapter"] == 2
     assert jobs["package_release"] == 2

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.workflow.conftest import REPOSITORY, TINY, snakemake_in
+from tests.workflow.conftest import DEMO, REPOSITORY, TINY, snakemake_in
 from workflow_scripts import files
 
 
@@ -46,6 +46,7 @@ def test_push_release_is_a_dry_run_of_every_built_run(tiny: Path) -> None:
         "--cores",
         1,
         "--configfile",
+        DEMO,
         TINY,
         "--config",
         "push={owner: me}",

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import browser
-from tests.workflow.conftest import TINY, snakemake_in
+from tests.workflow.conftest import DEMO, TINY, snakemake_in
 from workflow_scripts import files
 
 
@@ -17,7 +17,7 @@ from workflow_scripts import files
 def report(tiny: Path, tmp_path_factory) -> Path:
     """Snakemake's report as one page."""
     path = tmp_path_factory.mktemp("report") / "report.html"
-    result = snakemake_in(tiny)("--report", path, "--configfile", TINY)
+    result = snakemake_in(tiny)("--report", path, "--configfile", DEMO, TINY)
     assert result.returncode == 0, result.stderr
     return path
 
@@ -33,7 +33,7 @@ def test_a_browser_opens_it_without_the_network_and_without_an_error(report, tmp
 
 def test_it_holds_every_page_under_its_category(tiny: Path, tmp_path) -> None:
     path = tmp_path / "report.zip"
-    result = snakemake_in(tiny)("--report", path, "--configfile", TINY)
+    result = snakemake_in(tiny)("--report", path, "--configfile", DEMO, TINY)
     assert result.returncode == 0, result.stderr
     with zipfile.ZipFile(path) as archive:
         names = [Path(name).name for name in archive.namelist()]

@@ -16,7 +16,11 @@ from tests.workflow.conftest import REPOSITORY, copy_workflow
 from workflow_scripts.handover.facts import FileFacts
 
 # A real model, of two files of 7 GB, whose training takes two nodes of four GPUs.
-OVERLAY = {"training": {"gpus": 4, "nodes": 2}, "awq": {"use": True}}
+OWN_DATA = {
+    "datasets": {"my-chats": {"files": ["data/sample-chats.jsonl"]}},
+    "runs": {"mistral-7b-v0.3": {"dataset": "my-chats"}},
+}
+OVERLAY = OWN_DATA | {"training": {"gpus": 4, "nodes": 2}, "awq": {"use": True}}
 WEIGHTS = FileFacts(size_bytes=7_000_000_000)
 FACTS = MISTRAL_7B.changed(files={"1.safetensors": WEIGHTS, "2.safetensors": WEIGHTS})
 # Every rule that runs a program, as Snakemake has it, for a job of that model.
@@ -29,7 +33,7 @@ from snakemake.iocontainers import Wildcards
 from snakemake.settings.types import ConfigSettings, ResourceSettings
 
 names = Wildcards(fromdict={
-    "run": "mistral-7b-v0.3", "model": "mistral-7b-v0.3", "dataset": "stdlib-help",
+    "run": "mistral-7b-v0.3", "model": "mistral-7b-v0.3", "dataset": "my-chats",
     "packing": "swa-aware", "quant": "Q4_K_M", "text": "text", "source": "source",
     "place": "runs/mistral-7b-v0.3/evaluation", "link": "",
 })
@@ -149,11 +153,12 @@ def test_the_slurm_profiles_know_every_partition_s_gpus() -> None:
         (1, [], 1),
         (2, [], 1),
         (8, [], 4),
-        (8, ["config/models/mistral-7b-v0.3.yaml"], 8),  # one at a time, on its GPU
+        (8, ["config/models/mistral-7b-v0.3.yaml", "mine.yaml"], 8),  # one at a time, on its GPU
     ],
 )
 def test_trainings_of_the_demo_share_the_cores(tmp_path, n_cores, overlay, n_threads) -> None:
     copy_workflow(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(OWN_DATA))
     shown = subprocess.run(
         [sys.executable, "-m", "snakemake", "train", "-n", "--cores", str(n_cores)]
         + (["--configfile", *overlay] if overlay else []),

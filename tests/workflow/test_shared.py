@@ -15,7 +15,14 @@ import pytest
 import yaml
 
 from tests import hub_server
-from tests.workflow.conftest import REPOSITORY, Snakemake, copy_workflow, jobs_of, snakemake_in
+from tests.workflow.conftest import (
+    DEMO,
+    REPOSITORY,
+    Snakemake,
+    copy_workflow,
+    jobs_of,
+    snakemake_in,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -100,7 +107,16 @@ def arguments(
     config = folder / "mine.yaml"
     config.write_text(yaml.safe_dump(content))
     files = (f"results/data/{dataset}/base/tokens/train.arrow",)
-    return (*files, *(() if is_local else (GGUF,)), "--cores", 2, "--cache", "--configfile", config)
+    return (
+        *files,
+        *(() if is_local else (GGUF,)),
+        "--cores",
+        2,
+        "--cache",
+        "--configfile",
+        DEMO,
+        config,
+    )
 
 
 GGUF = "results/models/base/gguf/base-F16.gguf"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import TINY
+from tests.workflow.conftest import DEMO, TINY
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 587591\n"
 
@@ -26,7 +26,7 @@ def test_a_pointer_in_place_of_a_users_file_is_named(workflow, tmp_path: Path, k
     if key.startswith("datasets"):
         overlay += "runs: {mistral: {dataset: mine}}\n"
     (tmp_path / "overlay.yaml").write_text(overlay)
-    result = workflow("-n", "--cores", 2, "--configfile", TINY, "overlay.yaml")
+    result = workflow("-n", "--cores", 2, "--configfile", DEMO, TINY, "overlay.yaml")
     assert result.returncode == 1
     said = result.stdout + result.stderr
     for part in (f"{key}: a file is a Git LFS pointer", "mine.jsonl", "git lfs pull"):
@@ -42,6 +42,6 @@ def test_a_pointer_in_place_of_an_adapter_is_named(workflow, tmp_path: Path) -> 
     (tmp_path / "overlay.yaml").write_text(
         yaml.safe_dump({"runs": {"mine": run}, "build": ["mine"]})
     )
-    result = workflow("-n", "--cores", 2, "--configfile", TINY, "overlay.yaml")
+    result = workflow("-n", "--cores", 2, "--configfile", DEMO, TINY, "overlay.yaml")
     assert result.returncode == 1
     assert "runs.mine: a file is a Git LFS pointer" in result.stdout + result.stderr

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.s3_server import S3Server, s3_server
-from tests.workflow.conftest import Snakemake, jobs_of
+from tests.workflow.conftest import DEMO, Snakemake, jobs_of
 from workflow_scripts import files
 
 TRAIN = "results/data/mine/clean/train.parquet"
@@ -70,7 +70,7 @@ def test_a_dataset_on_storage_is_cleaned_and_once_more_when_it_changes(
     url = s3.put("folder/chats.jsonl", chats(30))
     held_out = s3.put("folder/held-out.jsonl", b'{"text": "nothing of the chats"}\n')
     config = overlay(tmp_path, url, decontamination={"files": [held_out]})
-    command = (TRAIN, REPORT, "--cores", 1, "--configfile", config)
+    command = (TRAIN, REPORT, "--cores", 1, "--configfile", DEMO, config)
 
     result = workflow(*command)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
@@ -104,7 +104,7 @@ def store(config: Path) -> tuple[object, ...]:
     """Arguments that store the releases, and make none."""
     rules = ("--allowed-rules", "store", "store_release")
     setting = "storage={releases: 's3://chats/releases'}"
-    return ("store", "--cores", 1, *rules, "--configfile", config, "--config", setting)
+    return ("store", "--cores", 1, *rules, "--configfile", DEMO, config, "--config", setting)
 
 
 def test_a_release_is_stored_whole_and_again_only_when_it_changed(
@@ -152,9 +152,13 @@ def test_a_broken_upload_leaves_nothing_that_looks_whole_and_the_next_goes_on(
 def test_without_a_place_or_a_plugin_the_message_says_what_is_missing(
     workflow: Snakemake, tmp_path: Path
 ) -> None:
-    result = workflow("store", "-n", "--configfile", overlay(tmp_path, "data/sample-chats.jsonl"))
+    result = workflow(
+        "store", "-n", "--configfile", DEMO, overlay(tmp_path, "data/sample-chats.jsonl")
+    )
     assert result.returncode == 1
     assert "storage.releases" in result.stdout + result.stderr
-    result = workflow("data", "-n", "--configfile", overlay(tmp_path, "gs://bucket/chats.jsonl"))
+    result = workflow(
+        "data", "-n", "--configfile", DEMO, overlay(tmp_path, "gs://bucket/chats.jsonl")
+    )
     assert result.returncode == 1
     assert "pip install snakemake-storage-plugin-gcs" in result.stdout + result.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import REPOSITORY, jobs_of
+from tests.workflow.conftest import DEMO, REPOSITORY, jobs_of
 
 RATES = "config/sweeps/learning_rate.yaml"
 EXPORTS = {"merge_adapter", "check_merged", "convert_gguf", "quantize_gguf", "package_release"}
@@ -24,7 +24,7 @@ def overlay(tmp_path: Path):
 
 
 def test_every_combination_is_trained_scored_and_ranked_and_none_is_exported(workflow) -> None:
-    jobs = jobs_of(workflow("sweep", "-n", "--cores", 8, "--configfile", RATES))
+    jobs = jobs_of(workflow("sweep", "-n", "--cores", 8, "--configfile", DEMO, RATES))
     assert jobs["train_adapter"] == jobs["evaluate_validation"] == 5
     assert jobs["pack_sequences"] == jobs["report_sweep"] == 1
     assert not EXPORTS & jobs.keys()
@@ -32,7 +32,7 @@ def test_every_combination_is_trained_scored_and_ranked_and_none_is_exported(wor
 
 
 def test_the_test_split_is_not_looked_at(workflow) -> None:
-    result = workflow("sweep", "-n", "-p", "--cores", 8, "--configfile", RATES)
+    result = workflow("sweep", "-n", "-p", "--cores", 8, "--configfile", DEMO, RATES)
     commands = [line for line in result.stdout.splitlines() if "evaluate_perplexity" in line]
     assert len(commands) == 5
     for line in commands:
@@ -41,7 +41,7 @@ def test_the_test_split_is_not_looked_at(workflow) -> None:
 
 
 def test_a_run_of_a_sweep_trains_with_the_settings_of_a_plain_recipe(workflow, overlay) -> None:
-    swept = workflow("sweep", "-n", "-p", "--cores", 8, "--configfile", RATES).stdout
+    swept = workflow("sweep", "-n", "-p", "--cores", 8, "--configfile", DEMO, RATES).stdout
     recipe = {
         **yaml.safe_load((REPOSITORY / RATES).read_text())["recipes"]["rates"],
         "learning_rate": 0.0007,
@@ -60,7 +60,7 @@ def test_a_run_of_a_sweep_trains_with_the_settings_of_a_plain_recipe(workflow, o
         "build": ["alone"],
     }
     path = overlay(plain)
-    alone = workflow("train", "-n", "-p", "--cores", 8, "--configfile", path).stdout
+    alone = workflow("train", "-n", "-p", "--cores", 8, "--configfile", DEMO, path).stdout
 
     def command(text: str, run: str) -> str:
         (line,) = (
@@ -76,14 +76,14 @@ def test_a_run_of_a_sweep_trains_with_the_settings_of_a_plain_recipe(workflow, o
 
 def test_a_run_of_a_sweep_that_build_names_is_exported_alone(workflow, overlay) -> None:
     path = overlay({"build": ["rates.learning_rate-7e-4"]})
-    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", RATES, path))
+    jobs = jobs_of(workflow("-n", "--cores", 8, "--configfile", DEMO, RATES, path))
     assert jobs["train_adapter"] == jobs["merge_adapter"] == jobs["package_release"] == 1
     assert "report_sweep" not in jobs
 
 
 def test_another_value_trains_that_run_only(workflow, overlay) -> None:
     path = overlay({"recipes": {"rates": {"learning_rate": [1e-3, 2e-3], "rank": [8, 32, 64]}}})
-    jobs = jobs_of(workflow("sweep", "-n", "--cores", 8, "--configfile", RATES, path))
+    jobs = jobs_of(workflow("sweep", "-n", "--cores", 8, "--configfile", DEMO, RATES, path))
     assert jobs["train_adapter"] == jobs["evaluate_validation"] == 6
 
 
@@ -109,7 +109,7 @@ def test_another_value_trains_that_run_only(workflow, overlay) -> None:
 def test_a_wrong_sweep_is_one_message_before_any_job(
     workflow, overlay, tmp_path: Path, content: dict, parts: list[str]
 ) -> None:
-    result = workflow("sweep", "--cores", 1, "--configfile", RATES, overlay(content))
+    result = workflow("sweep", "--cores", 1, "--configfile", DEMO, RATES, overlay(content))
     text = result.stdout + result.stderr
     assert result.returncode != 0
     for part in parts:

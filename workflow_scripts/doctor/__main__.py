@@ -52,7 +52,7 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         from workflow_scripts.log import StageError
 
         try:
-            config = requirements.read_config(ROOT, arguments.configfile)
+            config = requirements.read_config(arguments.configfile)
         except StageError as error:
             yield of_error("config", error)
         else:

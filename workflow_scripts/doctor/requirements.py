@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts.handover.facts import Facts, ModelShape
 
@@ -93,30 +93,16 @@ class Wanted:
         return (self.folder_of(model) / "checkpoint").exists()
 
 
-def read_config(root: Path, overlays: Sequence[Path]) -> Config:
-    """The config as Snakemake merges it: the workflow's own, then each overlay in its order.
+def read_config(overlays: Sequence[Path]) -> Config:
+    """The config that Snakemake would build from the same `--configfile`.
 
-    Args:
-        root: where the Snakefile lies; a config/config.yaml where Snakemake is started goes before
-            its own, as Snakemake has it.
     Raises:
-        StageError: a file is not there or not YAML, or the config cannot be built.
+        StageError: a file does not exist or is not YAML, or the config cannot be built.
     """
-    from snakemake.common.configfile import load_configfile
-    from snakemake.utils import update_config
-    from snakemake_interface_common.exceptions import WorkflowError
+    from workflow_scripts.settings import config_files, load_config
 
-    from workflow_scripts.log import StageError
-    from workflow_scripts.settings import load_config
-
-    here = Path("config/config.yaml")
-    merged: dict[str, Any] = {}
-    for path in (here if here.is_file() else root / here, *overlays):
-        try:
-            update_config(merged, load_configfile(path))
-        except WorkflowError as error:
-            raise StageError("a config file cannot be read", where=path, found=error) from error
-    return load_config(merged)
+    paths = [*config_files.defaults(overlays), *overlays]
+    return load_config(config_files.layered([config_files.read(path) for path in paths]))
 
 
 def local_facts(wanted: Wanted) -> None:

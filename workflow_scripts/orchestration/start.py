@@ -18,7 +18,7 @@ from workflow_scripts.orchestration.releases import Releases
 from workflow_scripts.orchestration.resources import Resources
 from workflow_scripts.orchestration.targets import Targets
 from workflow_scripts.orchestration.user_files import UserFiles
-from workflow_scripts.settings import Config, load_config
+from workflow_scripts.settings import Config, config_files, load_config
 
 
 class Orchestration(NamedTuple):
@@ -53,6 +53,7 @@ def start(
     _check_prefix(workflow)
     cache = workflow.workflow_settings.cache
     try:
+        config = config_files.layered([config])
         settings = load_config(config)
         build = Build(
             settings,

@@ -32,15 +32,15 @@ Table = TypeVar("Table", bound=Settings)
 class Config(Settings):
     """The whole config: four tables, the runs that combine them, and what to build."""
 
-    models: dict[Name, ModelSettings]
+    models: dict[Name, ModelSettings] = {}
     """Base models by name."""
-    datasets: dict[Name, DatasetSettings]
+    datasets: dict[Name, DatasetSettings] = {}
     """Chat datasets by name."""
-    packings: dict[Name, PackingSettings]
+    packings: dict[Name, PackingSettings] = {}
     """Packing policies by name."""
-    recipes: dict[Name, RecipeSettings]
+    recipes: dict[Name, RecipeSettings] = {}
     """Training recipes by name."""
-    runs: dict[Name, RunSettings]
+    runs: dict[Name, RunSettings] = {}
     """A run trains one model on one dataset with one packing and one recipe."""
     training: TrainingSettings = TrainingSettings()
     """How training runs on this machine."""
@@ -72,9 +72,12 @@ class Config(Settings):
             for field, table in RUN_TABLES.items():
                 entry, known = getattr(named, field), getattr(self, table)
                 if entry is not None and entry not in known:
+                    remedy = (
+                        did_you_mean(entry, known) if known else NO_ENTRY.get(table, "it is empty")
+                    )
                     problems.append(
                         f"runs.{run_name}.{field}: found {entry!r}, which is not in `{table}`"
-                        f" ({did_you_mean(entry, known)})"
+                        f" ({remedy})"
                     )
         for run_name in self.build:
             if run_name not in self.runs:
@@ -154,6 +157,12 @@ class Config(Settings):
         return entry
 
 
+NO_ENTRY = {
+    "models": "name a model's file before yours: --configfile config/models/mistral-7b-v0.3.yaml"
+    " my-data.yaml, or config/demo.yaml my-data.yaml for the demo's model",
+    "datasets": "no dataset is named; config/own-data.yaml shows how",
+}
+"""Remedy for a name in a table that has no entry."""
 RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "recipe": "recipes"}
 
 

@@ -34,6 +34,11 @@ _MOVED = {
         "now evaluation.gates.tokens.n_conversations and evaluation.gates.gguf.parity_conversations"
     ),
 }
+# What to write for a key that is missing, by table and key.
+_TO_WRITE: dict[tuple[int | str, int | str], str] = {
+    ("runs", "dataset"): "name a dataset of yours; config/own-data.yaml shows how",
+    ("build", "build"): "name the runs to build, as in build: [my-run]",
+}
 # What pydantic puts into a path that is no key of ours: types of a choice, `[key]` of a table.
 _NO_KEY = re.compile(r"constrained-str|\[key\]|(literal|list|dict)\[.*\]")
 
@@ -83,7 +88,8 @@ def _explain(table: type[Settings], problem: ErrorDetails, path: str) -> Iterato
             remedy = _MOVED.get(path) or did_you_mean(str(problem["loc"][-1]), known)
             yield f"{path}: unknown key ({remedy})"
         case "missing":
-            yield f"{path}: missing"
+            to_write = _TO_WRITE.get((problem["loc"][0], problem["loc"][-1]))
+            yield f"{path}: missing{f' ({to_write})' if to_write else ''}"
         case "value_error":
             for line in str(problem["ctx"]["error"]).splitlines():
                 # A validator of the whole config writes its own paths.

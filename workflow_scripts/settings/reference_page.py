@@ -17,8 +17,9 @@ def config_schema() -> dict[str, Any]:  # untyped: JSON Schema
     schema = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Tramontane config"
-    # An overlay holds only what it changes.
-    schema.pop("required", None)
+    # An overlay holds only what it changes, in an entry of a table too.
+    for table in (schema, *schema["$defs"].values()):
+        table.pop("required", None)
     # A sweep has lists of values; which of them are right is found out by expanding it.
     recipe = schema["$defs"]["RecipeSettings"]["properties"]
     for key in recipe.keys() - {"sweep"}:

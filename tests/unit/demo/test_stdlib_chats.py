@@ -6,9 +6,7 @@ from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 
-from tests.conftest import REPOSITORY
 from workflow_scripts import files
 from workflow_scripts.chats import clean_dataset, conversations
 from workflow_scripts.chats.messages import SPLITS
@@ -23,7 +21,7 @@ from workflow_scripts.demo.stdlib_chats import (
 from workflow_scripts.demo.stdlib_docs import entries
 from workflow_scripts.demo.stdlib_questions import asked_signature
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
-from workflow_scripts.settings import ReadingSettings
+from workflow_scripts.settings import ReadingSettings, config_files
 from workflow_scripts.tokens.rendering import Renderer
 
 WINDOW = 512  # tokens, of the demo's model
@@ -52,7 +50,7 @@ class Split(NamedTuple):
 
 @pytest.fixture(scope="module")
 def config():
-    return yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text("utf-8"))
+    return config_files.read(config_files.DEMO)
 
 
 @pytest.fixture(scope="module")

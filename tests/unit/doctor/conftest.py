@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
 from workflow_scripts.doctor.finding import Finding
 from workflow_scripts.doctor.requirements import Wanted, local_facts, read_config
+from workflow_scripts.settings import config_files
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def wanted(tmp_path) -> Callable[..., Wanted]:
     def make(overlay: dict | None = None) -> Wanted:
         path = tmp_path / "overlay.yaml"
         path.write_text(yaml.safe_dump(overlay or {}))
-        found = Wanted(read_config(REPOSITORY, [path]), tmp_path / "results")
+        found = Wanted(read_config([config_files.DEMO, path]), tmp_path / "results")
         local_facts(found)
         return found
 

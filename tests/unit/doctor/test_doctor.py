@@ -70,20 +70,21 @@ def test_without_torch_everything_else_is_looked_at(bare_python):
 
 def test_a_config_that_cannot_be_built_is_a_finding(tmp_path):
     (tmp_path / "wrong.yaml").write_text("build: [misral]\n")
-    done = run_doctor(sys.executable, "--configfile", tmp_path / "wrong.yaml")
+    done = run_doctor(sys.executable, "--configfile", "config/demo.yaml", tmp_path / "wrong.yaml")
     assert done.returncode == 1
     assert "missing  config" in done.stdout and "did you mean 'mistral'" in done.stdout
 
 
 def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
     from workflow_scripts.doctor.requirements import read_config
+    from workflow_scripts.settings import config_files
 
     first = {"build": ["mistral"], "gguf": {"quantizations": ["Q8_0"]}}
     second = {"gguf": {"quantizations": ["Q6_K"], "imatrix": {"use": "auto"}}}
     for number, overlay in enumerate((first, second)):
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(overlay))
-    paths = [tmp_path / "0.yaml", tmp_path / "1.yaml"]
-    config = read_config(REPOSITORY, paths)
+    paths = [config_files.DEMO, tmp_path / "0.yaml", tmp_path / "1.yaml"]
+    config = read_config(paths)
     # Snakemake itself, asked for the settings of the disk's gate.
     shown = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--nocolor"]

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests import hub_server
-from tests.conftest import REPOSITORY
 from tests.unit.doctor.conftest import model_overlay
 
 COMMIT = "a" * 40
@@ -27,7 +26,8 @@ import dataclasses, json, sys
 from pathlib import Path
 from workflow_scripts.doctor import hub_access
 from workflow_scripts.doctor.requirements import Wanted, read_config
-wanted = Wanted(read_config(Path({root!r}), [Path({overlay!r})]), Path({results!r}))
+from workflow_scripts.settings import config_files
+wanted = Wanted(read_config([config_files.DEMO, Path({overlay!r})]), Path({results!r}))
 found = [dataclasses.asdict(one) for one in hub_access.findings(wanted)]
 shapes = {{name: shape.model_dump() for name, shape in wanted.shapes.items()}}
 print(json.dumps([found, wanted.download_bytes, shapes]))
@@ -42,7 +42,8 @@ def ask_hub(run_python, tmp_path):
         path = tmp_path / "overlay.yaml"
         path.write_text(json.dumps(overlay))
         code = ASK.format(
-            root=str(REPOSITORY), overlay=str(path), results=str(tmp_path / "results")
+            overlay=str(path),
+            results=str(tmp_path / "results"),
         )
         environment = hub_server.environment(endpoint, offline=is_offline)
         done = run_python(code, **environment, HF_HOME=str(cache))

@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from snakemake.utils import update_config
 
 from workflow_scripts.orchestration.build import Build
-from workflow_scripts.settings import load_config
+from workflow_scripts.settings import config_files, load_config
 
 REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def build() -> Callable[..., Build]:
-    """`build({"runs": …}, cores=8)`: of config.yaml with an overlay."""
+    """`build({"runs": …}, cores=8)`: of the demo's config with an overlay."""
 
     def make(overlay: dict[str, Any] | None = None, **options: Any) -> Build:
-        config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text("utf-8"))
-        update_config(config, overlay or {})
+        config = config_files.layered([config_files.read(config_files.DEMO), overlay or {}])
         return Build(load_config(config), config, **options)
 
     return make

@@ -4,14 +4,12 @@ import math
 import statistics
 
 import pytest
-import yaml
 from hypothesis import given, strategies as st
-from snakemake.utils import update_config
 
 from tests.conftest import REPOSITORY
 from workflow_scripts.log import StageError
 from workflow_scripts.report.arms import STUDENT_T, Difference, difference, find_arms
-from workflow_scripts.settings import load_config
+from workflow_scripts.settings import config_files, load_config
 
 EXPERIMENTS = sorted((REPOSITORY / "config" / "experiments").glob("*.yaml"))
 
@@ -166,9 +164,8 @@ def test_a_difference_as_large_as_its_error_is_none():
 
 @pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_changes_one_thing_and_repeats_it_with_three_seeds(overlay):
-    merged = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text(encoding="utf-8"))
-    update_config(merged, yaml.safe_load(overlay.read_text(encoding="utf-8")))
-    config = load_config(merged)
+    files = [config_files.read(path) for path in (config_files.DEMO, overlay)]
+    config = load_config(config_files.layered(files))
     runs = {
         name: {
             "model": config.runs[name].model,
