@@ -76,7 +76,7 @@ def test_a_run_may_begin_with_what_is_there_already(given):
     ("changes", "part"),
     [
         ({"adapter": "./a", "merged": "./m"}, "found both `adapter` and `merged`"),
-        ({"adapter": "./a", "recipe": "qlora"}, "beside `adapter`: nothing is trained"),
+        ({"adapter": "./a", "recipe": "qlora"}, "with `adapter`: such a run is not trained"),
         ({"adapter": "mine"}, "'mine' is neither a Hub id (owner/name) nor a folder (./name)"),
         ({"adapter": "./a", "revision": "v1"}, "`revision` belongs to"),
         ({"merged": "./m", "merge_base": "auto"}, "a merged model is not merged again"),
@@ -250,13 +250,13 @@ def test_an_imatrix_is_used_where_it_is_needed_and_where_it_changes_something(us
 
 
 @pytest.mark.parametrize("value", [True, 0, -1, 1.5, "1.5", "many", "", None, [], {}, [4]])
-def test_a_kv_rank_that_is_no_rank_is_an_error(value):
+def test_a_kv_rank_that_is_not_a_rank_is_an_error(value):
     with pytest.raises(SettingsError) as caught:
         load_config(with_value("recipes.qlora.kv_rank", value))
     _, *problems = str(caught.value).splitlines()
     assert problems == [
-        f"  recipes.qlora.kv_rank: found {value!r}, expected 'uniform', 'matched' or a whole"
-        " number from 1"
+        f"  recipes.qlora.kv_rank: found {value!r}, expected 'uniform', 'matched' or an"
+        " integer from 1"
         + ("; for a run of each value set recipes.qlora.sweep: true" if value == [4] else "")
     ]
 
@@ -291,9 +291,9 @@ def test_how_training_runs_is_a_word_or_a_number(key, value, kept):
 @pytest.mark.parametrize(
     ("path", "value", "parts"),
     [
-        ("training.gradient_checkpointing", "some", ["'auto', 'off', 'full' or a whole number"]),
+        ("training.gradient_checkpointing", "some", ["'auto', 'off', 'full' or an integer"]),
         ("training.gradient_checkpointing", 0, ["found 0", "'off'"]),
-        ("training.rows_per_micro_batch", True, ["found True", "'auto' or a whole number"]),
+        ("training.rows_per_micro_batch", True, ["found True", "'auto' or an integer"]),
         ("training.rows_per_step", 8, ["unknown key"]),
         ("recipes.qlora.micro_batches_per_step", 8, ["unknown key"]),
         ("recipes.qlora.gradient_checkpointing", True, ["unknown key"]),

@@ -212,7 +212,7 @@ class LinkFiles(Record):
     context: str | None
     answers: str | None
     tasks: dict[TaskKind, str]
-    """Scores in tasks. What every document scored is beside them, in a file of the same name with
+    """Scores in tasks. Scores of every document are next to it, in a file of the same name with
     the ending `.parquet`."""
 
 
@@ -312,10 +312,10 @@ def _files(
 
 
 def token_scores_beside(scores: str) -> str:
-    """Path of the loss of every token, which is written beside the scores made of it."""
+    """Path of the loss of every token, a file next to the scores."""
     return f"{scores.removesuffix('.json')}.tokens.parquet"
 
 
 def samples_beside(scores: str) -> str:
-    """Path of what every document scored, which is written beside the scores of tasks."""
+    """Path of the scores of every document, a file next to the scores of tasks."""
     return f"{scores.removesuffix('.json')}.parquet"

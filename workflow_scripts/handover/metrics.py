@@ -18,7 +18,7 @@ class Metric(Record):
     error_is: Literal["standard error", "standard deviation"] | None
     """None where there is no error."""
     n: int | None
-    """How many values the number is a mean of; None where it is no mean."""
+    """How many values the number is a mean of; None if it is not a mean."""
     file: str
     """Path of the file that holds the number, below the folder of results."""
     key: str

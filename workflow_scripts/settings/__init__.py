@@ -1,9 +1,9 @@
-"""The config, once: typed settings that validate it, document it, and parse what a stage is handed.
+"""Typed settings that validate the config, document it, and parse the settings of a stage.
 
-An attribute's docstring is the option's documentation: `config/config.schema.json` and the table in
-`config/README.md` are made from it (`make schema`; a test fails when they drift). Unknown keys,
-wrong types and impossible combinations raise `SettingsError` before any job runs. A module a table
-of the config; everyone else imports from here.
+An attribute's docstring is the option's documentation. `config/config.schema.json` and
+`docs/options.md` are made from it (`make schema`; a test fails if they differ). Unknown keys, wrong
+types and impossible combinations raise `SettingsError` before any job runs. Each module holds one
+table of the config; other rooms import from here.
 """
 
 from workflow_scripts.settings.config import (

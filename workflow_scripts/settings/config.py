@@ -1,4 +1,4 @@
-"""The whole config: its tables, what must agree between them, and reading it."""
+"""The whole config: its tables, what must agree between them, and how it is read."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     """How training runs on this machine."""
     build: Annotated[list[str], Field(min_length=1)]
-    """Names of the runs to build; in an overlay this list replaces the one before."""
+    """Names of the runs to build. In an overlay this list replaces the one before."""
     frozen: list[str] = []
-    """Runs whose files are final, by name or pattern (`rates-*`): reports show them, no job makes a
-    file of theirs, whatever changes."""
+    """Runs whose files are final, by name or pattern (`rates-*`). Reports show them, and no job
+    makes their files again, whatever changes."""
     gguf: GgufSettings = GgufSettings()
     """GGUF files."""
     retention: RetentionSettings = RetentionSettings()
-    """Large intermediates."""
+    """Large intermediate files."""
     awq: AwqSettings = AwqSettings()
-    """AWQ, beside the GGUFs."""
+    """AWQ, besides the GGUFs."""
     push: PushSettings = PushSettings()
     """Releases on the Hub."""
     storage: StorageSettings = StorageSettings()
@@ -62,8 +62,8 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     """Measurements and gates."""
     max_steps: Count | None = None
-    """Smoke setting: no training, that of the demo's base included, takes more steps; null is
-    no limit."""
+    """Limit on the steps of every training, the healing of the demo's base included, to try a
+    config quickly; null is no limit."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
@@ -88,11 +88,11 @@ class Config(Settings):
         for pattern in self.frozen:
             if not fnmatch.filter(self.runs, pattern):
                 problems.append(
-                    f"frozen: found {pattern!r}, which is no run and matches none"
+                    f"frozen: found {pattern!r}, which is not a run and matches none"
                     f" ({did_you_mean(pattern, self.runs)})"
                 )
         if len(set(self.build)) != len(self.build):
-            problems.append("build: a run stands twice")
+            problems.append("build: a run is named twice")
         for run_name in self.build:
             run = self.runs.get(run_name)
             if run and run.merge_base != "original" and self._trained_in(run) != "nf4":
@@ -123,11 +123,11 @@ class Config(Settings):
         return self
 
     def is_frozen(self, run_name: str) -> bool:
-        """Whether `frozen` names a run."""
+        """True if `frozen` names a run."""
         return any(fnmatch.fnmatchcase(run_name, pattern) for pattern in self.frozen)
 
     def trained_precision(self, run_name: str) -> str:
-        """How a run's base was loaded for training: `native` (16 bits), `int8` or `nf4`."""
+        """Precision of a run's base in training: `native` (16 bits), `int8` or `nf4`."""
         return self._trained_in(self.runs[run_name])
 
     def _trained_in(self, run: RunSettings) -> str:
@@ -137,7 +137,7 @@ class Config(Settings):
         return {"qlora": "nf4", "lora_int8": "int8"}.get(recipe.method, "native")
 
     def entry(self, table: str, name: str) -> Settings:
-        """An entry of one of the four tables, the smoke setting applied.
+        """An entry of one of the four tables, limited by `max_steps`.
 
         Args:
             table: `models`, `datasets`, `packings` or `recipes`.
@@ -167,7 +167,7 @@ RUN_TABLES = {"model": "models", "dataset": "datasets", "packing": "packings", "
 
 
 def load_config(config: Mapping[str, Any]) -> Config:  # untyped: as YAML gave it
-    """Validate a whole config, its sweeps expanded into the recipes and runs they stand for.
+    """Validate a whole config, after each sweep is expanded into its recipes and runs.
 
     Raises:
         SettingsError: one message that lists every problem by its key's path.
@@ -180,7 +180,7 @@ def load_config(config: Mapping[str, Any]) -> Config:  # untyped: as YAML gave i
 
 
 def settings_from_json(table: type[Table], text: str) -> Table:
-    """Parse the `--settings` a stage is handed.
+    """Parse the `--settings` of a stage.
 
     Raises:
         SettingsError: the text is not JSON, or does not fit `table`.
@@ -202,5 +202,5 @@ def _validated(
         return table.model_validate(content)
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in describe(table, problem, swept)]
-        # A value of a sweep is in many recipes, and wrong once.
+        # A wrong value of a sweep is in many expanded recipes; one line is enough.
         raise SettingsError("\n  ".join([what, *dict.fromkeys(lines)])) from error

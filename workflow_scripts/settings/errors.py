@@ -1,4 +1,4 @@
-"""A config that cannot be built, told in the words of its keys."""
+"""Messages about a config that cannot be built, in the words of its keys."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from workflow_scripts.settings.training import RecipeSettings
 
 
 class SettingsError(StageError):
-    """A config that cannot be built, with the path of the key at fault."""
+    """A config that cannot be built. The message names the key."""
 
 
-# Keys of earlier versions, and where their values belong now.
+# Keys of earlier versions, and the keys that replace them.
 _MOVED = {
     "evaluation.gates.merge_kl_divergence_nats": "dropped",
     "evaluation.gates.merge_perplexity_increase_fraction": (
@@ -39,14 +39,14 @@ _TO_WRITE: dict[tuple[int | str, int | str], str] = {
     ("runs", "dataset"): "name a dataset of yours; config/own-data.yaml shows how",
     ("build", "build"): "name the runs to build, as in build: [my-run]",
 }
-# What pydantic puts into a path that is no key of ours: types of a choice, `[key]` of a table.
+# Parts of pydantic's paths that are not keys of the config: types of a choice, `[key]` of a table.
 _NO_KEY = re.compile(r"constrained-str|\[key\]|(literal|list|dict)\[.*\]")
 
 
 def _written_path(
     location: Sequence[int | str], swept: Mapping[str, sweeps.Combination]
 ) -> tuple[int | str, ...]:
-    """Where a value stands in the config as written: `recipes.lora.rank[1]`."""
+    """Path of a value in the config as the user wrote it: `recipes.lora.rank[1]`."""
     match tuple(location):
         case ("recipes", str(name), str(key), *rest) if name in swept:
             combination = swept[name]
@@ -62,7 +62,7 @@ def describe(
     problem: ErrorDetails,
     swept: Mapping[str, sweeps.Combination],
 ) -> Iterator[str]:
-    """One line or more a problem: the key's path, what was found, what would be right."""
+    """One or more lines per problem: path of the key, value found, value expected."""
     path = ".".join(
         str(part)
         for part in _written_path(problem["loc"], swept)
@@ -92,7 +92,7 @@ def _explain(table: type[Settings], problem: ErrorDetails, path: str) -> Iterato
             yield f"{path}: missing{f' ({to_write})' if to_write else ''}"
         case "value_error":
             for line in str(problem["ctx"]["error"]).splitlines():
-                # A validator of the whole config writes its own paths.
+                # Validators of the whole config write the paths themselves.
                 yield line if path == "top level" else f"{path}: {line}"
         case "literal_error":
             expected = problem["ctx"]["expected"]
@@ -104,7 +104,7 @@ def _explain(table: type[Settings], problem: ErrorDetails, path: str) -> Iterato
 
 
 def _keys_beside(table: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that would have been known where `location` points to an unknown one."""
+    """The keys that are valid where `location` points to an unknown one."""
     current: Any = table
     for part in location[:-1]:
         if isinstance(current, type) and issubclass(current, BaseModel):

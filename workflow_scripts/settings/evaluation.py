@@ -1,4 +1,4 @@
-"""`evaluation`: what is measured, on how much, and what a hand-over may cost."""
+"""`evaluation`: what is measured, on how many conversations, and what gates accept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from workflow_scripts.settings.fields import Count, Fraction, Name, NonNegative, Positive, Settings
 
-# A task of the harness, and how many examples stand before each question of it.
+# A task of lm-evaluation-harness and, after @, the number of few-shot examples.
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*(@[0-9]+)?$")]
 
 
@@ -16,23 +16,23 @@ class TokensGateSettings(Settings):
     """`evaluation.gates.tokens`: the sample that `check_tokens` compares."""
 
     n_conversations: Count | None = 1000
-    """Conversations whose tokens are compared with those of mistral-common and with those of the
-    tokenizer that ships; null is all."""
+    """Conversations whose tokens are compared with those of mistral-common and of the tokenizer
+    that ships; null is all."""
 
 
 class MergeBaseGateSettings(Settings):
-    """`evaluation.gates.merge_base`: what `choose_merge_base` measures on (`merge_base: auto`)."""
+    """`evaluation.gates.merge_base`: what `choose_merge_base` measures (`merge_base: auto`)."""
 
     n_conversations: Count = 20
-    """Validation conversations on which both candidates are scored."""
+    """Validation conversations on which both bases are scored."""
 
 
 class MergeGateSettings(Settings):
     """`evaluation.gates.merge`: what `check_merged` accepts."""
 
     perplexity_increase_fraction: Fraction = 0.005
-    """Largest increase of perplexity over the run as it was trained (its base in 4, 8 or 16 bits);
-    a decrease is always accepted."""
+    """Largest accepted increase of perplexity over the model as it was trained (with its base in 4,
+    8 or 16 bits), beyond two standard errors. A decrease is always accepted."""
     n_conversations: Count = 20
     """Validation conversations that are scored."""
 
@@ -41,13 +41,13 @@ class GgufGateSettings(Settings):
     """`evaluation.gates.gguf`: what `check_gguf` accepts."""
 
     kl_divergence_nats: Positive = 1e-5
-    """Largest mean KL divergence per token of the F16 GGUF from the merged model, within the
-    window."""
+    """Largest accepted mean KL divergence of the F16 GGUF from the merged model, nats per token,
+    within the window."""
     n_conversations: Count = 20
     """Validation conversations that are scored."""
     parity_conversations: Count | None = 1000
-    """Validation conversations that the GGUF's own template and tokenizer render, to compare with
-    the tokens of training; null is all."""
+    """Validation conversations whose tokens, by the GGUF's own template and tokenizer, are compared
+    with the tokens of training; null is all."""
 
 
 class GateSettings(Settings):
@@ -64,72 +64,73 @@ class GateSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """`evaluation.inference`: how speed is measured, in llama-bench's terms."""
+    """`evaluation.inference`: how speed is measured, in the terms of llama-bench."""
 
     prompt_tokens: Count = 512
-    """Prompt processing, `pp512`."""
+    """Tokens of the prompt that is processed, `pp512`."""
     generated_tokens: Count = 64
-    """Decoding, `tg64`."""
+    """Tokens that are generated, `tg64`."""
     repetitions: Count = 3
-    """Measured passes after one to warm up; mean and standard deviation are kept."""
+    """Measured passes, after one pass to warm up. The mean and the standard deviation are kept."""
     depths_tokens: Annotated[list[NonNegative], Field(min_length=1)] = [0]
-    """Tokens of context before each pass, llama-bench's `-d`; those that leave no room in the
-    context are passed over. Tables show the first."""
+    """Tokens in the context before each pass (`-d` of llama-bench). Depths that leave no room in
+    the context are skipped. Tables show the first."""
 
 
 class RecallSettings(Settings):
-    """`evaluation.recall`: facts to be found in prompts of held-out text (`snakemake
+    """`evaluation.recall`: facts to find in prompts of held-out text (`snakemake
     experiment`)."""
 
     lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
-    """Lengths of the prompts with their answers, tokens; null is a quarter, a half, one, two and
-    four windows (a sixteenth to the whole of the context of a model without one)."""
+    """Lengths of the prompts with their answers, tokens; null is 1/4, 1/2, 1, 2 and 4
+    windows (without a window: 1/16 to all of the context)."""
     depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    """Where in the text the fact stands: 0 is its beginning, 1 just before the question."""
+    """Where in the text the fact is: 0 is the beginning, 1 is just before the question."""
     n_prompts: NonNegative = 20
-    """Prompts of each length and depth; 0 leaves recall out."""
+    """Prompts for each length and depth; 0 leaves recall out."""
     seed: NonNegative = 0
-    """Which texts and facts."""
+    """Seed of the choice of texts and facts."""
 
 
 class ContextSettings(Settings):
     """`evaluation.context`: how much of the context is usable (`snakemake context`)."""
 
     use: bool = False
-    """Measured by `snakemake` alone as well, for the headline table and each run's page; on a 7B
-    that is more prompts than everything else together."""
+    """Measure it in every build, for the headline table and each run's page. On a 7B this takes
+    more prompts than everything else together."""
     of_merged: bool = True
-    """Also measured on the merged model, next to the base and the last quantization."""
+    """Measure the merged model too, besides the base and the last quantization."""
     tasks: Annotated[
         list[Literal["single", "multi_key", "variable_tracing"]], Field(min_length=1)
     ] = ["single", "multi_key", "variable_tracing"]
-    """After RULER: a fact in the text, one among others like it, a chain of variables."""
+    """Tasks after RULER: find a fact, find one among similar facts, follow a chain of variables."""
     lengths_tokens: Annotated[list[Count], Field(min_length=1)] | None = None
     """Lengths of the prompts with their answers, tokens; null doubles from 1/64 of the context to
-    the whole."""
+    all of it."""
     depths: Annotated[list[Fraction], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    """Where in the text the fact stands."""
+    """Where in the text the fact is, from 0 (beginning) to 1 (end)."""
     n_prompts: Count = 10
-    """Prompts of each task, length and depth."""
+    """Prompts for each task, length and depth."""
     files: list[str] = []
-    """Text files that the prompts are filled with; none is Python's own documentation."""
+    """Text files that fill the prompts; without any, Python's own documentation does."""
     short_tokens: Count = 2048
-    """Context against which the whole is held: what does a test conversation gain by the rest?"""
+    """Length of the short context that the full context is compared with, tokens."""
     n_long_conversations: NonNegative = 50
-    """Test conversations longer than `short_tokens` that this is measured on, at most; 0 leaves it
-    out."""
+    """Largest number of test conversations longer than `short_tokens` for that comparison; 0 leaves
+    it out."""
     seed: NonNegative = 0
-    """Which texts and facts."""
+    """Seed of the choice of texts and facts."""
 
 
 class SampleSettings(Settings):
     """`evaluation.samples`: answers to read (`snakemake samples`)."""
 
     use: bool = False
-    """Answered by `snakemake` alone as well, for the overview: base, tuned model (F16) and smallest
+    """Answer prompts in every build, for the overview: base, tuned model (F16) and smallest
     quantization side by side."""
     n_prompts: Count = 5
-    """Prompts: the first of the test split, by id, that leave room for an answer."""
+    """Number of prompts: the first conversations of the test split, by id, that leave room for an
+    answer."""
     max_tokens: Count = 128
     """Longest answer, tokens."""
 
@@ -159,39 +160,40 @@ class TaskSettings(Settings):
         names = [name.partition("@")[0] for name in self.names]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"`names`: {', '.join(twice)} stands twice")
+            raise ValueError(f"`names`: {', '.join(twice)} is named twice")
         return self
 
 
 class EvaluationSettings(Settings):
-    """`evaluation`: what is measured, on how much."""
+    """`evaluation`: what is measured, and on how many conversations."""
 
     piece_tokens: Annotated[Count, Field(ge=16)] | None = None
-    """Longest piece scored along the chain, tokens; null is the sliding window, else the
-    context."""
+    """Longest piece that the links of the chain score, tokens; null is the sliding window or,
+    without one, the context."""
     full_length: bool = True
-    """Conversations longer than a piece are also scored whole, by the links that honour the
+    """Also score conversations longer than a piece as a whole, by the links that apply the
     window."""
     max_conversations: Count | None = None
-    """Conversations scored, the first of the split's order (`test` along the chain, `validation`
-    by position); null is all."""
+    """Largest number of conversations scored, the first in the order of the split (`test` along the
+    chain, `validation` by position); null is all."""
     base_gguf: bool = False
-    """The base's own F16 GGUF is a link of the chain too: what llama.cpp alone changes, before any
+    """Add the base's own F16 GGUF to the chain. It shows what llama.cpp alone changes, before any
     training."""
     texts: dict[Name, str] = {}
-    """Text files that the links are scored on as llama-perplexity scores them, by name:
+    """Text files by name that every link is scored on, in the way of llama-perplexity:
     `{wikitext: data/wiki.test.raw}`."""
     text_context_tokens: Annotated[Count, Field(ge=16)] = 512
-    """Length of the chunks of `texts`, whose second half is scored; llama-perplexity's `-c`."""
+    """Length of the chunks of `texts` (`-c` of llama-perplexity); the second half of each is
+    scored."""
     gates: GateSettings = GateSettings()
     """Samples and thresholds of the gates."""
     inference: InferenceSettings = InferenceSettings()
     """Speed and memory."""
     recall: RecallSettings = RecallSettings()
-    """Facts found again."""
+    """Recall of facts."""
     context: ContextSettings = ContextSettings()
     """Usable context."""
     samples: SampleSettings = SampleSettings()
-    """Answers to be read."""
+    """Answers to read."""
     tasks: TaskSettings = TaskSettings()
     """Tasks with a right answer."""

@@ -1,4 +1,4 @@
-"""What options are made of: the base of every table, and the types that many of them share."""
+"""The base class of every table of the config, and types that many options share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Settings(BaseModel):
 
 
 def not_a_boolean(value: object) -> object:
-    # pydantic would take `true` as 1; numbers written as text ("2e-4", --config) stay welcome.
+    # pydantic would accept `true` as 1. Numbers written as text ("2e-4", --config) are accepted.
     if isinstance(value, bool):
         raise ValueError("a number is expected, not true or false")
     return value
@@ -31,12 +31,12 @@ NonNegativeNumber = Annotated[
 
 
 def named_or_count(*names: str) -> BeforeValidator:
-    """One message for the whole choice, where pydantic would have one for each of its types."""
+    """Check a choice of names or a number, with one message instead of pydantic's one per type."""
 
     def check(value: object) -> object:
         if value not in names and not re.fullmatch("[1-9][0-9]*", str(value)):
             choice = ", ".join(map(repr, names))
-            raise ValueError(f"found {value!r}, expected {choice} or a whole number from 1")
+            raise ValueError(f"found {value!r}, expected {choice} or an integer from 1")
         return value
 
     return BeforeValidator(check)
@@ -49,5 +49,5 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a folder, not an id of the Hub."""
+    """True if a source is a folder, not a Hub id."""
     return source.startswith((".", "/", "~"))

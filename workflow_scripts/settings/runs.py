@@ -1,4 +1,4 @@
-"""`runs`: what is combined, or begun with."""
+"""`runs`: which model, dataset, packing and recipe are combined, or what a run begins with."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from workflow_scripts.settings.fields import HUB_ID, Settings, is_local
 
 class RunSettings(Settings):
     """`runs.<name>`: model × dataset × packing × recipe, each the name of an entry above. A run
-    with an `adapter` or a `merged` model of yours is not trained, but exported and measured."""
+    with an `adapter` or `merged` model of yours is exported and measured, but not trained."""
 
     model: str
-    """Name of an entry of `models`; of an adapter or merged model, the base that it was made of."""
+    """Name of an entry of `models`. For an adapter or merged model, the base that it was made
+    from."""
     dataset: str
-    """Name of an entry of `datasets`; what is not trained is calibrated, gated and scored on it."""
+    """Name of an entry of `datasets`. A run that is not trained is calibrated, checked and scored
+    on it."""
     packing: str | None = None
     """Name of an entry of `packings`; training needs one."""
     recipe: str | None = None
     """Name of an entry of `recipes`; training needs one."""
     adapter: str | None = None
-    """An adapter that is there already: a folder (absolute, or beginning with `.` or `~`) or a Hub
-    id."""
+    """An existing adapter: a folder (absolute, or beginning with `.` or `~`) or a Hub id."""
     merged: str | None = None
-    """A fine-tuned model that is there already, whole: a folder or a Hub id."""
+    """An existing fine-tuned model with all its weights: a folder or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of an `adapter` or `merged` model on the Hub."""
     precision: Literal["native", "int8", "nf4"] = "native"
-    """How the base of an `adapter` was loaded when it was trained: in its own 16 bits, in 8 bits,
-    or in 4 (QLoRA)."""
+    """Precision of the base when `adapter` was trained: its own 16 bits, 8 bits, or 4 bits
+    (QLoRA)."""
     merge_base: Literal["original", "dequantized", "auto"] = "original"
-    """What an adapter of `method: qlora`, or of `precision: nf4`, is merged into: the `original`
-    16-bit weights; the 4-bit ones it was trained against, `dequantized`; `auto` measures both on
-    validation text and keeps the better (`choose_merge_base`)."""
+    """Base that an adapter of `method: qlora` or `precision: nf4` is merged into: the `original`
+    16-bit weights, or the 4-bit weights it was trained against, `dequantized`. `auto` measures both
+    on validation text and takes the better one (`choose_merge_base`)."""
 
     @model_validator(mode="after")
     def _one_beginning(self) -> RunSettings:
@@ -48,7 +49,7 @@ class RunSettings(Settings):
                 raise ValueError("\n".join(f"{key}: missing" for key in missing))
         elif any(getattr(self, key) is not None for key in needed):
             key = "adapter" if self.adapter else "merged"
-            raise ValueError(f"found `packing` or `recipe` beside `{key}`: nothing is trained")
+            raise ValueError(f"found `packing` or `recipe` with `{key}`: such a run is not trained")
         elif not (is_local(given) or HUB_ID.fullmatch(given)):
             raise ValueError(f"{given!r} is neither a Hub id (owner/name) nor a folder (./name)")
         if self.revision and (given is None or is_local(given)):
@@ -61,5 +62,5 @@ class RunSettings(Settings):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the run makes its adapter itself."""
+        """True if the run trains its adapter itself."""
         return self.recipe is not None

@@ -1,7 +1,7 @@
-"""Sweeps: a recipe whose values are lists stands for a recipe, and a run, of each combination.
+"""Sweeps: a recipe with lists of values is expanded into one recipe and one run per combination.
 
-Works on the config as YAML gave it, before it is validated: what comes out is an ordinary config,
-whose recipes and runs every other part of the workflow reads without knowing of sweeps.
+This works on the config as YAML gave it, before validation. The result is an ordinary config, so
+that no other part of the workflow needs to know about sweeps.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 LIST_KEYS = frozenset({"target_modules", "modules_to_save"})
-"""Keys of a recipe that are lists themselves: of these a sweep holds a list of lists."""
+"""Keys of a recipe whose value is a list. A sweep over one of them is a list of lists."""
 
 TRUE = (True, "true", "True", "TRUE", "yes", "on", "1", 1)  # as pydantic reads a flag
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Where an expanded recipe comes from."""
+    """The origin of an expanded recipe."""
 
     recipe: str
-    """The recipe as written."""
+    """Name of the recipe in the config."""
     values: Mapping[str, object]
-    """Swept keys, in the order written, with the value of each."""
+    """Values of the swept keys, in the order of the config."""
     places: Mapping[str, int]
-    """Swept keys with the value's place in its list, from 0."""
+    """Index of each swept key's value in its list, from 0."""
 
 
 @dataclass(frozen=True)
 class Expanded:
-    """A config without sweeps, and what was one."""
+    """A config without sweeps, and where its recipes and runs come from."""
 
     config: object
     recipes: dict[str, Combination] = field(default_factory=dict)
-    """By name of the expanded recipe."""
+    """Combinations by the name of the expanded recipe."""
     runs: dict[str, list[str]] = field(default_factory=dict)
-    """Runs that use a sweep, each with the names of the runs that it stands for."""
+    """Names of the expanded runs, by the run that uses a sweep."""
     problems: list[str] = field(default_factory=list)
-    """Lines `path: what is wrong`; where there are any, `config` is not to be used."""
+    """Lines `path: what is wrong`. If there are any, `config` must not be used."""
 
 
 def expand(config: object) -> Expanded:
-    """One recipe and one run of each combination of a sweep's values; all else stays as it is.
+    """Expand every sweep into one recipe and one run per combination; leave the rest unchanged.
 
-    Names are `<recipe>.<key>-<value>.<key>-<value>`, and the runs' alike.
+    Recipes are named `<recipe>.<key>-<value>.<key>-<value>`, and runs in the same way.
 
     Args:
-        config: of any shape: what is no sweep is left to validation.
+        config: of any shape; everything except sweeps is left to validation.
     """
     if not isinstance(config, Mapping):
         return Expanded(config)
@@ -71,7 +71,7 @@ def expand(config: object) -> Expanded:
             all_recipes[name] = recipe
             continue
         assert isinstance(recipe, Mapping)  # it has combinations
-        # Not a sweep any more: what is trained, and its fingerprint, are those of a plain recipe.
+        # Without `sweep`, the fingerprint of the training is that of an ordinary recipe.
         plain = {key: value for key, value in recipe.items() if key != "sweep"}
         for suffix, combination in combinations[name].items():
             problems += _taken("recipes", f"{name}{suffix}", recipes, all_recipes)
@@ -114,7 +114,7 @@ def _is_swept(key: str, value: object) -> bool:
 
 
 def _combine(recipe: str, swept: Mapping[str, list[object]]) -> dict[str, Combination]:
-    """Combinations by the end of their name, the last key's values changing first."""
+    """Combinations by the suffix of their name; the last key varies fastest."""
     combinations = {}
     for picked in itertools.product(*(enumerate(values) for values in swept.values())):
         values = {key: value for key, (_, value) in zip(swept, picked, strict=True)}
@@ -144,11 +144,12 @@ def _wrong_values(path: str, swept: Mapping[str, list[object]]) -> list[str]:
 
 def _taken(table: str, name: str, *known: Container[str]) -> list[str]:
     is_taken = any(name in one for one in known)
-    return [f"{table}.{name}: a sweep makes an entry of this name as well"] * is_taken
+    return [f"{table}.{name}: a sweep makes an entry with this name too"] * is_taken
 
 
 def _built_whole(build: object, swept_runs: Mapping[str, list[str]]) -> list[str]:
-    """A sweep stops at its scores: what is exported is one of its runs, named whole."""
+    """Problems of `build`: a sweep ends with its scores, so only a single run of it can be
+    built."""
     return [
         f"build: found {name!r}, which is a sweep of {len(swept_runs[name])} runs; `snakemake"
         f" sweep` needs none of them here; to export one, did you mean"
@@ -159,15 +160,15 @@ def _built_whole(build: object, swept_runs: Mapping[str, list[str]]) -> list[str
 
 
 def _either(names: list[str]) -> str:
-    """The first ten."""
+    """The first ten names."""
     return " or ".join([*map(repr, names[:10]), *["one of the others"] * (len(names) > 10)])
 
 
 def short(value: object) -> str:
-    """A value as part of a name: two that are equal have the same, two that differ do not.
+    """A value as part of a name. Equal values give the same name, different ones do not.
 
-    Numbers below 0.01 as `2e-4`, however they were written (YAML reads `2e-4` as text); a list as
-    `q_proj+v_proj`.
+    Numbers below 0.01 become `2e-4`, however they were written (YAML reads `2e-4` as text). A list
+    becomes `q_proj+v_proj`.
     """
     match value:
         case bool():
@@ -179,7 +180,7 @@ def short(value: object) -> str:
         case str() if (number := _number(value)) is not None:
             return short(number)
         case float() if 0 < abs(value) < 0.01:
-            # The fewest digits that give the same number back.
+            # The fewest digits that represent the same number.
             digits = next(n for n in range(18) if float(f"{value:.{n}e}") == value)
             mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
             return f"{mantissa}e{int(exponent)}"

@@ -1,4 +1,5 @@
-"""`packings`, `recipes` and `training`: what is learned, and how it runs on a machine."""
+"""`packings`, `recipes` and `training`: how rows are filled, what is learned, and how it runs on a
+machine."""
 
 from __future__ import annotations
 
@@ -35,20 +36,20 @@ class PackingSettings(Settings):
     """`packings.<name>`: how documents share a row of training."""
 
     strategy: Literal["best_fit", "concatenate", "none"] = "best_fit"
-    """`best_fit` keeps documents whole and apart; `concatenate` cuts wherever a row ends, and
-    attention crosses documents; `none` has one document a row, and pads those of a micro-batch,
-    grouped by length, to the longest."""
+    """`best_fit` keeps documents whole and apart. `concatenate` cuts wherever a row ends, and
+    attention crosses documents. `none` puts one document in a row, groups rows by length, and pads
+    those of a micro-batch to the longest."""
     row_tokens: Annotated[Count, Field(ge=16, le=131_072)] = 4096
-    """Length of a row of training, tokens."""
+    """Length of a training row, tokens."""
     long_documents: Literal["split", "truncate", "drop", "error"] = "split"
-    """What becomes of a document longer than a row (`concatenate` cuts every document alike):
-    `split` cuts it between turns, else sentences, else tokens; `truncate` keeps its beginning;
-    `error` stops."""
+    """What to do with a document longer than a row: `split` cuts it between turns, else between
+    sentences, else between tokens; `truncate` keeps its beginning; `drop` leaves it out; `error`
+    stops. `concatenate` ignores this and cuts every document where a row ends."""
     overlap_tokens: Count | None = None
-    """Context that a later piece of a split document carries over, seen and not learned again;
-    null is a sixteenth of a row."""
+    """Tokens that a later piece of a split document repeats from the piece before it, as context
+    that the loss does not count; null is 1/16 of a row."""
     seed: NonNegative = 0
-    """Which equally long documents share a row, and the order of the rows."""
+    """Decides which of equally long documents share a row, and the order of the rows."""
 
     @property
     def context_tokens(self) -> int:
@@ -66,7 +67,7 @@ class PackingSettings(Settings):
 
 
 class RecipeSettings(Settings):
-    """`recipes.<name>`: what is trained and how it learns; all that decides the result."""
+    """`recipes.<name>`: which weights train and how; everything that decides the result."""
 
     method: Literal["qlora", "lora_int8", "lora", "full"] = "qlora"
     """`qlora`: LoRA on the base in 4 bits (NF4, double quantization); `lora_int8`: in 8 bits;
@@ -74,75 +75,78 @@ class RecipeSettings(Settings):
     rank: Count = 32
     """LoRA rank."""
     alpha: Positive = 64
-    """LoRA alpha; the adapter's scale is alpha ÷ rank (rsLoRA: ÷ √rank), the same for every
-    module."""
+    """LoRA alpha. The adapter's scale is alpha ÷ rank (with rsLoRA: alpha ÷ √rank), the same for
+    every module."""
     kv_rank: KvRank = "uniform"
-    """Rank of k and v: `uniform` as the rest, `matched` rank × kv heads ÷ heads (the same
-    budget a head), or a number."""
+    """Rank of the k and v projections: `uniform` is `rank`; `matched` is rank × key/value heads ÷
+    query heads (the same rank per head); or a number."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Modules that get an adapter: every linear layer, or a list (`[q_proj, v_proj]`)."""
     adapts_experts: bool = False
-    """A mixture's experts get adapters as well; without, its attention alone is adapted."""
+    """Mixture of experts: the experts get adapters too. Without this, only attention does."""
     trains_router: bool = False
-    """A mixture's router trains too, as a whole; frozen otherwise."""
+    """Mixture of experts: the router's full weights train too; otherwise it is frozen."""
     router_loss_coefficient: NonNegativeNumber = 0.0
-    """Weight of the mixture's load-balancing loss, beside the loss of the tokens; 0 leaves it
-    out."""
+    """Mixture of experts: weight of the load-balancing loss that is added to the loss of the
+    tokens; 0 leaves it out."""
     modules_to_save: list[Literal["embed_tokens", "lm_head"]] = []
-    """Layers that train whole beside the adapter, for embeddings of new tokens; kept in
-    float32."""
+    """Layers whose full weights train along with the adapter, for the embeddings of new tokens;
+    kept in float32."""
     dora: bool = False
-    """DoRA (arXiv:2402.09353): direction by LoRA, magnitude by a vector of its own; slower."""
+    """DoRA (arXiv:2402.09353): LoRA learns the direction of each weight, a vector learns its
+    magnitude; slower."""
     rslora: bool = False
     """rsLoRA (arXiv:2312.03732): scale alpha ÷ √rank, for high ranks."""
     loraplus_ratio: Annotated[Positive, Field(ge=1)] | None = None
     """LoRA+ (arXiv:2402.12354): learning rate of B ÷ that of A; null is the same for both."""
     dropout: Annotated[Fraction, Field(lt=1)] = 0.0
-    """LoRA dropout; above 0 costs two thirds more activation memory."""
+    """LoRA dropout; a value above 0 takes two thirds more activation memory."""
     neftune_alpha: Positive | None = None
-    """NEFTune (arXiv:2310.05914): noise on the embeddings of training, 5 in the paper; null is
-    none."""
+    """NEFTune (arXiv:2310.05914): scale of the noise added to embeddings in training, 5 in the
+    paper; null adds none."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_paged_8bit", "adafactor"] = "adamw"
     """AdamW (fused), with 8-bit state, with 8-bit state paged to the CPU (bitsandbytes), or
     Adafactor."""
     adam_beta2: Annotated[Fraction, Field(gt=0, lt=1)] = 0.999
     """AdamW's decay of the second moment."""
     learning_rate: Positive = 1.4e-4
-    """Peak of the schedule."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Learning rate after warm-up; `wsd` is warm-up, stable, decay (arXiv:2404.06395)."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
     decay_fraction: Fraction = 0.1
-    """`wsd`: share of the steps, at the end, in which the learning rate falls to 0."""
+    """`wsd`: share of the steps at the end in which the learning rate falls to 0."""
     weight_decay: NonNegativeNumber = 0.0
-    """Decoupled weight decay, on what trains."""
+    """Decoupled weight decay of the weights that train."""
     max_gradient_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     honours_window: bool = True
-    """Attention in training ends at the model's sliding window; false trains as scripts do that
-    ignore it, to see what that costs. Every score still honours it."""
+    """Limit attention in training to the model's sliding window. false trains like scripts that
+    ignore the window, to measure what that costs; scores always use the window."""
     epochs: Positive = 1.0
-    """Passes over the packed rows."""
+    """Passes over the training rows."""
     max_steps: Count | None = None
-    """Stop after so many optimizer steps, whatever `epochs` says; null is no limit."""
+    """Largest number of optimizer steps, even if `epochs` asks for more; null is no limit."""
     rows_per_step: Count = 8
-    """Rows of one optimizer step, over all micro-batches and GPUs. How many micro-batches share
-    them changes nothing but rounding; several GPUs take rows of like cost, so that which rows share
-    a step may differ."""
+    """Rows per optimizer step, over all micro-batches and GPUs. The number of micro-batches changes
+    only rounding. Several GPUs get rows of similar cost, so the rows that share a step may
+    differ from those on one GPU."""
     evaluations: NonNegative = 2
-    """How often the validation loss is taken during training, evenly spaced; 0 is never."""
+    """Number of validations during training, evenly spaced; 0 is none."""
     validation_conversations: Count | None = 1000
-    """Conversations it is taken on, the first of the split's order; null is all."""
+    """Validation conversations that are scored, the first in the order of the split; null is
+    all."""
     keeps_best: bool = True
-    """The weights of the lowest validation loss are the result; false takes the last ones."""
+    """Keep the weights with the lowest validation loss; false keeps the last ones."""
     early_stopping: Count | None = None
-    """Stop after so many evaluations in a row without a lower validation loss; null is never."""
+    """Number of validations in a row without a lower loss after which training stops; null never
+    stops early."""
     seed: NonNegative = 0
-    """Adapter's initial weights, order of the rows, noise."""
+    """Seed of the adapter's initial weights, the order of the rows, dropout and noise."""
     sweep: bool = False
-    """Every value given as a list stands for a run each: `learning_rate: [1e-4, 2e-4]`
-    (`snakemake sweep`)."""
+    """Train one run for each combination of the values that are given as lists, as in
+    `learning_rate: [1e-4, 2e-4]` (`snakemake sweep`)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> RecipeSettings:
@@ -164,37 +168,38 @@ class RecipeSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """`training`: how training runs on your machine. It changes speed and memory, nothing that is
-    learned but rounding, so a change here re-runs no step."""
+    """`training`: how training runs on your machine. These options change speed, memory and
+    rounding, but not what is learned, so a change re-runs no step."""
 
     rows_per_micro_batch: MicroBatchRows = "auto"
-    """Rows of one forward and backward pass on each GPU; `auto` takes what fits and is fastest
+    """Rows per forward and backward pass on each GPU; `auto` takes the fastest layout that fits
     (`plan_memory`)."""
     gradient_checkpointing: Checkpointing = "auto"
-    """Recompute activations in the backward pass, for less memory and up to half more time: of no
-    layer, of every layer, or of so many, evenly spread; `auto` as few as memory allows."""
+    """Layers whose activations are recomputed in the backward pass, which saves memory and takes up
+    to half more time: `off`, `full` (all), or a number, evenly spread; `auto` takes as few as
+    memory allows."""
     offload_activations: Literal["auto"] | bool = "auto"
-    """Keep what checkpointing saves in the CPU's memory: for very long rows; `auto` where nothing
-    else fits."""
+    """Keep the activations that checkpointing saves in CPU memory, for very long rows; `auto` does
+    so if nothing else fits."""
     kernels: Literal["auto", "liger", "torch"] = "auto"
-    """Kernels of RoPE, RMSNorm and SwiGLU: Liger's (Triton) or PyTorch's; `auto` is Liger's on a
-    CUDA GPU where `liger-kernel` is installed."""
+    """Kernels for RoPE, RMSNorm and SwiGLU: Liger's (Triton) or PyTorch's; `auto` is Liger's on a
+    CUDA GPU if `liger-kernel` is installed."""
     memory_gb: Positive | None = None
-    """GPU memory the planner may count on, GB (10⁹ bytes); null is what is free when training
-    starts."""
+    """GPU memory that training may use, GB (10⁹ bytes); null is the memory that is free when
+    training starts."""
     gpus: Count = 1
-    """GPUs of a training job on each node; needs `rows_per_step` to be a multiple of all of
-    them."""
+    """GPUs per node of a training job; `rows_per_step` must be a multiple of gpus × nodes."""
     nodes: Count = 1
-    """Nodes of a training job, under Slurm."""
+    """Nodes of a training job on Slurm."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
-    """Several GPUs: `ddp`, the model on each of them; `fsdp2`, its weights shared out."""
+    """How several GPUs share the model: with `ddp` each holds all of it; with `fsdp2` each holds a
+    part of the weights."""
     checkpoint_steps: Count = 100
     """Optimizer steps between resumable checkpoints."""
     checkpoints_kept: Count = 2
-    """Newest resumable checkpoints kept."""
+    """Number of resumable checkpoints kept, the newest ones."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-    """Where curves go while training: TensorBoard (`logs/runs/<run>/tensorboard`), Weights &
+    """Where training writes its curves: TensorBoard (`logs/runs/<run>/tensorboard`), Weights &
     Biases, MLflow."""
     tracker_project: str = "tramontane"
-    """Project or experiment that the tracker files the runs under."""
+    """Name of the project (Weights & Biases) or experiment (MLflow)."""

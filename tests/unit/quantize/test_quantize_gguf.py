@@ -203,8 +203,8 @@ def test_without_the_imatrix_it_needs_a_type_is_a_stage_error(chain, quantize):
         ({"type": "Q4_K_XL"}, ["type: found 'Q4_K_XL'", "did you mean 'Q4_K_S'"]),
         ({"type": "Q4_K_M", "output": "Q4_K_M"}, ["output: found 'Q4_K_M'", "'Q4_K'"]),
         ({"type": "Q4_K_M", "output": "IQ1_S"}, ["output: IQ1_S needs an importance matrix"]),
-        ({"type": "BF16", "tensors": {"attn": "Q8_0"}}, ["none beside `type: BF16`"]),
-        ({"type": "Q8_0", "tensors": {"attn(": "Q8_0"}}, ["'attn(' is no regular expression"]),
+        ({"type": "BF16", "tensors": {"attn": "Q8_0"}}, ["none with `type: BF16`"]),
+        ({"type": "Q8_0", "tensors": {"attn(": "Q8_0"}}, ["'attn(' is not a regular expression"]),
         (
             {"type": "Q8_0", "tensors": {"self_attn": "Q4_K"}},
             ["a pattern finds no tensor", "self_attn", "blk.0.attn_k.weight"],

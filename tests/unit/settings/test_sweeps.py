@@ -259,6 +259,6 @@ def test_a_name_that_a_sweep_makes_as_well_is_an_error():
     config["recipes"]["swept.rank-4"] = {}
     config["runs"]["many.rank-8"] = config["runs"]["one"]
     assert problems_of(config) == [
-        "recipes.swept.rank-4: a sweep makes an entry of this name as well",
-        "runs.many.rank-8: a sweep makes an entry of this name as well",
+        "recipes.swept.rank-4: a sweep makes an entry with this name too",
+        "runs.many.rank-8: a sweep makes an entry with this name too",
     ]
