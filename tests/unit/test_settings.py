@@ -207,7 +207,7 @@ MIXES = {
         ("gguf.mixes.a", {"type": "Q8_0", "output": "Q4_K_M"}, ["found 'Q4_K_M'", "'Q4_K'"]),
         ("gguf.mixes.a", {"type": "Q8_0", "output": "IQ1_S"}, ["output: IQ1_S needs an import"]),
         ("gguf.mixes.a", {"type": "Q8_0", "outputs": "Q8_0"}, ["did you mean 'output'?"]),
-        ("gguf.mixes.a", {"type": "Q8_0", "tensors": {"(": "Q8_0"}}, ["no regular expression"]),
+        ("gguf.mixes.a", {"type": "Q8_0", "tensors": {"(": "Q8_0"}}, ["not a regular expression"]),
         ("gguf.quantizations", ["Q4_K_L"], ["gguf.quantizations.0: found 'Q4_K_L'", "gguf.mixes"]),
         ("gguf.imatrix.use", "sometimes", ["gguf.imatrix.use: found 'sometimes'", "'always'"]),
     ],
