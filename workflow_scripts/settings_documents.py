@@ -1,4 +1,4 @@
-"""Write what is generated from the settings: the JSON schema, and the option tables of the README.
+"""Write the documents that are generated from the settings: the JSON schema and the options page.
 
 python -m workflow_scripts.settings_documents            (or: make schema)
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,27 +15,37 @@ from workflow_scripts import files, log
 from workflow_scripts.settings import config_schema, option_tables
 
 SCHEMA = Path("config/config.schema.json")
-README = Path("config/README.md")
-BEGIN = "<!-- options: made by `make schema` from workflow_scripts/settings/ -->\n"
-END = "<!-- options end -->\n"
+PAGE = Path("docs/options.md")
+INTRODUCTION = """\
+<!-- made by `make schema` from workflow_scripts/settings/ -->
+# Options
+
+Every option of a config, with its default. `<name>` stands for a name that you choose.
+[Run, and run again](running.md#how-configs-are-layered) explains how configs are layered, and
+[what re-runs](running.md#what-re-runs-when-a-value-changes) when a value changes.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.parse_args(argv)
     files.write_text(SCHEMA, schema_text())
-    files.write_text(README, with_options(README.read_text(encoding="utf-8")))
+    files.write_text(PAGE, page())
 
 
 def schema_text() -> str:
     return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def with_options(readme: str) -> str:
-    """The README with its option tables as the settings have them now."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{option_tables()}\n{END}{after}"
+def page() -> str:
+    """Markdown: every option, one table per settings class."""
+    tables = re.sub(
+        r"^### (.*)\n\n(.)",
+        lambda found: f"## {found[1]}\n\n{found[2].upper()}",
+        option_tables(),
+        flags=re.MULTILINE,
+    )
+    return f"{INTRODUCTION}\n{tables}"
 
 
 if __name__ == "__main__":
