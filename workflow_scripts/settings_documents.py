@@ -16,6 +16,7 @@ from workflow_scripts.settings import config_schema, option_tables
 
 SCHEMA = Path("config/config.schema.json")
 PAGE = Path("docs/options.md")
+TOP = "Top level"
 INTRODUCTION = """\
 <!-- made by `make schema` from workflow_scripts/settings/ -->
 # Options
@@ -39,13 +40,16 @@ def schema_text() -> str:
 
 def page() -> str:
     """Markdown: every option, one table per settings class."""
-    tables = re.sub(
-        r"^### (.*)\n\n(.)",
-        lambda found: f"## {found[1]}\n\n{found[2].upper()}",
-        option_tables(),
-        flags=re.MULTILINE,
-    )
-    return f"{INTRODUCTION}\n{tables}"
+    sections = option_tables().split("### ")[1:]
+    return "\n".join([INTRODUCTION, *map(_section, sections)]).replace("\n\n\n", "\n\n")
+
+
+def _section(section: str) -> str:
+    """A table of options, each of which that is a table itself links to its own section."""
+    title, _, text = section.partition("\n\n")
+    path = "" if title == TOP else re.sub(r"[^\w-]", "", title.lower())
+    text = re.sub(r"\| `(\w+)` \| see below", rf"| `\1` | [see below](#{path}\1)", text)
+    return f"## {title}\n\n{text[0].upper()}{text[1:]}"
 
 
 if __name__ == "__main__":
