@@ -27,7 +27,7 @@ lint: .venv/.tests-installed
 	mypy
 	snakefmt --check Snakefile rules
 	snakemake --lint
-	mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 schema: .venv/.installed  ## write config/config.schema.json, docs/options.md, docs/records.md
 	python -m workflow_scripts.settings_documents
@@ -35,7 +35,7 @@ schema: .venv/.installed  ## write config/config.schema.json, docs/options.md, d
 
 docs: .venv/.tests-installed  ## build the documentation in site/; `mkdocs serve` shows it while you write
 	python docs/tools/drawings.py
-	mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… make)")'
