@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 
+import jsonschema
 import pytest
 import yaml
 
 from tests.conftest import REPOSITORY
+from workflow_scripts.settings import config_schema
 
 PAGES = sorted(
     str(path.relative_to(REPOSITORY))
@@ -63,6 +65,16 @@ def test_every_file_and_program_that_a_page_names_is_there(page):
     assert not {path for path in named if not (REPOSITORY / path).exists()}
     modules = set(PROGRAM.findall(text))
     assert not {name for name in modules if importlib.util.find_spec(name) is None}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n```yaml\n" in text_of(page)])
+def test_a_config_in_a_page_has_options_that_there_are(page):
+    schema = config_schema()
+    for table in schema["$defs"].values():
+        table.pop("required", None)  # a page shows only what an overlay changes
+    configs = re.findall(r"^```yaml\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+    for config in map(yaml.safe_load, configs):
+        jsonschema.validate(config or {}, schema)
 
 
 def test_the_readme_leads_to_every_page_of_the_documentation():
