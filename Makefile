@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run tasks test test-slurm test-tasks check-demo lint schema doctor wheelhouse clean help
+.PHONY: run tasks test test-slurm test-tasks check-demo lint schema docs doctor wheelhouse clean help
 
 run: .venv/.installed  ## set up, then build the demo with all cores
 	snakemake --cores all
@@ -27,10 +27,15 @@ lint: .venv/.tests-installed
 	mypy
 	snakefmt --check Snakefile rules
 	snakemake --lint
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
-schema: .venv/.installed  ## write config/config.schema.json, the table in config/README.md, docs/records.md
+schema: .venv/.installed  ## write config/config.schema.json, docs/options.md, docs/records.md
 	python -m workflow_scripts.settings_documents
 	python -m workflow_scripts.handover.reference_page
+
+docs: .venv/.tests-installed  ## build the documentation in site/; `mkdocs serve` shows it while you write
+	python docs/tools/drawings.py
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=… make)")'
@@ -80,7 +85,7 @@ doctor:  ## what this machine has and lacks; CONFIG=my-data.yaml for an overlay
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m workflow_scripts.doctor $(if $(CONFIG),--configfile $(CONFIG))
 
 clean:  ## remove what was built; the environment stays
-	rm -rf results checkpoints logs benchmarks .snakemake
+	rm -rf results checkpoints logs benchmarks site .snakemake
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'

@@ -225,9 +225,9 @@ def test_the_smoke_setting_caps_every_training(workflow) -> None:
 def test_schema_and_option_tables_are_those_of_the_settings() -> None:
     repair = "run `make schema` and commit what it wrote"
     schema = (REPOSITORY / settings_documents.SCHEMA).read_text(encoding="utf-8")
-    readme = (REPOSITORY / settings_documents.README).read_text(encoding="utf-8")
+    page = (REPOSITORY / settings_documents.PAGE).read_text(encoding="utf-8")
     assert schema == settings_documents.schema_text(), repair
-    assert readme == settings_documents.with_options(readme), repair
+    assert page == settings_documents.page(), repair
 
 
 def test_dynamic_scaling_is_refused_where_gguf_is_made_and_nowhere_else(workflow, tmp_path) -> None:

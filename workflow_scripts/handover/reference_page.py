@@ -1,4 +1,4 @@
-"""Write `docs/records.md`: the files that pass between stages, field by field.
+"""Write `docs/records.md`, which describes the files that pass between stages, field by field.
 
 python -m workflow_scripts.handover.reference_page            (or: make schema)
 """
@@ -24,9 +24,9 @@ from workflow_scripts.handover.record import Record
 PAGE = Path("docs/records.md")
 INTRODUCTION = """\
 <!-- made by `make schema` from workflow_scripts/handover/ -->
-# Records
+# Files and records
 
-A stage hands its results on as JSON files. Each has one class in `workflow_scripts/handover/`,
+Stages hand their results on as JSON files. Each file has one class in `workflow_scripts/handover/`,
 which writes it and reads it:
 
 ```python
@@ -39,8 +39,9 @@ print(facts.sliding_window)
 
 A class refuses a file with an unknown key, a missing key or a value of another type.
 
-In a file's name, `{link}` stands for a model of the chain: `base`, `base-nf4`, `adapter`, `merged`,
-`awq`, or a type of GGUF such as `F16` or `Q4_K_M`. Records that have no file are parts of others.
+In a file's name, `{link}` stands for a link of the chain: `base`, `base-nf4`, `adapter`, `merged`,
+`awq`, or a type of GGUF such as `F16` or `Q4_K_M`. Records without a file are parts of others.
+[Where each result is](running.md#where-each-result-is) lists the folders.
 """
 # A unit is the end of a field's name.
 UNIT = re.compile(
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def page() -> str:
-    """Markdown: every record of every module, after a table of the files."""
+    """Return the page as Markdown: a table of the files, then every record of every module."""
     modules = {module: list(records_of(module)) for module in _modules()}
     lines = [INTRODUCTION, "| file | record |", "| --- | --- |"]
     for record in (one for records in modules.values() for one in records):
@@ -84,7 +85,7 @@ def _modules() -> list[ModuleType]:
 
 
 def records_of(module: ModuleType) -> Iterator[type[Record]]:
-    """The records that a module defines, in its order."""
+    """Yield the records that a module defines, in the order of the module."""
     for value in vars(module).values():
         is_record = isinstance(value, type) and issubclass(value, Record) and value is not Record
         if is_record and value.__module__ == module.__name__:
@@ -92,8 +93,8 @@ def records_of(module: ModuleType) -> Iterator[type[Record]]:
 
 
 def files_of(record: type[Record]) -> str:
-    """The files that hold a record, as the beginning of its docstring names them: `` `a.json`: ``;
-    empty for a part of other records."""
+    """Return the names of the files that hold a record: its docstring begins with them
+    (`` `a.json`: ``). Empty for a record that is part of others."""
     named, separator, _ = _one_line(inspect.getdoc(record)).partition(": ")
     return named if separator and named.startswith("`") and named.endswith("`") else ""
 
@@ -120,7 +121,7 @@ def _section(record: type[Record]) -> Iterator[str]:
 
 
 def unit_of(name: str) -> str:
-    """The unit at the end of a field's name: `size_bytes` → `bytes`; empty where it has none."""
+    """Return the unit at the end of a field's name: `size_bytes` → `bytes`; empty if none."""
     found = UNIT.search(name)
     unit = found[0] if found else ""
     return unit.replace("_", " ")
@@ -134,7 +135,7 @@ def _type_of(field: FieldInfo) -> str:
 
 
 def in_json(annotation: Any) -> str:
-    """A type as its value is written in JSON."""
+    """Describe a type by how its value is written in JSON."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return in_json(arguments[0])
@@ -160,7 +161,7 @@ def _link(record: type[Record]) -> str:
 
 
 def _one_line(text: str | None) -> str:
-    """A docstring in a cell of a table, its None in JSON's word."""
+    """Return a docstring as one line for a table cell; JSON calls None null."""
     return re.sub(r"\bNone\b", "null", " ".join((text or "").split())).replace("|", "\\|")
 
 
