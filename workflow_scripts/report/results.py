@@ -115,10 +115,6 @@ class Asked(NamedTuple):
     kinds: Sequence[TaskKind] = ()
     """What the tasks were."""
 
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Asked:
-        return cls(arguments.context, arguments.tasks, arguments.kinds)
-
     def context_of(self, link: LinkFiles) -> str | None:
         """The file of a link's usable context."""
         return link.context if link.name in self.context else None

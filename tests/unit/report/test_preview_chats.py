@@ -192,7 +192,7 @@ def test_facts_of_the_page_and_of_each_conversation(preview):
         n_tokens, n_supervised = documents.lengths[number], documents.n_supervised[number]
         assert facts["tokens"] == f"{n_tokens:,}"
         assert facts["supervised"] == f"{n_supervised:,} ({n_supervised / n_tokens:.1%})"
-        assert facts["copies an epoch"] == "3"
+        assert facts["copies per epoch"] == "3"
     corrected = [facts.get("corrected") for facts in conversations]
     assert corrected == [None, "Unicode repaired, role 'human' read", None]
 
@@ -290,7 +290,7 @@ def test_tokens_of_other_conversations_stop_the_stage(preview, tmp_path, ends_wi
     arguments += ["--tokenizer", tmp_path, "--plan", tmp_path / "plan.parquet"]
     arguments += ["--settings", "{}", "--preview", tmp_path / "out.html"]
     message = ends_with_message(preview_chats.main, arguments)
-    for part in ("other conversations", str(tmp_path / "c.parquet"), "chat/0", "to fix:"):
+    for part in ("belong to other conversations", str(tmp_path / "c.parquet"), "chat/0", "to fix:"):
         assert part in message
     assert not (tmp_path / "out.html").exists()
 
@@ -299,26 +299,15 @@ def test_tokens_of_other_conversations_stop_the_stage(preview, tmp_path, ends_wi
     supervised=st.lists(st.booleans(), max_size=30),
     cuts=st.sets(st.integers(0, 29)),
 )
-def test_spans_and_lines_never_overlap(supervised, cuts):
-    token_ids = list(range(len(supervised)))
+def test_spans_hold_every_token_and_begin_at_every_cut_and_change(supervised, cuts):
     texts = [TokenText(False, "a")] * len(supervised)
-    parts = list(
-        preview_chats.tokens_html(
-            token_ids, texts, supervised, cuts={at: f"cut {at}" for at in cuts}
-        )
-    )
-    is_open, found, lines = False, [], []
-    for part in parts:
-        if part == "<mark>":
-            assert not is_open
-            is_open = True
-        elif part == "</mark>":
-            assert is_open
-            is_open = False
-        elif part.startswith("<p"):
-            assert not is_open
-            lines.append(len(found))
-        else:
-            found.append(is_open)
-    assert not is_open and found == supervised
-    assert lines == sorted(at for at in cuts if at < len(supervised))
+    notes = {at: f"cut {at}" for at in cuts}
+    spans = preview_chats.spans(range(len(supervised)), texts, supervised, cuts=notes)
+    assert [token for span in spans for token, _ in span.tokens] == list(range(len(supervised)))
+    found = [span.is_supervised for span in spans for _ in span.tokens]
+    assert found == supervised
+    assert {span.tokens[0][0]: span.note for span in spans if span.note} == {
+        at: note for at, note in notes.items() if at < len(supervised)
+    }
+    for before, after in itertools.pairwise(spans):
+        assert after.note or after.is_supervised != before.is_supervised

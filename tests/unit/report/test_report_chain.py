@@ -89,7 +89,7 @@ def test_awq_stands_last_against_the_merged_model(results):
     assert rows[6][0] == "generic: AWQ" and rows[6][2].startswith("+10.00 ± ")
     # Its file's size; what it would take with AWQ's kernels was not timed.
     assert rows[6][3:] == [""] * 6 + ["7.0 MiB"]
-    assert rows[13][2].startswith("+0.00 ± ")
+    assert rows[13][2].startswith("0.00 ± ")
 
 
 def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(results):
@@ -122,7 +122,7 @@ def test_a_small_difference_is_shown_with_two_digits_of_its_error(write, results
     f16 = results.folder / "runs" / "generic" / "evaluation" / "F16.tokens.parquet"
     token_scores([1.00002, 2.00003]).write(f16)
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
-    assert rows["generic: merged"][2] == "+0.00 ± 0.00"
+    assert rows["generic: merged"][2] == "0.00 ± 0.00"
     assert rows["generic: F16"][2] == "+0.00250 ± 0.00050"
 
 

@@ -188,7 +188,7 @@ def test_sources_stand_with_their_weights(make_page):
 def test_what_is_a_sample_and_what_is_weighted_is_said(make_page):
     text = make_page().text
     assert "identified on a sample of 100 conversations" in text
-    assert "an epoch sees 1,600 training conversations" in text
+    assert "an epoch contains 1,600 training conversations" in text
     assert "120 kept conversations (13.3% of them) corrected" in text
     assert "EMAIL" in text
 

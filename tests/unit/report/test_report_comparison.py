@@ -28,7 +28,7 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
         ["Perplexity, base", "10.00 ± 0.10", "10.00 ± 0.10"],
         ["Perplexity, merged", "5.05 ± 0.05", "6.05 ± 0.06"],
         ["Perplexity, Q4_K_M", "5.50 ± 0.06", "6.50 ± 0.07"],
-        ["Change against the base", "-49.5%", "-39.5%"],
+        ["Change from the base", "−49.5%", "−39.5%"],
         ["Prompt, Q4_K_M, ms/token", "0.123 ± 0.006", "0.123 ± 0.006"],
         ["Decode, Q4_K_M, ms/token", "2.500", "2.500"],
         ["File, Q4_K_M", "7.0 MiB", "7.0 MiB"],
@@ -51,11 +51,13 @@ def test_texts_and_usable_context_have_rows_where_they_were_measured(write, all_
     assert cells["Usable context, base"] == ["1,024 / 4,096 (512–2,048)"] * 2
     assert cells["Usable context, Q4_K_M"] == ["1,024 / 4,096 (512–2,048)", "not measurable"]
     text = paths["md"].read_text()
-    assert "40 or 60 prompts a link" in text and "`snakemake context`" not in text
+    assert "40 or 60 prompts per link" in text and "`snakemake context`" not in text
 
 
 def test_tasks_have_rows_where_they_were_asked(write, results, all_measured, read_tsv):
-    assert "Tasks with a right answer: `snakemake tasks`" in write(results)["md"].read_text()
+    assert (
+        "`snakemake tasks` measures tasks with a right answer" in write(results)["md"].read_text()
+    )
     paths = write(all_measured)
     rows = [row for row in read_tsv(paths["tsv"]) if "hellaswag" in row[0] or "answers" in row[0]]
     assert rows == [

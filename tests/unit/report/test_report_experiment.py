@@ -126,7 +126,7 @@ def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
         "arm",
         "mean ± sd",
         "difference from concatenate, 95 %",
-        "larger than its error",
+        "significant",
     ]
     assert [row[0] for row in rows if row[1] == "best_fit"] == [
         "Perplexity",
@@ -135,8 +135,8 @@ def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
         "Perplexity, positions 512–1,023",
         "Facts recalled, 128 tokens, %",
         "Facts recalled, 1,024 tokens, %",
-        "Cost of the right answer, 128 tokens, nats",
-        "Cost of the right answer, 1,024 tokens, nats",
+        "Loss of the right answer, 128 tokens, nats",
+        "Loss of the right answer, 1,024 tokens, nats",
     ]
     found = cells_of(rows)
     # Pairs −1, −0.9, −1.1: mean −1, deviation 0.1, t 4.303, three of them. The deviation of each
@@ -149,9 +149,9 @@ def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
     # (9 + 10) of 40 and (0 + 1) of 40, whatever the seed.
     for arm in ("concatenate", "best_fit"):
         assert found["Facts recalled, 128 tokens, %", arm][0] == "47.5 ± 0.0"
-    expected = ["2.5 ± 0.0", "+0.0 ± 0.0", "no"]
+    expected = ["2.5 ± 0.0", "0.0 ± 0.0", "no"]
     assert found["Facts recalled, 1,024 tokens, %", "best_fit"] == expected
-    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    cost = found["Loss of the right answer, 128 tokens, nats", "concatenate"]
     assert cost[0] == "9.50 ± 1.00"
 
 
@@ -174,7 +174,7 @@ def test_without_recall_there_is_none_and_the_rest_stands(arguments, write, read
 def test_the_answer_is_a_sentence(write, folder):
     text = write()["md"].read_text()
     assert "The perplexity of best_fit is 11.1% lower than that of concatenate" in text
-    assert "that is larger than its error." in text
+    assert "that of concatenate: a significant difference at 95 %." in text
     for part in ("12 validation", "34,567", "window of 512", "3 seeds", "40 prompts", "9.1 nats"):
         assert part in text
     higher = {"best_fit-1": 12.0}
@@ -182,12 +182,12 @@ def test_the_answer_is_a_sentence(write, folder):
         change(folder, "positions", lambda scores, v=value: scores.update(perplexity=v), [run])
     text = write()["md"].read_text()
     assert "3.3% higher than that of concatenate" in text
-    assert "no larger than its error, so no difference is shown." in text
+    assert "no significant difference at 95 %." in text
 
 
 def test_one_seed_says_that_no_error_is_known(write):
     paths = write({run: RUNS[run] for run in ("concatenate-0", "best_fit-0")})
-    assert "with one seed no error is known" in paths["md"].read_text()
+    assert "with one seed, its error is unknown" in paths["md"].read_text()
     assert "| Perplexity | best_fit-0 | 7.000 | −1.000 | no |" in paths["md"].read_text()
 
 
@@ -221,7 +221,7 @@ def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, fo
         for arm in ("concatenate", "best_fit"):
             cells = found[f"Facts recalled, {length} tokens, %", arm]
             assert cells == ["not measurable", "", ""]
-    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    cost = found["Loss of the right answer, 128 tokens, nats", "concatenate"]
     assert cost[0] == "9.50 ± 1.00"
 
     def recall_one(scores):
@@ -250,7 +250,12 @@ def test_runs_measured_on_different_things_are_not_compared(
 ):
     change(folder, name, edit, ["best_fit-1"])
     message = ends_with_message(report_experiment.main, arguments()[1])
-    for part in ("measured on different things", "best_fit-1", "concatenate-0", "one dataset"):
+    for part in (
+        "measured on different tokens or prompts",
+        "best_fit-1",
+        "concatenate-0",
+        "one dataset",
+    ):
         assert part in message
 
 
@@ -260,7 +265,7 @@ def test_the_figure_is_svg_that_names_arms_window_and_guessing(write):
     assert root.tag.endswith("svg")
     # Text is drawn as shapes; matplotlib leaves it in comments.
     text = path.read_text()
-    for part in ("best_fit", "concatenate", "window", "guessed", "Perplexity"):
+    for part in ("best_fit", "concatenate", "window", "guess", "Perplexity"):
         assert f"<!-- {part}" in text
     assert "<!-- not measurable" not in text
 
@@ -304,7 +309,7 @@ def test_the_same_results_give_the_same_bytes_and_others_another_figure(write, f
 def test_runs_without_a_difference_are_a_stage_error(arguments, ends_with_message):
     runs = {run: RUNS[run] for run in ("best_fit-0", "best_fit-1")}
     message = ends_with_message(report_experiment.main, arguments(runs)[1])
-    assert "differ in their seeds alone" in message
+    assert "differ only in their seeds" in message
 
 
 def test_help_starts_without_torch_or_matplotlib(ask_for_help):

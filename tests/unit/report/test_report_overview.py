@@ -33,14 +33,14 @@ def row(headline, name):
 def test_it_says_what_differs_and_shows_the_runs_side_by_side(write):
     page, headline = write()
     text = headline.read_text()
-    assert "- The perplexity of mistral, merged, is 19.8% higher than that of generic" in text
+    assert "- The perplexity of mistral (merged) is 19.8% higher than that of generic" in text
     assert row(headline, "Perplexity, merged") == [
         "Perplexity, merged",
         "5.05 ± 0.05",
         "6.05 ± 0.06",
     ]
     html = page.read_text()
-    for part in ("19.8% higher", "1.2e-07", "5.5e-09", "-0.25%", "<svg", "0.012"):
+    for part in ("19.8% higher", "1.2e-07", "5.5e-09", "−0.25%", "<svg", "0.012"):
         assert part in html
 
 

@@ -49,7 +49,7 @@ def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
 def test_it_says_what_became_of_the_data(write):
     page = write().read_text()
     section = page.partition("<h2>Data</h2>")[2].partition("<h2>")[0]
-    for part in ("too short", "60", "96.875%", "documents beyond the window of 64"):
+    for part in ("too short", "60", "96.875%", "documents longer than the window of 64"):
         assert part in section
 
 

@@ -119,7 +119,7 @@ def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):
         [*asked(["merged"], ["references"])]
         + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
     )
-    assert "No task was asked" in (tmp_path / "html").read_text()
+    assert "There are no tasks" in (tmp_path / "html").read_text()
 
 
 def test_the_forms_say_the_same(write):

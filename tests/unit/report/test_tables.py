@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import math
-from argparse import Namespace
 from html.parser import HTMLParser
 
 import pytest
@@ -43,7 +42,7 @@ class Cells(HTMLParser):
 
 def written(tmp_path):
     paths = {key: tmp_path / f"table.{key}" for key in ("tsv", "md", "html")}
-    TABLE.write(Namespace(tsv=paths["tsv"], markdown=paths["md"], html=paths["html"]))
+    TABLE.write(tsv=paths["tsv"], markdown=paths["md"], html=paths["html"])
     return {key: path.read_text(encoding="utf-8") for key, path in paths.items()}
 
 
