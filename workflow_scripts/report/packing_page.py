@@ -179,7 +179,7 @@ def masks(plan: Plan, documents: Documents, window: int | None) -> list[Mask]:
 
 
 def shown_rows(plan: Plan) -> dict[int, str]:
-    """Up to three rows, and why each is shown."""
+    """Up to three rows, with the reason why each is shown."""
     pairs, n_pieces = plan.attention_pairs, np.diff(plan.rows.first_piece)
     longest = int(plan.rows.row_of_piece[plan.rows.pieces.length.argmax()])
     reasons = {int(np.abs(pairs - np.median(pairs)).argmin()): ["median cost of attention"]}

@@ -97,9 +97,9 @@ def gates_table(runs: Sequence[RunResults]) -> Table:
     return Table(
         title="Hand-overs",
         note="Each hand-over is compared with an independent reference. The figures are KL"
-        " divergences in nats per token; for the step from the model in training to the merged"
+        " divergences in nats per token; for the step from the trained model to the merged"
         " model, the figure is the change of perplexity on validation text.",
-        header=["run", "base + adapter → merged", "in training → merged", "merged → F16 GGUF"]
+        header=["run", "base + adapter → merged", "trained model → merged", "merged → F16 GGUF"]
         + [f"F16 → {link}" for link in quantizations],
         rows=rows,
     )

@@ -95,7 +95,7 @@ def gate_rows(gates: Gates) -> list[list[str]]:
         change = signed(100 * gates.merged.perplexity_increase_fraction)
         rows = [
             ["base + adapter → merged", f"{gates.merged.kl_divergence_nats:.2g} nats KL"],
-            ["in training → merged", f"{change}% perplexity on validation text"],
+            ["trained model → merged", f"{change}% perplexity on validation text"],
             *rows,
         ]
     return rows

@@ -1,4 +1,4 @@
-"""Answers of several links to the same prompts, side by side."""
+"""Answers of several links to the same prompts."""
 
 from __future__ import annotations
 
