@@ -1,4 +1,4 @@
-"""What cleaning kept and rejected, as the values of a page."""
+"""The page on a cleaned dataset: what was kept and what was rejected."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from workflow_scripts.handover.context import ContextScores
 from workflow_scripts.handover.gates import MergeBase
 from workflow_scripts.handover.speed import Phase, Speed
 from workflow_scripts.report.context_table import effective
@@ -71,30 +71,32 @@ def comparison(runs: Sequence[RunResults]) -> Table:
 
 def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunResults], str]]:
     """Rows of the texts that were scored, by name."""
-
-    def figure(text: str, link: str) -> Callable[[RunResults], str]:
-        return lambda run: (
-            perplexity(run.link(link).texts[text]) if text in run.link(link).texts else ""
-        )
-
     return {
-        f"Perplexity on {text}, {link}": figure(text, link)
+        f"Perplexity on {text}, {link}": partial(perplexity_on, text=text, link=link)
         for text in dict.fromkeys(text for run in runs for text in run.link("merged").texts)
         for link in ("base", "merged", smallest)
     }
 
 
+def perplexity_on(run: RunResults, *, text: str, link: str) -> str:
+    scores = run.link(link).texts.get(text)
+    return perplexity(scores) if scores else ""
+
+
 def usable(run: RunResults) -> dict[str, Callable[[RunResults], str]]:
     """Rows of the links whose usable context was measured, by name."""
-
-    def figure(name: str) -> Callable[[RunResults], str]:
-        return lambda run: effective(context_of(run, name), "ruler")
-
     return {
-        f"Usable context, {link.name}": figure(link.name)
+        f"Usable context, {link.name}": partial(usable_context, link=link.name)
         for link in run.links
         if link.context is not None
     }
+
+
+def usable_context(run: RunResults, *, link: str) -> str:
+    """Usable context of a link for which it was measured."""
+    context = run.link(link).context
+    assert context is not None, link
+    return effective(context, "ruler")
 
 
 def note_on_context(runs: Sequence[RunResults]) -> str:
@@ -120,14 +122,15 @@ def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
                     of_link = found.setdefault(name, {}).setdefault(link.name, {})
                     of_link[run.name] = shown(score)
 
-    def figure(of_runs: Mapping[str, str]) -> Callable[[RunResults], str]:
-        return lambda run: of_runs.get(run.name, "")
-
     return {
-        f"{name}, {link}": figure(of_runs)
+        f"{name}, {link}": partial(task_score, by_run)
         for name, by_link in found.items()
-        for link, of_runs in by_link.items()
+        for link, by_run in by_link.items()
     }
+
+
+def task_score(by_run: Mapping[str, str], run: RunResults) -> str:
+    return by_run.get(run.name, "")
 
 
 def note_on_tasks(runs: Sequence[RunResults]) -> str:
@@ -184,13 +187,6 @@ def speed_of(run: RunResults, link: str) -> Speed:
     speed = run.link(link).speed
     assert speed is not None, link
     return speed
-
-
-def context_of(run: RunResults, link: str) -> ContextScores:
-    """The usable context of a link for which it was measured."""
-    context = run.link(link).context
-    assert context is not None, link
-    return context
 
 
 def per_token(run: RunResults, link: str, phase: Phase) -> str:

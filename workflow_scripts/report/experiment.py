@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from matplotlib.figure import Figure as Drawing
 
 from workflow_scripts import log
-from workflow_scripts.handover.context import RecallScores
+from workflow_scripts.handover.context import Cell, RecallScores
 from workflow_scripts.handover.scores import PositionScores
 from workflow_scripts.report import figures
 from workflow_scripts.report.arms import Arm, Seeds, difference
@@ -78,6 +79,21 @@ class Results:
     def chance_nats(self) -> float:
         """Cost of guessing the answer to a recall prompt."""
         return next(iter(self.recall.values())).chance_nats_per_answer
+
+    def perplexity_at(self, bucket: int, run: str) -> float:
+        return self.positions[run].buckets[bucket].perplexity
+
+    def percent_recalled(self, length: int, run: str) -> float:
+        """Percentage of right answers over all depths."""
+        cells = self._cells(length, run)
+        return 100 * sum(cell.n_exact for cell in cells) / sum(cell.n_prompts for cell in cells)
+
+    def nats_per_answer(self, length: int, run: str) -> float:
+        """Mean loss of the right answer over all depths."""
+        return statistics.mean(cell.nats_per_answer for cell in self._cells(length, run))
+
+    def _cells(self, length: int, run: str) -> list[Cell]:
+        return [cell for cell in self.recall[run].cells if cell.length_tokens == length]
 
     def values(self, arm: Arm, figure: Figure) -> Values:
         """A figure of each run of an arm, by seeds."""
@@ -161,56 +177,38 @@ def perplexity(results: Results) -> Figure:
 
 def position_figures(results: Results) -> list[Figure]:
     """Perplexity of each bucket of positions."""
-
-    def figure(at: int, first: int, last: int) -> Figure:
-        return Figure(
-            f"Perplexity, positions {first:,}–{last:,}",
-            lambda run: results.positions[run].buckets[at].perplexity,
+    return [
+        Figure(
+            f"Perplexity, positions {bucket.first_position:,}–{bucket.last_position:,}",
+            partial(results.perplexity_at, at),
             3,
         )
-
-    return [
-        figure(at, bucket.first_position, bucket.last_position)
         for at, bucket in enumerate(results.first.buckets)
     ]
 
 
 def recall_figures(results: Results) -> list[Figure]:
     """Percentage of right answers by length, over all depths."""
-
-    def figure(length: int) -> Figure:
-        return Figure(
+    return [
+        Figure(
             f"Facts recalled, {length:,} tokens, %",
-            lambda run: 100 * exact_of(results.recall[run], length),
+            partial(results.percent_recalled, length),
             1,
         )
-
-    return [figure(length) for length in results.lengths()]
+        for length in results.lengths()
+    ]
 
 
 def cost_figures(results: Results) -> list[Figure]:
     """Loss of the right answer by length, nats, over all depths."""
-
-    def figure(length: int) -> Figure:
-        return Figure(
+    return [
+        Figure(
             f"Loss of the right answer, {length:,} tokens, nats",
-            lambda run: nats_of(results.recall[run], length),
+            partial(results.nats_per_answer, length),
             2,
         )
-
-    return [figure(length) for length in results.lengths()]
-
-
-def exact_of(scores: RecallScores, length: int) -> float:
-    """Fraction of right answers over all depths."""
-    cells = [cell for cell in scores.cells if cell.length_tokens == length]
-    return sum(cell.n_exact for cell in cells) / sum(cell.n_prompts for cell in cells)
-
-
-def nats_of(scores: RecallScores, length: int) -> float:
-    """Mean loss of the right answer over all depths, nats."""
-    cells = [cell for cell in scores.cells if cell.length_tokens == length]
-    return statistics.mean(cell.nats_per_answer for cell in cells)
+        for length in results.lengths()
+    ]
 
 
 def mean_and_deviation(values: Values) -> tuple[float, float | None]:
@@ -313,10 +311,8 @@ def draw(results: Results) -> Drawing:
     drawing, axes = figures.panels(len(panels), width=1.5 + 4.2 * len(panels), height=4)
     for panel, (title, label, places, drawn) in zip(axes, panels, strict=True):
         panel.set_xscale("log", base=2)
-        panel.set_xlim(places[0] / 1.3, places[-1] * 1.3)
         figures.log_ticks(panel.xaxis)
-        panel.set_title(title)
-        panel.set_xlabel(label)
+        panel.set(title=title, xlabel=label, xlim=(places[0] / 1.3, places[-1] * 1.3))
         if not drawn:
             panel.text(0.5, 0.5, NOT_MEASURABLE, ha="center", transform=panel.transAxes)
             continue

@@ -77,7 +77,7 @@ def stacked_panels(heights: Sequence[float], *, width: float = 8) -> tuple[Figur
 
 
 class Style(TypedDict):
-    """What distinguishes a line from the others."""
+    """Properties that distinguish a line from the others."""
 
     color: str
     marker: str

@@ -1,4 +1,4 @@
-"""What a packing plan achieves, as the values of a page: rows, cost, lengths and masks."""
+"""The page on a packing plan: rows, cost, lengths and masks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def page(
 
 
 def placed(report: PackingReport) -> dict[str, str]:
-    """What is in the rows."""
+    """Facts about the rows."""
     n_empty = report.n_rows * report.row_tokens - report.n_tokens
     # Rows of one document are padded to the longest row of their micro-batch, not to `row_tokens`.
     empty = "" if report.strategy == "none" else f" ({pages.counted(n_empty, 'token')} empty)"
@@ -82,7 +82,7 @@ def placed(report: PackingReport) -> dict[str, str]:
 
 
 def too_long(report: PackingReport) -> dict[str, str]:
-    """What became of documents longer than a row; empty for a strategy that cuts all alike."""
+    """Facts about documents longer than a row; empty for `concatenate`, which cuts all alike."""
     if report.strategy == "concatenate":
         return {}
     cuts = (report.n_cuts_at_turn, report.n_cuts_at_sentence, report.n_cuts_at_token)
@@ -101,7 +101,7 @@ def counted_share(n: int, whole: int) -> str:
 
 
 def costs(report: PackingReport) -> dict[str, str]:
-    """What an epoch computes, compared with one document per row and with rows in random order."""
+    """Cost of an epoch, compared with one document per row and with rows in random order."""
     padding = [
         measured(fraction, ".1%")
         for fraction in (report.none_padding_fraction, report.none_random_order_padding_fraction)

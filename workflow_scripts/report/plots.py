@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from workflow_scripts.handover.context import Cell, ContextScores
@@ -55,8 +56,7 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
                 label=f"{run}, validation",
             )
     for axis, title in zip(axes, wanted.values(), strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("optimizer step")
+        axis.set(title=title, xlabel="optimizer step")
     axes[0].legend()
     return figure
 
@@ -146,8 +146,7 @@ def by_position(run: RunResults, names: Sequence[str]) -> Figure:
         axis.axvline(window, color=QUIET, linestyle=":", linewidth=1, label="window")
     axis.set_xscale("log", base=2)
     log_ticks(axis.xaxis)
-    axis.set_xlabel("position in the conversation, tokens")
-    axis.set_ylabel("loss, nats per token")
+    axis.set(xlabel="position in the conversation, tokens", ylabel="loss, nats per token")
     axis.legend()
     return figure
 
@@ -157,9 +156,8 @@ def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
     figure, (axis,) = panels(width=8, height=2.4)
     left = 0.0
     sizes = plan.predicted_bytes.by_name()
-    planned = {part: sizes[part] / 1e9 for part in MEMORY_PARTS}
-    parts = [part for part in MEMORY_PARTS if planned[part]]
-    for part, style in zip(parts, styles(), strict=False):
+    planned = {part: sizes[part] / 1e9 for part in MEMORY_PARTS if sizes[part]}
+    for part, style in zip(planned, styles(), strict=False):
         axis.barh(
             ["planned"],
             [planned[part]],
@@ -172,8 +170,8 @@ def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
     axis.barh(["measured"], [manifest.peak_memory_bytes / 1e9], color=QUIET)
     axis.axvline(plan.usable_bytes / 1e9, color="0.2", linestyle=":", label="usable")
     # The usable memory may be far more than what is used.
-    axis.set_xlim(0, 1.15 * max(left, manifest.peak_memory_bytes / 1e9))
-    axis.set_xlabel("peak memory, GB")
+    widest = max(left, manifest.peak_memory_bytes / 1e9)
+    axis.set(xlim=(0, 1.15 * widest), xlabel="peak memory, GB")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -214,15 +212,13 @@ def heat_maps(links: Mapping[str, ContextScores]) -> Figure:
         for row, line in enumerate(shares):
             for column, share in enumerate(line):
                 color = "black" if share > 55 else "white"
-                place = (column + 0.5, row + 0.5)
-                axis.text(*place, f"{share:.0f}", ha="center", va="center", color=color)
+                text = f"{share:.0f}"
+                axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color)
         names = [f"{length:,}" for length in lengths]
-        axis.set_xticks([at + 0.5 for at in range(len(lengths))], names, rotation=45)
-        places = [at + 0.5 for at in range(len(depths))]
-        axis.set_yticks(places, [f"{100 * depth:.0f} %" for depth in depths])
+        axis.set_xticks(np.arange(len(lengths)) + 0.5, names, rotation=45)
+        axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * depth:.0f} %" for depth in depths])
         axis.invert_yaxis()
-        axis.set_title(f"{name}, right answers in %")
-        axis.set_xlabel("length of the prompt, tokens")
+        axis.set(title=f"{name}, right answers in %", xlabel="length of the prompt, tokens")
         axis.grid(visible=False)
     axes[0].set_ylabel("depth of the fact")
     return figure

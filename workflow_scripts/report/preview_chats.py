@@ -176,7 +176,7 @@ class Shown:
         }
 
     def _sight(self, position: int, n_context: int) -> str:
-        """What a later piece sees of the previous one.
+        """Words for what a later piece sees of the previous one.
 
         Without context, nothing predicts its first token.
         """

@@ -79,7 +79,7 @@ def questions(
 
 
 def gates_table(runs: Sequence[RunResults]) -> Table:
-    """What each gate measured, one row per run."""
+    """Measurements of each gate, one row per run."""
     quantizations = [link.name for link in runs[0].links if link.divergence is not None]
     rows = []
     for run in runs:

@@ -97,9 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_context_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--context", nargs="+", default=[], help="links with a measured context"
-    )
+    parser.add_argument("--context", nargs="+", default=[], help="links with a measured context")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,14 +142,11 @@ def read_results(chains: Sequence[Path], asked: Asked = NOTHING_ASKED) -> list[R
 
 def _run(chain: Chain, asked: Asked) -> RunResults:
     titles = {link.name: link.title for link in chain.links}
+    manifest = chain.training_manifest
     return RunResults(
         chain=chain,
         facts=Facts.read(Path(chain.facts)),
-        manifest=(
-            TrainingManifest.read(Path(chain.training_manifest))
-            if chain.training_manifest
-            else None
-        ),
+        manifest=TrainingManifest.read(Path(manifest)) if manifest else None,
         merge_base=MergeBaseChoice.read(Path(chain.merge_base)) if chain.merge_base else None,
         links=[_link(link, titles, asked) for link in chain.links],
     )

@@ -69,7 +69,7 @@ def page(run: RunResults, seconds: Mapping[str, float]) -> str:
 
 
 def about(run: RunResults) -> dict[str, str]:
-    """What the run combines."""
+    """The settings that the run combines."""
     window = run.facts.sliding_window
     combined = {
         key.replace("_", " "): str(value)
@@ -89,7 +89,7 @@ def without_run(table: Table, run: RunResults) -> Table:
 
 
 def gate_rows(gates: Gates) -> list[list[str]]:
-    """What the gates measured, one row per hand-over."""
+    """Measurements of the gates, one row per hand-over."""
     rows = [["merged → F16 GGUF", f"{gates.gguf.kl_divergence_nats:.2g} nats KL"]]
     if gates.merged:
         change = signed(100 * gates.merged.perplexity_increase_fraction)

@@ -212,9 +212,11 @@ def draw_sweep(panel: Any, sweep: Sweep) -> None:
         order = sorted(range(len(places)), key=places.__getitem__)
         if is_logarithmic(places):
             panel.set_xscale("log")
-        panel.set_xticks([places[at] for at in order])
         panel.minorticks_off()
-        panel.set_xticklabels([as_written(sweep.runs[at].values[key]) for at in order])
+        panel.set_xticks(
+            [places[at] for at in order],
+            [as_written(sweep.runs[at].values[key]) for at in order],
+        )
         panel.errorbar(
             [places[at] for at in order],
             [perplexities[at] for at in order],
@@ -222,18 +224,17 @@ def draw_sweep(panel: Any, sweep: Sweep) -> None:
             **style,
         )
         panel.axhline(best, color=figures.QUIET, linestyle="--", linewidth=1, label="best run")
-        panel.set_xlabel(key)
-        panel.set_ylabel(label)
+        panel.set(xlabel=key, ylabel=label)
     else:
         rows = range(len(sweep.runs))
         panel.errorbar(perplexities, rows, xerr=bars, linestyle="", **style)
         panel.axvline(best, color=figures.QUIET, linestyle="--", linewidth=1, label="best run")
-        panel.set_yticks(rows)
-        panel.set_yticklabels(
+        panel.set_yticks(
+            rows,
             [
                 ", ".join(f"{key} {as_written(run.values[key])}" for key in sweep.keys)
                 for run in sweep.runs
-            ]
+            ],
         )
         panel.invert_yaxis()  # the best run on top, as in the table
         panel.margins(y=0.2 / len(sweep.runs) + 0.05)

@@ -37,7 +37,7 @@ class Table:
 
     title: str
     note: str
-    """What is measured, and which direction is better."""
+    """Description of the measurement, and which direction is better."""
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     conclusions: Sequence[str] = ()

@@ -21,9 +21,7 @@ logger = log.stage_logger("write_chain")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument(
-        "--settings", required=True, help="JSON of the chain's settings"
-    )
+    parser.add_argument("--settings", required=True, help="JSON of the chain's settings")
     parser.add_argument("--chain", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
 

@@ -33,15 +33,15 @@ SOURCE = "data/<b>my chats\u202e.jsonl"
 
 
 class Preview(HTMLParser):
-    """What a reader sees: of each conversation its tokens, and the lines between them."""
+    """The tokens of each conversation, and the notes between them, as a reader sees them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tokens: list[list[tuple[int, bool, bool]]] = []
-        """id, whether it is a control token, whether it is supervised"""
+        """Id, is_control and is_supervised of each token."""
         self.texts: list[list[str]] = []
         self.notes: list[list[tuple[int, str]]] = []
-        """tokens before it, and its text"""
+        """Number of tokens before each note, and its text."""
         self.facts: list[dict[str, str]] = [{}]
         self.tags: set[str] = set()
         self._open: list[str] = []
@@ -105,7 +105,7 @@ def tokenizer_folder(official_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def preview(tokenizer_folder, plan_of, tmp_path):
-    """`preview(version, plan=…, **settings)`: the page, and the documents it is of."""
+    """`preview(version, plan=…, **settings)`: the page and its documents."""
 
     def make(
         version="v3", *, plan: Plan | None = None, n_copies=1, **settings
@@ -146,7 +146,7 @@ def preview(tokenizer_folder, plan_of, tmp_path):
     return make
 
 
-def test_help_explains_without_torch_or_mistral_common(ask_for_help):
+def test_help_works_without_torch_or_mistral_common(ask_for_help):
     done, imported = ask_for_help(STAGE)
     assert done.returncode == 0 and "--preview" in done.stdout
     assert imported.isdisjoint({"torch", "transformers", "mistral_common"})
@@ -172,7 +172,7 @@ def test_the_boxes_read_as_the_conversation(preview):
     assert "שלום" in "".join(page.texts[1])
 
 
-def test_hostile_text_is_shown_and_does_nothing(preview, tmp_path):
+def test_hostile_text_is_shown_and_is_no_markup(preview, tmp_path):
     page, _ = preview("v3")
     assert page.tags.isdisjoint({"script", "a", "img"})
     text = "".join(page.texts[1])
@@ -198,7 +198,7 @@ def test_facts_of_the_page_and_of_each_conversation(preview):
 
 
 @pytest.mark.parametrize("strategy", ["best_fit", "concatenate"])
-def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, plan_of, strategy):
+def test_a_note_marks_every_end_of_a_row_inside_a_conversation(preview, plan_of, strategy):
     _, documents = preview()
     pieces = fit(documents, PackingSettings(row_tokens=64, overlap_tokens=4)).pieces
     if strategy == "concatenate":
@@ -223,7 +223,7 @@ def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, plan_o
     assert sum(map(len, page.notes)) >= 2
 
 
-def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview, plan_of):
+def test_a_note_says_where_the_first_token_of_a_piece_is_not_learned(preview, plan_of):
     _, documents = preview()
     supervised = documents[2].is_supervised.tolist()
     first = supervised.index(True)
@@ -240,7 +240,7 @@ def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview, pl
     assert ["not learned" in text for _, text in page.notes[2]] == [False, True]
 
 
-def test_copies_say_how_many_of_them_are_cut_at_a_place(preview, plan_of):
+def test_a_note_says_how_many_copies_are_cut_at_a_place(preview, plan_of):
     plan = plan_of(
         [
             [Piece(0, 0, 10)],
@@ -257,7 +257,7 @@ def test_copies_say_how_many_of_them_are_cut_at_a_place(preview, plan_of):
     ]
 
 
-def test_a_conversation_in_no_row_and_tokens_not_shown_are_said_so(preview):
+def test_a_conversation_in_no_row_and_omitted_tokens_are_reported(preview):
     page, documents = preview(max_tokens=7)
     assert [len(boxes) for boxes in page.tokens] == [7, 7, 7]
     for number, notes in enumerate(page.notes):

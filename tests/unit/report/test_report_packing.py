@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
 
 class Page(HTMLParser):
-    """The lists of names and values, the drawings and their captions, the texts."""
+    """Facts, bars, drawings, captions and texts of the page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
         self.captions: list[str] = []
         self.titles: list[str] = []
         self.rows: list[list[str]] = []
-        """Label, nothing, count and share of each bar."""
+        """Label, empty cell, count and share of each bar."""
         self.text = ""
         self.tags: set[str] = set()
         self.kinds: set[str] = set()
@@ -104,7 +104,7 @@ def pack(tokenizer_v3, tmp_path):
         generator = np.random.default_rng(0)
         rows = []
         for number, length in enumerate(lengths):
-            # Turns of ten tokens, the latter half of each an answer.
+            # Turns of ten tokens: five of the user, five of the answer.
             input_ids = generator.integers(3, 300, size=length)
             input_ids[0], input_ids[9::10] = 1, 2
             spans = [(start + 5, min(start + 10, length)) for start in range(0, length - 5, 10)]
@@ -150,13 +150,13 @@ def make_page(folder: Path) -> Page:
     return Page(folder / "page.html")
 
 
-def test_help_explains_without_torch_or_arrow(ask_for_help):
+def test_help_works_without_torch_or_arrow(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.report.report_packing")
     assert done.returncode == 0 and "--plan" in done.stdout
     assert imported.isdisjoint({"torch", "transformers", "pyarrow", "matplotlib"})
 
 
-def test_the_numbers_are_those_of_the_report(pack):
+def test_the_page_shows_the_numbers_of_the_report(pack):
     packed = pack("best_fit")
     facts, report = make_page(packed.folder).facts, packed.report
     assert report["n_documents_split"] and report["n_context_tokens"]
@@ -193,11 +193,11 @@ def test_the_numbers_are_those_of_the_report(pack):
     assert facts == expected
 
 
-def test_every_number_of_the_report_moves_the_page(pack):
+def test_every_number_of_the_report_changes_the_page(pack):
     packed = pack("best_fit")
     make_page(packed.folder)
     before = (packed.folder / "page.html").read_bytes()
-    not_shown = {"n_rows", "n_documents"}  # these are compared with the files
+    not_shown = {"n_rows", "n_documents"}  # the stage compares these with the files
     not_shown |= {"strategy", "sliding_window", "attention_pairs"}
     for name in packed.report.keys() - not_shown:
         files.write_json(
@@ -208,7 +208,7 @@ def test_every_number_of_the_report_moves_the_page(pack):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_drawn_rows_are_those_of_the_plan(pack, strategy):
+def test_the_drawn_rows_match_the_plan(pack, strategy):
     packed = pack(strategy)
     page = make_page(packed.folder)
     n_pieces = [len(row) for row in packed.plan.rows]
@@ -242,7 +242,7 @@ def test_the_drawn_rows_are_those_of_the_plan(pack, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_supervised_tokens_of_every_row_are_those_the_plan_counts(pack, strategy):
+def test_the_supervised_tokens_of_every_row_match_the_plan(pack, strategy):
     packed = pack(strategy)
     assert any(piece.n_context for row in packed.plan.rows for piece in row) == (
         strategy != "concatenate"
@@ -258,7 +258,7 @@ def test_the_supervised_tokens_of_every_row_are_those_the_plan_counts(pack, stra
     assert found == packed.plan.n_supervised.tolist()
 
 
-def test_what_crosses_documents_is_drawn_where_the_strategy_says_so(pack):
+def test_attention_across_documents_is_drawn_only_if_the_strategy_allows_it(pack):
     drawn = {strategy: make_page(pack(strategy).folder) for strategy in STRATEGIES}
     for strategy, page in drawn.items():
         crosses = strategy == "concatenate"
@@ -266,10 +266,11 @@ def test_what_crosses_documents_is_drawn_where_the_strategy_says_so(pack):
         assert ("truncated" in page.facts) == (not crosses)
         assert "one" in page.kinds and "beyond" in page.kinds
     assert "tokens empty" in drawn["best_fit"].facts["fill"]
-    assert drawn["none"].facts["fill"].endswith("%")  # its rows are never filled up
+    # Rows of one document are not filled to the length of a row.
+    assert drawn["none"].facts["fill"].endswith("%")
 
 
-def test_a_model_without_a_window_and_one_with_several(pack):
+def test_the_window_is_drawn_only_for_models_that_have_one(pack):
     without = FACTS.changed(sliding_window=None, layer_windows=(None, None))
     page = make_page(pack("best_fit", facts=without).folder)
     assert "beyond" not in page.kinds and "the window" not in page.text
@@ -324,7 +325,7 @@ def test_ranges_of_lengths_cover_every_length_and_end_at_the_limits(lengths, lim
     assert {end + 1 for end in ends if edges[0] <= end + 1 <= edges[-1]} <= set(edges)
 
 
-def test_hostile_text_is_shown_and_does_nothing(pack):
+def test_hostile_text_is_shown_and_is_no_markup(pack):
     packed = pack("best_fit")
     page = make_page(packed.folder)
     assert page.tags.isdisjoint({"script", "a", "img", "b"})
@@ -334,7 +335,7 @@ def test_hostile_text_is_shown_and_does_nothing(pack):
     assert not {"\u202e", "\x07"} & set(written)
 
 
-def test_one_short_document_makes_a_page(pack):
+def test_one_short_document_has_a_page(pack):
     page = make_page(pack("best_fit", lengths=[12]).folder)
     (caption,) = page.captions
     assert caption.startswith("Row 1, median cost of attention, longest piece: 1 piece, 12 of 128")
@@ -352,7 +353,7 @@ def test_the_same_files_give_the_same_page(pack):
     assert pages[0] == pages[1]
 
 
-def test_a_missing_report_is_said_so(pack, ends_with_message):
+def test_a_missing_report_is_named(pack, ends_with_message):
     packed = pack("best_fit")
     (packed.folder / "report.json").unlink()
     message = ends_with_message(report_packing.main, arguments(packed.folder))

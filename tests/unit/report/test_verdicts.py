@@ -30,15 +30,15 @@ from workflow_scripts.scoring.ratio import Ratio
         (-0.5, None, ["lower", "Its error is unknown: only one conversation was scored."]),
     ],
 )
-def test_a_difference_is_said_to_be_one_beyond_its_error(mean, error, parts):
+def test_a_difference_is_significant_beyond_its_error(mean, error, parts):
     sentence = verdicts.perplexity_change("a", "b", Ratio(mean, error))
     assert sentence.startswith("The perplexity of a is ") and sentence.endswith(".")
     for part in parts:
         assert part in sentence
 
 
-def test_the_smallest_difference_that_would_be_seen_is_found_four_times_in_five():
-    """Against normal draws: a true difference of that size is larger than its error so often."""
+def test_the_smallest_detectable_difference_is_found_in_four_of_five_draws():
+    """Of normal draws around a true difference of that size, four of five are significant."""
     error = 0.02
     said = verdicts.smallest_seen(Ratio(0.001, error))
     fraction = float(re.search(r"a true difference of ([\d.]+)%", said)[1]) / 100
@@ -48,7 +48,7 @@ def test_the_smallest_difference_that_would_be_seen_is_found_four_times_in_five(
 
 
 @pytest.mark.parametrize("error", [None, 0.0, 1e-4])
-def test_nothing_is_said_of_what_would_be_seen_without_an_error(error):
+def test_without_an_error_no_smallest_difference_is_given(error):
     assert verdicts.smallest_seen(Ratio(0.1, error)) == ""
 
 
@@ -56,13 +56,13 @@ def test_the_runs_are_compared_token_by_token(results):
     runs = results.read()
     difference = verdicts.paired(runs[1].link("merged"), runs[0].link("merged"))
     assert difference.mean == pytest.approx(math.log(6.05 / 5.05), rel=1e-6)
-    # Both links have the same conversations, hard and easy alike: nothing is left of the error.
+    # Both links have the same hard and easy conversations, so pairing leaves no error.
     assert difference.standard_error == pytest.approx(0, abs=1e-6)
     (sentence,) = verdicts.of_runs(runs)
     assert "mistral (merged) is 19.8% higher than that of generic" in sentence
 
 
-def test_two_runs_are_told_what_their_conversations_would_show(results):
+def test_two_runs_are_compared_with_the_smallest_detectable_difference(results):
     runs = results.read()
     path = runs[1].link("merged").token_scores
     token_scores([1.5, 1.6, 1.9, 2.1]).write(path)
