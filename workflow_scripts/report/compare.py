@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
@@ -35,16 +35,18 @@ def compared(one: Path, other: Path) -> str:
     names = [metric.run for metric in metrics]
     if names[0] == names[1]:
         names = [str(one), str(other)]
-    parts = []
-    for link in metrics[0].links:
-        if link not in metrics[1].links:
-            continue
-        rows = rows_of(metrics[0].links[link], metrics[1].links[link])
-        paired = loss_row(one, other, link)
-        lines = [f"### {link}", "", f"| | {names[0]} | {names[1]} | difference |"]
-        lines += ["| --- | ---: | ---: | ---: |", *([paired] if paired else []), *rows]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    header = f"| | {names[0]} | {names[1]} | difference |\n| --- | ---: | ---: | ---: |"
+    return "\n\n".join(
+        "\n".join(
+            [
+                f"### {link}\n\n{header}",
+                *loss_rows(one, other, link),
+                *rows_of(by_name, metrics[1].links[link]),
+            ]
+        )
+        for link, by_name in metrics[0].links.items()
+        if link in metrics[1].links
+    )
 
 
 def read(folder: Path) -> RunMetrics:
@@ -64,12 +66,9 @@ def read(folder: Path) -> RunMetrics:
     return RunMetrics.read(path)
 
 
-def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> list[str]:
+def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> Iterator[str]:
     """One row per metric that both runs have."""
-    rows = []
-    for name in one:
-        if name not in other:
-            continue
+    for name in [name for name in one if name in other]:
         pair = (one[name], other[name])
         shown = [shown_with(metric.value, metric.error) for metric in pair]
         unit = f", {pair[0].unit}" if pair[0].unit else ""
@@ -78,8 +77,7 @@ def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> list[str]
         difference = pair[1].value - pair[0].value
         sign = "−" if difference < 0 else "+"
         text = sign + shown_with(abs(difference), error) if difference else "0"
-        rows.append(f"| {name}{unit} | {shown[0]} | {shown[1]} | {text} |")
-    return rows
+        yield f"| {name}{unit} | {shown[0]} | {shown[1]} | {text} |"
 
 
 def shown_with(value: int | float, error: float | None) -> str:
@@ -90,16 +88,14 @@ def shown_with(value: int | float, error: float | None) -> str:
     return with_error(value, error, min(9, digits_of(least, least=0)) if least else 2)
 
 
-def loss_row(one: Path, other: Path, link: str) -> str | None:
-    """Change of perplexity paired by token; None where different tokens were scored."""
+def loss_rows(one: Path, other: Path, link: str) -> Iterator[str]:
+    """Change of perplexity paired by token; no row where different tokens were scored."""
     paths = [folder / "evaluation" / f"{link}.tokens.parquet" for folder in (one, other)]
-    if not all(path.is_file() for path in paths):
-        return None
-    scores = [TokenScores.read(path) for path in paths]
-    if not scores[1].scores_the_same(scores[0]):
-        return None
-    change = change_of_perplexity(*scores[1].difference(scores[0]))
-    return f"| perplexity, paired by token, % | | | {change} |"
+    if all(path.is_file() for path in paths):
+        before, after = map(TokenScores.read, paths)
+        if after.scores_the_same(before):
+            change = change_of_perplexity(*after.difference(before))
+            yield f"| perplexity, paired by token, % | | | {change} |"
 
 
 if __name__ == "__main__":

@@ -264,8 +264,8 @@ def note(results: Results) -> str:
     said.append(
         f"Each arm has {results.n_seeds} seeds. The ± of a mean is the standard deviation over"
         " seeds. Differences are paired by seed, and their ± is half of the 95 % interval (Student)"
-        f" over seeds, for these {measured_on}. On average, chance alone makes one of twenty"
-        " differences significant."
+        f" over seeds, for these {measured_on}. On average, one of twenty comparisons of equal arms"
+        " is significant by chance."
     )
     return " ".join(said)
 

@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.report import chain_table, figures, plots
 
-    asked = results.Asked(arguments.context, arguments.tasks, arguments.kinds)
-    runs = results.read_results(arguments.chains, asked)
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
     table = chain_table.chain(runs)
     table.write(tsv=arguments.tsv, markdown=arguments.markdown, html=arguments.html)
     figures.save(plots.chain(runs), arguments.figure)

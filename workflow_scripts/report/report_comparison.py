@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    asked = results.Asked(arguments.context, arguments.tasks, arguments.kinds)
-    runs = results.read_results(arguments.chains, asked)
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
     comparison(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, html=arguments.html)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 

@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.report import figures, plots
 
-    asked = results.Asked(arguments.context, arguments.tasks, arguments.kinds)
-    runs = results.read_results(arguments.chains, asked)
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
     side_by_side = comparison(runs)
     page = pages.render(
@@ -71,7 +72,7 @@ def questions(
     """
     by_data: dict[tuple[str, str], dict[str, tuple[Answer, ...]]] = {}
     for run in runs:
-        answers = by_data.setdefault((run.settings.model, run.settings.dataset), {})
+        answers = by_data.setdefault(run.data, {})
         for link, given in samples.read(run.chain, links).items():
             name = "base" if link == "base" else f"{run.name}, {link}"
             answers[name] = given[:MOST_SAMPLES]

@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from workflow_scripts.report import run_page
 
-    asked = results.Asked(arguments.context, arguments.tasks, arguments.kinds)
-    (run,) = results.read_results(arguments.chains, asked)
+    (run,) = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
     files.write_text(arguments.page, run_page.page(run, durations(arguments.benchmarks)))
     logger.info("wrote path=%s", arguments.page)
 

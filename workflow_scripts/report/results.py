@@ -79,6 +79,11 @@ class RunResults:
         return self.chain.settings
 
     @property
+    def data(self) -> tuple[str, str]:
+        """Base model and dataset: runs that share both are scored on the same tokens."""
+        return (self.settings.model, self.settings.dataset)
+
+    @property
     def smallest(self) -> Link:
         """The last quantization."""
         return [link for link in self.links if not link.is_aside][-1]

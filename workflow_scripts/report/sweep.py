@@ -167,7 +167,7 @@ def note(ranked: Sequence[Sweep]) -> str:
         f" {first.n_scored_tokens:,} supervised tokens of {first.n_conversations:,} validation"
         " conversations. ± is half of the 95 % interval over conversations. The difference from the"
         " best run is paired token by token. The best run was chosen on these conversations, so its"
-        " perplexity here is slightly too good. The test split is not used."
+        " perplexity here is slightly optimistic. The test split is not used."
     )
 
 

@@ -39,12 +39,12 @@ def perplexity_change(name: str, other: str, difference: Ratio) -> str:
             f"The perplexity of {name} is {change} that of {other}. Its error is unknown: only one"
             " conversation was scored."
         )
-    error = f"{100 * ratio * difference.standard_error:.1f}"
-    is_shown = abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
-    judged = "a significant difference" if is_shown else "no significant difference"
+    error = 100 * ratio * difference.standard_error
+    is_significant = abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
     return (
-        f"The perplexity of {name} is {change} that of {other} (standard error {error} percentage"
-        f" points, paired): {judged} at 95 %."
+        f"The perplexity of {name} is {change} that of {other} (standard error {error:.1f}"
+        f" percentage points, paired): {'a' if is_significant else 'no'} significant difference at"
+        " 95 %."
     )
 
 
@@ -72,7 +72,7 @@ def smallest_seen(difference: Ratio) -> str:
         return ""
     return (
         f" With these conversations, a true difference of {fraction:.1%} would be found significant"
-        " in four of five experiments; a smaller one would be missed more often."
+        " in four of five experiments, and a smaller one less often."
     )
 
 
@@ -81,10 +81,7 @@ def of_runs(runs: list[RunResults]) -> list[str]:
     first, *others = runs
     said = []
     for run in others:
-        if (run.settings.model, run.settings.dataset) == (
-            first.settings.model,
-            first.settings.dataset,
-        ):
+        if run.data == first.data:
             difference = paired(run.link("merged"), first.link("merged"))
             change = perplexity_change(f"{run.name} (merged)", first.name, difference)
             said.append(change + smallest_seen(difference))
