@@ -1,5 +1,5 @@
 rule preview_chats:
-    """A page of conversations as the model will see them: tokens, what is supervised, cuts."""
+    """Write a page of conversations as the model will see them: tokens, supervision, ends of rows."""
     input:
         chats="results/data/{dataset}/clean/train.parquet",
         tokens="results/data/{dataset}/{model}/tokens/train.arrow",
@@ -37,7 +37,7 @@ rule preview_chats:
 
 
 rule report_tasks:
-    """Scores of base, merged model and smallest file, with what each link changes, paired."""
+    """Tabulate the task scores of base, merged model and smallest file, with paired changes."""
     input:
         chains=TARGETS.chains(),
         scores=TARGETS.task_scores(),
@@ -69,7 +69,7 @@ rule report_tasks:
 
 
 rule report_cleaning:
-    """A page on a dataset: the funnel with every reason, and samples of what was rejected."""
+    """Write a page on a dataset: what was kept, what was rejected and why, with samples."""
     input:
         report="results/data/{dataset}/clean/cleaning_report.json",
         rejected="results/data/{dataset}/clean/rejected.parquet",
@@ -98,7 +98,7 @@ rule report_cleaning:
 
 
 rule report_packing:
-    """A page on a plan: its rows, what packing saves, and what attention sees in a few of them."""
+    """Write a page on a packing plan: rows, their cost, and what attention sees in a few of them."""
     input:
         plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
         report="results/data/{dataset}/{model}/{packing}/packing_report.json",
@@ -135,7 +135,7 @@ rule report_packing:
 
 
 rule write_chain:
-    """Where everything measured of a run is, for the programs that report it."""
+    """Write the paths of a run's measurements, for the programs that report them."""
     output:
         chain="results/runs/{run}/chain.json",
     log:
@@ -157,7 +157,7 @@ rule write_chain:
 
 
 rule collect_metrics:
-    """Every figure of a run with its unit, error and place."""
+    """Collect every figure of a run with its unit, error and source file."""
     input:
         chain="results/runs/{run}/chain.json",
         scores=lambda wildcards: TARGETS.evaluations([wildcards.run]),
@@ -188,10 +188,10 @@ rule collect_metrics:
         " {params.also:q} --metrics {output.metrics:q} > {log:q} 2>&1"
 
 
-# Reports of all runs read every score of each: behind its metrics.json, which is made of them and
-# has their hashes. Named here each would cost every start of Snakemake as much as a job's input.
+# Reports of all runs read every score of each run. Their input is only metrics.json, which is made
+# from the scores and contains their hashes: each further input file slows every start of Snakemake.
 rule report_comparison:
-    """The headline table: the runs side by side in perplexity, speed, memory and context."""
+    """Tabulate the runs side by side: perplexity, speed, memory and context."""
     input:
         chains=TARGETS.chains(),
         metrics=TARGETS.metrics(),
@@ -223,7 +223,7 @@ rule report_comparison:
 
 
 rule report_chain:
-    """Perplexity of every link from base to quantized file, as tables and a figure."""
+    """Tabulate and draw the perplexity of every link from base to quantized file."""
     input:
         chains=TARGETS.chains(),
         metrics=TARGETS.metrics(),
@@ -261,7 +261,7 @@ rule report_chain:
 
 
 rule report_loss:
-    """Loss curves of training, with the validation loss on the same axes."""
+    """Draw the training loss, with the validation loss on the same axes."""
     input:
         histories=expand(
             "results/runs/{run}/adapter/history.json", run=TARGETS.built_trained_runs()
@@ -290,7 +290,7 @@ rule report_loss:
 
 
 rule report_overview:
-    """The first page: the runs side by side, their differences in words, answers to read."""
+    """Write the first page: the runs side by side, their differences in words, answers to read."""
     input:
         chains=TARGETS.chains(),
         metrics=TARGETS.metrics(),
@@ -323,7 +323,7 @@ rule report_overview:
 
 
 rule report_run:
-    """The page of a run: every figure of it, drawn and in tables."""
+    """Write the page of a run: all its figures, drawn and in tables."""
     input:
         chain="results/runs/{run}/chain.json",
         scores=lambda wildcards: TARGETS.evaluations([wildcards.run]),
@@ -361,7 +361,7 @@ rule report_run:
 
 
 rule tabulate_metrics:
-    """The figures of all runs in one table."""
+    """Write the figures of all runs to one table."""
     input:
         metrics=TARGETS.metrics(),
     output:
@@ -384,7 +384,7 @@ rule tabulate_metrics:
 
 
 rule report_context:
-    """Usable context of base, merged model and smallest file, with heat maps."""
+    """Tabulate the usable context of base, merged model and smallest file, with heat maps."""
     input:
         chains=TARGETS.chains(),
         scores=TARGETS.contexts(),
@@ -416,7 +416,7 @@ rule report_context:
 
 
 rule report_samples:
-    """Answers of every link to the same prompts, side by side."""
+    """Write a page with the answers of every link to the same prompts."""
     input:
         chains=TARGETS.chains(),
         answers=TARGETS.answers(),
@@ -444,7 +444,7 @@ rule report_samples:
 
 
 rule report_experiment:
-    """What one change does, over several seeds: the runs in `build`, grouped by what they differ in."""
+    """Compare the runs in `build`, grouped by the settings in which they differ, over seeds."""
     input:
         positions=expand(
             "results/runs/{run}/evaluation/positions.json", run=TARGETS.built_trained_runs()
@@ -488,7 +488,7 @@ rule report_experiment:
 
 
 rule report_sweep:
-    """Which values of a recipe are best, by validation scores: a ranking of every sweep in `runs`."""
+    """Rank the runs of every sweep by validation scores, to find the best values of a recipe."""
     input:
         scores=expand("results/runs/{run}/evaluation/validation.json", run=BUILD.sweep_runs),
         token_scores=expand(

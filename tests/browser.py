@@ -1,4 +1,4 @@
-"""A page as a browser has it: its picture, what it asked the network for, what it complained of."""
+"""Open a page in a browser: its screenshot, its network requests and its console messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-# Of its own errands (updates, the time, accounts), which the switches do not all stop.
+# Hosts of the browser's own requests (updates, time, accounts), which the switches do not all stop.
 OWN_HOSTS = re.compile(r"https?://[\w.-]+\.(google|googleapis|gvt1)\.com/")
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
@@ -20,25 +20,25 @@ QUIET = (
 
 
 class Seen(NamedTuple):
-    """What opening a page came to."""
+    """Result of opening a page."""
 
     screenshot: Path
     requests: list[str]
-    """Addresses asked for outside of the file itself."""
+    """Addresses that the page requested from outside the file."""
     console: list[str]
-    """Messages of the page, errors and refusals among them."""
+    """Console messages of the page, including errors and refusals."""
 
 
 def program() -> str | None:
-    """A headless Chromium of this machine."""
+    """A Chromium-like browser on this machine."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 def see(page: Path, folder: Path, *, width: int = 1280, height: int = 2400) -> Seen:
-    """Open a page from the disk.
+    """Open a page from disk.
 
     Args:
-        folder: for the picture, and the browser's own files.
+        folder: for the screenshot and the browser's own files.
     """
     browser = program()
     assert browser
@@ -57,7 +57,7 @@ def see(page: Path, folder: Path, *, width: int = 1280, height: int = 2400) -> S
 
 
 def requests(network: Path) -> list[str]:
-    """Addresses of a net log that are no file, blob or data of the page's own."""
+    """Addresses of a net log, except files, blobs and data of the page itself."""
     text = network.read_text(encoding="utf-8").rstrip().rstrip(",")
     log = json.loads(text if text.endswith("}") else text + "]}")
     urls = {

@@ -1,4 +1,4 @@
-"""Reports of the data stages and answers of links, as tests need them."""
+"""Reports of the data stages and answers of links, for tests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def answers_of(
     """Answers to several prompts. Texts may name the `{link}` and the prompt's `{number}`.
 
     Args:
-        n_ended: the first answers, which the link closed itself.
+        n_ended: number of answers, from the first, that ended before the length limit.
     """
     return Answers(
         answers=tuple(

@@ -1,111 +1,65 @@
-"""A page for people: one HTML file that asks for nothing outside itself and runs no script.
+"""HTML pages of the report, made from the Jinja templates in `report/templates`.
 
-What it shows was written by strangers, so every text goes through `visible`: nothing of it becomes
-markup, and no invisible character (a control, a turn of writing direction) acts on the page.
+A page is one file: it loads nothing from outside itself and runs no script. Its texts come from
+strangers, so every value that a template prints is escaped, and characters without a shape
+(controls, changes of writing direction) are replaced by their code points. Only HTML that a
+template made itself is printed as it is.
 """
 
 from __future__ import annotations
 
-import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-STYLE = Path(__file__).with_name("pages.css")
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+TEMPLATES = Path(__file__).parent / "report" / "templates"
 CODE = re.compile("`([^`]+)`")
-AS_THEY_ARE: Mapping[str, str] = MappingProxyType({"\n": "\n", "\t": "\t"})
-# The browser itself refuses what a page must not do, should a text ever get past `visible`.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+KEPT: Mapping[str, str] = MappingProxyType({"\n": "\n", "\t": "\t"})
 
 
-def page(title: str, body: str) -> str:
-    """A whole document.
+def render(template: str, **values: object) -> Markup:
+    """A template of `report/templates` filled in: a whole page, or a part of one.
+
+    Raises:
+        UndefinedError: the template prints a value that was not given.
+    """
+    return Markup(ENVIRONMENT.get_template(template).render(values))
+
+
+def visible(text: str, marks: Mapping[str, str] = KEPT) -> Markup:
+    """Text as HTML, safe inside an element and inside a quoted attribute.
+
+    A character without a shape is replaced by its code point: `<s>U+202E</s>`.
 
     Args:
-        title: text.
-        body: HTML, below the title.
+        marks: HTML to print in place of single characters.
     """
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{visible(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n"
-        f"</head>\n<body>\n<h1>{visible(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def visible(text: str, marks: Mapping[str, str] = AS_THEY_ARE) -> str:
-    """Text as HTML, safe inside an element and a quoted attribute's.
-
-    A character that has no shape of its own is named: `<s>U+202E</s>`.
-
-    Args:
-        marks: HTML in place of a character.
-    """
-    if text.isprintable() and marks is AS_THEY_ARE:
-        return html.escape(text)
-    return "".join(
-        marks[character]
-        if character in marks
-        else html.escape(character)
-        if character.isprintable()
-        else named(character)
-        for character in text
+    if text.isprintable() and marks is KEPT:
+        return escape(text)
+    return Markup(
+        "".join(
+            marks[character]
+            if character in marks
+            else escape(character)
+            if character.isprintable()
+            else named(character)
+            for character in text
+        )
     )
 
 
 def named(character: str) -> str:
-    """HTML of a character's code point."""
+    """The code point of a character, as HTML."""
     return f"<s>U+{ord(character):04X}</s>"
 
 
-def paragraph(text: str) -> str:
-    """HTML of a paragraph; what stands between backticks is code."""
-    return f"<p>{_with_code(text)}</p>"
-
-
-def remark(text: str) -> str:
-    """The same, of what is said beside: how something was measured."""
-    return f'<p class="quiet">{_with_code(text)}</p>'
-
-
-def _with_code(text: str) -> str:
-    return CODE.sub(r"<code>\1</code>", visible(text))
-
-
-def facts(pairs: Mapping[str, str]) -> str:
-    """HTML of a list of names and values, both texts."""
-    items = "".join(
-        f"<div><dt>{visible(name)}</dt><dd>{visible(value)}</dd></div>"
-        for name, value in pairs.items()
-    )
-    return f"<dl>{items}</dl>"
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, is_of_words: bool = False
-) -> str:
-    """HTML of a table of texts; the first cell of a row names it.
-
-    Args:
-        is_of_words: cells stand on the left and may break, where those of numbers do not.
-    """
-
-    def cells(texts: Sequence[str], *, of_body: bool) -> str:
-        first, *others = map(visible, texts)
-        scope = "row" if of_body else "col"
-        tag = "td" if of_body else "th"
-        inner = "".join(f"<{tag}>{other}</{tag}>" for other in others)
-        return f'<tr><th scope="{scope}">{first}</th>{inner}</tr>'
-
-    body = "\n".join(cells(row, of_body=True) for row in rows)
-    kind = ' class="words"' if is_of_words else ""
-    return (
-        f'<div class="wide"><table{kind}><thead>{cells(header, of_body=False)}</thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def with_code(text: str) -> Markup:
+    """Text as HTML in which words between backticks are code."""
+    return Markup(CODE.sub(r"<code>\1</code>", str(visible(text))))
 
 
 def counted(n: int, singular: str, plural: str | None = None) -> str:
@@ -114,7 +68,7 @@ def counted(n: int, singular: str, plural: str | None = None) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """`12.3%`; what is there is never shown as nothing, nor what is less than all as all."""
+    """`12.3%`. A part that exists is never shown as 0.0%, nor an incomplete one as 100.0%."""
     if not whole:
         return "–"
     if 0 < part < whole / 1000:
@@ -122,3 +76,23 @@ def share(part: int, whole: int) -> str:
     if whole * 0.999 < part < whole:
         return "> 99.9%"
     return f"{part / whole:.1%}"
+
+
+def _printed(value: object) -> object:
+    """A value as a template prints it: text made `visible`, HTML and numbers unchanged."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return visible(value)
+    return value
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    finalize=_printed,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters.update(visible=visible, with_code=with_code, number="{:,}".format)
+ENVIRONMENT.globals.update(counted=counted, share=share)

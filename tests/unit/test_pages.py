@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from hypothesis import assume, example, given, strategies as st
+from jinja2 import UndefinedError
 
 from workflow_scripts import pages
 
@@ -14,7 +15,7 @@ any_text = st.text(st.sampled_from(HOSTILE + "\n\t aé日א") | st.characters(co
 
 
 class Read(HTMLParser):
-    """What a browser would make of HTML: its tags, its text, its attributes."""
+    """Tags, text and attributes of HTML, as a browser reads them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,15 +55,23 @@ def test_marks_take_the_place_of_characters():
     assert pages.visible("a b\nc", {" ": "␣"}) == "a␣b<s>U+000A</s>c"
 
 
-def test_a_paragraph_has_code_between_backticks_and_no_markup_of_the_text():
-    assert pages.paragraph("ask `a < b` & `c`") == (
-        "<p>ask <code>a &lt; b</code> &amp; <code>c</code></p>"
+def test_words_between_backticks_are_code_and_the_text_is_no_markup():
+    assert pages.with_code("ask `a < b` & `c`") == (
+        "ask <code>a &lt; b</code> &amp; <code>c</code>"
     )
-    assert pages.remark("one ` alone") == '<p class="quiet">one ` alone</p>'
+    assert pages.with_code("one ` alone") == "one ` alone"
+
+
+def hostile_page() -> str:
+    """A page whose every text is hostile."""
+    texts = [HOSTILE, HOSTILE]
+    table = {"title": HOSTILE, "note": HOSTILE, "conclusions": texts}
+    table |= {"header": texts, "rows": [texts, texts]}
+    return pages.render("table.html.j2", table=table, plots=[(HOSTILE, "", HOSTILE)])
 
 
 def test_a_page_runs_nothing_and_asks_for_nothing_outside_itself():
-    text = pages.page(HOSTILE, f"<p>{pages.visible(HOSTILE)}</p>")
+    text = hostile_page()
     read = Read(text)
     assert not {"script", "link", "img", "iframe", "object"} & set(read.tags)
     assert not {"src", "href"} & {name for name, _ in read.attributes}
@@ -70,10 +79,26 @@ def test_a_page_runs_nothing_and_asks_for_nothing_outside_itself():
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in read.attributes
 
 
+def test_every_printed_text_is_escaped_without_being_told_to():
+    text = hostile_page()
+    assert "&lt;script&gt;" in text and "U+202E" in text
+    assert all(has_shape(character) for character in text)
+
+
+@pytest.mark.parametrize("path", sorted(pages.TEMPLATES.glob("*.j2")), ids=lambda path: path.name)
+def test_no_template_turns_escaping_off(path):
+    assert not re.search(r"\|\s*safe|autoescape", path.read_text(encoding="utf-8"))
+
+
+def test_a_value_that_was_not_given_is_an_error():
+    with pytest.raises(UndefinedError, match="table"):
+        pages.render("table.html.j2", plots=[])
+
+
 @given(part=st.integers(0, 10**4) | st.integers(0, 10**7), rest=st.integers(0, 10**7))
 @example(part=1, rest=10**6)
 @example(part=10**6, rest=1)
-def test_a_share_is_all_or_nothing_only_where_it_is(part, rest):
+def test_a_share_is_shown_as_all_or_nothing_only_if_it_is(part, rest):
     whole = part + rest
     assume(whole)
     shown = pages.share(part, whole)
@@ -83,17 +108,19 @@ def test_a_share_is_all_or_nothing_only_where_it_is(part, rest):
         assert abs(float(shown.rstrip("%")) / 100 - part / whole) <= 0.0005 + 1e-9
 
 
-def test_a_share_of_nothing_is_no_number():
+def test_a_share_of_nothing_is_a_dash():
     assert pages.share(0, 0) == "–"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, "0 rows"), (1, "1 row"), (1234, "1,234 rows")])
-def test_what_is_counted_agrees_with_its_number(n, expected):
+def test_a_noun_agrees_with_its_number(n, expected):
     assert pages.counted(n, "row") == expected
 
 
 def palettes() -> dict[str, dict[str, str]]:
-    light, dark = re.findall(r":root \{(.*?)\}", pages.STYLE.read_text(), flags=re.DOTALL)
+    light, dark = re.findall(
+        r":root \{(.*?)\}", (pages.TEMPLATES / "pages.css").read_text(), flags=re.DOTALL
+    )
     return {
         mode: dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
         for mode, block in (("light", light), ("dark", dark))
@@ -118,7 +145,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize(
     ("ink", "ground", "least"),
     [
-        # WCAG 2.2 AA: 4.5 for text, 3 for what else must be told apart.
+        # WCAG 2.2 AA: 4.5 for text, 3 for other shapes that must be distinguishable.
         *[(ink, "paper", 4.5) for ink in ("text", "quiet", "cut")],
         *[("text", "raised", 4.5), ("learned-text", "learned", 4.5)],
         *[("control-text", "control", 4.5), ("control-text", "learned", 4.5)],
@@ -126,6 +153,6 @@ def contrast(one: str, other: str) -> float:
         *[("document", "paper", 3), ("neighbour", "paper", 3), ("document", "neighbour", 2)],
     ],
 )
-def test_colors_stand_out_from_what_they_lie_on(mode, ink, ground, least):
+def test_colors_have_enough_contrast_with_their_background(mode, ink, ground, least):
     palette = palettes()[mode]
     assert contrast(palette[ink], palette[ground]) >= least

@@ -68,7 +68,7 @@ def model_card(
     context = facts.served_context_tokens
     base = scores["base"].perplexity
     rows = [
-        f"| {link} | {scored.perplexity:.3f} | {scored.perplexity / base - 1:+.1%} |"
+        f"| {link} | {scored.perplexity:.3f} | {scored.perplexity / base - 1:+z.1%} |"
         for link, scored in scores.items()
     ]
     measured = scores["merged"]

@@ -1,4 +1,4 @@
-"""Perplexity of every link, as a table: which hand-over cost what."""
+"""Table of the perplexities of every link, with the change at each hand-over."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from workflow_scripts.report.tables import (
     perplexity,
     with_error,
 )
+from workflow_scripts.scoring.token_scores import TokenScores
 
-# Weights in a block of a k-quant (QK_K of llama.cpp).
+# Weights per block of a k-quant (QK_K in llama.cpp).
 K_QUANT_BLOCK = 256
 
 
 def chain(runs: Sequence[RunResults]) -> Table:
-    """One row a run and link, and a column a text."""
+    """One row per run and link, and one column per text."""
     texts = list(dict.fromkeys(text for run in runs for text in run.link("merged").texts))
     rows = []
     for run in runs:
@@ -41,14 +42,14 @@ def chain(runs: Sequence[RunResults]) -> Table:
         note=(
             f"Every link scores the same {scores.n_scored_tokens:,} supervised tokens of the"
             f" same {scores.n_conversations} test conversations, in pieces of at most"
-            f" {scores.piece_tokens} tokens; lower is better. “vs. its source” is the"
-            " change of perplexity against the link that this one is made from: the line above, for"
-            " a quantization F16, for AWQ the merged model. Its standard error is that of the"
-            " difference, paired token by token, which cancels how hard the text is: a change"
-            " smaller than twice its error is not significant. A quantization's KL divergence to"
-            " F16 and the share of tokens whose likeliest next one is the same are over the same"
-            " tokens. “Whole conversations” are scored without cutting, by the links that honour"
-            " the sliding window."
+            f" {scores.piece_tokens} tokens. Lower perplexity is better; ± is a standard error."
+            " “vs. its source” is the change of perplexity from the link that this one is made"
+            " from: F16 for a quantization, the merged model for AWQ, and otherwise the line above."
+            " Its error is paired token by token, which cancels differences in how hard the texts"
+            " are. A change smaller than twice its error is not significant. The KL divergence of a"
+            " quantization to F16, and the percentage of tokens for which both predict the same"
+            " most likely token, are measured on the same tokens. “Whole conversations” is the"
+            " perplexity without cutting into pieces, for the links that apply the sliding window."
             f"{note_on_widths(runs)}{note_on_texts(runs, texts)}"
         ),
         header=[
@@ -69,7 +70,7 @@ def chain(runs: Sequence[RunResults]) -> Table:
 
 
 def note_on_widths(runs: Sequence[RunResults]) -> str:
-    """Why a quantization is none of the k-quants, where a model's widths rule them out."""
+    """Explanation for models whose width rules the k-quants out."""
     widths = {
         run.settings.model: run.facts.hidden_size
         for run in runs
@@ -77,33 +78,30 @@ def note_on_widths(runs: Sequence[RunResults]) -> str:
     }
     return "".join(
         f" The rows of {model} have {width:,} weights. llama.cpp's k-quants (such as Q4_K_M) need a"
-        f" multiple of {K_QUANT_BLOCK}, so it would store most of the model in other types; Q8_0,"
-        " Q5_0 and Q4_0 need a multiple of 32."
+        f" multiple of {K_QUANT_BLOCK}; it would store most of this model in other types. Q8_0,"
+        " Q5_0 and Q4_0 need only a multiple of 32."
         for model, width in widths.items()
     )
 
 
 def note_on_texts(runs: Sequence[RunResults], texts: Sequence[str]) -> str:
-    """What the columns of texts are of."""
+    """Explanation of the columns of texts."""
     if not texts:
         return ""
     scored = {text: one for run in runs for text, one in run.link("merged").texts.items()}
     sizes = ", ".join(f"{text} {scored[text].n_scored_tokens:,}" for text in texts)
     return (
-        f" Texts are scored as llama-perplexity scores them: the second half of chunks, {sizes}"
+        f" Texts are scored as llama-perplexity does, on the second half of chunks, {sizes}"
         " tokens; ± is a standard error over chunks."
     )
 
 
 def steps(run: RunResults) -> Iterator[str]:
-    """Of each link: its perplexity against that of the link that it is made from; empty of the
-    base.
+    """Change of perplexity of each link from the link it is made from; empty for the base.
 
     Raises:
         StageError: the two were scored on different tokens.
     """
-    from workflow_scripts.scoring.token_scores import TokenScores
-
     for link in run.links:
         if link.source is None:
             yield ""
@@ -113,7 +111,7 @@ def steps(run: RunResults) -> Iterator[str]:
         if not link_scores.scores_the_same(before_scores):
             raise log.StageError(
                 "two links were scored on different tokens",
-                where=f"{link.token_scores}, against {before.token_scores}",
+                where=f"{link.token_scores}, compared with {before.token_scores}",
                 found=f"{len(link_scores.nats)} of {len(link_scores.ids)} conversations",
                 expected=f"the same {len(before_scores.nats)} of {len(before_scores.ids)}",
                 to_fix="score them again: snakemake evaluate --forcerun evaluate_perplexity"
@@ -123,7 +121,7 @@ def steps(run: RunResults) -> Iterator[str]:
 
 
 def diverged(link: Link) -> list[str]:
-    """KL divergence to F16 and how often the likeliest token is the same."""
+    """Cells of the KL divergence to F16 and of the agreement on the most likely token."""
     if link.divergence is None:
         return ["", ""]
     kl_error = link.divergence.kl_divergence_standard_error_nats
@@ -138,11 +136,15 @@ def diverged(link: Link) -> list[str]:
 
 
 def measured(link: Link) -> list[str]:
-    """The cells after the change: full-length perplexity, speed, memory, size."""
+    """Cells of the full-length perplexity, speed, memory and size."""
     whole = link.scores.full_length_perplexity
-    cells = ["" if whole is None else f"{whole:.2f}"]
+    perplexity_of_whole = "" if whole is None else f"{whole:.2f}"
     if link.speed is None:
-        return [*cells, "", "", "", mebibytes(link.scores.size_bytes)]
-    cells.append(with_error(*link.speed.of_token("prompt"), digits=3))
-    cells.append(with_error(*link.speed.of_token("decode"), digits=3))
-    return [*cells, mebibytes(link.speed.peak_memory_bytes), mebibytes(link.speed.size_bytes)]
+        return [perplexity_of_whole, "", "", "", mebibytes(link.scores.size_bytes)]
+    return [
+        perplexity_of_whole,
+        with_error(*link.speed.of_token("prompt"), digits=3),
+        with_error(*link.speed.of_token("decode"), digits=3),
+        mebibytes(link.speed.peak_memory_bytes),
+        mebibytes(link.speed.size_bytes),
+    ]

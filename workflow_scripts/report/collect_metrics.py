@@ -1,4 +1,4 @@
-"""Gather every figure measured of a run, with its unit, error and place.
+"""Collect every measured figure of a run, with its unit, error and source file.
 
 python -m workflow_scripts.report.collect_metrics --chains results/runs/mistral/chain.json
     --metrics results/runs/mistral/metrics.json
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     (path,) = arguments.chains
     chain = Chain.read(path)
-    asked = results.Asked.of(arguments)
+    asked = results.Asked(arguments.context, arguments.tasks, arguments.kinds)
     links = metrics_of(chain, asked)
     metrics = RunMetrics(
         run=chain.run,

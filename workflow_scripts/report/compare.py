@@ -1,7 +1,7 @@
-"""Set two finished runs side by side, also of two folders of results.
+"""Print two finished runs side by side, possibly from two folders of results.
 
-Prints every figure that both have, with the difference and its error; the losses of links that were
-scored on the same tokens are paired.
+Every figure that both runs have is printed with the difference and its error. Where the same tokens
+were scored, the change of perplexity is paired by token.
 
 python -m workflow_scripts.report.compare results/runs/generic results/runs/mistral
 """
@@ -10,64 +10,65 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.handover.metrics import Metric, RunMetrics
 from workflow_scripts.log import StageError
-from workflow_scripts.report.tables import change_of_perplexity, with_error
+from workflow_scripts.report.tables import change_of_perplexity, digits_of, with_error
+from workflow_scripts.scoring.token_scores import TokenScores
 
 logger = log.stage_logger("compare")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("runs", type=Path, nargs=2, help="results/runs/<run>, of a finished report")
+    parser.add_argument("runs", type=Path, nargs=2, help="results/runs/<run> of a finished report")
     arguments = parser.parse_args(argv)
     print(compared(*arguments.runs))
 
 
 def compared(one: Path, other: Path) -> str:
-    """Markdown: a table a link."""
+    """One Markdown table per link."""
     metrics = [read(folder) for folder in (one, other)]
     names = [metric.run for metric in metrics]
     if names[0] == names[1]:
         names = [str(one), str(other)]
-    parts = []
-    for link in metrics[0].links:
-        if link not in metrics[1].links:
-            continue
-        rows = rows_of(metrics[0].links[link], metrics[1].links[link])
-        paired = loss_row(one, other, link)
-        lines = [f"### {link}", "", f"| | {names[0]} | {names[1]} | difference |"]
-        lines += ["| --- | ---: | ---: | ---: |", *([paired] if paired else []), *rows]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    header = f"| | {names[0]} | {names[1]} | difference |\n| --- | ---: | ---: | ---: |"
+    return "\n\n".join(
+        "\n".join(
+            [
+                f"### {link}\n\n{header}",
+                *loss_rows(one, other, link),
+                *rows_of(by_name, metrics[1].links[link]),
+            ]
+        )
+        for link, by_name in metrics[0].links.items()
+        if link in metrics[1].links
+    )
 
 
 def read(folder: Path) -> RunMetrics:
-    """
+    """Metrics of a run.
+
     Raises:
-        StageError: the run has no metrics.
+        StageError: the run has none.
     """
     path = folder / "metrics.json"
     if not path.is_file():
         raise StageError(
             "the run has no metrics",
             where=path,
-            expected="results/runs/<run> of a build whose report is made",
+            expected="results/runs/<run> of a build with a finished report",
             to_fix="snakemake --cores 8 report",
         )
     return RunMetrics.read(path)
 
 
-def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> list[str]:
-    """A row each of the metrics that both have."""
-    rows = []
-    for name in one:
-        if name not in other:
-            continue
+def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> Iterator[str]:
+    """One row per metric that both runs have."""
+    for name in [name for name in one if name in other]:
         pair = (one[name], other[name])
         shown = [shown_with(metric.value, metric.error) for metric in pair]
         unit = f", {pair[0].unit}" if pair[0].unit else ""
@@ -75,34 +76,26 @@ def rows_of(one: Mapping[str, Metric], other: Mapping[str, Metric]) -> list[str]
         error = math.hypot(*errors) if len(errors) == 2 else None
         difference = pair[1].value - pair[0].value
         sign = "−" if difference < 0 else "+"
-        text = sign + shown_with(abs(difference), error)
-        if not difference:
-            text = "0"
-        rows.append(f"| {name}{unit} | {shown[0]} | {shown[1]} | {text} |")
-    return rows
+        text = sign + shown_with(abs(difference), error) if difference else "0"
+        yield f"| {name}{unit} | {shown[0]} | {shown[1]} | {text} |"
 
 
 def shown_with(value: int | float, error: float | None) -> str:
-    """Value and error with as many digits as tell something."""
+    """Value and error with two digits of the error, or five of a value without one."""
     if isinstance(value, int) and error is None:
         return f"{value:,}"
-    least = abs(error) if error else abs(value) / 1000
-    digits = 2 if not least else max(0, min(9, 1 - math.floor(math.log10(least))))
-    return with_error(value, error, digits)
+    least = abs(error or value / 1000)
+    return with_error(value, error, min(9, digits_of(least, least=0)) if least else 2)
 
 
-def loss_row(one: Path, other: Path, link: str) -> str | None:
-    """Perplexities of the same tokens, paired; None where they are not the same."""
-    from workflow_scripts.scoring.token_scores import TokenScores
-
+def loss_rows(one: Path, other: Path, link: str) -> Iterator[str]:
+    """Change of perplexity paired by token; no row where different tokens were scored."""
     paths = [folder / "evaluation" / f"{link}.tokens.parquet" for folder in (one, other)]
-    if not all(path.is_file() for path in paths):
-        return None
-    scores = [TokenScores.read(path) for path in paths]
-    if not scores[1].scores_the_same(scores[0]):
-        return None
-    change = change_of_perplexity(*scores[1].difference(scores[0]))
-    return f"| perplexity, paired by token, % | | | {change} |"
+    if all(path.is_file() for path in paths):
+        before, after = map(TokenScores.read, paths)
+        if after.scores_the_same(before):
+            change = change_of_perplexity(*after.difference(before))
+            yield f"| perplexity, paired by token, % | | | {change} |"
 
 
 if __name__ == "__main__":

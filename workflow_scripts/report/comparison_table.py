@@ -1,27 +1,27 @@
-"""The runs side by side: each figure as it was measured on this run."""
+"""Table of the runs side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from workflow_scripts.handover.context import ContextScores
 from workflow_scripts.handover.gates import MergeBase
 from workflow_scripts.handover.speed import Phase, Speed
 from workflow_scripts.report.context_table import effective
 from workflow_scripts.report.results import RunResults
-from workflow_scripts.report.tables import Table, mebibytes, perplexity, with_error
+from workflow_scripts.report.tables import Table, mebibytes, perplexity, signed, with_error
 from workflow_scripts.report.task_table import NONE_ASKED, is_share, name_of, shown
 
 
 def comparison(runs: Sequence[RunResults]) -> Table:
-    """One row a figure, one column a run."""
+    """One row per figure, one column per run."""
     smallest = runs[0].smallest.name
     figures: dict[str, Callable[[RunResults], str]] = {
         "Perplexity, base": lambda run: perplexity(run.link("base").scores),
         "Perplexity, merged": lambda run: perplexity(run.link("merged").scores),
         f"Perplexity, {smallest}": lambda run: perplexity(run.link(smallest).scores),
         **texts(runs, smallest),
-        "Change against the base": lambda run: change(run, "merged"),
+        "Change from the base": lambda run: change(run, "merged"),
         f"Prompt, {smallest}, ms/token": lambda run: per_token(run, smallest, "prompt"),
         f"Decode, {smallest}, ms/token": lambda run: per_token(run, smallest, "decode"),
         f"File, {smallest}": lambda run: mebibytes(run.link(smallest).scores.size_bytes),
@@ -57,11 +57,12 @@ def comparison(runs: Sequence[RunResults]) -> Table:
     return Table(
         title="Runs compared",
         note=(
-            f"Test split: {scores.n_conversations} conversations, {scores.n_scored_tokens:,}"
-            f" supervised tokens, in pieces of at most {scores.piece_tokens} tokens; lower"
-            " perplexity is better; ± is a standard error (speed: standard deviation over"
-            " repetitions). The GGUF's context ends at the sliding window, which llama.cpp does not"
-            f" apply.{note_on_context(runs)}{note_on_tasks(runs)}"
+            "Lower perplexity is better. It is measured on the test split:"
+            f" {scores.n_conversations} conversations with {scores.n_scored_tokens:,} supervised"
+            f" tokens, in pieces of at most {scores.piece_tokens} tokens. ± is a standard error;"
+            " for speeds, a standard deviation over repetitions. The context of a GGUF ends at the"
+            " sliding window, because llama.cpp does not apply it."
+            f"{note_on_context(runs)}{note_on_tasks(runs)}"
         ),
         header=["", *(run.name for run in runs)],
         rows=[[name, *(figure(run) for run in runs)] for name, figure in figures.items()],
@@ -69,47 +70,49 @@ def comparison(runs: Sequence[RunResults]) -> Table:
 
 
 def texts(runs: Sequence[RunResults], smallest: str) -> dict[str, Callable[[RunResults], str]]:
-    """Rows of the texts that were scored."""
-
-    def figure(text: str, link: str) -> Callable[[RunResults], str]:
-        return lambda run: (
-            perplexity(run.link(link).texts[text]) if text in run.link(link).texts else ""
-        )
-
+    """Rows of the texts that were scored, by name."""
     return {
-        f"Perplexity on {text}, {link}": figure(text, link)
+        f"Perplexity on {text}, {link}": partial(perplexity_on, text=text, link=link)
         for text in dict.fromkeys(text for run in runs for text in run.link("merged").texts)
         for link in ("base", "merged", smallest)
     }
 
 
+def perplexity_on(run: RunResults, *, text: str, link: str) -> str:
+    scores = run.link(link).texts.get(text)
+    return perplexity(scores) if scores else ""
+
+
 def usable(run: RunResults) -> dict[str, Callable[[RunResults], str]]:
-    """Rows of the links whose usable context was measured."""
-
-    def figure(name: str) -> Callable[[RunResults], str]:
-        return lambda run: effective(context_of(run, name), "ruler")
-
+    """Rows of the links whose usable context was measured, by name."""
     return {
-        f"Usable context, {link.name}": figure(link.name)
+        f"Usable context, {link.name}": partial(usable_context, link=link.name)
         for link in run.links
         if link.context is not None
     }
 
 
+def usable_context(run: RunResults, *, link: str) -> str:
+    """Usable context of a link for which it was measured."""
+    context = run.link(link).context
+    assert context is not None, link
+    return effective(context, "ruler")
+
+
 def note_on_context(runs: Sequence[RunResults]) -> str:
     measured = [link.context for run in runs for link in run.links if link.context is not None]
     if not measured:
-        return " How much of a context is usable: `snakemake context`."
+        return " `snakemake context` measures the usable context."
     n_prompts = sorted({report.n_prompts for report in measured})
     return (
-        " Usable context: the longest length up to which 85.6 % of the questions on a text are"
-        " answered (RULER), with the 95 % interval of that many prompts;"
-        f" {' or '.join(f'{n:,}' for n in n_prompts)} prompts a link."
+        " Usable context is the longest length up to which at least 85.6 % of the questions about a"
+        " text are answered correctly (RULER), out of the advertised length, with its 95 % interval"
+        f" for {' or '.join(f'{n:,}' for n in n_prompts)} prompts per link."
     )
 
 
 def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
-    """Rows of the tasks that any run was asked: two datasets may mark references in one alone."""
+    """Rows of the tasks of any run, by name. Runs may differ, as may their datasets' references."""
     found: dict[str, dict[str, dict[str, str]]] = {}  # task → link → run
     for run in runs:
         for link in run.links:
@@ -119,31 +122,34 @@ def tasks(runs: Sequence[RunResults]) -> dict[str, Callable[[RunResults], str]]:
                     of_link = found.setdefault(name, {}).setdefault(link.name, {})
                     of_link[run.name] = shown(score)
 
-    def figure(of_runs: Mapping[str, str]) -> Callable[[RunResults], str]:
-        return lambda run: of_runs.get(run.name, "")
-
     return {
-        f"{name}, {link}": figure(of_runs)
+        f"{name}, {link}": partial(task_score, by_run)
         for name, by_link in found.items()
-        for link, of_runs in by_link.items()
+        for link, by_run in by_link.items()
     }
+
+
+def task_score(by_run: Mapping[str, str], run: RunResults) -> str:
+    return by_run.get(run.name, "")
 
 
 def note_on_tasks(runs: Sequence[RunResults]) -> str:
     measured = [of_kind for run in runs for link in run.links for of_kind in link.tasks.values()]
     if not measured:
-        return " Tasks with a right answer: `snakemake tasks`."
+        return " `snakemake tasks` measures tasks with a right answer."
     if not any(of_kind.scores for of_kind in measured):
         return f" {NONE_ASKED}"
     return (
-        " Tasks: ± a standard error over documents, of reference answers the 95 % Wilson interval;"
-        " what each link changes, paired: results/report/tasks.md."
+        " The ± of a task is a standard error over documents; reference answers have a 95 % Wilson"
+        " interval. results/report/tasks.md has the paired change of each link."
     )
 
 
 def merged_into(run: RunResults) -> str:
-    """The base of the merge, and whether the config or a measurement chose it; empty for a model
-    that was merged elsewhere."""
+    """The base of the merge, and whether a measurement chose it.
+
+    It is empty for a model that was merged elsewhere.
+    """
     if run.settings.merged:
         return ""
     if run.merge_base is None:
@@ -152,7 +158,7 @@ def merged_into(run: RunResults) -> str:
 
 
 def candidate(run: RunResults, base: MergeBase) -> str:
-    """A merge against the live adapter, on validation text; empty where nothing was measured."""
+    """Scores of a merge on validation text; empty where nothing was measured."""
     if run.merge_base is None:
         return ""
     measured = run.merge_base.candidate(base)
@@ -160,8 +166,10 @@ def candidate(run: RunResults, base: MergeBase) -> str:
 
 
 def trained(run: RunResults, key: str) -> float | None:
-    """A figure of training; None where nothing was trained here, or it was not measured: of a run
-    that resumed at its last step nothing was timed."""
+    """A figure of training; None if the run was not trained here or the figure was not measured.
+
+    A run that resumed at its last step has no timings.
+    """
     return getattr(run.manifest, key) if run.manifest else None
 
 
@@ -171,21 +179,14 @@ def count(number: float | None) -> str:
 
 def change(run: RunResults, link: str) -> str:
     base = run.link("base").scores.perplexity
-    return f"{run.link(link).scores.perplexity / base - 1:+.1%}"
+    return f"{signed(100 * (run.link(link).scores.perplexity / base - 1), digits=1)}%"
 
 
 def speed_of(run: RunResults, link: str) -> Speed:
-    """The speed of a link that has one, as every GGUF does."""
+    """The speed of a link that was timed, as every GGUF is."""
     speed = run.link(link).speed
     assert speed is not None, link
     return speed
-
-
-def context_of(run: RunResults, link: str) -> ContextScores:
-    """Usable context of a link that it was measured of."""
-    context = run.link(link).context
-    assert context is not None, link
-    return context
 
 
 def per_token(run: RunResults, link: str, phase: Phase) -> str:

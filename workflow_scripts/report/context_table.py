@@ -1,4 +1,4 @@
-"""Usable context of the links: scores by length, effective lengths, what long context gains."""
+"""Table of the usable context of links: scores by length, effective lengths, gain."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from workflow_scripts.handover.chain import Chain
 from workflow_scripts.handover.context import ContextScores, Definition
 from workflow_scripts.report.tables import Table, with_error
 
+HEAT_MAP_CAPTION = (
+    "Percentage of right answers by length of the prompt and depth of the fact, for the tasks that"
+    " have a depth."
+)
+
 Reports = Mapping[str, ContextScores]
 
 
 def read(chain: Chain, links: Sequence[str]) -> Reports:
-    """Reports of evaluate_context by link, the base's first.
+    """Reports of evaluate_context by link, the base first.
 
     Args:
-        links: those that were measured.
+        links: names of the links that were measured.
     """
     return {
         link.title: ContextScores.read(Path(link.context))
@@ -26,7 +31,7 @@ def read(chain: Chain, links: Sequence[str]) -> Reports:
 
 
 def context(runs: Mapping[str, Reports]) -> Table:
-    """One row a run and link."""
+    """One row per run and link."""
     lengths = sorted(
         {
             score.length_tokens
@@ -50,15 +55,16 @@ def context(runs: Mapping[str, Reports]) -> Table:
     return Table(
         title="Usable context",
         note=(
-            "Scores are per cent of right answers over tasks made after RULER, each task weighing"
-            " the same. Effective ÷ advertised: the longest length up to which every score is at"
-            " least 85.6 (RULER), or at least 85 % of the best at up to 1,024 tokens (NoLiMa);"
-            " in brackets the 95 % interval of so many prompts (Jeffreys);"
-            " “not measurable” is a link that answers nothing even at the shortest length. The gain"
-            f" is what tokens beyond {first.short_tokens:,} lose when no more context than that"
-            " is given, nats a token ± a standard error; a dash where it was not measured or no"
-            " test conversation is so long. GGUFs are tested and advertised up to the window only,"
-            " because llama.cpp does not apply it."
+            "The columns of lengths give the percentage of right answers, averaged over tasks"
+            " modelled on RULER; higher is better. “Effective” gives the effective and the"
+            " advertised length. The effective length is the longest up to which every score is at"
+            " least 85.6 (RULER), or at least 85 % of the best score at up to 1,024 tokens"
+            " (NoLiMa). Brackets contain its 95 % interval for this number of prompts (Jeffreys)."
+            " “Not measurable” means that a link gives no right answer even at the shortest length."
+            f" The gain is the rise in loss of tokens after the first {first.short_tokens:,} when"
+            " the model sees only that many tokens of context: nats per token ± a standard error,"
+            " or a dash where it was not measured or no test conversation is long enough. GGUFs are"
+            " tested only up to the sliding window, because llama.cpp does not apply it."
         ),
         header=[
             "Link",
@@ -72,8 +78,10 @@ def context(runs: Mapping[str, Reports]) -> Table:
 
 
 def effective(report: ContextScores, definition: Definition) -> str:
-    """Effective length, what the link is advertised for (a GGUF up to its window), and the 95 %
-    interval: `2,048 / 32,768 (1,024–4,096)`."""
+    """Effective length, advertised length (of a GGUF: its window) and 95 % interval.
+
+    `2,048 / 32,768 (1,024–4,096)`
+    """
     if not report.is_measurable:
         return "not measurable"
     length, low, high = report.effective_tokens(definition)

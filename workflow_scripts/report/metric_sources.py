@@ -1,4 +1,4 @@
-"""Every figure that was measured of a run, with its unit, its error, and the place it stands in.
+"""Every measured figure of a run, with its unit, its error and its place in a file.
 
 A metric is read, never computed: `file` and `key` lead to the number itself, and a test follows
 each of them.
@@ -18,16 +18,16 @@ from workflow_scripts.report.task_table import name_of
 
 
 class Found(NamedTuple):
-    """A metric, and what it is called."""
+    """A metric with its name."""
 
     link: str
-    """Link that it is of; `run` for the run as a whole."""
+    """Link that was measured; `run` for the run as a whole."""
     name: str
     metric: Metric
 
 
 class Source(NamedTuple):
-    """Where a metric stands in a file."""
+    """Place of a metric in a file."""
 
     name: str
     key: str
@@ -107,11 +107,12 @@ SHAPE = (
 
 
 def metrics_of(chain: Chain, asked: Asked = NOTHING_ASKED) -> dict[str, dict[str, Metric]]:
-    """Of one run, by link and name, from the base's scores to the last file's; what is of the run
-    as a whole under `run`.
+    """Metrics of a run by link and name, from the base to the last file.
+
+    Metrics of the run as a whole are under `run`.
 
     Args:
-        chain: where the run's files are.
+        chain: the paths of the run's files.
     Raises:
         StageError: a file that the run must have is missing.
     """
@@ -123,20 +124,20 @@ def metrics_of(chain: Chain, asked: Asked = NOTHING_ASKED) -> dict[str, dict[str
 
 
 def measured_files(chain: Chain, asked: Asked = NOTHING_ASKED) -> list[str]:
-    """Those of `metrics_of`."""
+    """The files that `metrics_of` reads."""
     of_tasks = [file for link in chain.links for file in asked.tasks_of(link).values()]
     return [*(place.file for place in _places(chain, asked)), *of_tasks]
 
 
 class Place(NamedTuple):
-    """A file of a link, and what stands in it."""
+    """A file of a link, with the metrics that it contains."""
 
     link: str
-    """`run` for the run as a whole."""
+    """Link that was measured; `run` for the run as a whole."""
     file: str
     sources: Sequence[Source]
     prefix: str = ""
-    """Of the metrics' names: what a link's text is called."""
+    """Beginning of the metrics' names: the name of the text."""
 
 
 def _places(chain: Chain, asked: Asked) -> Iterator[Place]:
@@ -149,7 +150,7 @@ def _places(chain: Chain, asked: Asked) -> Iterator[Place]:
     )
     yield from (Place("run", file, sources) for file, sources in of_run if file)
     for link in chain.links:
-        # Where there is no speed, the size is told with the scores.
+        # Without a speed, the size is read from the scores.
         scores = SCORES if link.speed else (*SCORES, SIZE)
         yield Place(link.title, link.scores, scores)
         if link.speed:
@@ -163,7 +164,7 @@ def _places(chain: Chain, asked: Asked) -> Iterator[Place]:
 
 
 def _read(place: Place) -> Iterator[Found]:
-    """The metrics of a file; what it has not, or has as null, was not measured."""
+    """The metrics of a file. A key that is missing or null was not measured."""
     content = files.read_json(Path(place.file))
     for source in place.sources:
         value = content.get(source.key)
@@ -183,7 +184,7 @@ def _read(place: Place) -> Iterator[Found]:
 
 
 def _read_tasks(chain: Chain, asked: Asked) -> Iterator[Found]:
-    """Scores of every task and metric, with the ends of their interval where those are known."""
+    """Scores of every task and metric, with the ends of their intervals if known."""
     for link in chain.links:
         for kind, file in asked.tasks_of(link).items():
             for number, score in enumerate(tasks(Path(file), kind).scores):

@@ -1,77 +1,107 @@
-"""What a packing plan achieves, as parts of a page: rows, cost, histograms and masks."""
+"""The page on a packing plan: rows, cost, lengths and masks."""
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from workflow_scripts import pages
 from workflow_scripts.handover.packing import PackingReport
 from workflow_scripts.packing.packing import Row
 from workflow_scripts.packing.plan import Plan
-from workflow_scripts.report.histograms import histogram_svg, length_edges
+from workflow_scripts.report.bars import Bar, range_bars
 from workflow_scripts.report.masks import Stretch, mask_svg
 from workflow_scripts.tokens.documents import Documents
 
 N_FILL_BARS = 20
 
 
-STRATEGY_TEXTS = {
-    "best_fit": "Documents stay whole and apart: each goes to the fullest row that still holds it.",
-    "concatenate": "Documents lie end to end and are cut where a row ends; attention runs on from"
-    " one to the next.",
-    "none": "A row holds one document; rows that share a micro-batch are padded to the longest.",
-}
+def page(
+    plan: Plan,
+    report: PackingReport,
+    documents: Documents,
+    layer_windows: Sequence[int | None],
+    *,
+    source: str,
+) -> str:
+    """The whole page, as HTML.
+
+    Args:
+        layer_windows: keys that a query sees in each layer; None is full causal attention.
+        source: path of the plan, for display.
+    """
+    windows = [window for window in layer_windows if window is not None]
+    window = min(windows, default=None)
+    return pages.render(
+        "packing.html.j2",
+        strategy=plan.strategy,
+        source=source,
+        placed=placed(report),
+        too_long=too_long(report),
+        costs=costs(report),
+        n_documents=len(documents),
+        lengths=length_bars(documents.lengths, plan.row_tokens, report.sliding_window),
+        row_tokens=plan.row_tokens,
+        n_rows=len(plan.rows),
+        fills=fill_bars(plan),
+        window=window,
+        n_narrow=sum(one == window for one in windows),
+        n_layers=len(layer_windows),
+        crosses_documents=plan.crosses_documents,
+        repeats_context=bool(plan.rows.pieces.n_context.any()),
+        masks=masks(plan, documents, window),
+    )
 
 
-def rows_html(report: PackingReport) -> str:
-    """What was placed, and what became of documents too long for a row."""
-    n_tokens, n_rows = report.n_tokens, report.n_rows
-    n_empty = n_rows * report.row_tokens - n_tokens
-    # Rows of one document are not filled up to a row's length, but to their micro-batch's longest.
+def placed(report: PackingReport) -> dict[str, str]:
+    """Facts about the rows."""
+    n_empty = report.n_rows * report.row_tokens - report.n_tokens
+    # Rows of one document are padded to the longest row of their micro-batch, not to `row_tokens`.
     empty = "" if report.strategy == "none" else f" ({pages.counted(n_empty, 'token')} empty)"
-    placed = {
+    facts = {
         "strategy": report.strategy,
-        "rows": f"{n_rows:,} of at most {report.row_tokens:,} tokens",
+        "rows": f"{report.n_rows:,} of at most {report.row_tokens:,} tokens",
         "fill": f"{report.fill_fraction:.3%}{empty}",
         "documents": f"{report.n_documents:,}",
         "placed, copies counted": f"{report.n_documents_placed:,}",
         "in several pieces": f"{report.n_documents_cut:,}",
         "pieces": f"{report.n_pieces:,}",
-        "tokens": f"{n_tokens:,}",
-        "supervised": counted_share(report.n_supervised_tokens, n_tokens),
-        "context, seen again": counted_share(report.n_context_tokens, n_tokens),
+        "tokens": f"{report.n_tokens:,}",
+        "supervised": counted_share(report.n_supervised_tokens, report.n_tokens),
+        "repeated as context": counted_share(report.n_context_tokens, report.n_tokens),
     }
-    window = report.sliding_window
-    if window:
-        placed[f"documents beyond the window of {window:,}"] = (
-            f"{report.n_documents_beyond_window:,}"
-        )
-    if report.strategy == "concatenate":  # which cuts every document alike
-        return pages.facts(placed)
+    if report.sliding_window:
+        name = f"documents longer than the window of {report.sliding_window:,}"
+        facts[name] = f"{report.n_documents_beyond_window:,}"
+    return facts
+
+
+def too_long(report: PackingReport) -> dict[str, str]:
+    """Facts about documents longer than a row; empty for `concatenate`, which cuts all alike."""
+    if report.strategy == "concatenate":
+        return {}
     cuts = (report.n_cuts_at_turn, report.n_cuts_at_sentence, report.n_cuts_at_token)
-    too_long = {
+    return {
         "split": f"{report.n_documents_split:,}",
         "cut at a turn, a sentence, elsewhere": ", ".join(f"{n:,}" for n in cuts),
         "truncated": f"{report.n_documents_truncated:,}",
         "dropped": f"{report.n_documents_dropped:,}",
         "tokens left out": f"{report.n_tokens_left_out:,}",
-        "pieces left out, nothing to learn": f"{report.n_pieces_without_supervision:,}",
+        "pieces left out, no supervised token": f"{report.n_pieces_without_supervision:,}",
     }
-    return (
-        f"{pages.facts(placed)}\n<p>Documents longer than a row, and what is not learned:</p>"
-        f"{pages.facts(too_long)}"
-    )
 
 
 def counted_share(n: int, whole: int) -> str:
     return f"{n:,} ({pages.share(n, whole)})"
 
 
-def cost_html(report: PackingReport) -> str:
-    """What an epoch computes, against one document a row and rows in random order."""
+def costs(report: PackingReport) -> dict[str, str]:
+    """Cost of an epoch, compared with one document per row and with rows in random order."""
     padding = [
         measured(fraction, ".1%")
         for fraction in (report.none_padding_fraction, report.none_random_order_padding_fraction)
@@ -80,93 +110,76 @@ def cost_html(report: PackingReport) -> str:
         measured(ratio, ".3f")
         for ratio in (report.step_imbalance_8_ranks, report.step_imbalance_8_ranks_random_order)
     ]
-    return pages.facts(
-        {
-            "operations an epoch": f"{report.training_flops:.3g} FLOP",
-            "attention’s share of them": measured(report.attention_flops_fraction, ".1%"),
-            "padding of unpacked micro-batches of 8": f"{padding[0]} grouped by length,"
-            f" {padding[1]} in random order",
-            "costliest of 8 ranks over their mean": f"{imbalance[0]} balanced,"
-            f" {imbalance[1]} in random order",
-        }
-    )
+    return {
+        "operations per epoch": f"{report.training_flops:.3g} FLOP",
+        "of these in attention": measured(report.attention_flops_fraction, ".1%"),
+        "padding without packing, micro-batches of 8": f"{padding[0]} grouped by length,"
+        f" {padding[1]} in random order",
+        "cost of the slowest of 8 processes ÷ mean": f"{imbalance[0]} balanced,"
+        f" {imbalance[1]} in random order",
+    }
 
 
 def measured(value: float | None, form: str) -> str:
-    """A number, or a dash where there was too little to measure it on."""
+    """A number, or a dash where there was too little data to measure it."""
     return "–" if value is None else format(value, form)
 
 
-def histograms_html(plan: Plan, documents: Documents, window: int | None) -> str:
-    """Lengths of the documents, and fill of the rows."""
-    marks = {f"row {plan.row_tokens:,}": plan.row_tokens}
-    if window:
-        marks[f"window {window:,}"] = window
-    lengths = documents.lengths
-    edges = length_edges(
-        min(int(lengths.min()), *marks.values()), max(int(lengths.max()), *marks.values())
-    )
-    length_counts, _ = np.histogram(lengths, bins=edges)
-    octaves = [edge for edge in edges if edge.bit_count() == 1]
-    lengths_svg = histogram_svg(
-        edges,
-        length_counts.tolist(),
-        axis="tokens of a document",
-        # At most eight have room; from the longest down, as the marks are there.
-        ticks={edge: f"{edge:,}" for edge in octaves[:: -math.ceil(len(octaves) / 8)]},
-        marks=marks,
-        names=[
-            f"{start:,} to {end - 1:,} tokens" for start, end in zip(edges, edges[1:], strict=False)
-        ],
-        scale=math.log2,
-    )
-    fill = plan.rows.n_tokens * N_FILL_BARS // plan.row_tokens  # full rows in the last bar
-    fill_counts = np.bincount(np.minimum(fill, N_FILL_BARS - 1), minlength=N_FILL_BARS)
-    percents = [100 * bar // N_FILL_BARS for bar in range(N_FILL_BARS + 1)]
-    fill_svg = histogram_svg(
-        percents,
-        fill_counts.tolist(),
-        axis=f"fill of a row, % of {plan.row_tokens:,} tokens",
-        ticks={percent: f"{percent}" for percent in range(0, 101, 20)},
-        marks={},
-        names=[
-            f"{start} to {end} % full" for start, end in zip(percents, percents[1:], strict=False)
-        ],
-    )
-    return (
-        '<div class="drawings">'
-        f"<figure>{lengths_svg}<figcaption>Documents by length</figcaption></figure>"
-        f"<figure>{fill_svg}<figcaption>Rows by fill</figcaption></figure></div>"
-    )
+def length_bars(lengths: np.ndarray, row_tokens: int, window: int | None) -> list[Bar]:
+    """Documents by length, with a remark on those that exceed the window or a row."""
+    limits = {window: "longer than the window"} if window else {}
+    limits[row_tokens] = "longer than a row"
+    edges = length_edges(int(lengths.min()), int(lengths.max()), limits)
+    counts, _ = np.histogram(lengths, bins=edges)
+    bars = range_bars(edges, counts.tolist())
+    labelled = []
+    for first, bar in zip(edges, bars, strict=False):  # no range at either end is empty
+        exceeded = max((limit for limit in limits if limit < first), default=None)
+        remark = f", {limits[exceeded]}" if exceeded else ""
+        labelled.append(bar._replace(label=bar.label + remark))
+    return labelled
 
 
-def masks_html(plan: Plan, documents: Documents, layer_windows: Sequence[int | None]) -> str:
-    """A few rows, each with the mask of attention and its supervised tokens."""
-    windows = [window for window in layer_windows if window is not None]
-    window = min(windows, default=None)
+def length_edges(shortest: int, longest: int, limits: Iterable[int] = ()) -> list[int]:
+    """First lengths of ranges that span half an octave and end at a power of two or its half step.
+
+    Args:
+        shortest, longest: lengths to cover, tokens; 1 or more.
+        limits: lengths at which a range must end too.
+    """
+    ends = {0, *limits, *(math.ceil(2 ** (power / 2)) for power in range(64))}
+    edges = sorted(end + 1 for end in ends)
+    return edges[bisect.bisect(edges, shortest) - 1 : bisect.bisect(edges, longest) + 1]
+
+
+def fill_bars(plan: Plan) -> list[Bar]:
+    """Rows by the share of their tokens that is used, in steps of 5 %, without empty steps."""
+    fill = plan.rows.n_tokens * N_FILL_BARS // plan.row_tokens
+    # Full rows are counted in the last bar.
+    counts = np.bincount(np.minimum(fill, N_FILL_BARS - 1), minlength=N_FILL_BARS).tolist()
+    step = 100 // N_FILL_BARS
+    return [Bar(f"{step * at} – {step * (at + 1)} % full", n) for at, n in enumerate(counts) if n]
+
+
+class Mask(NamedTuple):
+    """Attention mask of a row."""
+
+    drawing: Markup
+    caption: str
+
+
+def masks(plan: Plan, documents: Documents, window: int | None) -> list[Mask]:
+    """The masks of a few rows, all to one scale."""
     shown = shown_rows(plan)
     extent_tokens = max(int(plan.rows.n_tokens[row]) for row in shown)
-    figures = "".join(
-        mask_html(plan, documents, row, why, window=window, extent_tokens=extent_tokens)
+    return [
+        mask(plan, documents, row, why, window=window, extent_tokens=extent_tokens)
         for row, why in shown.items()
-    )
-    n_narrow = sum(one == window for one in windows)
-    layers = (
-        f" Drawn is the window of {n_narrow:,} of {len(layer_windows):,} layers; the others see"
-        " further."
-        if 0 < n_narrow < len(layer_windows)
-        else ""
-    )
-    return (
-        "<p>A colored point is a pair of tokens: the one on the left (query) sees the one above"
-        f" (key). Nothing sees what comes after it, so the upper right is empty.{layers} Point at a"
-        f" document for its name.</p>{legend_html(plan, window)}"
-        f'<div class="drawings">{figures}</div>'
-    )
+    ]
 
 
 def shown_rows(plan: Plan) -> dict[int, str]:
-    """Up to three rows, and why each is shown."""
+    """Up to three rows, with the reason why each is shown."""
     pairs, n_pieces = plan.attention_pairs, np.diff(plan.rows.first_piece)
     longest = int(plan.rows.row_of_piece[plan.rows.pieces.length.argmax()])
     reasons = {int(np.abs(pairs - np.median(pairs)).argmin()): ["median cost of attention"]}
@@ -176,7 +189,7 @@ def shown_rows(plan: Plan) -> dict[int, str]:
     return {row: ", ".join(reason) for row, reason in reasons.items()}
 
 
-def mask_html(
+def mask(
     plan: Plan,
     documents: Documents,
     number: int,
@@ -184,7 +197,7 @@ def mask_html(
     *,
     window: int | None,
     extent_tokens: int,
-) -> str:
+) -> Mask:
     row = plan.rows[number]
     stretches, start = [], 0
     for piece in row:
@@ -209,11 +222,14 @@ def mask_html(
         extent_tokens=extent_tokens,
         label=f"Attention mask. {caption}",
     )
-    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
+    return Mask(drawing, caption)
 
 
 def learned_tokens(row: Row, documents: Documents, *, crosses_documents: bool) -> np.ndarray:
-    """(tokens,) bool of a row: what the loss counts; nothing predicts the first of a segment."""
+    """(tokens,) bool of a row: True for the tokens that the loss counts.
+
+    The first token of a segment is never counted, because nothing predicts it.
+    """
     parts: list[np.ndarray] = []
     for piece in row:
         stretch = slice(piece.start, piece.start + piece.length)
@@ -223,26 +239,3 @@ def learned_tokens(row: Row, documents: Documents, *, crosses_documents: bool) -
             is_supervised[0] = False
         parts.append(is_supervised)
     return np.concatenate(parts)
-
-
-def legend_html(plan: Plan, window: int | None) -> str:
-    within = f" and at most {window - 1:,} tokens back" if window else ""
-    entries = {
-        "one": "",
-        "next": f"seen: the same document{within}; colors alternate between documents",
-    }
-    if window:
-        entries["beyond"] = "the same document, but out of the window"
-    if plan.crosses_documents:
-        entries["across"] = "seen, though it is another document"
-    if plan.rows.pieces.n_context.any():
-        entries["one context"] = "context, repeated from the piece before: not learned"
-    entries["learned"] = "supervised: the loss counts the prediction of this token"
-    items = []
-    swatches = ""
-    for kind, text in entries.items():
-        swatches += f'<span class="swatch {kind}"></span>'
-        if text:
-            items.append(f"<li>{swatches} {text}</li>")
-            swatches = ""
-    return f'<ul class="legend">{"".join(items)}</ul>'

@@ -1,9 +1,12 @@
-"""What the report draws of measurements, each as a figure of its own."""
+"""Figures of the report's measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from workflow_scripts.handover.context import Cell, ContextScores
 from workflow_scripts.handover.speed import Phase
@@ -11,10 +14,7 @@ from workflow_scripts.handover.training import History, MemoryPlan, TrainingMani
 from workflow_scripts.report.figures import COLORS, QUIET, log_ticks, panels, styles
 from workflow_scripts.report.results import Link, RunResults
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Of the memory plan, from below; `program` is what a process takes before any weight.
+# Parts of the memory plan, in drawing order. `program` is what a process uses before any weight.
 MEMORY_PARTS = {
     "program": "program and libraries",
     "base_weights": "base weights",
@@ -32,10 +32,10 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
     """Loss, gradient norm and learning rate by optimizer step.
 
     Args:
-        histories: of train_adapter, by run.
+        histories: history.json of train_adapter, by run.
     """
     wanted = {
-        "loss_nats_per_token": "loss, nats a token",
+        "loss_nats_per_token": "loss, nats per token",
         "gradient_norm": "gradient norm",
         "learning_rate": "learning rate",
     }
@@ -56,14 +56,16 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
                 label=f"{run}, validation",
             )
     for axis, title in zip(axes, wanted.values(), strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("optimizer step")
+        axis.set(title=title, xlabel="optimizer step")
     axes[0].legend()
     return figure
 
 
 def chain(runs: Sequence[RunResults]) -> Figure:
-    """Perplexity by link, a line a run, bars of one standard error; links aside by themselves."""
+    """Perplexity by link, one line per run. Bars are one standard error.
+
+    Links from which no other link is made are drawn as separate points.
+    """
     every = [link for run in runs for link in run.links]
     names = list(dict.fromkeys(link.name for link in sorted(every, key=lambda one: one.is_aside)))
     figure, (axis,) = panels(width=8, height=4.2)
@@ -75,7 +77,7 @@ def chain(runs: Sequence[RunResults]) -> Figure:
         for is_aside, how in ways:
             links = [link for link in run.links if link.is_aside is is_aside]
             points = [_perplexity(link) for link in links]
-            # Beside each other, so that bars do not hide bars.
+            # Side by side, so that no bar hides another.
             places = [names.index(link.name) + 0.08 * number for link in links]
             if points:
                 values, errors = zip(*points, strict=True)
@@ -90,45 +92,43 @@ def chain(runs: Sequence[RunResults]) -> Figure:
 
 
 def _perplexity(link: Link) -> tuple[float, float]:
-    """With its standard error, 0 where none is known."""
+    """Perplexity with its standard error, or 0 if that is unknown."""
     value = link.scores.perplexity
     return value, (link.scores.loss_standard_error_nats_per_token or 0) * value
 
 
 def trade_off(run: RunResults) -> Figure:
-    """Quality against size and against speed of the run's files."""
+    """Loss of the run's files by size and by speed."""
     links = [link for link in run.links if link.is_product]
-    measures = (
-        ("size of the file, GB", lambda link: ((link.scores.size_bytes or 0) / 1e9, None)),
-        ("decoding, ms a token", lambda link: _of_speed(link, "decode")),
-        ("reading the prompt, ms a token", lambda link: _of_speed(link, "prompt")),
+    measures: tuple[tuple[str, Phase | None], ...] = (
+        ("size of the file, GB", None),
+        ("decoding, ms per token", "decode"),
+        ("reading the prompt, ms per token", "prompt"),
     )
     figure, axes = panels(len(measures), width=12, height=3.6)
-    for axis, (label, place) in zip(axes, measures, strict=True):
+    for axis, (label, phase) in zip(axes, measures, strict=True):
         for link, style in zip(links, styles(), strict=False):
             loss = link.scores.loss_nats_per_token
-            if link.speed is None and axis is not axes[0]:
+            if phase is None:
+                value, error = (link.scores.size_bytes or 0) / 1e9, None
+            elif link.speed is None:
                 continue
-            value, error = place(link)
+            else:
+                value, error = link.speed.of_token(phase)
             axis.errorbar([value], [loss], xerr=[error or 0], linestyle="", **style)
             axis.annotate(link.name, (value, loss), textcoords="offset points", xytext=(6, 5))
-        axis.set_xlabel(f"{label} (less is better)")
+        axis.set_xlabel(f"{label} (lower is better)")
         axis.margins(0.25)
         axis.locator_params(nbins=5)
-    axes[0].set_ylabel("loss, nats a token (less is better)")
+    axes[0].set_ylabel("loss, nats per token (lower is better)")
     return figure
 
 
-def _of_speed(link: Link, phase: Phase) -> tuple[float, float | None]:
-    assert link.speed is not None
-    return link.speed.of_token(phase)
-
-
 def by_position(run: RunResults, names: Sequence[str]) -> Figure:
-    """Loss by position in the conversation, a line a link, bars of one standard error.
+    """Loss by position in the conversation, one line per link. Bars are one standard error.
 
     Args:
-        names: of the links.
+        names: names of the links.
     """
     figure, (axis,) = panels(width=8, height=3.8)
     for number, (name, style) in enumerate(zip(names, styles(), strict=False)):
@@ -146,20 +146,18 @@ def by_position(run: RunResults, names: Sequence[str]) -> Figure:
         axis.axvline(window, color=QUIET, linestyle=":", linewidth=1, label="window")
     axis.set_xscale("log", base=2)
     log_ticks(axis.xaxis)
-    axis.set_xlabel("position in the conversation, tokens")
-    axis.set_ylabel("loss, nats a token")
+    axis.set(xlabel="position in the conversation, tokens", ylabel="loss, nats per token")
     axis.legend()
     return figure
 
 
 def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
-    """Memory of training by part as planned, and the peak that was measured."""
+    """Memory of training: by part as planned, and the measured peak."""
     figure, (axis,) = panels(width=8, height=2.4)
     left = 0.0
     sizes = plan.predicted_bytes.by_name()
-    planned = {part: sizes[part] / 1e9 for part in MEMORY_PARTS}
-    parts = [part for part in MEMORY_PARTS if planned[part]]
-    for part, style in zip(parts, styles(), strict=False):
+    planned = {part: sizes[part] / 1e9 for part in MEMORY_PARTS if sizes[part]}
+    for part, style in zip(planned, styles(), strict=False):
         axis.barh(
             ["planned"],
             [planned[part]],
@@ -171,9 +169,9 @@ def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
         left += planned[part]
     axis.barh(["measured"], [manifest.peak_memory_bytes / 1e9], color=QUIET)
     axis.axvline(plan.usable_bytes / 1e9, color="0.2", linestyle=":", label="usable")
-    # The room there is may be far more than what is used.
-    axis.set_xlim(0, 1.15 * max(left, manifest.peak_memory_bytes / 1e9))
-    axis.set_xlabel("peak memory, GB")
+    # The usable memory may be far more than what is used.
+    widest = max(left, manifest.peak_memory_bytes / 1e9)
+    axis.set(xlim=(0, 1.15 * widest), xlabel="peak memory, GB")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -181,10 +179,10 @@ def memory(manifest: TrainingManifest, plan: MemoryPlan) -> Figure:
 
 
 def durations(seconds: Mapping[str, float]) -> Figure:
-    """Time of every step of a run, the longest on top.
+    """Duration of the longest steps of a run, the longest on top.
 
     Args:
-        seconds: by step.
+        seconds: duration by step.
     """
     steps = sorted(seconds, key=seconds.__getitem__)[-25:]
     figure, (axis,) = panels(width=8, height=0.6 + 0.24 * len(steps))
@@ -198,7 +196,7 @@ def durations(seconds: Mapping[str, float]) -> Figure:
 
 
 def heat_maps(links: Mapping[str, ContextScores]) -> Figure:
-    """Share of right answers by length and depth, a panel a link, over the tasks that have a depth.
+    """Right answers by length and depth, for the tasks that have a depth. One panel per link.
 
     Args:
         links: scores by link.
@@ -209,26 +207,24 @@ def heat_maps(links: Mapping[str, ContextScores]) -> Figure:
         lengths = sorted({cell.length_tokens for cell in cells})
         depths = sorted({cell.depth_fraction or 0.0 for cell in cells})
         shares = [[100 * _share(cells, length, depth) for length in lengths] for depth in depths]
-        # Cividis reads the same for every color vision. As a mesh, as a page shows no images.
+        # Cividis reads the same with every color vision. It is a mesh: pages show no images.
         axis.pcolormesh(shares, vmin=0, vmax=100, cmap="cividis", edgecolor="white", linewidth=1)
         for row, line in enumerate(shares):
             for column, share in enumerate(line):
                 color = "black" if share > 55 else "white"
-                place = (column + 0.5, row + 0.5)
-                axis.text(*place, f"{share:.0f}", ha="center", va="center", color=color)
+                text = f"{share:.0f}"
+                axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color)
         names = [f"{length:,}" for length in lengths]
-        axis.set_xticks([at + 0.5 for at in range(len(lengths))], names, rotation=45)
-        places = [at + 0.5 for at in range(len(depths))]
-        axis.set_yticks(places, [f"{100 * depth:.0f} %" for depth in depths])
+        axis.set_xticks(np.arange(len(lengths)) + 0.5, names, rotation=45)
+        axis.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * depth:.0f} %" for depth in depths])
         axis.invert_yaxis()
-        axis.set_title(f"{name}, right answers in %")
-        axis.set_xlabel("length of the prompt, tokens")
+        axis.set(title=f"{name}, right answers in %", xlabel="length of the prompt, tokens")
         axis.grid(visible=False)
     axes[0].set_ylabel("depth of the fact")
     return figure
 
 
 def _share(cells: Sequence[Cell], length: int, depth: float) -> float:
-    """Of right answers, over the tasks."""
+    """Fraction of right answers over all tasks."""
     found = [cell for cell in cells if (cell.length_tokens, cell.depth_fraction) == (length, depth)]
     return sum(cell.n_exact for cell in found) / sum(cell.n_prompts for cell in found)

@@ -1,4 +1,4 @@
-"""Perplexity of every link, from the base to each quantized file: which hand-over cost what.
+"""Write the perplexity of every link, from the base to each quantized file, with the cost of each.
 
 python -m workflow_scripts.report.report_chain --chains results/runs/mistral/chain.json
     --tsv chain.tsv --markdown chain.md --html chain.html --figure chain.svg
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.report import figures, plots, results, tables
-from workflow_scripts.report.chain_table import chain
+from workflow_scripts.report import results, tables
 
 OUTPUT_VERSION = 4
 logger = log.stage_logger("report_chain")
@@ -25,8 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
-    chain(runs).write(arguments)
+    from workflow_scripts.report import chain_table, figures, plots
+
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
+    table = chain_table.chain(runs)
+    table.write(tsv=arguments.tsv, markdown=arguments.markdown, html=arguments.html)
     figures.save(plots.chain(runs), arguments.figure)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 

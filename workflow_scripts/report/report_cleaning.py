@@ -1,4 +1,4 @@
-"""Show what cleaning kept and what it did not: the funnel, and samples of each reason.
+"""Write the page on a dataset: what was kept, what was rejected and why, with samples.
 
 python -m workflow_scripts.report.report_cleaning --report clean/cleaning_report.json
     --rejected clean/rejected.parquet --page cleaning_report.html
@@ -10,17 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, log, pages
+from workflow_scripts import files, log
 from workflow_scripts.handover.cleaning import CleaningReport
-from workflow_scripts.report.cleaning_page import (
-    corrections_html,
-    funnel_html,
-    kept_html,
-    personal_data_html,
-    read_samples,
-    rejected_html,
-    sources_html,
-)
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("report_cleaning")
@@ -28,23 +19,16 @@ logger = log.stage_logger("report_cleaning")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--report", type=Path, required=True, help="counts of clean_dataset")
-    parser.add_argument("--rejected", type=Path, required=True, help="what it did not keep")
+    parser.add_argument("--report", type=Path, required=True, help="report of clean_dataset")
+    parser.add_argument("--rejected", type=Path, required=True, help="its rejected conversations")
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
+    from workflow_scripts.report import cleaning_page
+
     report = CleaningReport.read(arguments.report)
-    sections = {
-        "From read to kept": funnel_html(report),
-        "Corrections": corrections_html(report),
-        "Sources": sources_html(report.by_source),
-        "Kept conversations": kept_html(report),
-        "Personal data": personal_data_html(report.personal_data),
-        "Rejected": rejected_html(report, read_samples(arguments.rejected)),
-    }
-    body = "\n".join(f"<h2>{title}</h2>\n{section}" for title, section in sections.items())
-    intro = f'<p class="quiet">{pages.visible(str(arguments.report))}</p>'
-    files.write_text(arguments.page, pages.page("Cleaning of the dataset", intro + body))
+    page = cleaning_page.page(report, arguments.rejected, source=str(arguments.report))
+    files.write_text(arguments.page, page)
     logger.info("wrote n_read=%d path=%s", report.n_read, arguments.page)
 
 

@@ -1,4 +1,4 @@
-"""The headline table: the runs side by side, each figure as it was measured on this run.
+"""Write the headline table: the runs side by side.
 
 python -m workflow_scripts.report.report_comparison --chains results/runs/*/chain.json
     --tsv comparison.tsv --markdown comparison.md --html comparison.html
@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
-    comparison(runs).write(arguments)
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
+    comparison(runs).write(tsv=arguments.tsv, markdown=arguments.markdown, html=arguments.html)
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 

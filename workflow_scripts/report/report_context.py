@@ -1,4 +1,4 @@
-"""Usable context of every link: scores by length, effective lengths, what long context gains.
+"""Write the usable context of every link: scores by length, effective lengths, gain.
 
 python -m workflow_scripts.report.report_context --chains results/runs/*/chain.json
     --context base merged --tsv context.tsv --markdown context.md --html context.html
@@ -10,10 +10,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import log, pages
+from workflow_scripts import log
 from workflow_scripts.handover.chain import Chain
-from workflow_scripts.report import figures, plots, results, tables
-from workflow_scripts.report.context_table import context, read
+from workflow_scripts.report import results, tables
+from workflow_scripts.report.context_table import HEAT_MAP_CAPTION, context, read
+from workflow_scripts.report.tables import Plot
 
 OUTPUT_VERSION = 3
 logger = log.stage_logger("report_context")
@@ -21,23 +22,31 @@ logger = log.stage_logger("report_context")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    parser.add_argument(
+        "--chains", nargs="+", type=Path, required=True, help="chain.json of each run"
+    )
     results.add_context_argument(parser)
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
 
+    from workflow_scripts.report import figures, plots
+
     runs = {
         chain.run: read(chain, arguments.context) for chain in map(Chain.read, arguments.chains)
     }
-    table = context(runs)
-    below = ""
-    for name, links in runs.items():
-        below += f"<h2>{pages.visible(name)}</h2>" + figures.inline(
-            plots.heat_maps(links),
-            f"{name}: right answers by length of the prompt and depth of the fact, of the tasks"
-            " that have a depth",
-        )
-    table.write(arguments, below=below)
+    context(runs).write(
+        tsv=arguments.tsv,
+        markdown=arguments.markdown,
+        html=arguments.html,
+        plots=[
+            Plot(
+                name,
+                figures.inline(plots.heat_maps(links)),
+                f"{name}: {HEAT_MAP_CAPTION}",
+            )
+            for name, links in runs.items()
+        ],
+    )
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.html)
 
 

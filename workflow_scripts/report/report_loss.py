@@ -1,4 +1,4 @@
-"""Loss curves of training: every step of every run, and the validation loss beside them.
+"""Draw the loss of training by optimizer step, with the validation loss of every run.
 
 python -m workflow_scripts.report.report_loss --histories results/runs/*/adapter/history.json
     --figure loss.svg
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.handover.training import History
-from workflow_scripts.report import figures, plots
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("report_loss")
@@ -25,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--figure", type=Path, required=True, help="to write: SVG")
     arguments = parser.parse_args(argv)
+
+    from workflow_scripts.report import figures, plots
 
     histories = {path.parts[-3]: History.read(path) for path in arguments.histories}
     figures.save(plots.training_curves(histories), arguments.figure)

@@ -1,5 +1,5 @@
-"""The first page of the report: the runs side by side, what may be said of their differences, the
-hand-overs that were proven, and answers to read.
+"""Write the first page of the report: runs side by side, their differences in words, hand-overs,
+and answers to read.
 
 python -m workflow_scripts.report.report_overview --chains results/runs/*/chain.json
     --sampled mistral --samples base F16 Q4_K_M --page overview.html --headline headline.md
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from workflow_scripts import files, log, pages
 from workflow_scripts.handover.answers import Answer
-from workflow_scripts.report import figures, plots, results, samples, verdicts
+from workflow_scripts.report import results, samples, verdicts
 from workflow_scripts.report.comparison_table import comparison
-from workflow_scripts.report.results import Gates, RunResults
-from workflow_scripts.report.tables import Table
+from workflow_scripts.report.results import RunResults
+from workflow_scripts.report.samples import Question
+from workflow_scripts.report.tables import Table, signed
 
 OUTPUT_VERSION = 6
 MOST_SAMPLES = 4
@@ -34,19 +35,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--headline", type=Path, required=True, help="to write: Markdown")
     arguments = parser.parse_args(argv)
 
-    runs = results.read_results(arguments.chains, results.Asked.of(arguments))
+    from workflow_scripts.report import figures, plots
+
+    runs = results.read_results(
+        arguments.chains, results.Asked(arguments.context, arguments.tasks, arguments.kinds)
+    )
     said = [*verdicts.of_runs(runs), *(one for run in runs for one in verdicts.of_run(run))]
     side_by_side = comparison(runs)
-    gates = [results.read_gates(run.chain) for run in runs]
-    sampled = [run for run in runs if run.name in arguments.sampled]
-    body = "".join(map(pages.paragraph, said))
-    body += table_html(side_by_side)
-    body += samples_html(sampled, arguments.samples)
-    body += "<h2>Nothing lost on the way</h2>" + handovers_html(runs, gates)
-    body += figures.inline(
-        plots.chain(runs), "Perplexity of every link; bars are one standard error of the link alone"
+    page = pages.render(
+        "overview.html.j2",
+        verdicts=said,
+        comparison=side_by_side,
+        asked=questions([run for run in runs if run.name in arguments.sampled], arguments.samples),
+        gates=gates_table(runs),
+        chain=figures.inline(plots.chain(runs)),
     )
-    files.write_text(arguments.page, pages.page("Overview", body))
+    files.write_text(arguments.page, page)
     headline = [
         "## Headline",
         "\n".join(f"- {sentence}" for sentence in said),
@@ -56,59 +60,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("wrote n_runs=%d path=%s", len(runs), arguments.page)
 
 
-def samples_html(runs: Sequence[RunResults], links: Sequence[str]) -> str:
-    """Questions of the test split with the answers of every run, side by side.
+def questions(
+    runs: Sequence[RunResults], links: Sequence[str]
+) -> dict[tuple[str, str], list[Question]]:
+    """Questions of the test split with the answers of every run, by base model and dataset.
 
-    Runs of one base and dataset answered the same questions; their answers share a table.
+    Runs of one base model and dataset answered the same questions, so they share a table.
 
     Args:
         links: of each run, the base first.
     """
-    if not runs:
-        return ""
-    by_questions: dict[tuple[str, str], dict[str, tuple[Answer, ...]]] = {}
+    by_data: dict[tuple[str, str], dict[str, tuple[Answer, ...]]] = {}
     for run in runs:
-        asked = (run.settings.model, run.settings.dataset)
-        answers = by_questions.setdefault(asked, {})
+        answers = by_data.setdefault(run.data, {})
         for link, given in samples.read(run.chain, links).items():
-            answers["base" if link == "base" else f"{run.name}, {link}"] = given
-    shown = "".join(
-        (pages.paragraph(f"`{model}` on `{dataset}`") if len(by_questions) > 1 else "")
-        + samples.as_html({link: given[:MOST_SAMPLES] for link, given in answers.items()})
-        for (model, dataset), answers in by_questions.items()
-    )
-    return "<h2>The same questions, before and after</h2>" + pages.remark(samples.REMARK) + shown
+            name = "base" if link == "base" else f"{run.name}, {link}"
+            answers[name] = given[:MOST_SAMPLES]
+    return {data: samples.questions(answers) for data, answers in by_data.items()}
 
 
-def table_html(table: Table) -> str:
-    return pages.table(table.header, table.rows) + pages.remark(table.note)
-
-
-def handovers_html(runs: Sequence[RunResults], gates: Sequence[Gates]) -> str:
-    """What each gate measured, run by run."""
+def gates_table(runs: Sequence[RunResults]) -> Table:
+    """Measurements of each gate, one row per run."""
     quantizations = [link.name for link in runs[0].links if link.divergence is not None]
-    rows = [
-        [
-            run.name,
-            nats(of_run.merged.kl_divergence_nats if of_run.merged else None),
-            change(of_run.merged.perplexity_increase_fraction if of_run.merged else None),
-            nats(of_run.gguf.kl_divergence_nats),
-            *(nats(quantization(run, link)) for link in quantizations),
-        ]
-        for run, of_run in zip(runs, gates, strict=True)
-    ]
-    header = ["run", "base + adapter → merged", "trained → merged", "merged → F16 GGUF"]
-    header += [f"F16 → {link}" for link in quantizations]
-    note = (
-        "Each hand-over against an independent reference: KL divergence in nats a token, and for"
-        " the model as it was trained the change of perplexity on validation text."
+    rows = []
+    for run in runs:
+        gates = results.read_gates(run.chain)
+        divergences = [run.link(link).divergence for link in quantizations]
+        rows.append(
+            [
+                run.name,
+                nats(gates.merged.kl_divergence_nats if gates.merged else None),
+                change(gates.merged.perplexity_increase_fraction if gates.merged else None),
+                nats(gates.gguf.kl_divergence_nats),
+                *(nats(one.kl_divergence_nats if one else None) for one in divergences),
+            ]
+        )
+    return Table(
+        title="Hand-overs",
+        note="Each hand-over is compared with an independent reference. The figures are KL"
+        " divergences in nats per token; for the step from the trained model to the merged"
+        " model, the figure is the change of perplexity on validation text.",
+        header=["run", "base + adapter → merged", "trained model → merged", "merged → F16 GGUF"]
+        + [f"F16 → {link}" for link in quantizations],
+        rows=rows,
     )
-    return pages.table(header, rows) + f'<p class="quiet">{note}</p>'
-
-
-def quantization(run: RunResults, link: str) -> float | None:
-    divergence = run.link(link).divergence
-    return divergence.kl_divergence_nats if divergence else None
 
 
 def nats(value: float | None) -> str:
@@ -116,7 +111,7 @@ def nats(value: float | None) -> str:
 
 
 def change(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{fraction:+.2%}"
+    return "–" if fraction is None else f"{signed(100 * fraction)}%"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers of every link to the same prompts, side by side: examples to read.
+"""Write the page with the answers of every link to the same prompts, side by side.
 
 python -m workflow_scripts.report.report_samples --chains results/runs/*/chain.json
     --page results/report/samples.html
@@ -20,16 +20,15 @@ logger = log.stage_logger("report_samples")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    parser.add_argument(
+        "--chains", nargs="+", type=Path, required=True, help="chain.json of each run"
+    )
     parser.add_argument("--page", type=Path, required=True, help="to write: HTML")
     arguments = parser.parse_args(argv)
 
     chains = [Chain.read(path) for path in arguments.chains]
-    body = "".join(
-        f"<h2>{pages.visible(chain.run)}</h2>" + samples.as_html(samples.read(chain))
-        for chain in chains
-    )
-    files.write_text(arguments.page, pages.page("Answers", pages.remark(samples.REMARK) + body))
+    by_run = {chain.run: samples.questions(samples.read(chain)) for chain in chains}
+    files.write_text(arguments.page, pages.render("samples.html.j2", by_run=by_run))
     logger.info("wrote n_runs=%d path=%s", len(chains), arguments.page)
 
 

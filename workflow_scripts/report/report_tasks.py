@@ -1,4 +1,4 @@
-"""Scores of every link in tasks with a right answer, and what each link changes, paired.
+"""Write the scores of every link in tasks with a right answer, and the paired changes.
 
 python -m workflow_scripts.report.report_tasks --chains results/runs/*/chain.json
     --tasks base merged --kinds references --tsv tasks.tsv --markdown tasks.md --html tasks.html
@@ -21,7 +21,9 @@ logger = log.stage_logger("report_tasks")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    parser.add_argument(
+        "--chains", nargs="+", type=Path, required=True, help="chain.json of each run"
+    )
     results.add_task_arguments(parser)
     tables.add_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = results.Asked(tasks=arguments.tasks, kinds=arguments.kinds)
     runs = {chain.run: read(chain, asked) for chain in map(Chain.read, arguments.chains)}
     table = tasks(runs)
-    table.write(arguments)
+    table.write(tsv=arguments.tsv, markdown=arguments.markdown, html=arguments.html)
     logger.info("wrote n_rows=%d path=%s", len(table.rows), arguments.html)
 
 

@@ -1,4 +1,4 @@
-"""Everything measured of a run's links, read from the paths in its `chain.json`."""
+"""All measurements of a run's links, read from the paths in its `chain.json`."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ from workflow_scripts.settings import RunSettings
 
 
 class Tasks(NamedTuple):
-    """What a link scored in tasks of one kind."""
+    """Scores of a link in tasks of one kind."""
 
     scores: tuple[TaskScore, ...]
     samples: Path
-    """What every document scored."""
+    """Path of the scores of every document."""
     are_chats: bool
-    """Whether prompts were chats; reference answers always are of one."""
+    """True if the prompts were chats, as those of reference answers always are."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One state of the chain, for one run."""
+    """One link of the chain of a run."""
 
     name: str
-    """As reports call it."""
+    """Name of the link in reports."""
     source: str | None
-    """The link that it is made from; None for the base."""
+    """Name of the link that this one is made from; None for the base."""
     is_aside: bool
-    """Whether figures draw it by itself: no other link is made from it."""
+    """True if figures draw the link separately, because no other link is made from it."""
     is_product: bool
-    """Whether people run it, so that its size and speed matter."""
+    """True if the link is meant for use, so that its size and speed matter."""
     scores: Scores
     token_scores: Path
-    """Path of the loss of every token, which evaluate_perplexity writes."""
+    """Path of the loss of every token, written by evaluate_perplexity."""
     speed: Speed | None
-    """None for the base and AWQ, which are scored alone."""
+    """None for the base and AWQ, which are not timed."""
     divergence: Divergence | None = None
-    """For the quantizations alone."""
+    """None except for the quantizations."""
     texts: Mapping[str, Scores] = field(default_factory=dict)
-    """Of evaluate_text, by name, for the links that are scored on texts."""
+    """Scores of evaluate_text by text, for the links that are scored on texts."""
     context: ContextScores | None = None
-    """None where it was not asked for."""
+    """None if usable context was not measured."""
     tasks: Mapping[TaskKind, Tasks] = field(default_factory=dict)
-    """By kind: `tasks` of evaluate_tasks, `references` of match_references."""
+    """Scores by kind: `tasks` from evaluate_tasks, `references` from match_references."""
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """Everything measured of one run."""
+    """All measurements of one run."""
 
     chain: Chain
-    """Where it was read from."""
+    """The paths that the measurements were read from."""
     facts: Facts
     manifest: TrainingManifest | None
-    """Of train_adapter; None where the run began with an adapter or a merged model."""
+    """Manifest of train_adapter; None if the run started from an adapter or a merged model."""
     merge_base: MergeBaseChoice | None
-    """Of choose_merge_base; None where the config names the base."""
+    """Result of choose_merge_base; None if the config names the base."""
     links: list[Link]
-    """From the base to the smallest file; links aside come last."""
+    """Links from the base to the smallest file; those that are drawn separately come last."""
 
     @property
     def name(self) -> str:
@@ -79,8 +79,13 @@ class RunResults:
         return self.chain.settings
 
     @property
+    def data(self) -> tuple[str, str]:
+        """Base model and dataset: runs that share both are scored on the same tokens."""
+        return (self.settings.model, self.settings.dataset)
+
+    @property
     def smallest(self) -> Link:
-        """The last quantization, which people run."""
+        """The last quantization."""
         return [link for link in self.links if not link.is_aside][-1]
 
     def link(self, name: str) -> Link:
@@ -88,43 +93,41 @@ class RunResults:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--chains`, and what was measured of the links beside their scores and speed."""
-    parser.add_argument("--chains", nargs="+", type=Path, required=True, help="of write_chain")
+    """Add `--chains`, and the arguments for measurements beyond scores and speed."""
+    parser.add_argument(
+        "--chains", nargs="+", type=Path, required=True, help="chain.json of each run"
+    )
     add_context_argument(parser)
     add_task_arguments(parser)
 
 
 def add_context_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", nargs="+", default=[], help="links with usable context")
+    parser.add_argument("--context", nargs="+", default=[], help="links with a measured context")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", nargs="+", default=[], help="links that were asked tasks")
+    parser.add_argument("--tasks", nargs="+", default=[], help="links with scores in tasks")
     parser.add_argument(
-        "--kinds", nargs="+", choices=get_args(TaskKind), default=[], help="what the tasks were"
+        "--kinds", nargs="+", choices=get_args(TaskKind), default=[], help="kinds of tasks"
     )
 
 
 class Asked(NamedTuple):
-    """What was measured of links beside their scores and speed."""
+    """Links with measurements beyond scores and speed."""
 
     context: Sequence[str] = ()
     """Links whose usable context was measured."""
     tasks: Sequence[str] = ()
-    """Links that were asked tasks."""
+    """Links with scores in tasks."""
     kinds: Sequence[TaskKind] = ()
-    """What the tasks were."""
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Asked:
-        return cls(arguments.context, arguments.tasks, arguments.kinds)
+    """Kinds of tasks."""
 
     def context_of(self, link: LinkFiles) -> str | None:
-        """The file of a link's usable context."""
+        """Path of a link's usable context; None if it was not measured."""
         return link.context if link.name in self.context else None
 
     def tasks_of(self, link: LinkFiles) -> dict[TaskKind, str]:
-        """The files of what a link scored in tasks, by kind."""
+        """Paths of a link's scores in tasks, by kind."""
         if link.name not in self.tasks:
             return {}
         return {kind: file for kind, file in link.tasks.items() if kind in self.kinds}
@@ -134,24 +137,21 @@ NOTHING_ASKED = Asked()
 
 
 def read_results(chains: Sequence[Path], asked: Asked = NOTHING_ASKED) -> list[RunResults]:
-    """All runs of a report.
+    """All measurements of several runs.
 
     Args:
-        chains: `chain.json` of each.
+        chains: `chain.json` of each run.
     """
     return [_run(Chain.read(path), asked) for path in chains]
 
 
 def _run(chain: Chain, asked: Asked) -> RunResults:
     titles = {link.name: link.title for link in chain.links}
+    manifest = chain.training_manifest
     return RunResults(
         chain=chain,
         facts=Facts.read(Path(chain.facts)),
-        manifest=(
-            TrainingManifest.read(Path(chain.training_manifest))
-            if chain.training_manifest
-            else None
-        ),
+        manifest=TrainingManifest.read(Path(manifest)) if manifest else None,
         merge_base=MergeBaseChoice.read(Path(chain.merge_base)) if chain.merge_base else None,
         links=[_link(link, titles, asked) for link in chain.links],
     )
@@ -175,10 +175,10 @@ def _link(files: LinkFiles, titles: Mapping[str, str], asked: Asked) -> Link:
 
 
 class Gates(NamedTuple):
-    """What the gates of a run's export measured."""
+    """Measurements of a run's gates."""
 
     merged: MergedCheck | None
-    """None for a model that was merged elsewhere, which is compared with nothing."""
+    """None for a model that was merged elsewhere: there is nothing to compare it with."""
     gguf: GgufCheck
 
 
@@ -189,12 +189,12 @@ def read_gates(chain: Chain) -> Gates:
 
 
 def read_tasks(files: Mapping[TaskKind, str]) -> dict[TaskKind, Tasks]:
-    """What a link scored in tasks, by their kind."""
+    """Scores of a link in tasks, by kind."""
     return {kind: tasks(Path(path), kind) for kind, path in files.items()}
 
 
 def tasks(path: Path, kind: TaskKind) -> Tasks:
-    """From a file of scores."""
+    """Scores in tasks of one kind, from a file."""
     samples = Path(samples_beside(str(path)))
     if kind == "references":
         return Tasks(ReferenceScores.read(path).scores, samples, are_chats=True)

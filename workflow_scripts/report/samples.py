@@ -1,28 +1,25 @@
-"""Answers of several links to the same prompts, side by side."""
+"""Answers of several links to the same prompts."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from workflow_scripts import log, pages
+from workflow_scripts import log
 from workflow_scripts.handover.answers import Answer, Answers
 from workflow_scripts.handover.chain import Chain
 
-REMARK = (
-    "Greedy answers to the first questions of the test split, none of which was trained on. They"
-    " are examples to read; the scores are in the chain."
-)
 MOST_CHARACTERS = 100
-"""Of a line that stands for a prompt."""
+"""Longest line in the title of a prompt."""
 
 
 def read(chain: Chain, links: Sequence[str] = ()) -> dict[str, tuple[Answer, ...]]:
     """Answers by link, the base first.
 
     Args:
-        links: the links that are wanted; empty: all that answered.
+        links: names of the links to read; empty for all that answered.
     Raises:
         StageError: two links answered different prompts.
     """
@@ -46,27 +43,39 @@ def read(chain: Chain, links: Sequence[str] = ()) -> dict[str, tuple[Answer, ...
     return answers
 
 
-def as_html(answers: Mapping[str, Sequence[Answer]]) -> str:
-    """One table per prompt: the reference, then the answer of every link."""
-    parts = []
-    for number, first in enumerate(answers["base"]):
-        rows = [["reference", first.reference]]
-        rows += [[link, shown(given[number])] for link, given in answers.items()]
-        parts.append(
-            f"<details><summary>{pages.visible(in_short(first.prompt))}</summary>"
-            f"<pre>{pages.visible(first.prompt)}</pre></details>"
-            + pages.table(["", "answer"], rows, is_of_words=True)
+class Question(NamedTuple):
+    """A prompt and the answers to it."""
+
+    title: str
+    prompt: str
+    rows: list[list[str]]
+    """The reference, then the answer of each link: name and text."""
+
+
+def questions(answers: Mapping[str, Sequence[Answer]]) -> list[Question]:
+    """Answers by prompt, the reference first.
+
+    Args:
+        answers: by link.
+    """
+    return [
+        Question(
+            title=in_short(first.prompt),
+            prompt=first.prompt,
+            rows=[["reference", first.reference]]
+            + [[link, shown(given[number])] for link, given in answers.items()],
         )
-    return "".join(parts)
+        for number, first in enumerate(answers["base"])
+    ]
 
 
 def in_short(prompt: str) -> str:
-    """The first and the last line of a prompt: a question is before or after a pasted text."""
+    """The first and last line of a prompt: its question is before or after a quotation."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
     ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
     return " … ".join(textwrap.shorten(line, MOST_CHARACTERS, placeholder=" …") for line in ends)
 
 
 def shown(answer: Answer) -> str:
-    """The answer; one that was cut off says so."""
+    """The answer, marked if it reached the length limit before it ended."""
     return answer.answer if answer.is_ended else f"{answer.answer} … (not ended)"

@@ -1,4 +1,4 @@
-"""One table of every figure measured of the runs.
+"""Write one table of every measured figure of the runs.
 
 python -m workflow_scripts.report.tabulate_metrics --metrics results/runs/*/metrics.json
     --table results/report/all_metrics.parquet
@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from workflow_scripts import files, log
 from workflow_scripts.handover.metrics import Metric, RunMetrics
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("tabulate_metrics")
@@ -24,7 +22,7 @@ logger = log.stage_logger("tabulate_metrics")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument(
-        "--metrics", type=Path, nargs="+", required=True, help="of collect_metrics, a run each"
+        "--metrics", type=Path, nargs="+", required=True, help="metrics.json of each run"
     )
     parser.add_argument("--table", type=Path, required=True, help="to write: Parquet")
     arguments = parser.parse_args(argv)
@@ -35,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table_of(runs: Iterable[RunMetrics]) -> pa.Table:
-    """A row a metric: run, link (empty for the run as a whole), name, the fields of `Metric`."""
-    import pyarrow as pa
-
+    """One row per metric: run, link (empty for the run as a whole), name, fields of `Metric`."""
     kinds = {"value": pa.float64(), "error": pa.float64(), "n": pa.int64()}
     names = ["run", "link", "name", *Metric.model_fields]
     rows = [

@@ -1,4 +1,4 @@
-"""Scores of the links in tasks with a right answer, and what each link changes, paired."""
+"""Table of the links' scores in tasks with a right answer, with paired changes."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from workflow_scripts.evaluate.task_scores import Samples, difference
 from workflow_scripts.handover.chain import Chain, TaskKind
 from workflow_scripts.handover.tasks import TaskScore
 from workflow_scripts.report import results as measured
-from workflow_scripts.report.tables import Table
+from workflow_scripts.report.tables import Table, signed, with_error
 
 NONE_ASKED = (
-    "No task was asked: no chat of the test split marks a reference answer, and"
+    "There are no tasks: no conversation of the test split marks a reference answer, and"
     " evaluation.tasks.names is empty."
 )
 
 
 @dataclass(frozen=True)
 class Link:
-    """What one link scored."""
+    """The scores of one link."""
 
     name: str
     scores: list[TaskScore]
     samples: Mapping[TaskKind, Samples]
-    """By kind of task: `tasks`, `references`."""
+    """Scores of every document, by kind of task."""
     kinds: list[TaskKind]
-    """Of each score."""
+    """Kind of the task of each score."""
 
 
 def read(chain: Chain, asked: measured.Asked) -> list[Link]:
-    """Links of a run that were asked, its base first."""
+    """Links of a run with scores in tasks, the base first."""
     return [
         _link(link.title, measured.read_tasks(files))
         for link in chain.links
@@ -40,7 +40,7 @@ def read(chain: Chain, asked: measured.Asked) -> list[Link]:
 
 
 def asked_links(run: measured.RunResults) -> list[Link]:
-    """The same of a run whose results were read; none where no task was asked for."""
+    """The same for a run whose results were read already."""
     return [_link(link.name, link.tasks) for link in run.links if link.tasks]
 
 
@@ -55,7 +55,7 @@ def _link(name: str, tasks: Mapping[TaskKind, measured.Tasks]) -> Link:
 
 
 def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
-    """A row a task, metric, run and link."""
+    """One row per task, metric, run and link."""
     by_task: dict[str, list[list[str]]] = {}
     for run, links in runs.items():
         for score, link, cells in cells_of(links):
@@ -67,13 +67,14 @@ def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
         note=NONE_ASKED
         if not rows
         else (
-            "Per cent ± a standard error over documents (of reference answers the 95 % Wilson"
-            " interval), higher is better, but for perplexities and bits. The difference is to the"
-            " link above of the same run, paired document by document: a difference smaller than"
-            " twice its error is none; a dash where there is none to take. Every link reads the"
-            " same token ids; “cut” counts documents whose prompt was longer than a GGUF of the"
-            " model serves and lost its beginning. Figures that others publish are comparable where"
-            " task, examples and documents are the same."
+            "Scores are percentages ± a standard error over documents; reference answers have a"
+            " 95 % Wilson interval. Higher is better, except for perplexities and bits. The"
+            " difference is from the previous link of the same run, paired document by document; a"
+            " difference smaller than twice its error is not significant. A dash means that there"
+            " is no score to compare with. Every link reads the same token ids. “cut” counts the"
+            " documents whose prompt exceeds the context of the GGUFs and lost its beginning."
+            " Published scores are comparable if task, number of examples and documents are the"
+            " same."
         ),
         header=["Task, run and link", "Examples", "Score", "Difference", "n", "cut"],
         rows=rows,
@@ -81,14 +82,16 @@ def tasks(runs: Mapping[str, Sequence[Link]]) -> Table:
 
 
 def task_of(score: TaskScore) -> str:
-    """`hellaswag acc_norm`, and the filter where there is one."""
+    """`hellaswag acc_norm`, with the filter if there is one."""
     kind = "" if score.filter == "none" else f" ({score.filter})"
     return f"{score.task} {score.metric}{kind}"
 
 
 def name_of(score: TaskScore, kind: TaskKind) -> str:
-    """What tells a score from every other of its link: `hellaswag acc_norm, 10-shot`; of one that
-    was asked in a group, the group too."""
+    """A name that is unique among the scores of a link: `hellaswag acc_norm, 10-shot`.
+
+    A task that belongs to a group is followed by the group.
+    """
     if kind == "references":
         return task_of(score)
     name = f"{task_of(score)}, {score.n_examples}-shot"
@@ -97,7 +100,7 @@ def name_of(score: TaskScore, kind: TaskKind) -> str:
 
 
 def cells_of(links: Sequence[Link]) -> Iterator[tuple[TaskScore, Link, list[str]]]:
-    """Of every score of a run's links."""
+    """Every score of a run's links, with the cells of its row."""
     for number, link in enumerate(links):
         for score, kind in zip(link.scores, link.kinds, strict=True):
             yield (
@@ -114,22 +117,21 @@ def cells_of(links: Sequence[Link]) -> Iterator[tuple[TaskScore, Link, list[str]
 
 
 def shown(score: TaskScore) -> str:
-    """`81.3 ± 0.4`, per cent where it is a share; its interval where that is known better."""
+    """`81.3 ± 0.4`, in per cent for fractions; with its interval instead, where there is one."""
     scale = 100 if is_share(score) else 1
-    value = f"{scale * score.score:.2f}"
     if score.low is not None and score.high is not None:
-        return f"{value} [{scale * score.low:.2f}, {scale * score.high:.2f}]"
+        return f"{scale * score.score:.2f} [{scale * score.low:.2f}, {scale * score.high:.2f}]"
     error = score.standard_error
-    return value if error is None else f"{value} ± {scale * error:.2f}"
+    return with_error(scale * score.score, None if error is None else scale * error)
 
 
 def is_share(score: TaskScore) -> bool:
-    """Whether it lies between 0 and 1 by what it is."""
+    """True for metrics that are fractions."""
     return score.metric.startswith(("acc", "exact_match", "f1", "em"))
 
 
 def change(score: TaskScore, kind: TaskKind, link: Link, above: Link) -> str:
-    """`+1.20 ± 0.30`, of the same task and metric of the link above."""
+    """`+1.20 ± 0.30`: change from the link above, in the same task and metric."""
     same = attrgetter("asked", "task", "metric", "filter")
     others = [one for one in above.scores if same(one) == same(score)]
     if not others:
@@ -138,8 +140,5 @@ def change(score: TaskScore, kind: TaskKind, link: Link, above: Link) -> str:
     if found is None:
         return "–"
     scale = 100 if is_share(score) else 1
-    # A difference that is shown as nothing has no sign.
-    text = f"{scale * found.mean:+.2f}".replace("-", "−")
-    text = "0.00" if text in ("+0.00", "−0.00") else text
     error = found.standard_error
-    return text if error is None else f"{text} ± {scale * error:.2f}"
+    return signed(scale * found.mean, None if error is None else scale * error)

@@ -1,4 +1,4 @@
-"""Write where everything measured of a run is, for the programs that report it.
+"""Write the paths of a run's measurements, for the programs that report them.
 
 python -m workflow_scripts.report.write_chain --run mistral --settings '{"run": …, …}'
     --chain results/runs/mistral/chain.json
@@ -21,7 +21,7 @@ logger = log.stage_logger("write_chain")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--run", required=True, help="name of the run")
-    parser.add_argument("--settings", required=True, help="JSON of what the chain depends on")
+    parser.add_argument("--settings", required=True, help="JSON of the chain's settings")
     parser.add_argument("--chain", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
 

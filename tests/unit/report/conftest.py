@@ -1,4 +1,4 @@
-"""A small results tree, as the stages before the report write it."""
+"""A small results tree, as written by the stages before the report."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The folder `results` of the working directory, and what was measured."""
+    """The folder `results` of the working directory, and its measurements."""
 
     folder: Path
     settings: Mapping[str, ChainSettings]
@@ -60,7 +60,7 @@ class Results:
 
     @property
     def chains(self) -> list[Path]:
-        """A file of each run, written anew."""
+        """Write the chain file of each run, and return the paths."""
         paths = [self.folder / "runs" / run / "chain.json" for run in self.settings]
         for (run, settings), path in zip(self.settings.items(), paths, strict=True):
             chain_of(run, settings).write(path)
@@ -72,7 +72,7 @@ class Results:
 
     @property
     def by_run(self) -> dict[str, list[str]]:
-        """The arguments for each run alone."""
+        """Arguments by run, for reports of a single run."""
         chains = zip(self.settings, self.chains, strict=True)
         return {run: arguments_of([path], self.asked) for run, path in chains}
 
@@ -82,7 +82,7 @@ class Results:
     def changed(
         self, runs: Mapping[str, Mapping[str, object]] | None = None, **settings: object
     ) -> Results:
-        """The same with other settings of the runs named, or of all chains."""
+        """The same results with other settings of the given runs, or of all chains."""
         return dataclasses.replace(
             self,
             settings={
@@ -111,16 +111,16 @@ def chain_settings(run: str) -> ChainSettings:
 
 
 HARDNESS = (0.5, -0.25, 0.0, -0.25)
-"""Of four equally long conversations, whatever the link."""
+"""Loss above average of four equally long conversations, the same for every link."""
 CHANGES = (0.01, -0.02, 0.03, -0.02)
-"""Of the same, where a link scores them a little differently from the one before."""
+"""Small differences between the losses of one link and the next, by conversation."""
 
 
 def token_scores(losses: Sequence[float], n_tokens: int = 10) -> TokenScores:
-    """Scores of conversations of equally many tokens.
+    """Scores of conversations that have the same number of tokens.
 
     Args:
-        losses: of each, nats per token.
+        losses: mean loss of each conversation, nats per token.
     """
     document = Document("", np.zeros(n_tokens + 1, np.int32), np.ones(n_tokens + 1, bool))
     return TokenScores.of(
@@ -133,7 +133,7 @@ def write_link(path: Path, perplexity: float, *, place: int, **more: object) -> 
     """Scores of a link and of its tokens.
 
     Args:
-        place: in the chain: even ones differ from odd ones by `CHANGES`.
+        place: position in the chain; links at odd positions differ by `CHANGES`.
     """
     scores_of(perplexity, **more).write(path)
     losses = [
@@ -144,7 +144,7 @@ def write_link(path: Path, perplexity: float, *, place: int, **more: object) -> 
 
 
 def write_gates(folder: Path) -> None:
-    """What the gates of a run measured, and what its memory was planned to be."""
+    """Write the measurements of a run's gates, and its memory plan."""
     merged = MERGED_CHECK.changed(perplexity_increase_fraction=-0.0025)
     merged.write(folder / "merged_check.json")
     GGUF_CHECK.write(folder / "gguf_check.json")
@@ -155,7 +155,7 @@ def write_gates(folder: Path) -> None:
 @pytest.fixture
 def write_results(tmp_path, monkeypatch) -> Callable[[], Results]:
     def write() -> Results:
-        monkeypatch.chdir(tmp_path)  # where paths begin
+        monkeypatch.chdir(tmp_path)  # paths are relative to it
         folder = Path("results")
         FACTS.write(folder / "models" / "tiny" / "facts.json")
         clean = folder / "data" / "chats" / "clean"
@@ -216,8 +216,7 @@ HELLASWAG = {
 
 
 def write_tasks(stem: Path, values: Sequence[float], score: dict) -> None:
-    """Scores of one task, and what every document scored, as evaluate_tasks or match_references
-    writes them."""
+    """Write the scores of one task and of its documents, as evaluate_tasks or match_references."""
     scored = score_of(values, standard_error=0.25 - 0.01 * sum(values), **score)
     is_reference = stem.suffix == ".references"
     report = reference_scores(scored) if is_reference else task_scores(scored)
@@ -229,8 +228,11 @@ def write_tasks(stem: Path, values: Sequence[float], score: dict) -> None:
 
 @pytest.fixture
 def all_measured(results) -> Results:
-    """The same results with what is measured where the config asks for it: a text, AWQ; and of
-    base, merged model and smallest file usable context (the second run's not measurable), tasks."""
+    """The same results with all optional measurements.
+
+    These are a text and AWQ and, for base, merged model and smallest file, tasks and usable
+    context. For the smallest file of the second run, usable context is not measurable.
+    """
     folder = results.folder
     texts = folder / "evaluation" / "tiny" / "texts" / "wiki"
     scores_of(20.0).write(texts / "base.json")

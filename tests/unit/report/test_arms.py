@@ -31,7 +31,7 @@ def both(n_seeds=3):
     }
 
 
-def test_runs_are_grouped_by_what_differs_beside_their_seeds():
+def test_runs_are_grouped_by_the_settings_that_differ_besides_the_seeds():
     factors, arms = find_arms(both())
     assert factors == ["packing.strategy"]
     assert [arm.name for arm in arms] == ["concatenate", "best_fit"]
@@ -41,7 +41,7 @@ def test_runs_are_grouped_by_what_differs_beside_their_seeds():
     assert list(arms[0].runs)[1] == (("packing.seed", 1), ("recipe.seed", 11))
 
 
-def test_several_things_that_differ_are_all_named():
+def test_all_settings_that_differ_are_named():
     runs = {"a": run(rank=8), "b": run("concatenate", rank=16), "c": run("concatenate", rank=8)}
     factors, arms = find_arms(runs)
     assert factors == ["packing.strategy", "recipe.rank"]
@@ -57,7 +57,7 @@ def test_several_things_that_differ_are_all_named():
     ("names", "expected"),
     [
         (("low-0", "low-1", "high-0", "high-1"), ["low", "high"]),
-        (("a-0", "a-1", "a-2", "a-3"), ["a-0", "a-2"]),  # both would be called `a`
+        (("a-0", "a-1", "a-2", "a-3"), ["a-0", "a-2"]),  # both have the prefix `a`
         (("0-low", "1-low", "high_0", "high_1"), ["0-low", "high"]),
     ],
 )
@@ -83,9 +83,9 @@ def test_a_setting_that_one_run_lacks_is_a_difference():
 @pytest.mark.parametrize(
     ("runs", "parts"),
     [
-        ({"a": run(), "b": run()}, ["are the same", "a, b"]),
-        ({"a": run(), "b": run(packing_seed=1)}, ["differ in their seeds alone", "2 runs"]),
-        ({"a": run()}, ["compares runs", "config/experiments"]),
+        ({"a": run(), "b": run()}, ["have the same settings", "a, b"]),
+        ({"a": run(), "b": run(packing_seed=1)}, ["differ only in their seeds", "2 runs"]),
+        ({"a": run()}, ["must differ in a setting", "config/experiments"]),
         (
             {**both(2), "best_fit-2": run(packing_seed=2, recipe_seed=12)},
             ["cannot be paired", "packing.strategy", "best_fit-2"],
@@ -97,7 +97,7 @@ def test_a_setting_that_one_run_lacks_is_a_difference():
     ],
     ids=["twice", "seeds alone", "one run", "a seed too many", "other seeds"],
 )
-def test_what_cannot_be_compared_is_a_stage_error(runs, parts):
+def test_runs_that_cannot_be_compared_are_a_stage_error(runs, parts):
     with pytest.raises(StageError) as caught:
         find_arms(runs)
     for part in parts:
@@ -115,7 +115,7 @@ def t_distribution(t, freedom):
 
 
 @pytest.mark.parametrize("freedom", range(1, len(STUDENT_T) + 1))
-def test_the_table_of_students_t_leaves_a_fortieth_above(freedom):
+def test_the_table_of_students_t_has_97_5_per_cent_below(freedom):
     # Half a unit of the third decimal, where the density is 0.06 at most: 3e-5 of probability.
     assert t_distribution(STUDENT_T[freedom - 1], freedom) == pytest.approx(0.975, abs=3e-5)
 
@@ -124,25 +124,25 @@ def by_seed(values):
     return {(("seed", seed),): value for seed, value in enumerate(values)}
 
 
-def test_a_difference_of_three_seeds_by_hand():
-    # Pairs 1, 2, 3: mean 2, deviation 1; t of two degrees 4.303.
+def test_a_difference_of_three_seeds_equals_the_one_computed_by_hand():
+    # The pairs are 1, 2, 3: mean 2, deviation 1; t with two degrees of freedom is 4.303.
     found = difference(by_seed([11, 22, 33]), by_seed([10, 20, 30]))
     assert found.mean == 2
     assert found.half_width == pytest.approx(4.303 / math.sqrt(3))
-    assert not found.is_shown
+    assert not found.is_significant
 
 
-def test_what_a_seed_does_to_both_arms_drops_out():
+def test_the_effect_of_a_seed_on_both_arms_cancels():
     found = difference(by_seed([101.5, 2.5, 53.4]), by_seed([102.0, 3.1, 53.9]))
     assert found.mean == pytest.approx(-1.6 / 3)
-    assert found.half_width < 0.2 and found.is_shown
+    assert found.half_width < 0.2 and found.is_significant
 
 
 @given(
     first=st.lists(st.floats(-100, 100), min_size=2, max_size=40),
     shift=st.floats(-10, 10),
 )
-def test_swapping_the_arms_turns_the_sign(first, shift):
+def test_swapping_the_arms_changes_the_sign(first, shift):
     second = [value + shift * at for at, value in enumerate(first)]
     one = difference(by_seed(second), by_seed(first))
     other = difference(by_seed(first), by_seed(second))
@@ -152,14 +152,14 @@ def test_swapping_the_arms_turns_the_sign(first, shift):
     assert one.mean == pytest.approx(statistics.mean(pairs))
 
 
-def test_one_seed_has_no_error_and_shows_nothing():
+def test_with_one_seed_no_difference_is_significant():
     assert difference(by_seed([5]), by_seed([1])) == Difference(4, None)
-    assert not Difference(4, None).is_shown
+    assert not Difference(4, None).is_significant
 
 
-def test_a_difference_as_large_as_its_error_is_none():
-    assert not Difference(-1.0, 1.0).is_shown
-    assert Difference(-1.01, 1.0).is_shown
+def test_a_difference_as_large_as_its_error_is_not_significant():
+    assert not Difference(-1.0, 1.0).is_significant
+    assert Difference(-1.01, 1.0).is_significant
 
 
 @pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
@@ -179,12 +179,12 @@ def test_an_experiment_changes_one_thing_and_repeats_it_with_three_seeds(overlay
     assert others
     for arm in others:
         differing = {key for key in factors if arm.values[key] != first.values[key]}
-        # The adapter's scale is alpha ÷ rank: one thing.
+        # The adapter's scale is alpha ÷ rank, so alpha may change with the rank.
         assert len(differing - {"recipe.alpha"}) == (1 if arm.name != "all" else len(factors) - 1)
     for arm in (first, *others):
         for place in ("packing.seed", "recipe.seed"):
             assert len({dict(seeds)[place] for seeds in arm.runs}) >= 3
 
 
-def test_there_are_experiments_on_what_the_demo_compares():
+def test_there_are_experiments_on_the_settings_that_the_demo_compares():
     assert {path.stem for path in EXPERIMENTS} == {"packing", "recipe", "window"}

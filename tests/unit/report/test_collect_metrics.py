@@ -25,24 +25,24 @@ def collect(results, tmp_path):
 
 @pytest.fixture(params=["results", "all_measured"])
 def described(request):
-    """What every build has, and with all that a config may ask for."""
+    """Results with and without optional measurements."""
     return request.getfixturevalue(request.param)
 
 
 def number_at(content, key):
-    """A number by its key: a name of an object after the other, or a place in a list."""
+    """The number at a key, which is a path of names and list indices."""
     for name in key.split("."):
         content = content[int(name) if isinstance(content, list) else name]
     return content
 
 
-def test_every_number_stands_in_its_file_under_its_key(collect, described):
+def test_every_number_is_in_its_file_under_its_key(collect, described):
     _, rows = collect(described)
     assert len(rows) > 80
     for row in rows:
         content = files.read_json(Path(row["file"]))
         assert number_at(content, row["key"]) == row["value"], row
-        # Error and count stand beside it.
+        # The error and the count are next to it.
         beside = number_at(content, row["key"].rpartition(".")[0]) if "." in row["key"] else content
         if row["error"] is not None:
             assert row["error"] in beside.values() and row["error_is"], row
@@ -66,7 +66,7 @@ def test_each_link_of_each_run_has_its_figures(collect):
     assert (values["generic", "merged"], values["mistral", "merged"]) == (5.05, 6.05)
 
 
-def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
+def test_optional_measurements_have_their_figures(collect, all_measured):
     _, rows = collect(all_measured)
     found = {
         (row["run"], row["link"], row["name"]): (row["value"], row["n"], row["file"])
@@ -89,15 +89,15 @@ def test_what_was_asked_for_as_well_has_its_figures(collect, all_measured):
     assert found["generic", "base", "reference answers exact_match"] == matched
     matched = (0.1, 5, f"{place}/Q4_K_M.references.json")
     assert found["mistral", "Q4_K_M", "reference answers exact_match, 2.5 %"] == matched
-    # The ends of an interval are no means with an error of their own.
+    # The ends of an interval have no error.
     ends = [row for row in rows if row["name"].endswith(" %")]
     assert len(ends) > 20 and {row["error"] for row in ends} == {None}
-    # What is not measurable is no row.
+    # A context that is not measurable has no row.
     assert ("generic", "Q4_K_M", "effective context, RULER") in found
     assert ("mistral", "Q4_K_M", "effective context, RULER") not in found
 
 
-def test_a_run_s_json_is_its_rows_by_link(collect):
+def test_the_json_of_a_run_contains_its_rows_by_link(collect):
     paths, rows = collect()
     metrics = files.read_json(paths["mistral"])
     assert metrics["settings"]["packing"] == "apart"
@@ -109,8 +109,8 @@ def test_a_run_s_json_is_its_rows_by_link(collect):
     assert read <= metrics["files"].keys()
 
 
-def test_a_file_that_changes_in_what_is_no_metric_changes_the_run_s_json(collect, results):
-    """The reports of all runs are made anew by it alone."""
+def test_a_change_of_a_file_outside_its_metrics_changes_the_json_of_the_run(collect, results):
+    """Reports of all runs are rebuilt only if this file changes."""
     before, _ = collect()
     said = before["mistral"].read_bytes()
     path = results.folder / "runs" / "mistral" / "evaluation" / "merged.json"
@@ -119,7 +119,7 @@ def test_a_file_that_changes_in_what_is_no_metric_changes_the_run_s_json(collect
     assert after["mistral"].read_bytes() != said
 
 
-def test_what_was_not_measured_is_no_row(collect, results):
+def test_figures_without_a_measurement_have_no_row(collect, results):
     given = {"packing": None, "recipe": None, "merged": "owner/model"}
     (results.folder / "runs" / "mistral" / "adapter" / "training_manifest.json").unlink()
     _, rows = collect(results.changed({"mistral": given}))
@@ -128,7 +128,7 @@ def test_what_was_not_measured_is_no_row(collect, results):
     assert not any(row["link"] == "adapter" for row in rows if row["run"] == "mistral")
 
 
-def test_a_file_that_is_missing_is_named(collect, results):
+def test_a_missing_file_is_named(collect, results):
     path = results.folder / "runs" / "mistral" / "gguf_check.json"
     path.unlink()
     with pytest.raises(StageError, match="a file is missing") as caught:

@@ -23,7 +23,7 @@ def rows(text, link):
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
-def test_two_runs_stand_side_by_side_with_their_differences(collected, capsys):
+def test_two_runs_are_printed_side_by_side_with_their_differences(collected, capsys):
     compare.main(list(map(str, collected)))
     text = capsys.readouterr().out
     merged = rows(text, "merged")
@@ -36,17 +36,17 @@ def test_two_runs_stand_side_by_side_with_their_differences(collected, capsys):
     assert run["rows"][2] == "0"
 
 
-def test_turned_about_the_differences_are_turned_about(collected, capsys):
+def test_swapping_the_runs_changes_the_signs(collected, capsys):
     compare.main(list(map(str, reversed(collected))))
     merged = rows(capsys.readouterr().out, "merged")
     assert merged["loss, nats/token"][2] == "−0.181 ± 0.014"
     assert merged["perplexity"][2].startswith("−1.000")
-    # 5.05 ÷ 6.05, not −19.80: the one it is held against is now the other.
+    # 5.05 ÷ 6.05 − 1, not −19.80: the reference is now the other run.
     assert merged["perplexity, paired by token, %"][2] == "−16.53 ± 0.00"
 
 
 def test_losses_of_other_tokens_are_not_paired(collected, capsys):
-    of_two = token_scores((0.5, 0.25))  # where the other run has four conversations
+    of_two = token_scores((0.5, 0.25))  # the other run has four conversations
     of_two.write(collected[1] / "evaluation" / "merged.tokens.parquet")
     compare.main(list(map(str, collected)))
     text = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_losses_of_other_tokens_are_not_paired(collected, capsys):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_what_one_of_them_alone_has_is_left_out(collected, capsys, place):
+def test_figures_of_only_one_run_are_left_out(collected, capsys, place):
     path = collected[place] / "metrics.json"
     metrics = files.read_json(path)
     del metrics["links"]["Q4_K_M"]
@@ -68,7 +68,7 @@ def test_what_one_of_them_alone_has_is_left_out(collected, capsys, place):
     assert "decode time, ms/token" not in merged and "prompt time, ms/token" in merged
 
 
-def test_the_same_run_of_two_folders_is_named_by_them(collected, tmp_path, capsys):
+def test_the_same_run_in_two_folders_is_named_by_folder(collected, tmp_path, capsys):
     import shutil
 
     other = shutil.copytree(collected[0], tmp_path / "elsewhere" / "generic")
@@ -76,6 +76,6 @@ def test_the_same_run_of_two_folders_is_named_by_them(collected, tmp_path, capsy
     assert str(other) in capsys.readouterr().out
 
 
-def test_a_run_without_metrics_is_named_with_the_remedy(collected, tmp_path, ends_with_message):
+def test_a_run_without_metrics_is_a_stage_error(collected, tmp_path, ends_with_message):
     message = ends_with_message(compare.main, [collected[0], tmp_path])
     assert "the run has no metrics" in message and "snakemake --cores 8 report" in message

@@ -33,15 +33,15 @@ SOURCE = "data/<b>my chats\u202e.jsonl"
 
 
 class Preview(HTMLParser):
-    """What a reader sees: of each conversation its tokens, and the lines between them."""
+    """The tokens of each conversation, and the notes between them, as a reader sees them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tokens: list[list[tuple[int, bool, bool]]] = []
-        """id, whether it is a control token, whether it is supervised"""
+        """Id, is_control and is_supervised of each token."""
         self.texts: list[list[str]] = []
         self.notes: list[list[tuple[int, str]]] = []
-        """tokens before it, and its text"""
+        """Number of tokens before each note, and its text."""
         self.facts: list[dict[str, str]] = [{}]
         self.tags: set[str] = set()
         self._open: list[str] = []
@@ -105,7 +105,7 @@ def tokenizer_folder(official_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def preview(tokenizer_folder, plan_of, tmp_path):
-    """`preview(version, plan=…, **settings)`: the page, and the documents it is of."""
+    """`preview(version, plan=…, **settings)`: the page and its documents."""
 
     def make(
         version="v3", *, plan: Plan | None = None, n_copies=1, **settings
@@ -146,7 +146,7 @@ def preview(tokenizer_folder, plan_of, tmp_path):
     return make
 
 
-def test_help_explains_without_torch_or_mistral_common(ask_for_help):
+def test_help_works_without_torch_or_mistral_common(ask_for_help):
     done, imported = ask_for_help(STAGE)
     assert done.returncode == 0 and "--preview" in done.stdout
     assert imported.isdisjoint({"torch", "transformers", "mistral_common"})
@@ -172,7 +172,7 @@ def test_the_boxes_read_as_the_conversation(preview):
     assert "שלום" in "".join(page.texts[1])
 
 
-def test_hostile_text_is_shown_and_does_nothing(preview, tmp_path):
+def test_hostile_text_is_shown_and_is_no_markup(preview, tmp_path):
     page, _ = preview("v3")
     assert page.tags.isdisjoint({"script", "a", "img"})
     text = "".join(page.texts[1])
@@ -192,13 +192,13 @@ def test_facts_of_the_page_and_of_each_conversation(preview):
         n_tokens, n_supervised = documents.lengths[number], documents.n_supervised[number]
         assert facts["tokens"] == f"{n_tokens:,}"
         assert facts["supervised"] == f"{n_supervised:,} ({n_supervised / n_tokens:.1%})"
-        assert facts["copies an epoch"] == "3"
+        assert facts["copies per epoch"] == "3"
     corrected = [facts.get("corrected") for facts in conversations]
     assert corrected == [None, "Unicode repaired, role 'human' read", None]
 
 
 @pytest.mark.parametrize("strategy", ["best_fit", "concatenate"])
-def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, plan_of, strategy):
+def test_a_note_marks_every_end_of_a_row_inside_a_conversation(preview, plan_of, strategy):
     _, documents = preview()
     pieces = fit(documents, PackingSettings(row_tokens=64, overlap_tokens=4)).pieces
     if strategy == "concatenate":
@@ -223,7 +223,7 @@ def test_a_line_stands_wherever_a_row_ends_within_a_conversation(preview, plan_o
     assert sum(map(len, page.notes)) >= 2
 
 
-def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview, plan_of):
+def test_a_note_says_where_the_first_token_of_a_piece_is_not_learned(preview, plan_of):
     _, documents = preview()
     supervised = documents[2].is_supervised.tolist()
     first = supervised.index(True)
@@ -240,7 +240,7 @@ def test_a_line_says_where_the_first_token_of_a_piece_is_not_learned(preview, pl
     assert ["not learned" in text for _, text in page.notes[2]] == [False, True]
 
 
-def test_copies_say_how_many_of_them_are_cut_at_a_place(preview, plan_of):
+def test_a_note_says_how_many_copies_are_cut_at_a_place(preview, plan_of):
     plan = plan_of(
         [
             [Piece(0, 0, 10)],
@@ -257,7 +257,7 @@ def test_copies_say_how_many_of_them_are_cut_at_a_place(preview, plan_of):
     ]
 
 
-def test_a_conversation_in_no_row_and_tokens_not_shown_are_said_so(preview):
+def test_a_conversation_in_no_row_and_omitted_tokens_are_reported(preview):
     page, documents = preview(max_tokens=7)
     assert [len(boxes) for boxes in page.tokens] == [7, 7, 7]
     for number, notes in enumerate(page.notes):
@@ -290,7 +290,7 @@ def test_tokens_of_other_conversations_stop_the_stage(preview, tmp_path, ends_wi
     arguments += ["--tokenizer", tmp_path, "--plan", tmp_path / "plan.parquet"]
     arguments += ["--settings", "{}", "--preview", tmp_path / "out.html"]
     message = ends_with_message(preview_chats.main, arguments)
-    for part in ("other conversations", str(tmp_path / "c.parquet"), "chat/0", "to fix:"):
+    for part in ("belong to other conversations", str(tmp_path / "c.parquet"), "chat/0", "to fix:"):
         assert part in message
     assert not (tmp_path / "out.html").exists()
 
@@ -299,26 +299,15 @@ def test_tokens_of_other_conversations_stop_the_stage(preview, tmp_path, ends_wi
     supervised=st.lists(st.booleans(), max_size=30),
     cuts=st.sets(st.integers(0, 29)),
 )
-def test_spans_and_lines_never_overlap(supervised, cuts):
-    token_ids = list(range(len(supervised)))
+def test_spans_hold_every_token_and_begin_at_every_cut_and_change(supervised, cuts):
     texts = [TokenText(False, "a")] * len(supervised)
-    parts = list(
-        preview_chats.tokens_html(
-            token_ids, texts, supervised, cuts={at: f"cut {at}" for at in cuts}
-        )
-    )
-    is_open, found, lines = False, [], []
-    for part in parts:
-        if part == "<mark>":
-            assert not is_open
-            is_open = True
-        elif part == "</mark>":
-            assert is_open
-            is_open = False
-        elif part.startswith("<p"):
-            assert not is_open
-            lines.append(len(found))
-        else:
-            found.append(is_open)
-    assert not is_open and found == supervised
-    assert lines == sorted(at for at in cuts if at < len(supervised))
+    notes = {at: f"cut {at}" for at in cuts}
+    spans = preview_chats.spans(range(len(supervised)), texts, supervised, cuts=notes)
+    assert [token for span in spans for token, _ in span.tokens] == list(range(len(supervised)))
+    found = [span.is_supervised for span in spans for _ in span.tokens]
+    assert found == supervised
+    assert {span.tokens[0][0]: span.note for span in spans if span.note} == {
+        at: note for at, note in notes.items() if at < len(supervised)
+    }
+    for before, after in itertools.pairwise(spans):
+        assert after.note or after.is_supervised != before.is_supervised

@@ -27,7 +27,7 @@ def write(results, tmp_path):
     return run
 
 
-def test_each_link_stands_against_the_one_before(write, read_tsv):
+def test_each_link_is_compared_with_its_source(write, read_tsv):
     header, *rows = read_tsv(write()["tsv"])
     assert header[:6] == [
         "Link",
@@ -46,7 +46,7 @@ def test_each_link_stands_against_the_one_before(write, read_tsv):
         "generic: Q4_K_M",
         "mistral: base",
     ]
-    # The paired error of conversations that are equally long: sd(CHANGES) ÷ √4, times the ratio.
+    # Paired error for conversations of equal length: sd(CHANGES) ÷ √4, times the ratio.
     error = 100 * statistics.stdev(CHANGES) / 2
     expected = [2.5, -51.22, 1.0, 0.0198, 8.8893]
     assert [row[2] for row in rows[:6]] == [
@@ -56,11 +56,11 @@ def test_each_link_stands_against_the_one_before(write, read_tsv):
             for one in expected
         ),
     ]
-    assert rows[6][2] == ""  # another run's base is no step
+    assert rows[6][2] == ""  # the base of the next run has no source
 
 
-def test_a_difference_s_error_is_far_smaller_than_those_of_the_two_links(write, read_tsv):
-    """The conversations are hard or easy for every link: ± 0.18 nats alone, ± 0.012 paired."""
+def test_the_error_of_a_difference_is_far_smaller_than_those_of_the_two_links(write, read_tsv):
+    """A conversation is hard or easy for every link: ± 0.18 nats alone, ± 0.012 paired."""
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
     change, _, error = rows["generic: Q4_K_M"][2].partition(" ± ")
     assert float(change) > 5 * float(error)
@@ -77,22 +77,22 @@ def test_links_that_score_different_tokens_are_not_compared(results, tmp_path, e
         assert part in message
 
 
-def test_awq_stands_last_against_the_merged_model(results):
+def test_awq_comes_last_and_is_compared_with_the_merged_model(results):
     for run, perplexity in (("generic", 5.555), ("mistral", 6.05)):
         path = results.folder / "runs" / run / "evaluation" / "awq.json"
         write_link(path, perplexity, place=4)  # merged has place 3
     runs = results.changed(awq=True).read()
-    # The smallest GGUF stays the one which the comparison times.
+    # The comparison still uses the smallest GGUF.
     assert runs[0].smallest.name == "Q4_K_M"
     rows = chain_table.chain(runs).rows
     assert [row[0] for row in rows if "AWQ" in row[0]] == ["generic: AWQ", "mistral: AWQ"]
     assert rows[6][0] == "generic: AWQ" and rows[6][2].startswith("+10.00 ± ")
-    # Its file's size; what it would take with AWQ's kernels was not timed.
+    # It has the size of its file, but no speed: AWQ's kernels were not timed.
     assert rows[6][3:] == [""] * 6 + ["7.0 MiB"]
-    assert rows[13][2].startswith("+0.00 ± ")
+    assert rows[13][2].startswith("0.00 ± ")
 
 
-def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(results):
+def test_a_quantization_is_compared_with_f16_and_not_with_the_previous_one(results):
     place = results.folder / "runs" / "generic" / "evaluation"
     write_link(place / "Q2_K.json", 5.8, place=6)
     SPEED.write(place / "Q2_K.inference.json")
@@ -105,14 +105,14 @@ def test_a_quantization_is_held_against_f16_and_not_against_the_one_before(resul
     assert float(change.split()[0]) == pytest.approx(100 * (5.8 / 5.051 - 1), abs=0.01)
 
 
-def test_what_was_not_measured_is_left_empty(write, read_tsv):
+def test_cells_without_a_measurement_are_empty(write, read_tsv):
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
     assert rows["generic: Q4_K_M"][3:5] == ["0.01234 ± 0.00056", "92.50 ± 0.31"]
     for link in ("base", "base NF4", "adapter", "merged", "F16"):
         assert rows[f"generic: {link}"][3:5] == ["", ""]
     assert rows["generic: base"][5:] == ["9.88", "", "", "", "7.0 MiB"]
     assert rows["generic: merged"][5:] == ["9.88", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
-    # llama.cpp does not honour the window: no figure for whole conversations.
+    # llama.cpp does not apply the window, so whole conversations are not scored.
     assert rows["generic: F16"][5:] == ["", "0.123 ± 0.006", "2.500", "3.00 GiB", "5.0 MiB"]
 
 
@@ -122,11 +122,11 @@ def test_a_small_difference_is_shown_with_two_digits_of_its_error(write, results
     f16 = results.folder / "runs" / "generic" / "evaluation" / "F16.tokens.parquet"
     token_scores([1.00002, 2.00003]).write(f16)
     rows = {row[0]: row for row in read_tsv(write()["tsv"])[1:]}
-    assert rows["generic: merged"][2] == "+0.00 ± 0.00"
+    assert rows["generic: merged"][2] == "0.00 ± 0.00"
     assert rows["generic: F16"][2] == "+0.00250 ± 0.00050"
 
 
-def test_texts_have_a_column_each(write, results, read_tsv):
+def test_each_text_has_a_column(write, results, read_tsv):
     base = results.folder / "evaluation" / "tiny" / "texts"
     for number, text in enumerate(("wiki", "code")):
         scores_of(30.0 + number).write(base / text / "base.json")
@@ -146,20 +146,20 @@ def test_texts_have_a_column_each(write, results, read_tsv):
 
 
 @pytest.mark.parametrize(("width", "is_told"), [(256, False), (576, True), (4096, False)])
-def test_widths_that_rule_k_quants_out_are_told(write, results, width, is_told):
+def test_widths_that_rule_out_k_quants_are_explained(write, results, width, is_told):
     FACTS.changed(hidden_size=width).write(results.folder / "models" / "tiny" / "facts.json")
     text = write()["md"].read_text("utf-8")
     assert (f"The rows of tiny have {width} weights." in text) == is_told
     assert ("k-quants" in text) == is_told
 
 
-def test_the_figure_is_svg_that_names_links_and_runs(write):
+def test_the_figure_is_svg_with_links_and_runs(write):
     root = ElementTree.parse(write()["svg"]).getroot()
     assert root.tag.endswith("svg")
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 20
 
 
-def test_awq_stands_by_itself_in_the_figure(write, all_measured):
+def test_awq_is_a_separate_point_of_the_figure(write, all_measured):
     assert "<!-- AWQ" not in write()["svg"].read_text()
     figure = write(all_measured)["svg"].read_text()
     assert "<!-- AWQ" in figure
@@ -177,7 +177,7 @@ def test_other_results_give_another_figure(write, results):
     assert write()["svg"].read_bytes() != before
 
 
-def test_a_single_conversation_without_an_error_is_drawn_all_the_same(write, results, read_tsv):
+def test_a_single_conversation_without_an_error_is_drawn_too(write, results, read_tsv):
     for path in results.folder.glob("**/evaluation/**/*.json"):
         if "perplexity" in (scores := files.read_json(path)):
             files.write_json(path, scores | {"loss_standard_error_nats_per_token": None})

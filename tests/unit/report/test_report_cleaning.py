@@ -57,13 +57,13 @@ def rejected_rows(n_duplicates: int = 70) -> list[dict]:
 
 
 class Page(HTMLParser):
-    """Rows of the tables below each heading, bars as percentages, samples of each reason."""
+    """Rows of tables and bars by heading, and samples by reason."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.rows: dict[str, list[list[str]]] = {}
         self.bars: dict[str, list[tuple[float, float] | None]] = {}
-        """left edge and width of each row's"""
+        """Left edge and width of the bar in each row, in per cent."""
         self.samples: dict[str, list[str]] = {}
         self.text = ""
         self.tags: set[str] = set()
@@ -119,7 +119,7 @@ def make_page(tmp_path):
         report.write(tmp_path / "report.json")
         rows = rejected_rows() if rejected is None else rejected
         table = pa.Table.from_pylist(rows, schema=rejected_schema())
-        # Groups smaller than the table: a million rejected are many.
+        # Several row groups, as in files of many rejected conversations.
         with files.parquet_stream(
             tmp_path / "rejected.parquet", table.schema, rows_per_group=32
         ) as write:
@@ -134,7 +134,7 @@ def make_page(tmp_path):
     return make
 
 
-def test_help_explains_without_torch_or_arrow(ask_for_help):
+def test_help_works_without_torch_or_arrow(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.report.report_cleaning")
     assert done.returncode == 0 and "--rejected" in done.stdout
     assert imported.isdisjoint({"torch", "transformers", "pyarrow", "matplotlib"})
@@ -155,7 +155,7 @@ def test_the_funnel_names_every_loss_with_its_count_and_share(make_page):
     ]
 
 
-def test_each_bar_of_the_funnel_begins_where_the_one_before_left_off(make_page):
+def test_each_bar_of_the_funnel_begins_where_the_previous_one_ends(make_page):
     read, *losses, kept, corrected, train, validation, test = make_page().bars["From read to kept"]
     assert read == (0, 100)
     end = 100.0
@@ -169,7 +169,7 @@ def test_each_bar_of_the_funnel_begins_where_the_one_before_left_off(make_page):
     assert sum(test) == pytest.approx(end, abs=0.02)
 
 
-def test_the_kept_are_counted_by_length_messages_role_and_language(make_page):
+def test_kept_conversations_are_counted_by_length_messages_role_and_language(make_page):
     rows = [(label, n) for label, _, n, _ in make_page().rows["Kept conversations"]]
     lengths, messages, rest = rows[:3], rows[3:23], rows[23:]
     assert lengths == [("16 – 31", "500"), ("32 – 63", "0"), ("64 or more", "400")]
@@ -177,7 +177,7 @@ def test_the_kept_are_counted_by_length_messages_role_and_language(make_page):
     assert rest == [("user", "1,000"), ("assistant", "1,000"), ("en", "90"), ("fr", "10")]
 
 
-def test_sources_stand_with_their_weights(make_page):
+def test_sources_are_listed_with_their_weights(make_page):
     assert make_page().rows["Sources"] == [
         ["Source", "Read", "Kept", "Rejected", "Weight"],
         ["mine", "400", "390", "10 (2.5%)", "2"],
@@ -185,15 +185,15 @@ def test_sources_stand_with_their_weights(make_page):
     ]
 
 
-def test_what_is_a_sample_and_what_is_weighted_is_said(make_page):
+def test_the_page_names_samples_and_weights(make_page):
     text = make_page().text
     assert "identified on a sample of 100 conversations" in text
-    assert "an epoch sees 1,600 training conversations" in text
+    assert "an epoch contains 1,600 training conversations" in text
     assert "120 kept conversations (13.3% of them) corrected" in text
     assert "EMAIL" in text
 
 
-def test_hostile_text_is_shown_and_does_nothing(make_page, tmp_path):
+def test_hostile_text_is_shown_and_is_no_markup(make_page, tmp_path):
     page = make_page()
     assert page.tags.isdisjoint({"script", "i", "a", "img"})
     shown = "<script>alert('1')</script> \"x\" U+202Egpj.exeU+0007"
@@ -211,7 +211,7 @@ def test_samples_have_their_place_and_long_ones_are_cut(make_page):
 
 
 @given(n_rows=st.lists(st.integers(0, 70), min_size=3, max_size=3))
-def test_samples_are_spread_over_all_of_a_reason(n_rows, tmp_path_factory):
+def test_samples_are_spread_evenly_over_the_rows_of_a_reason(n_rows, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "rejected.parquet"
     reasons = [f"reason {number % 3}" for number in range(210) if number // 3 < n_rows[number % 3]]
     rows = [{"reason": reason, "source_line": line} for line, reason in enumerate(reasons)]
@@ -228,7 +228,7 @@ def test_samples_are_spread_over_all_of_a_reason(n_rows, tmp_path_factory):
         assert found[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
-def test_a_dataset_of_nothing_makes_a_page(make_page):
+def test_an_empty_dataset_has_a_page(make_page):
     page = make_page(NOTHING, rejected=[])
     assert "Nothing was rejected." in page.text
     assert "No kept conversation had to be corrected." in page.text
@@ -243,7 +243,7 @@ def test_the_same_counts_give_the_same_page(make_page, tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_a_missing_report_is_said_so(tmp_path, ends_with_message):
+def test_a_missing_report_is_named(tmp_path, ends_with_message):
     arguments = ["--report", tmp_path / "none.json", "--rejected", tmp_path / "r.parquet"]
     message = ends_with_message(report_cleaning.main, [*arguments, "--page", tmp_path / "p.html"])
     assert "a file is missing" in message and str(tmp_path / "none.json") in message

@@ -21,14 +21,14 @@ def write(results, tmp_path):
     return run
 
 
-def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
+def test_the_table_has_one_column_per_run_and_one_row_per_figure(write, read_tsv):
     cells = read_tsv(write()["tsv"])
     assert cells == [
         ["", "generic", "mistral"],
         ["Perplexity, base", "10.00 ± 0.10", "10.00 ± 0.10"],
         ["Perplexity, merged", "5.05 ± 0.05", "6.05 ± 0.06"],
         ["Perplexity, Q4_K_M", "5.50 ± 0.06", "6.50 ± 0.07"],
-        ["Change against the base", "-49.5%", "-39.5%"],
+        ["Change from the base", "−49.5%", "−39.5%"],
         ["Prompt, Q4_K_M, ms/token", "0.123 ± 0.006", "0.123 ± 0.006"],
         ["Decode, Q4_K_M, ms/token", "2.500", "2.500"],
         ["File, Q4_K_M", "7.0 MiB", "7.0 MiB"],
@@ -43,7 +43,7 @@ def test_the_table_has_a_column_a_run_and_a_row_a_figure(write, read_tsv):
     ]
 
 
-def test_texts_and_usable_context_have_rows_where_they_were_measured(write, all_measured, read_tsv):
+def test_texts_and_usable_context_have_rows_if_they_were_measured(write, all_measured, read_tsv):
     paths = write(all_measured)
     cells = {name: figures for name, *figures in read_tsv(paths["tsv"])}
     assert cells["Perplexity on wiki, base"] == ["20.00 ± 0.20"] * 2
@@ -51,11 +51,13 @@ def test_texts_and_usable_context_have_rows_where_they_were_measured(write, all_
     assert cells["Usable context, base"] == ["1,024 / 4,096 (512–2,048)"] * 2
     assert cells["Usable context, Q4_K_M"] == ["1,024 / 4,096 (512–2,048)", "not measurable"]
     text = paths["md"].read_text()
-    assert "40 or 60 prompts a link" in text and "`snakemake context`" not in text
+    assert "40 or 60 prompts per link" in text and "`snakemake context`" not in text
 
 
-def test_tasks_have_rows_where_they_were_asked(write, results, all_measured, read_tsv):
-    assert "Tasks with a right answer: `snakemake tasks`" in write(results)["md"].read_text()
+def test_tasks_have_rows_if_they_were_evaluated(write, results, all_measured, read_tsv):
+    assert (
+        "`snakemake tasks` measures tasks with a right answer" in write(results)["md"].read_text()
+    )
     paths = write(all_measured)
     rows = [row for row in read_tsv(paths["tsv"]) if "hellaswag" in row[0] or "answers" in row[0]]
     assert rows == [
@@ -101,7 +103,7 @@ def test_a_run_that_was_not_trained_here_has_empty_cells(results, tmp_path, read
     assert cells["Perplexity, merged"][1] == "6.05 ± 0.06"
 
 
-def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_path, read_tsv):
+def test_measurements_of_both_merge_bases_are_shown(results, tmp_path, read_tsv):
     results = results.changed({"mistral": {"merge_base": "auto"}})
     DEQUANTIZED.write(results.folder / "runs" / "mistral" / "merge_base.json")
     paths = [tmp_path / f"comparison.{form}" for form in ("tsv", "md", "html")]
@@ -125,7 +127,7 @@ def test_what_was_measured_of_both_bases_to_merge_into_is_shown(results, tmp_pat
     ]
 
 
-def test_the_note_says_on_what_it_was_measured(write):
+def test_the_note_describes_the_test_split(write):
     text = write()["md"].read_text()
     for part in ("12 conversations", "34,567 supervised tokens", "at most 64 tokens"):
         assert part in text

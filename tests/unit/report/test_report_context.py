@@ -31,7 +31,7 @@ def write(tmp_path, monkeypatch):
     return paths
 
 
-def test_a_row_a_link_with_both_effective_lengths_and_its_scores(write, read_tsv):
+def test_each_link_has_a_row_with_both_effective_lengths_and_its_scores(write, read_tsv):
     effective = ["1,024 / 4,096 (512–2,048)", "2,048 / 4,096 (1,024–2,048)"]
     assert read_tsv(write[0]) == [
         ["Link", "Effective (RULER)", "Effective (NoLiMa)", "Gain of long context"]
@@ -43,9 +43,9 @@ def test_a_row_a_link_with_both_effective_lengths_and_its_scores(write, read_tsv
 
 
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
-def test_a_browser_shows_the_heat_maps_and_asks_for_nothing(write, tmp_path):
+def test_a_browser_shows_the_heat_maps_without_any_request(write, tmp_path):
     page = write[2].read_text()
-    # A picture inside the drawing would be refused: the page allows none.
+    # The page's policy refuses images, so the drawing must not contain one.
     assert "<image" not in page and page.count("<svg") == 1
     seen = browser.see(write[2], tmp_path, height=1000)
     assert seen.requests == seen.console == []

@@ -115,7 +115,7 @@ def change(folder, name, edit, runs=RUNS):
 
 
 def cells_of(rows):
-    """Cells behind the figure and the arm, by both."""
+    """The remaining cells by figure and arm."""
     return {(figure, arm): cells for figure, arm, *cells in rows}
 
 
@@ -126,7 +126,7 @@ def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
         "arm",
         "mean ± sd",
         "difference from concatenate, 95 %",
-        "larger than its error",
+        "significant",
     ]
     assert [row[0] for row in rows if row[1] == "best_fit"] == [
         "Perplexity",
@@ -135,33 +135,33 @@ def test_each_arm_is_a_row_with_its_difference_by_seed(write, read_tsv):
         "Perplexity, positions 512–1,023",
         "Facts recalled, 128 tokens, %",
         "Facts recalled, 1,024 tokens, %",
-        "Cost of the right answer, 128 tokens, nats",
-        "Cost of the right answer, 1,024 tokens, nats",
+        "Loss of the right answer, 128 tokens, nats",
+        "Loss of the right answer, 1,024 tokens, nats",
     ]
     found = cells_of(rows)
-    # Pairs −1, −0.9, −1.1: mean −1, deviation 0.1, t 4.303, three of them. The deviation of each
-    # arm alone is ten times that.
+    # The three pairs are −1, −0.9, −1.1: mean −1, deviation 0.1, t 4.303. The deviation of each arm
+    # alone is ten times larger.
     half_width = 4.303 * 0.1 / math.sqrt(3)
     assert found["Perplexity", "concatenate"] == ["9.000 ± 1.000", "", ""]
     expected = ["8.000 ± 0.954", f"−1.000 ± {half_width:.3f}", "yes"]
     assert found["Perplexity", "best_fit"] == expected
     assert found["Perplexity, positions 512–1,023", "concatenate"][0] == "11.000 ± 1.000"
-    # (9 + 10) of 40 and (0 + 1) of 40, whatever the seed.
+    # (9 + 10) of 40 and (0 + 1) of 40 for every seed.
     for arm in ("concatenate", "best_fit"):
         assert found["Facts recalled, 128 tokens, %", arm][0] == "47.5 ± 0.0"
-    expected = ["2.5 ± 0.0", "+0.0 ± 0.0", "no"]
+    expected = ["2.5 ± 0.0", "0.0 ± 0.0", "no"]
     assert found["Facts recalled, 1,024 tokens, %", "best_fit"] == expected
-    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    cost = found["Loss of the right answer, 128 tokens, nats", "concatenate"]
     assert cost[0] == "9.50 ± 1.00"
 
 
-def test_what_an_arm_is_stands_beside_the_table(write):
+def test_the_note_describes_the_arms(write):
     text = write()["md"].read_text()
     said = "concatenate: packing.strategy concatenate; best_fit: packing.strategy best_fit."
     assert f"Arms: {said}" in text
 
 
-def test_without_recall_there_is_none_and_the_rest_stands(arguments, write, read_tsv):
+def test_without_recall_the_other_figures_remain(arguments, write, read_tsv):
     paths, argv = arguments(recalls=False)
     report_experiment.main(argv)
     figures = {row[0] for row in read_tsv(paths["tsv"])[1:]}
@@ -171,10 +171,10 @@ def test_without_recall_there_is_none_and_the_rest_stands(arguments, write, read
     assert "<!-- Facts recalled" not in paths["svg"].read_text()
 
 
-def test_the_answer_is_a_sentence(write, folder):
+def test_the_result_is_given_as_a_sentence(write, folder):
     text = write()["md"].read_text()
     assert "The perplexity of best_fit is 11.1% lower than that of concatenate" in text
-    assert "that is larger than its error." in text
+    assert "that of concatenate: a significant difference at 95 %." in text
     for part in ("12 validation", "34,567", "window of 512", "3 seeds", "40 prompts", "9.1 nats"):
         assert part in text
     higher = {"best_fit-1": 12.0}
@@ -182,12 +182,12 @@ def test_the_answer_is_a_sentence(write, folder):
         change(folder, "positions", lambda scores, v=value: scores.update(perplexity=v), [run])
     text = write()["md"].read_text()
     assert "3.3% higher than that of concatenate" in text
-    assert "no larger than its error, so no difference is shown." in text
+    assert "no significant difference at 95 %." in text
 
 
-def test_one_seed_says_that_no_error_is_known(write):
+def test_with_one_seed_the_error_is_unknown(write):
     paths = write({run: RUNS[run] for run in ("concatenate-0", "best_fit-0")})
-    assert "with one seed no error is known" in paths["md"].read_text()
+    assert "with one seed, its error is unknown" in paths["md"].read_text()
     assert "| Perplexity | best_fit-0 | 7.000 | −1.000 | no |" in paths["md"].read_text()
 
 
@@ -208,7 +208,7 @@ def test_three_arms_are_each_compared_with_the_first(write, folder, read_tsv):
     assert "The perplexity of none is 11.1% higher than that of concatenate" in text
 
 
-def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, folder, read_tsv):
+def test_recall_without_answers_to_the_shortest_prompts_is_not_measurable(write, folder, read_tsv):
     def forget(scores):
         for cell in scores["cells"]:
             cell["n_exact"] = 0 if cell["length_tokens"] == 128 else 1
@@ -221,13 +221,13 @@ def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, fo
         for arm in ("concatenate", "best_fit"):
             cells = found[f"Facts recalled, {length} tokens, %", arm]
             assert cells == ["not measurable", "", ""]
-    cost = found["Cost of the right answer, 128 tokens, nats", "concatenate"]
+    cost = found["Loss of the right answer, 128 tokens, nats", "concatenate"]
     assert cost[0] == "9.50 ± 1.00"
 
     def recall_one(scores):
         scores["cells"][0]["n_exact"] = 1
 
-    change(folder, "recall", recall_one, ["best_fit-2"])  # one run that finds one is enough
+    change(folder, "recall", recall_one, ["best_fit-2"])  # one fact found by one run is enough
     paths = write()
     assert "No run finds" not in paths["md"].read_text()
     found = cells_of(read_tsv(paths["tsv"])[1:])
@@ -245,22 +245,27 @@ def test_recall_of_nothing_from_the_shortest_prompts_is_not_measurable(write, fo
     ],
     ids=["a bucket less", "other tokens", "fewer prompts", "another order"],
 )
-def test_runs_measured_on_different_things_are_not_compared(
+def test_runs_measured_on_different_tokens_or_prompts_are_not_compared(
     arguments, folder, ends_with_message, name, edit
 ):
     change(folder, name, edit, ["best_fit-1"])
     message = ends_with_message(report_experiment.main, arguments()[1])
-    for part in ("measured on different things", "best_fit-1", "concatenate-0", "one dataset"):
+    for part in (
+        "measured on different tokens or prompts",
+        "best_fit-1",
+        "concatenate-0",
+        "one dataset",
+    ):
         assert part in message
 
 
-def test_the_figure_is_svg_that_names_arms_window_and_guessing(write):
+def test_the_figure_is_svg_and_names_arms_window_and_guess(write):
     path = write()["svg"]
     root = ElementTree.parse(path).getroot()
     assert root.tag.endswith("svg")
-    # Text is drawn as shapes; matplotlib leaves it in comments.
+    # matplotlib draws text as shapes and keeps the text in comments.
     text = path.read_text()
-    for part in ("best_fit", "concatenate", "window", "guessed", "Perplexity"):
+    for part in ("best_fit", "concatenate", "window", "guess", "Perplexity"):
         assert f"<!-- {part}" in text
     assert "<!-- not measurable" not in text
 
@@ -280,7 +285,7 @@ def test_recall_that_is_not_measurable_is_not_drawn_as_0_per_cent(write, folder)
     change(folder, "recall", forget)
     path = write()["svg"]
     assert "<!-- not measurable" in path.read_text()
-    assert n_lines(path) == drawn * 2 // 3 > 0  # of three panels two have lines with bars
+    assert n_lines(path) == drawn * 2 // 3 > 0  # two of three panels have lines with bars
 
 
 def test_a_model_without_a_window_has_no_line_for_it(write, folder):
@@ -304,7 +309,7 @@ def test_the_same_results_give_the_same_bytes_and_others_another_figure(write, f
 def test_runs_without_a_difference_are_a_stage_error(arguments, ends_with_message):
     runs = {run: RUNS[run] for run in ("best_fit-0", "best_fit-1")}
     message = ends_with_message(report_experiment.main, arguments(runs)[1])
-    assert "differ in their seeds alone" in message
+    assert "differ only in their seeds" in message
 
 
 def test_help_starts_without_torch_or_matplotlib(ask_for_help):

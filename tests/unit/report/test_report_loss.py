@@ -25,7 +25,7 @@ def test_the_figure_is_svg_and_the_same_bytes_again(write):
     assert write().read_bytes() == first
 
 
-def test_every_history_moves_the_figure(write, results):
+def test_every_history_changes_the_figure(write, results):
     before = write().read_bytes()
     path = results.folder / "runs" / "mistral" / "adapter" / "history.json"
     history = History.read(path)

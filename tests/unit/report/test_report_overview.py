@@ -30,23 +30,23 @@ def row(headline, name):
     return [cell.strip() for cell in lines[0].strip("|").split("|")]
 
 
-def test_it_says_what_differs_and_shows_the_runs_side_by_side(write):
+def test_the_overview_describes_differences_and_shows_the_runs_side_by_side(write):
     page, headline = write()
     text = headline.read_text()
-    assert "- The perplexity of mistral, merged, is 19.8% higher than that of generic" in text
+    assert "- The perplexity of mistral (merged) is 19.8% higher than that of generic" in text
     assert row(headline, "Perplexity, merged") == [
         "Perplexity, merged",
         "5.05 ± 0.05",
         "6.05 ± 0.06",
     ]
     html = page.read_text()
-    for part in ("19.8% higher", "1.2e-07", "5.5e-09", "-0.25%", "<svg", "0.012"):
+    for part in ("19.8% higher", "1.2e-07", "5.5e-09", "−0.25%", "<svg", "0.012"):
         assert part in html
 
 
 @pytest.fixture
 def answered(results):
-    """Both runs' answers to five questions, each a text that must not become markup."""
+    """Answers of both runs to five questions. None of the texts may become markup."""
 
     def write_answers(path, link):
         answers_of(
@@ -67,7 +67,7 @@ def answered(results):
     return list(results.settings)
 
 
-def test_base_tuned_model_and_smallest_file_answer_side_by_side(write, answered):
+def test_answers_of_base_and_files_are_side_by_side(write, answered):
     html = write(sampled=answered)[0].read_text()
     assert "<summary>def f0(): ... … What is &lt;b&gt;it&lt;/b&gt; 0?</summary>" in html
     table = html.partition("<summary>def f0()")[2].partition("</table>")[0]
@@ -80,7 +80,7 @@ def test_base_tuned_model_and_smallest_file_answer_side_by_side(write, answered)
     assert html.count("<summary>def f") == report_overview.MOST_SAMPLES < 5
 
 
-def test_a_run_that_was_not_asked_shows_no_answers(write, answered):
+def test_a_run_without_answers_shows_none(write, answered):
     first, *others = answered
     html = write(sampled=[first])[0].read_text()
     assert html.count(f"{first}, Q4_K_M</th>") == report_overview.MOST_SAMPLES
@@ -89,7 +89,7 @@ def test_a_run_that_was_not_asked_shows_no_answers(write, answered):
 
 
 @pytest.mark.parametrize("run", ["generic", "mistral"])
-def test_every_run_s_links_and_gates_move_the_page(write, results, run):
+def test_the_links_and_gates_of_every_run_change_the_page(write, results, run):
     folder = results.folder / "runs" / run
     plot = write()[0].read_text().partition('<figure class="plot">')[2]
     changed = {"evaluation/F16": {"perplexity": 7.5}}  # in no table of the page
@@ -104,7 +104,7 @@ def test_every_run_s_links_and_gates_move_the_page(write, results, run):
 
 
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
-def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+def test_a_browser_shows_the_page_without_any_request(write, tmp_path):
     page, _ = write()
     seen = browser.see(page, tmp_path)
     assert seen.requests == seen.console == []

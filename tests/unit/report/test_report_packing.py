@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, strategies as st
 
 from tests.facts import MISTRAL_7B
 from workflow_scripts import files
@@ -42,13 +44,15 @@ class Packed(NamedTuple):
 
 
 class Page(HTMLParser):
-    """The lists of names and values, the drawings and their captions, the texts."""
+    """Facts, bars, drawings, captions and texts of the page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.facts: dict[str, str] = {}
         self.captions: list[str] = []
         self.titles: list[str] = []
+        self.rows: list[list[str]] = []
+        """Label, empty cell, count and share of each bar."""
         self.text = ""
         self.tags: set[str] = set()
         self.kinds: set[str] = set()
@@ -60,7 +64,7 @@ class Page(HTMLParser):
         self.tags.add(tag)
         if tag == "polygon":
             self.kinds.add(dict(attrs)["class"])
-        if tag in ("dt", "dd", "figcaption", "title"):
+        if tag in ("dt", "dd", "figcaption", "title", "th", "td"):
             self._target = tag
         if tag == "dt":
             self._name = ""
@@ -68,6 +72,10 @@ class Page(HTMLParser):
             self.captions.append("")
         elif tag == "title":
             self.titles.append("")
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         if tag != "s":
@@ -84,6 +92,8 @@ class Page(HTMLParser):
                 self.captions[-1] += data
             case "title":
                 self.titles[-1] += data
+            case "th" | "td":
+                self.rows[-1][-1] += data
 
 
 @pytest.fixture
@@ -94,7 +104,7 @@ def pack(tokenizer_v3, tmp_path):
         generator = np.random.default_rng(0)
         rows = []
         for number, length in enumerate(lengths):
-            # Turns of ten tokens, the latter half of each an answer.
+            # Turns of ten tokens: five of the user, five of the answer.
             input_ids = generator.integers(3, 300, size=length)
             input_ids[0], input_ids[9::10] = 1, 2
             spans = [(start + 5, min(start + 10, length)) for start in range(0, length - 5, 10)]
@@ -140,13 +150,13 @@ def make_page(folder: Path) -> Page:
     return Page(folder / "page.html")
 
 
-def test_help_explains_without_torch_or_arrow(ask_for_help):
+def test_help_works_without_torch_or_arrow(ask_for_help):
     done, imported = ask_for_help("workflow_scripts.report.report_packing")
     assert done.returncode == 0 and "--plan" in done.stdout
     assert imported.isdisjoint({"torch", "transformers", "pyarrow", "matplotlib"})
 
 
-def test_the_numbers_are_those_of_the_report(pack):
+def test_the_page_shows_the_numbers_of_the_report(pack):
     packed = pack("best_fit")
     facts, report = make_page(packed.folder).facts, packed.report
     assert report["n_documents_split"] and report["n_context_tokens"]
@@ -162,9 +172,9 @@ def test_the_numbers_are_those_of_the_report(pack):
         "tokens": f"{report['n_tokens']:,}",
         "supervised": f"{report['n_supervised_tokens']:,}"
         f" ({report['n_supervised_tokens'] / report['n_tokens']:.1%})",
-        "context, seen again": f"{report['n_context_tokens']:,}"
+        "repeated as context": f"{report['n_context_tokens']:,}"
         f" ({report['n_context_tokens'] / report['n_tokens']:.1%})",
-        "documents beyond the window of 48": f"{sum(length > 48 for length in LENGTHS)}",
+        "documents longer than the window of 48": f"{sum(length > 48 for length in LENGTHS)}",
         "split": f"{sum(length > 128 for length in LENGTHS)}",
         "cut at a turn, a sentence, elsewhere": ", ".join(
             str(report[f"n_cuts_at_{kind}"]) for kind in ("turn", "sentence", "token")
@@ -172,22 +182,22 @@ def test_the_numbers_are_those_of_the_report(pack):
         "truncated": "0",
         "dropped": "0",
         "tokens left out": f"{report['n_tokens_left_out']}",
-        "pieces left out, nothing to learn": f"{report['n_pieces_without_supervision']}",
-        "operations an epoch": f"{report['training_flops']:.3g} FLOP",
-        "attention’s share of them": f"{report['attention_flops_fraction']:.1%}",
-        "padding of unpacked micro-batches of 8": f"{report['none_padding_fraction']:.1%} grouped"
-        f" by length, {report['none_random_order_padding_fraction']:.1%} in random order",
-        "costliest of 8 ranks over their mean": f"{report['step_imbalance_8_ranks']:.3f} balanced,"
-        f" {report['step_imbalance_8_ranks_random_order']:.3f} in random order",
+        "pieces left out, no supervised token": f"{report['n_pieces_without_supervision']}",
+        "operations per epoch": f"{report['training_flops']:.3g} FLOP",
+        "of these in attention": f"{report['attention_flops_fraction']:.1%}",
+        "padding without packing, micro-batches of 8": f"{report['none_padding_fraction']:.1%}"
+        f" grouped by length, {report['none_random_order_padding_fraction']:.1%} in random order",
+        "cost of the slowest of 8 processes ÷ mean": f"{report['step_imbalance_8_ranks']:.3f}"
+        f" balanced, {report['step_imbalance_8_ranks_random_order']:.3f} in random order",
     }
     assert facts == expected
 
 
-def test_every_number_of_the_report_moves_the_page(pack):
+def test_every_number_of_the_report_changes_the_page(pack):
     packed = pack("best_fit")
     make_page(packed.folder)
     before = (packed.folder / "page.html").read_bytes()
-    not_shown = {"n_rows", "n_documents"}  # these are compared with the files
+    not_shown = {"n_rows", "n_documents"}  # the stage compares these with the files
     not_shown |= {"strategy", "sliding_window", "attention_pairs"}
     for name in packed.report.keys() - not_shown:
         files.write_json(
@@ -198,15 +208,14 @@ def test_every_number_of_the_report_moves_the_page(pack):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_drawn_rows_are_those_of_the_plan(pack, strategy):
+def test_the_drawn_rows_match_the_plan(pack, strategy):
     packed = pack(strategy)
     page = make_page(packed.folder)
-    assert page.captions[:2] == ["Documents by length", "Rows by fill"]
     n_pieces = [len(row) for row in packed.plan.rows]
     longest = max(piece.length for row in packed.plan.rows for piece in row)
     median = np.median(packed.plan.attention_pairs)
     reasons = set()
-    for caption in page.captions[2:]:
+    for caption in page.captions:
         number, _, rest = caption.removeprefix("Row ").partition(", ")
         why, _, counts = rest.partition(": ")
         row, at = packed.plan.rows[int(number) - 1], int(number) - 1
@@ -233,7 +242,7 @@ def test_the_drawn_rows_are_those_of_the_plan(pack, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_supervised_tokens_of_every_row_are_those_the_plan_counts(pack, strategy):
+def test_the_supervised_tokens_of_every_row_match_the_plan(pack, strategy):
     packed = pack(strategy)
     assert any(piece.n_context for row in packed.plan.rows for piece in row) == (
         strategy != "concatenate"
@@ -249,7 +258,7 @@ def test_the_supervised_tokens_of_every_row_are_those_the_plan_counts(pack, stra
     assert found == packed.plan.n_supervised.tolist()
 
 
-def test_what_crosses_documents_is_drawn_where_the_strategy_says_so(pack):
+def test_attention_across_documents_is_drawn_only_if_the_strategy_allows_it(pack):
     drawn = {strategy: make_page(pack(strategy).folder) for strategy in STRATEGIES}
     for strategy, page in drawn.items():
         crosses = strategy == "concatenate"
@@ -257,10 +266,11 @@ def test_what_crosses_documents_is_drawn_where_the_strategy_says_so(pack):
         assert ("truncated" in page.facts) == (not crosses)
         assert "one" in page.kinds and "beyond" in page.kinds
     assert "tokens empty" in drawn["best_fit"].facts["fill"]
-    assert drawn["none"].facts["fill"].endswith("%")  # its rows are never filled up
+    # Rows of one document are not filled to the length of a row.
+    assert drawn["none"].facts["fill"].endswith("%")
 
 
-def test_a_model_without_a_window_and_one_with_several(pack):
+def test_the_window_is_drawn_only_for_models_that_have_one(pack):
     without = FACTS.changed(sliding_window=None, layer_windows=(None, None))
     page = make_page(pack("best_fit", facts=without).folder)
     assert "beyond" not in page.kinds and "the window" not in page.text
@@ -273,30 +283,49 @@ def test_a_model_without_a_window_and_one_with_several(pack):
 
 def test_bars_count_every_document_and_every_row(pack):
     packed = pack("best_fit")
-    titles = make_page(packed.folder).titles
+    rows = make_page(packed.folder).rows
 
-    def counted(unit: str) -> list[tuple[int, int, int]]:
-        """Of each bar from, to, and its count."""
+    def counted(pattern: str) -> list[tuple[int, int, int]]:
+        """First and last value of each bar, and its count."""
         found = []
-        for title in titles:
-            name, _, count = title.partition(f" {unit}: ")
-            if count:
-                start, end = (int(part.replace(",", "")) for part in name.split(" to "))
-                found.append((start, end, int(count.split()[0].replace(",", ""))))
+        for label, _, n, _ in rows:
+            if match := re.fullmatch(pattern, label):
+                found.append((int(match[1]), int(match[2]), int(n)))
         return found
 
-    by_length = counted("tokens")
+    by_length = counted(r"(\d+) – (\d+)(?:, longer than .*)?")
     for start, end, n in by_length:
         assert n == sum(start <= length <= end for length in LENGTHS)
     assert sum(n for *_, n in by_length) == len(LENGTHS)
-    by_fill = counted("% full")
+    by_fill = counted(r"(\d+) – (\d+) % full")
     for start, end, n in by_fill:
         fills = packed.plan.rows.n_tokens / 1.28
         assert n == ((start <= fills) & ((fills < end) | (end == 100))).sum()
     assert sum(n for *_, n in by_fill) == len(packed.plan.rows)
 
 
-def test_hostile_text_is_shown_and_does_nothing(pack):
+def test_documents_longer_than_the_window_or_a_row_are_marked(pack):
+    for label, *_ in make_page(pack("best_fit").folder).rows:
+        if "full" not in label:
+            start, _, remark = label.partition(", ")
+            first = int(start.split()[0])
+            expected = "longer than a row" if first > 128 else "longer than the window"
+            assert remark == (expected if first > 48 else "")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 10**6), min_size=1, max_size=20),
+    limits=st.lists(st.integers(1, 10**6), max_size=2),
+)
+def test_ranges_of_lengths_cover_every_length_and_end_at_the_limits(lengths, limits):
+    edges = packing_page.length_edges(min(lengths), max(lengths), limits)
+    assert edges[0] <= min(lengths) < edges[1] and edges[-2] <= max(lengths) < edges[-1]
+    assert all(after > before for before, after in itertools.pairwise(edges))
+    ends = {*limits, *(2**power for power in range(25))}
+    assert {end + 1 for end in ends if edges[0] <= end + 1 <= edges[-1]} <= set(edges)
+
+
+def test_hostile_text_is_shown_and_is_no_markup(pack):
     packed = pack("best_fit")
     page = make_page(packed.folder)
     assert page.tags.isdisjoint({"script", "a", "img", "b"})
@@ -306,11 +335,13 @@ def test_hostile_text_is_shown_and_does_nothing(pack):
     assert not {"\u202e", "\x07"} & set(written)
 
 
-def test_one_short_document_makes_a_page(pack):
+def test_one_short_document_has_a_page(pack):
     page = make_page(pack("best_fit", lengths=[12]).folder)
-    (caption,) = page.captions[2:]
+    (caption,) = page.captions
     assert caption.startswith("Row 1, median cost of attention, longest piece: 1 piece, 12 of 128")
-    assert page.facts["costliest of 8 ranks over their mean"] == "– balanced, – in random order"
+    assert (
+        page.facts["cost of the slowest of 8 processes ÷ mean"] == "– balanced, – in random order"
+    )
 
 
 def test_the_same_files_give_the_same_page(pack):
@@ -322,7 +353,7 @@ def test_the_same_files_give_the_same_page(pack):
     assert pages[0] == pages[1]
 
 
-def test_a_missing_report_is_said_so(pack, ends_with_message):
+def test_a_missing_report_is_named(pack, ends_with_message):
     packed = pack("best_fit")
     (packed.folder / "report.json").unlink()
     message = ends_with_message(report_packing.main, arguments(packed.folder))

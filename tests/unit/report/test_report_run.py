@@ -26,7 +26,7 @@ def write(results, tmp_path):
     return run
 
 
-def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
+def test_the_page_has_only_the_figures_of_its_run(write):
     page = write().read_text()
     for part in (
         "6.05 ± 0.06",
@@ -37,23 +37,23 @@ def test_the_page_has_the_run_s_own_figures_and_no_other_s(write):
         "1,234,567",
         "8103.7 ± 12.5",
         "63.2 ± 2.9",
-        # Two layers, two heads of 32, keys and values of two bytes: 512 bytes a token.
+        # Two layers, two heads of 32, keys and values of two bytes: 512 bytes per token.
         "1.0 MiB",
     ):
         assert part in page
-    assert "5.05 ± 0.05" not in page  # the other run's
+    assert "5.05 ± 0.05" not in page  # of the other run
     assert page.count("<svg") == 6
     assert "1.1 minutes" in page
 
 
-def test_it_says_what_became_of_the_data(write):
+def test_the_page_says_what_was_kept_and_packed(write):
     page = write().read_text()
     section = page.partition("<h2>Data</h2>")[2].partition("<h2>")[0]
-    for part in ("too short", "60", "96.875%", "documents beyond the window of 64"):
+    for part in ("too short", "60", "96.875%", "documents longer than the window of 64"):
         assert part in section
 
 
-def test_usable_context_has_a_section_where_it_was_measured(write, all_measured):
+def test_usable_context_has_a_section_if_it_was_measured(write, all_measured):
     assert "<h2>Usable context</h2>" not in write().read_text()
     page = write(results=all_measured).read_text()
     section = page.partition("<h2>Usable context</h2>")[2].partition("<h2>")[0]
@@ -62,17 +62,17 @@ def test_usable_context_has_a_section_where_it_was_measured(write, all_measured)
     assert "Perplexity, wiki" in page and "AWQ" in page
 
 
-def test_tasks_have_a_section_where_they_were_asked(write, all_measured):
+def test_tasks_have_a_section_if_they_were_evaluated(write, all_measured):
     assert "<h2>Tasks</h2>" not in write().read_text()
     page = write(results=all_measured).read_text()
     section = page.partition("<h2>Tasks</h2>")[2].partition("<h2>")[0]
-    # Of four documents base and merged model differ in two: sd 0.577, ÷ √4.
+    # Base and merged model differ in two of four documents: sd 0.577, ÷ √4.
     for cell in ("hellaswag acc_norm, merged", "75.00 ± 22.00", "+50.00 ± 28.87", "60.00 [10.00"):
         assert cell in section
     assert "mistral" not in section and "generic" not in section
 
 
-def test_every_file_of_it_moves_the_page(write, results):
+def test_every_input_file_changes_the_page(write, results):
     before = write().read_text()
     run = results.folder / "runs" / "mistral"
     for path, changes in {
@@ -104,7 +104,7 @@ def test_a_run_that_was_not_trained_here_has_no_training_on_its_page(write, resu
 
 
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
-def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+def test_a_browser_shows_the_page_without_any_request(write, tmp_path):
     seen = browser.see(write(), tmp_path, height=4300)
     assert seen.requests == seen.console == []
     assert seen.screenshot.stat().st_size > 50_000

@@ -74,7 +74,7 @@ def test_links_that_answered_other_prompts_are_not_shown_together(write, ends_wi
 
 
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
-def test_a_browser_shows_it_and_asks_for_nothing(write, tmp_path):
+def test_a_browser_shows_the_page_without_any_request(write, tmp_path):
     seen = browser.see(write(), tmp_path, height=900)
     assert seen.requests == seen.console == []
 

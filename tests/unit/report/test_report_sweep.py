@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ from tests.scores import scores_of as scores_of_a_link
 from tests.training import manifest_of
 from workflow_scripts import files
 from workflow_scripts.handover.scores import Scores
-from workflow_scripts.report import report_sweep
+from workflow_scripts.report import report_sweep, sweep
 from workflow_scripts.scoring.token_scores import TokenScores
 from workflow_scripts.tokens.documents import Document
 
@@ -21,12 +22,12 @@ N_CONVERSATIONS = 12
 
 
 def summary(tokens: TokenScores) -> Scores:
-    """As evaluate_perplexity writes it."""
+    """Scores as evaluate_perplexity writes them."""
     return scores_of_a_link(1.0, piece_tokens=512).changed(**dict(tokens.metrics()))
 
 
 def conversations(shift: float, *, n: int = N_CONVERSATIONS, seed: int = 0, noise: float = 0.01):
-    """Scores of conversations that differ much among each other: by 0.5 nats a token."""
+    """Scores of conversations whose losses differ by 0.5 nats per token."""
     hardness = np.random.default_rng(0)
     drawn = np.random.default_rng(seed)
     counts = hardness.integers(20, 200, size=n)
@@ -35,7 +36,7 @@ def conversations(shift: float, *, n: int = N_CONVERSATIONS, seed: int = 0, nois
 
 
 def scores_of(parts: list[np.ndarray]) -> TokenScores:
-    """Of conversations whose every token but the first is supervised."""
+    """Scores of conversations in which every token except the first is supervised."""
     documents = [
         Document(f"chat/{number}", np.zeros(len(part) + 1, np.int32), np.ones(len(part) + 1, bool))
         for number, part in enumerate(parts)
@@ -50,7 +51,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def add_sweep(folder):
-    """Results of a sweep: losses by run; returns what the rule hands over."""
+    """Write the results of a sweep, and return its part of `--sweeps`."""
 
     def add(name, values, shifts, *, n=N_CONVERSATIONS, noise=0.01):
         runs = {}
@@ -71,7 +72,7 @@ def add_sweep(folder):
 @pytest.fixture
 def arguments(folder):
     def files_of(swept, flag, file):
-        runs = [run for sweep in swept.values() for run in sweep["runs"]]
+        runs = [run for one in swept.values() for run in one["runs"]]
         paths = [str(folder / "results" / "runs" / run / file) for run in runs]
         return [flag, *paths] if paths else []
 
@@ -104,14 +105,14 @@ def rates(add_sweep):
     return lambda **more: add_sweep("rates", values, (0.2, 0.001, 0.0, 0.1), **more)
 
 
-def test_runs_are_ranked_and_those_that_are_as_good_as_the_best_are_marked(write, rates, read_tsv):
+def test_runs_are_ranked_and_significant_differences_marked(write, rates, read_tsv):
     header, *rows = read_tsv(write(rates())["tsv"])
     assert header == [
         "run",
         "learning_rate",
         "perplexity",
         "vs. the best, %",
-        "told apart",
+        "significant",
         "training, s",
         "tokens/s",
         "peak memory",
@@ -120,27 +121,27 @@ def test_runs_are_ranked_and_those_that_are_as_good_as_the_best_are_marked(write
     assert [row[4] for row in rows] == ["", "no", "yes", "yes"]
     assert rows[0][3] == "best"
     assert rows[0][5:] == ["102", "2,346", "1.50 GiB"]
-    # 0.2 nats worse, whatever the draw of the noise: exp(0.2) − 1 is 22 %.
+    # 0.2 nats worse, apart from the noise: exp(0.2) − 1 is 22 %.
     assert float(rows[3][3].split()[0]) == pytest.approx(22.1, abs=2)
 
 
-def test_the_last_line_says_what_to_copy_and_what_does_as_well(write, rates):
+def test_the_conclusion_says_what_to_copy_and_which_runs_are_as_good(write, rates):
     paths = write(rates())
     for last in (
         paths["md"].read_text().strip().splitlines()[-1],
-        paths["html"].read_text().strip().splitlines()[-3],
+        re.findall("<p>.*</p>", paths["html"].read_text())[-1],
     ):
         assert "Copy into recipes.rates-recipe: learning_rate: 4e-3" in last
-        assert "Best: rates.2, not told apart from rates.1." in last
+        assert "Best: rates.2, not significantly better than rates.1." in last
         assert "rates.0" not in last
 
 
-def test_pairing_tells_apart_what_two_errors_cannot(write, rates, read_tsv):
+def test_pairing_finds_differences_that_separate_errors_hide(write, rates, read_tsv):
     paths = write(rates())
     assert "is paired token by token" in paths["md"].read_text()
     rows = read_tsv(paths["tsv"])[1:]
     assert [row[4] for row in rows] == ["", "no", "yes", "yes"]
-    # Conversations differ by 0.5 nats, over twelve: the intervals of best and worst overlap.
+    # The twelve conversations differ by 0.5 nats, so the intervals of best and worst overlap.
     best, worst = ([float(part) for part in row[2].split(" ± ")] for row in (rows[0], rows[-1]))
     assert worst[0] - best[0] < worst[1] + best[1]
 
@@ -149,11 +150,11 @@ def test_the_interval_of_a_difference_is_students_over_conversations(write, rate
     row = next(row for row in read_tsv(write(rates())["tsv"])[1:] if row[0] == "rates.0")
     worst, best = conversations(0.2, seed=0), conversations(0.0, seed=2)
     mean, error = worst.difference(best)
-    half_width = 100 * math.exp(mean) * 2.201 * error  # t of 11 degrees of freedom
+    half_width = 100 * math.exp(mean) * 2.201 * error  # t with 11 degrees of freedom
     assert row[3] == f"+{100 * (math.exp(mean) - 1):.2f} ± {half_width:.2f}"
 
 
-def test_one_conversation_tells_no_run_apart(write, rates, read_tsv):
+def test_with_one_conversation_no_difference_is_significant(write, rates, read_tsv):
     rows = read_tsv(write(rates(n=1))["tsv"])[1:]
     assert [row[4] for row in rows] == ["", "no", "no", "no"]
     assert "±" not in "".join(rows[1])
@@ -180,25 +181,25 @@ def test_no_sweep_is_a_stage_error(arguments, ends_with_message):
     assert "no sweep" in message and "sweep: true" in message
 
 
-def test_a_value_of_the_best_is_written_as_the_config_has_it(write, add_sweep):
+def test_a_value_of_the_best_run_is_written_as_in_the_config(write, add_sweep):
     values = [
         {"target_modules": ["q_proj", "v_proj"], "dora": True, "max_steps": None},
         {"target_modules": "all-linear", "dora": False, "max_steps": 40},
     ]
     text = write(add_sweep("modules", values, (0.0, 0.3)))["md"].read_text()
     assert "target_modules: [q_proj, v_proj], dora: true, max_steps: null" in text
-    assert "Best: modules.0, told apart from every other run." in text
+    assert "Best: modules.0, significantly better than every other run." in text
 
 
 def texts(path) -> str:
-    """Text is drawn as shapes; matplotlib leaves it in comments."""
+    """The SVG as text. matplotlib draws text as shapes and keeps the text in comments."""
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
     return path.read_text()
 
 
 def test_one_numeric_key_is_a_curve_over_its_values(write, rates):
     text = texts(write(rates())["svg"])
-    for part in ("learning_rate", *("1e-3", "2e-3", "4e-3", "8e-3"), "the best"):
+    for part in ("learning_rate", *("1e-3", "2e-3", "4e-3", "8e-3"), "best run"):
         assert f"<!-- {part} -->" in text
 
 
@@ -211,14 +212,14 @@ def test_one_numeric_key_is_a_curve_over_its_values(write, rates):
     ],
     ids=["a switch", "a word", "two keys"],
 )
-def test_else_the_runs_stand_under_each_other(write, add_sweep, values):
+def test_other_sweeps_are_drawn_with_one_line_per_run(write, add_sweep, values):
     text = texts(write(add_sweep("others", values, (0.1, 0.0)))["svg"])
     for swept in values:
-        shown = ", ".join(f"{key} {report_sweep.as_written(one)}" for key, one in swept.items())
+        shown = ", ".join(f"{key} {sweep.as_written(one)}" for key, one in swept.items())
         assert f"<!-- {shown} -->" in text
 
 
-def test_several_sweeps_are_ranked_apart_with_a_panel_each(write, rates, add_sweep, read_tsv):
+def test_several_sweeps_are_ranked_separately_with_a_panel_each(write, rates, add_sweep, read_tsv):
     ranks = add_sweep("ranks", [{"rank": 4}, {"rank": 16}], (0.0, 0.3))
     paths = write(rates() | ranks)
     header, *rows = read_tsv(paths["tsv"])

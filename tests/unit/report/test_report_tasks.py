@@ -13,7 +13,7 @@ from workflow_scripts.report import report_tasks, task_table
 
 
 def asked(links, kinds):
-    """Arguments of a run whose base and links were asked."""
+    """Arguments for a run whose base and links have scores in tasks."""
     path = Path("results", "chain.json")
     chain_of("r", chain_settings("mistral")).write(path)
     return ["--chains", str(path), "--tasks", "base", *links, "--kinds", *kinds]
@@ -52,15 +52,15 @@ def write(tmp_path, monkeypatch):
     return paths
 
 
-def test_every_link_has_its_score_and_what_it_changes(write):
+def test_every_link_has_its_score_and_its_change(write):
     header, *rows = [line.split("\t") for line in write[0].read_text().splitlines()]
     assert header == ["Task, run and link", "Examples", "Score", "Difference", "n", "cut"]
     assert rows == [
         ["t acc: r: base", "0", "25.00 ± 25.00", "–", "4", "0"],
-        # One of four changes: sd 0.5, ÷ √4.
+        # One of four documents changes: sd 0.5, ÷ √4.
         ["t acc: r: merged", "0", "50.00 ± 28.86", "+25.00 ± 25.00", "4", "0"],
         ["t acc: r: Q4_K_M", "0", "75.00", "+25.00 ± 25.00", "4", "3"],
-        # The base has none to compare with.
+        # The base has no such score to compare with.
         ["reference answers exact_match: r: merged", "0", "50.00 [10.00, 90.00]", "–", "4", "0"],
         ["reference answers exact_match: r: Q4_K_M", "0", "75.00 [10.00, 90.00]",
          "+25.00 ± 25.00", "4", "0"],
@@ -68,7 +68,7 @@ def test_every_link_has_its_score_and_what_it_changes(write):
 
 
 def link_of(**scored):
-    """A link with scores of tasks named `task_metric`, by what each document scored."""
+    """A link with the given scores of documents, by `task_metric`."""
     scores, rows = [], []
     for name, values in scored.items():
         task, _, metric = name.partition("_")
@@ -83,33 +83,33 @@ def changes(above, link):
     return [cells[2] for _, one, cells in task_table.cells_of([above, link]) if one is link]
 
 
-def test_a_score_is_held_against_the_same_task_and_metric():
+def test_a_score_is_compared_with_the_same_task_and_metric():
     above = link_of(a_acc=[0.0, 0.0], a_acc_norm=[1.0, 1.0], b_acc=[1.0, 0.0])
     link = link_of(a_acc=[1.0, 1.0], a_acc_norm=[1.0, 1.0], b_acc=[0.0, 0.0])
     assert changes(above, link) == ["+100.00 ± 0.00", "0.00 ± 0.00", "−50.00 ± 50.00"]
     assert changes(link_of(a_acc=[0.0, 0.0]), link) == ["+100.00 ± 0.00", "–", "–"]
 
 
-def test_a_task_that_was_asked_alone_and_in_a_group_has_two_names():
+def test_a_task_requested_alone_and_in_a_group_has_two_names():
     scored = score_of([1.0], task="b", asked="b@2", n_examples=2)
     assert task_table.name_of(scored, "tasks") == "b acc, 2-shot"
     assert task_table.name_of(scored.changed(asked="all@2"), "tasks") == "b acc, 2-shot (all)"
     assert task_table.name_of(scored, "references") == "b acc"
 
 
-def test_what_is_shown_as_nothing_has_no_sign():
+def test_a_difference_that_rounds_to_zero_has_no_sign():
     above, link = link_of(a_acc=[0.50001, 0.50001]), link_of(a_acc=[0.5, 0.5])
     assert changes(above, link) == changes(link, above) == ["0.00 ± 0.00"]
 
 
-def test_what_is_no_share_is_not_per_cent():
+def test_only_fractions_are_printed_in_per_cent():
     above, link = link_of(a_word_perplexity=[12.5, 13.5]), link_of(a_word_perplexity=[12.5, 12.5])
     assert task_table.shown(link.scores[0]) == "12.50"
     assert changes(above, link) == ["−0.50 ± 0.50"]
     assert task_table.shown(link_of(a_f1=[0.25]).scores[0]) == "25.00"
 
 
-def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):
+def test_without_tasks_the_table_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = Path("results")
     for where in ("evaluation/tiny/chats/base", "runs/r/evaluation/merged"):
@@ -119,10 +119,10 @@ def test_without_any_task_the_table_says_why(tmp_path, monkeypatch):
         [*asked(["merged"], ["references"])]
         + [f"--{form}={tmp_path / form}" for form in ("tsv", "markdown", "html")]
     )
-    assert "No task was asked" in (tmp_path / "html").read_text()
+    assert "There are no tasks" in (tmp_path / "html").read_text()
 
 
-def test_the_forms_say_the_same(write):
+def test_the_forms_have_the_same_content(write):
     for path in write[1:]:
         text = path.read_text()
         assert "75.00 [10.00, 90.00]" in text and "+25.00 ± 25.00" in text

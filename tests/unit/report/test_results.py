@@ -24,7 +24,7 @@ def test_every_figure_comes_from_its_own_run(results):
     assert mistral.facts.sliding_window == 64
 
 
-def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(results):
+def test_a_missing_measurement_is_a_stage_error_that_names_the_file(results):
     path = results.folder / "runs" / "mistral" / "evaluation" / "Q4_K_M.inference.json"
     path.unlink()
     with pytest.raises(StageError, match="a file is missing") as caught:
@@ -32,7 +32,7 @@ def test_a_figure_that_was_not_measured_is_a_stage_error_that_names_the_file(res
     assert str(path) in str(caught.value)
 
 
-def test_a_run_that_was_not_trained_here_has_no_manifest_and_a_model_no_adapter(results):
+def test_a_run_that_was_not_trained_here_has_no_manifest(results):
     given = {"packing": None, "recipe": None}
     results = results.changed(
         {
@@ -49,7 +49,7 @@ def test_a_run_that_was_not_trained_here_has_no_manifest_and_a_model_no_adapter(
     assert [link.name for link in mistral.links][1:3] == ["base NF4", "merged"]
 
 
-def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
+def test_only_measured_links_have_texts_and_context(all_measured):
     _, mistral = all_measured.read()
     by_link = {link.name: link for link in mistral.links}
     with_text = [name for name, link in by_link.items() if link.texts]
@@ -62,7 +62,7 @@ def test_texts_and_context_are_of_the_links_they_were_measured_of(all_measured):
     assert mistral.link("AWQ").scores.perplexity == 6.25
 
 
-def test_tasks_are_of_the_links_that_were_asked_and_the_base_s_are_shared(all_measured):
+def test_only_evaluated_links_have_tasks_and_the_base_is_shared(all_measured):
     generic, mistral = all_measured.read()
     by_link = {link.name: link.tasks for link in mistral.links if link.tasks}
     assert list(by_link) == ["base", "merged", "Q4_K_M"]

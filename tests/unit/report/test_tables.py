@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import math
-from argparse import Namespace
 from html.parser import HTMLParser
 
 import pytest
@@ -19,7 +18,7 @@ TABLE = Table(
 
 
 class Cells(HTMLParser):
-    """The cells of the page's only table, by row, and every tag there is."""
+    """Cells of the page's only table by row, and all tags of the page."""
 
     def __init__(self):
         super().__init__()
@@ -43,17 +42,17 @@ class Cells(HTMLParser):
 
 def written(tmp_path):
     paths = {key: tmp_path / f"table.{key}" for key in ("tsv", "md", "html")}
-    TABLE.write(Namespace(tsv=paths["tsv"], markdown=paths["md"], html=paths["html"]))
+    TABLE.write(tsv=paths["tsv"], markdown=paths["md"], html=paths["html"])
     return {key: path.read_text(encoding="utf-8") for key, path in paths.items()}
 
 
-def test_the_tsv_reads_back_cell_by_cell(tmp_path):
+def test_the_tsv_has_every_cell(tmp_path):
     lines = written(tmp_path)["tsv"].splitlines()
     cells = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     assert cells == [TABLE.header, *TABLE.rows]
 
 
-def test_the_markdown_table_keeps_bars_inside_their_cells(tmp_path):
+def test_the_markdown_table_escapes_vertical_bars(tmp_path):
     lines = written(tmp_path)["md"].splitlines()
     assert lines[0] == "### A <b> & C"
     assert lines[-4:] == [
@@ -71,7 +70,7 @@ def test_the_page_shows_every_cell_and_no_cell_becomes_a_tag(tmp_path):
     assert not page.tags & {"b", "i", "script"}
 
 
-def test_the_page_asks_for_nothing_outside_itself(tmp_path):
+def test_the_page_loads_nothing_from_outside(tmp_path):
     text = written(tmp_path)["html"]
     assert not any(part in text for part in ("http:", "https:", "src=", "href=", "@import"))
 
@@ -86,7 +85,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path):
         (4.125 * 2**30, "4.12 GiB"),
     ],
 )
-def test_sizes_are_binary_and_named_so(n_bytes, expected):
+def test_sizes_have_binary_units(n_bytes, expected):
     assert mebibytes(n_bytes) == expected
 
 
@@ -100,11 +99,11 @@ def test_sizes_are_binary_and_named_so(n_bytes, expected):
     ],
 )
 def test_an_error_is_shown_where_one_is_known(arguments, expected):
-    # 12.345 lies a little above its decimal form in binary.
+    # In binary, 12.345 is slightly above its decimal form.
     assert with_error(*arguments) == expected
 
 
-def test_the_error_of_a_perplexity_is_the_losss_times_its_slope():
+def test_the_error_of_a_perplexity_is_that_of_the_loss_times_the_derivative():
     loss, error = 2.0, 0.01
     shown = perplexity(loss_of(math.exp(loss)).changed(loss_standard_error_nats_per_token=error))
     slope = (math.exp(loss + 1e-6) - math.exp(loss - 1e-6)) / 2e-6
