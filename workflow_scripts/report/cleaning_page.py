@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from workflow_scripts import pages
-from workflow_scripts.chats.conversations import RejectedRow
+from workflow_scripts.chats.rejections import RejectedRow
 from workflow_scripts.handover.cleaning import CleaningReport, SourceCounts
 
 N_SAMPLES = 10  # of each reason

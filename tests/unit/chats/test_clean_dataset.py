@@ -434,5 +434,5 @@ def test_a_dataset_without_training_rows_stops_the_stage(tmp_path):
 
 
 def test_files_without_a_record_stop_the_stage(tmp_path):
-    with pytest.raises(StageError, match="the dataset holds no record"):
+    with pytest.raises(StageError, match="the dataset has no records"):
         clean([], tmp_path)

@@ -14,8 +14,16 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 
-from workflow_scripts.chats import conversations, schemas, sources
-from workflow_scripts.chats.conversations import Rejected, choose_split, parse
+from workflow_scripts.chats import (
+    conversations,
+    message_text,
+    records as chat_records,
+    schemas,
+    tool_calls as calls_of_tools,
+)
+from workflow_scripts.chats.conversations import parse
+from workflow_scripts.chats.rejections import Rejected
+from workflow_scripts.chats.splits import conversation_id
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings
 
@@ -518,77 +526,25 @@ def test_what_was_mended_needs_no_mending_again(record):
     assert (again.messages, again.tools, again.corrections) == (once.messages, once.tools, [])
 
 
-# Identity and split
-
-
 @given(one=records, other=records)
 @ACCEPTED_ALONE
 def test_equal_content_has_equal_ids_and_only_that(one, other):
     one, other = accepted(one), accepted(other)
-    identities = [conversations.conversation_id(each.messages, each.tools) for each in (one, other)]
+    identities = [conversation_id(each.messages, each.tools) for each in (one, other)]
     is_equal = (one.messages, one.tools) == (other.messages, other.tools)
     assert (identities[0] == identities[1]) == is_equal
 
 
-def test_tools_and_weights_are_part_of_the_id():
-    variants = [chat(U, A), chat(U, A, tools=[tool()]), chat(U, {**A, "weight": 1}), chat(U, A, A)]
-    read = [parse(variant, AUTO, strip) for variant in variants]
-    assert len({conversations.conversation_id(each.messages, each.tools) for each in read}) == 4
+# What data/README.md says
 
 
-def test_the_order_of_keys_does_not_change_the_id():
-    turned = chat(*(dict(reversed(m.items())) for m in (U, {**A, "weight": 1})))
-    read = [parse(each, AUTO, strip) for each in (chat(U, {**A, "weight": 1}), turned)]
-    one, other = (conversations.conversation_id(each.messages) for each in read)
-    assert one == other
-
-
-@given(key=texts, validation=st.floats(0, 0.5), test=st.floats(0, 0.5))
-def test_a_split_without_a_share_gets_nothing(key, validation, test):
-    def split(validation, test):
-        return choose_split(key, validation_fraction=validation, test_fraction=test)
-
-    assert split(validation, 0.0) != "test"
-    assert split(0.0, test) != "validation"
-    assert split(0.0, 0.0) == "train"
-    assert split(0.0, 1.0) == "test"
-    assert split(1.0, 0.0) == "validation"
-
-
-@given(key=texts, validation=st.floats(0, 0.5), test=st.floats(0, 0.5), more=st.floats(0, 0.5))
-def test_a_larger_test_share_takes_nothing_out_of_it(key, validation, test, more):
-    assume(test + more <= 0.5)
-    if choose_split(key, validation_fraction=validation, test_fraction=test) == "test":
-        assert (
-            choose_split(key, validation_fraction=validation, test_fraction=test + more) == "test"
-        )
-
-
-@pytest.mark.parametrize(("validation", "test"), [(0.05, 0.05), (0.2, 0.1), (0.0, 0.3)])
-def test_splits_are_as_large_as_asked(validation, test):
-    n_keys = 20_000
-    splits = [
-        choose_split(f"question {number}", validation_fraction=validation, test_fraction=test)
-        for number in range(n_keys)
-    ]
-    expected = {"validation": validation, "test": test, "train": 1 - validation - test}
-    for split, fraction in expected.items():
-        # Four standard deviations of a binomial share; the keys are fixed, so this never flickers.
-        margin = 4 * (fraction * (1 - fraction) / n_keys) ** 0.5
-        assert abs(splits.count(split) / n_keys - fraction) <= margin
-
-
-# What the README says
-
-
-README = Path(sources.__file__).parents[2] / "data" / "README.md"
+README = Path(schemas.__file__).parents[2] / "data" / "README.md"
 
 
 def literals(node_matches) -> set[str]:
     """Texts in the modules that read, where `node_matches` finds one in a node of their syntax."""
-    trees = [
-        ast.parse(Path(module.__file__).read_text()) for module in (sources, schemas, conversations)
-    ]
+    modules = (chat_records, schemas, message_text, calls_of_tools, conversations)
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {text for node in nodes for text in node_matches(node)}
 
@@ -636,7 +592,3 @@ def test_the_readme_s_examples_are_of_the_format_they_stand_for():
     for shape, record in examples:
         assert schemas.raw_chat(json.loads(record), AUTO).shape == shape
         assert parse(json.loads(record), AUTO, strip).corrections == []
-
-
-def test_half_a_character_is_a_key_to_split_by_all_the_same():
-    assert choose_split("\ud800", validation_fraction=0, test_fraction=1) == "test"

@@ -14,7 +14,9 @@ from pyarrow import parquet
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
-from workflow_scripts.chats import fetch_dataset, sources
+from workflow_scripts.chats import hub_dataset
+from workflow_scripts.chats.chunks import read_chunks
+from workflow_scripts.chats.records import parse_chunk
 
 STAGE = "workflow_scripts.chats.fetch_dataset"
 OLD, NEW, BARE, LOST = (digit * 40 for digit in "abcd")
@@ -229,8 +231,8 @@ def test_a_subset_and_a_split_of_parquet_files_are_fetched_alone(fetch, hub):
 def test_messages_of_differing_shape_reach_the_reader_as_they_were_published(fetch, hub):
     fetched = fetch(endpoint=hub, hub="owner/mixed")
     assert fetched.done.returncode == 0, fetched.done.stderr
-    (chunk,) = sources.read_chunks(fetched.rows)
-    texts = [record.content.get("messages") for record in sources.records(chunk)]
+    (chunk,) = read_chunks(fetched.rows)
+    texts = [record.content.get("messages") for record in parse_chunk(chunk)]
     assert [text and json.loads(text) for text in texts] == [row["messages"] for row in MIXED]
 
 
@@ -268,18 +270,18 @@ def test_a_column_that_holds_json_is_written_as_the_text_of_the_whole(tmp_path_f
     features = datasets.Features({"messages": datasets.List(datasets.Json())})
     path = tmp_path_factory.mktemp("rows") / "rows.parquet"
     rows = datasets.Dataset.from_dict({"messages": values}, features=features)
-    fetch_dataset.write_rows(path, rows)
+    hub_dataset.write_rows(path, rows)
     texts = parquet.read_table(path)["messages"].to_pylist()
     assert [json.loads(text) for text in texts] == values
 
 
 def test_bytes_do_not_depend_on_how_the_cache_is_cut(tmp_path):
     # Long enough for several pages, which a writer ends where its input does.
-    rows = chats("cut " * 300, fetch_dataset.ROWS_PER_GROUP + 904)
+    rows = chats("cut " * 300, hub_dataset.ROWS_PER_GROUP + 904)
     parts = [datasets.Dataset.from_list(rows[at : at + 700]) for at in range(0, len(rows), 700)]
     whole, pieces = tmp_path / "whole.parquet", tmp_path / "pieces.parquet"
-    fetch_dataset.write_rows(whole, datasets.Dataset.from_list(rows))
-    fetch_dataset.write_rows(pieces, datasets.concatenate_datasets(parts))
+    hub_dataset.write_rows(whole, datasets.Dataset.from_list(rows))
+    hub_dataset.write_rows(pieces, datasets.concatenate_datasets(parts))
     assert whole.read_bytes() == pieces.read_bytes()
     assert parquet.read_table(whole).to_pylist() == rows
     assert parquet.ParquetFile(whole).num_row_groups == 2

@@ -34,7 +34,7 @@ def test_splits_with_conversations_pass_in_silence():
 
 def test_few_conversations_pass_with_a_warning_in_numbers():
     assert check_splits(report(198, 1, 30), REPORT) == [
-        "found 1 conversations in the validation split: too few to tell runs apart; set"
+        "found 1 conversations in the validation split, too few to tell runs apart; set"
         " validation_fraction: 0.09, which holds out about 21 of 229"
     ]
 
@@ -46,7 +46,7 @@ def test_what_is_held_out_nowhere_may_be_empty():
 @pytest.mark.parametrize(
     ("counts", "parts"),
     [
-        ((10, 0, 1), ["the validation split is empty", "0.05 of 11", "0.55 are to be expected"]),
+        ((10, 0, 1), ["the validation split is empty", "0.05 of 11", "0.55 expected"]),
         ((10, 1, 0), ["the test split is empty", "cleaning.test_fraction"]),
         (
             (10, 0, 0),
@@ -58,7 +58,7 @@ def test_what_is_held_out_nowhere_may_be_empty():
                 "snakemake train",
             ],
         ),
-        ((4, 0, 1), ["add conversations: a split of 5"]),
+        ((4, 0, 1), ["add conversations: 5 are too few"]),
     ],
 )
 def test_an_empty_split_is_refused_with_a_share_that_fills_it(counts, parts):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from workflow_scripts.chats import text_repair
-from workflow_scripts.chats.text_repair import mend_whitespace, repair_unicode
+from workflow_scripts.chats.text_repair import normalize_whitespace, repair_unicode
 
 # Few characters, so that what ftfy looks for comes up: mojibake of both kinds, controls, escapes.
 TROUBLE = st.text(
@@ -90,15 +90,15 @@ def test_a_repaired_text_is_composed_and_has_no_control_character(text):
 @given(text=TEXTS)
 def test_one_pass_equals_ftfy_on_the_whole_text(text):
     """The lines that never reach ftfy are lines it would not have changed."""
-    expected = ftfy.fix_text(text, text_repair._repairs())
+    expected = ftfy.fix_text(text, text_repair.REPAIRS)
     assert text_repair._repair_lines(text) == re.sub("[\x81\x8d\x8f\x90\x9d]", "", expected)
     if text_repair._is_plain(text):
-        assert ftfy.fix_text(text, text_repair._repairs()) == text
+        assert ftfy.fix_text(text, text_repair.REPAIRS) == text
 
 
 @given(text=st.text(st.characters(max_codepoint=127)))
 def test_an_ascii_text_loses_controls_and_line_breaks_alone(text):
-    assert repair_unicode(text) == ftfy.fix_text(text, text_repair._repairs())
+    assert repair_unicode(text) == ftfy.fix_text(text, text_repair.REPAIRS)
 
 
 def test_plain_ascii_is_returned_as_the_same_object():
@@ -130,16 +130,16 @@ WHITE_SPACE = st.text(st.sampled_from("ab \t\n\r\xa0\u3000\u2003"), max_size=30)
 
 @given(text=WHITE_SPACE)
 def test_collapsed_text_has_no_runs_of_blanks_nor_of_empty_lines(text):
-    collapsed = mend_whitespace(text, "collapse")
+    collapsed = normalize_whitespace(text, "collapse")
     assert collapsed.split() == text.split()
     assert "  " not in collapsed and "\n\n\n" not in collapsed
     assert all(line == line.strip() for line in collapsed.split("\n"))
-    assert mend_whitespace(collapsed, "collapse") == collapsed
+    assert normalize_whitespace(collapsed, "collapse") == collapsed
 
 
 @given(text=WHITE_SPACE)
 def test_collapsing_keeps_paragraphs_apart_and_lines_as_lines(text):
-    paragraphs = [part for part in mend_whitespace(text, "collapse").split("\n\n") if part]
+    paragraphs = [part for part in normalize_whitespace(text, "collapse").split("\n\n") if part]
     lines = [" ".join(line.split()) for line in text.strip().split("\n")]
     expected = "\n".join(lines)
     while "\n\n\n" in expected:
@@ -149,9 +149,9 @@ def test_collapsing_keeps_paragraphs_apart_and_lines_as_lines(text):
 
 @given(text=WHITE_SPACE)
 def test_strip_touches_the_ends_alone_and_keep_nothing(text):
-    assert mend_whitespace(text, "strip") == text.strip()
-    assert mend_whitespace(text, "keep") == text
+    assert normalize_whitespace(text, "strip") == text.strip()
+    assert normalize_whitespace(text, "keep") == text
 
 
 def test_collapse_takes_the_indentation_of_code():
-    assert mend_whitespace("def f():\n    return  1\n", "collapse") == "def f():\nreturn 1"
+    assert normalize_whitespace("def f():\n    return  1\n", "collapse") == "def f():\nreturn 1"
