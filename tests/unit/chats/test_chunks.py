@@ -26,7 +26,7 @@ MARK = "\ufeff".encode()
 
 def read(path: Path, **options: int) -> list[Record]:
     chunks = read_chunks(path, **options)
-    # As they go to another process.
+    # Chunks are sent to other processes.
     sent = (pickle.loads(pickle.dumps(chunk)) for chunk in chunks)
     return [record for chunk in sent for record in parse_chunk(chunk)]
 
@@ -163,7 +163,7 @@ def test_a_broken_record_has_a_reason_and_its_text(tmp_path, name, content, reas
     assert ("caf\ufffd" in record.raw) == (b"caf\xe9" in content)
 
 
-def test_what_python_alone_takes_for_json_is_kept(tmp_path):
+def test_values_that_only_python_accepts_as_json_are_kept(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b'{"a": NaN}\n{"a": "\\ud83d"}\n{"a": 123456789012345678901234567890}\n')
     not_a_number, half, large = (record.content["a"] for record in read(path))
@@ -171,7 +171,7 @@ def test_what_python_alone_takes_for_json_is_kept(tmp_path):
     assert (half, large) == ("\ud83d", 123456789012345678901234567890)
 
 
-def test_a_broken_element_costs_no_other_one(tmp_path):
+def test_a_broken_element_does_not_affect_the_others(tmp_path):
     path = tmp_path / "broken.json"
     path.write_bytes(b'[{"a": 1}, {"b": nope}, 3, "x]", [4}, {"c": "\\"}"}]')
     records = read(path)
@@ -179,7 +179,7 @@ def test_a_broken_element_costs_no_other_one(tmp_path):
     assert records[1].raw == '{"b": nope}'
 
 
-def test_a_row_of_parquet_that_is_not_utf8_costs_no_other_one(tmp_path):
+def test_a_parquet_row_that_is_not_utf8_does_not_affect_the_others(tmp_path):
     broken = pa.array([b"a", b"caf\xe9", b"c"]).view(pa.string())
     parquet.write_table(pa.table({"text": broken}), tmp_path / "rows.parquet")
     first, second, third = read(tmp_path / "rows.parquet")
@@ -188,7 +188,7 @@ def test_a_row_of_parquet_that_is_not_utf8_costs_no_other_one(tmp_path):
     assert "caf\ufffd" in second.raw
 
 
-def test_fields_that_a_row_of_parquet_does_not_have_are_absent(tmp_path):
+def test_null_fields_of_a_parquet_row_are_absent(tmp_path):
     rows = [
         {"messages": [{"role": "user", "weight": 1}, {"role": "user"}], "text": None},
         {"messages": None, "text": "a"},
@@ -198,7 +198,7 @@ def test_fields_that_a_row_of_parquet_does_not_have_are_absent(tmp_path):
     assert found == [{"messages": rows[0]["messages"]}, {"text": "a"}]
 
 
-def test_a_value_that_json_has_not_stands_in_the_text_of_a_row(tmp_path):
+def test_a_value_outside_json_is_kept_and_becomes_text_in_the_raw_row(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(as_parquet([{"a": b"\x00", "at": 2**60}]))
     (record,) = read(tmp_path / "rows.parquet")
     assert record.content == {"a": b"\x00", "at": 2**60}
@@ -213,7 +213,7 @@ def test_an_empty_file_has_no_records(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz"])
-def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, suffix):
+def test_a_byte_order_mark_is_not_part_of_the_first_record(tmp_path, suffix):
     base, _, compression = suffix.partition(".gz")
     content = MARK + WRITE[base](SHAPES["prompt_completion"])
     path = tmp_path / f"marked{suffix}"
@@ -235,7 +235,7 @@ PSEUDORANDOM = [{"n": n, "text": str((n * 7919**9) % 10**40)} for n in range(60_
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".csv.gz", ".json.zst", ".parquet"])
-def test_a_file_cut_short_stops_with_the_place(tmp_path, suffix):
+def test_a_truncated_file_stops_with_the_number_of_records_read(tmp_path, suffix):
     base, _, compression = suffix[1:].partition(".")
     content = WRITE[f".{base}"](PSEUDORANDOM)
     whole = COMPRESS[f".{compression}" if compression else ""](content)
@@ -259,14 +259,14 @@ def test_a_file_cut_short_stops_with_the_place(tmp_path, suffix):
         ("twice.csv", b"a,a\n1,2", "two columns of one name"),
     ],
 )
-def test_a_damaged_file_stops_with_its_name(tmp_path, name, content, part):
+def test_the_error_for_a_damaged_file_names_it(tmp_path, name, content, part):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StageError) as caught:
         read(tmp_path / name)
     assert part in str(caught.value) and name in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_a_stage_error(tmp_path):
+def test_a_missing_file_is_a_stage_error(tmp_path):
     with pytest.raises(StageError) as caught:
         read(tmp_path / "nowhere.jsonl")
     for part in ("nowhere.jsonl", "No such file", "to fix:"):
@@ -292,7 +292,7 @@ def test_chunks_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch, suffi
     path.write_bytes(WRITE[suffix](rows))
     chunks = list(read_chunks(path, records_per_chunk=30))
     assert max(len(chunk.numbers) for chunk in chunks) <= 30
-    # The first records are long: a few fill a chunk. Parquet's rows are as long as their mean.
+    # The first records are long, and a few fill a chunk. For Parquet the mean size of a row counts.
     assert len(chunks[0].numbers) <= (30 if suffix == ".parquet" else 5)
     assert sum(len(chunk.numbers) for chunk in chunks) == 100
     again = list(read_chunks(path, records_per_chunk=30))
@@ -327,7 +327,7 @@ objects = st.dictionaries(st.text(max_size=4), json_values, max_size=3)
 
 
 @given(values=st.lists(objects, max_size=6), indent=st.integers(0, 2), block=st.integers(1, 40))
-def test_objects_one_after_the_other_are_told_apart(values, indent, block):
+def test_consecutive_objects_are_separated(values, indent, block):
     texts = [json.dumps(value, indent=indent) for value in values]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks_of_files, "BLOCK_BYTES", block)
@@ -342,7 +342,7 @@ def test_objects_one_after_the_other_are_told_apart(values, indent, block):
 def test_every_line_that_is_not_blank_is_read_with_its_number(written, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     text = b"\n".join(written)
-    # A web page is refused; hypothesis knows how one begins from the code.
+    # A web page is refused. Hypothesis finds in the code how one begins.
     assume(not text.removeprefix(MARK).lstrip().lower().startswith(files.HTML_STARTS))
     path.write_bytes(text)
     marked = written[:1] and written[0].startswith(MARK)
@@ -361,7 +361,7 @@ cells = st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, 
 
 
 @given(rows=st.lists(cells, max_size=5))
-def test_any_cells_of_csv_are_read_back(rows, tmp_path_factory):
+def test_any_csv_cells_are_read_back(rows, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "cells.csv"
     written = [{"a": one, "b": other} for one, other in rows]
     path.write_bytes(as_csv([*written, {"a": "end", "b": ""}]))
@@ -378,7 +378,7 @@ def test_any_cells_of_csv_are_read_back(rows, tmp_path_factory):
         (b"<!DOCTYPE html><html>rate limit</html>", "a web page"),
     ],
 )
-def test_what_stands_in_for_a_file_is_named_before_it_is_read(tmp_path, suffix, content, part):
+def test_a_stand_in_for_a_file_is_reported_before_it_is_read(tmp_path, suffix, content, part):
     path = tmp_path / f"chats{suffix}"
     path.write_bytes(content)
     with pytest.raises(StageError, match=part) as caught:

@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
         ([], []),
     ],
 )
-def test_patterns_stand_for_files_each_once_in_order(folder, patterns, expected):
+def test_patterns_name_files_once_and_in_order(folder, patterns, expected):
     assert sources.expand(patterns) == expected
 
 
@@ -52,7 +52,7 @@ def test_patterns_stand_for_files_each_once_in_order(folder, patterns, expected)
         ("chats/n*", ["format is unknown", "notes.txt"]),
     ],
 )
-def test_a_pattern_without_files_that_can_be_read_is_an_error(folder, pattern, parts):
+def test_a_pattern_without_readable_files_is_an_error(folder, pattern, parts):
     with pytest.raises(StageError) as caught:
         sources.expand(["chats", pattern])
     for part in parts:
@@ -68,7 +68,7 @@ def test_a_pattern_without_files_that_can_be_read_is_an_error(folder, pattern, p
         ("a.parquet", (".parquet", None)),
     ],
 )
-def test_a_format_is_read_off_the_name(name, expected):
+def test_the_name_shows_the_format(name, expected):
     assert sources.file_format(name) == expected
 
 

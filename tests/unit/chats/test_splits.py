@@ -44,7 +44,7 @@ def test_a_split_without_a_share_gets_nothing(key, validation, test):
 
 
 @given(key=keys, validation=st.floats(0, 0.5), test=st.floats(0, 0.5), more=st.floats(0, 0.5))
-def test_a_larger_test_share_takes_nothing_out_of_it(key, validation, test, more):
+def test_a_larger_test_share_removes_nothing_from_the_test_split(key, validation, test, more):
     assume(test + more <= 0.5)
     if choose_split(key, validation_fraction=validation, test_fraction=test) == "test":
         assert (
@@ -53,7 +53,7 @@ def test_a_larger_test_share_takes_nothing_out_of_it(key, validation, test, more
 
 
 @pytest.mark.parametrize(("validation", "test"), [(0.05, 0.05), (0.2, 0.1), (0.0, 0.3)])
-def test_splits_are_as_large_as_asked(validation, test):
+def test_splits_have_the_requested_sizes(validation, test):
     n_keys = 20_000
     splits = [
         choose_split(f"question {number}", validation_fraction=validation, test_fraction=test)
@@ -61,10 +61,10 @@ def test_splits_are_as_large_as_asked(validation, test):
     ]
     expected = {"validation": validation, "test": test, "train": 1 - validation - test}
     for split, fraction in expected.items():
-        # Four standard deviations of a binomial share; the keys are fixed, so this never flickers.
+        # Four standard deviations of a binomial share; the keys are fixed.
         margin = 4 * (fraction * (1 - fraction) / n_keys) ** 0.5
         assert abs(splits.count(split) / n_keys - fraction) <= margin
 
 
-def test_half_a_character_is_a_key_to_split_by_all_the_same():
+def test_a_lone_surrogate_can_be_a_split_key():
     assert choose_split("\ud800", validation_fraction=0, test_fraction=1) == "test"
