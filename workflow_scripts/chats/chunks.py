@@ -1,7 +1,7 @@
 """Chunks of a source file: its records as bytes, cut apart but not yet parsed.
 
 One process cuts, and does little else, so that it can feed many processes that parse (`records`).
-The boundaries of the chunks depend on the file alone.
+The boundaries of the chunks depend only on the file.
 """
 
 from __future__ import annotations

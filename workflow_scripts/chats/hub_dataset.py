@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class HubDataset:
     def locate(cls, hub_id: str, revision: str) -> HubDataset:
         """Return the dataset at the commit that a revision names.
 
-        When it is offline, and after any failed request, `datasets` takes the latest copy in its
+        When offline, and after any failed request, `datasets` takes the latest copy in its
         cache, of any revision (`CachedDatasetModuleFactory`). With one cache per commit it cannot
         take a wrong one.
 
@@ -196,17 +196,15 @@ def _page(hub_id: str) -> str:
     return f"https://huggingface.co/datasets/{hub_id}"
 
 
-@contextmanager
-def _refusals_explained(hub_id: str, revision: str) -> Iterator[None]:
-    with hub.refusals_explained(
+def _refusals_explained(hub_id: str, revision: str) -> AbstractContextManager[None]:
+    return hub.refusals_explained(
         "dataset",
         hub_id,
         page=_page(hub_id),
         key="datasets.<name>.hub",
         revision=revision,
         otherwise="download the dataset's files elsewhere and set `files`",
-    ):
-        yield
+    )
 
 
 @contextmanager

@@ -190,13 +190,11 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
         if domain and (len(domain[1]) == 2 or domain[1].lower() in TOP_LEVEL_DOMAINS):
             local = LOCAL_PART.search(text, max(0, at - 64), at)
             # `git@github.com:owner/name` and `https://user:password@host.com` are not addresses.
-            if local and local[0] != "git" and not _in_url(text, local.start()):
-                yield local.start(), domain.end()
+            if local and local[0] != "git":
+                start = local.start()
+                if not IN_URL.search(text, max(0, start - 64), start):
+                    yield start, domain.end()
         at = text.find("@", at + 1)
-
-
-def _in_url(text: str, position: int) -> bool:
-    return IN_URL.search(text, max(0, position - 64), position) is not None
 
 
 # --- numbers: IBANs, cards, phones ---

@@ -57,15 +57,13 @@ def _matches(pattern: str) -> list[str]:
         return sorted(
             os.path.normpath(path)
             for path in folder.rglob("*")
-            if path.is_file() and _is_known(path) and not _is_hidden(path.relative_to(folder))
+            if path.is_file()
+            and _is_known(path)
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
     # Before globbing, because a name may contain brackets.
     names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     return sorted({os.path.normpath(name) for name in names if os.path.isfile(name)})
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_known(path: Path) -> bool:
