@@ -1,5 +1,5 @@
 rule fetch_dataset:
-    """A dataset of the Hugging Face Hub at one commit, as Parquet."""
+    """Fetch one split of a Hugging Face Hub dataset at one commit, as Parquet."""
     output:
         rows="results/data/{dataset}/hub/{source}/rows.parquet",
         manifest="results/data/{dataset}/hub/{source}/manifest.json",
@@ -22,7 +22,7 @@ rule fetch_dataset:
 
 
 rule clean_dataset:
-    """Keep the usable conversations, reject the rest with reasons, split by a stable hash."""
+    """Keep the usable conversations, reject the rest with a reason, and split by a stable hash."""
     input:
         files=USER_FILES.of_dataset,
         evaluation_files=USER_FILES.held_out_of_dataset,

@@ -1,5 +1,5 @@
 rule build_demo_model:
-    """A small real language model as a Mistral, from weights that `make` downloaded."""
+    """Build a small real language model as a Mistral, from weights that `make` downloaded."""
     output:
         checkpoint=directory("results/models/{model}/checkpoint"),
     log:
@@ -23,7 +23,7 @@ rule build_demo_model:
 
 
 rule build_random_model:
-    """A small Mistral with random weights, for tests."""
+    """Build a small Mistral with random weights, for tests."""
     output:
         checkpoint=directory("results/models/{model}/checkpoint"),
     log:
@@ -46,7 +46,7 @@ rule build_random_model:
 
 
 rule build_demo_dataset:
-    """Chats about the Python standard library, from the interpreter's own docstrings."""
+    """Make chats about the Python standard library, from the running interpreter."""
     output:
         conversations="results/data/{dataset}/source/conversations.jsonl",
     log:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.conftest import REPOSITORY
+from tests.signature_answers import asked_signature, is_right
 from workflow_scripts import files
-from workflow_scripts.demo import signatures
-from workflow_scripts.demo.stdlib_questions import asked_signature
 
 
 class Question(NamedTuple):
@@ -38,7 +37,7 @@ class Answered(NamedTuple):
     def has_right_signature(self) -> bool:
         """Whether a signature was asked for, and the answer's equals `inspect.signature`."""
         name = self.question.asked_signature
-        return name is not None and signatures.is_right(self.text, name)
+        return name is not None and is_right(self.text, name)
 
 
 def questions_of(test: Path, n: int) -> list[Question]:

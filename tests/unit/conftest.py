@@ -248,7 +248,7 @@ CHATS = [
 
 @pytest.fixture(scope="session")
 def chain(make_checkpoint, make_adapter, tokenizer_v3, tmp_path_factory) -> Chain:
-    from workflow_scripts.chats.conversations import clean_schema
+    from workflow_scripts.chats.tables import clean_schema
     from workflow_scripts.merge import merge_adapter
     from workflow_scripts.models import read_model_facts
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer

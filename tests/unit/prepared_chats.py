@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from workflow_scripts import files
-from workflow_scripts.chats.conversations import clean_schema
 from workflow_scripts.chats.messages import SPLITS
+from workflow_scripts.chats.tables import clean_schema
 from workflow_scripts.demo.stdlib_chats import make_chats
 
 

@@ -1,19 +1,21 @@
-"""Cleaning one chunk of records: what a worker of `clean_dataset` does, with no view of the rest.
+"""Cleaning of one chunk of records, which needs no view of the rest of the dataset.
 
-Each record becomes a conversation or a rejection with its reason. What needs the whole dataset
-(duplicates, overlap with held-out text) is decided later from the small arrays that come back; the
-texts wait in scratch files meanwhile, so that memory does not grow with the dataset.
+Each record becomes a conversation or a rejection with its reason. Decisions that need the whole
+dataset (duplicates, overlap with held-out text) are made later, from the small arrays that come
+back. The texts wait in scratch files, so that memory does not grow with the dataset.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+import pyarrow as pa
 
 from workflow_scripts import files
 from workflow_scripts.chats import (
@@ -21,94 +23,78 @@ from workflow_scripts.chats import (
     duplicates,
     languages,
     personal_data,
+    records,
     shingles,
-    sources,
+    splits,
+    tables,
     text_repair,
 )
+from workflow_scripts.chats.chunks import Chunk
 from workflow_scripts.chats.conversations import Conversation
 from workflow_scripts.chats.messages import SPLITS, Message
-from workflow_scripts.chats.rejections import Rejected
+from workflow_scripts.chats.rejections import Rejected, RejectedRow
 from workflow_scripts.settings import CleanDatasetSettings, CleaningSettings, ReadingSettings
 
-if TYPE_CHECKING:
-    import numpy as np
+UNICODE_REPAIRED = "Unicode repaired"
+LEFT_OUT = "left out by its source's weight"
+POSITION = pa.field("position", pa.int32())
+"""Position of a row in its chunk, from 0; only in scratch files."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The scratch files of one chunk, gone when the stage ends."""
+class Shard(NamedTuple):
+    """Paths of the scratch files of one chunk; the stage removes them when it ends."""
 
-    scratch: Path
-    number: int
+    kept: Path
+    """Kept conversations: `clean_schema` and POSITION."""
+    raw: Path
+    """The kept conversations as they were read, in case one is dropped later."""
+    words: Path
+    """Hashes of the words of the kept conversations, as plain uint64."""
+    rejected: Path
+    """Rejected records: `rejected_schema` and POSITION."""
 
-    @property
-    def kept(self) -> Path:
-        """`clean_schema` and `position` in the chunk."""
-        return self.scratch / f"{self.number:07d}.kept.arrow"
-
-    @property
-    def raw(self) -> Path:
-        """The kept conversations as they were read, in case one is dropped later."""
-        return self.scratch / f"{self.number:07d}.raw.arrow"
-
-    @property
-    def words(self) -> Path:
-        """The words of the kept conversations as hashes, plain uint64 one after the other."""
-        return self.scratch / f"{self.number:07d}.words"
-
-    @property
-    def rejected(self) -> Path:
-        """`rejected_schema` and `position`."""
-        return self.scratch / f"{self.number:07d}.rejected.arrow"
+    @classmethod
+    def of(cls, scratch: Path, number: int) -> Shard:
+        names = ("kept.arrow", "raw.arrow", "words", "rejected.arrow")
+        return cls(*(scratch / f"{number:07d}.{name}" for name in names))
 
 
-@dataclass(frozen=True)
-class Task:
-    """One chunk of a source, and where its scratch files go."""
+class Task(NamedTuple):
+    """One chunk of a source, and the scratch files it is cleaned into."""
 
     source: str
-    chunk: sources.Chunk
+    chunk: Chunk
     shard: Shard
 
 
 @dataclass(frozen=True)
 class CleanedChunk:
-    """What the whole needs to know of a chunk; arrays have a row a kept conversation."""
+    """Summary of a cleaned chunk; arrays have one row per kept conversation."""
 
     shard: Shard
     source: str
     source_file: str
     n_read: int
     n_bytes: int
-    """Of the records as they were read."""
+    """Size of the records as read."""
     source_lines: np.ndarray
-    """int64, of `source_file`."""
+    """int64, lines of `source_file`."""
     splits: np.ndarray
-    """uint8, index in SPLITS."""
+    """uint8, indices in SPLITS."""
     digests: np.ndarray
-    """(kept, 2) uint64: equal where conversations say the same."""
+    """(kept, 2) uint64; equal for conversations with equal content."""
     band_keys: np.ndarray
-    """(kept, bands) uint64; no columns where near duplicates are kept."""
+    """(kept, bands) uint64; no columns if near duplicates are kept."""
     word_offsets: np.ndarray
-    """(kept + 1,) int64, where each one's words begin in the shard's."""
+    """(kept + 1,) int64, where the words of each conversation begin in `shard.words`."""
     n_characters: np.ndarray
-    """int64, of all messages."""
+    """int64, characters of all messages."""
     personal_data: Counter[str]
-    """By kind, in what was kept."""
+    """Findings in kept conversations, by kind."""
 
 
-class Place(TypedDict):
-    """Where a record was read."""
-
-    source: str
-    source_file: str
-    source_line: int
-    position: int
-    """In its chunk, from 0."""
-
-
-class KeptRow(Place):
-    """A row of `clean_schema`, as Arrow takes it, and its `position`."""
+class KeptRow(TypedDict):
+    """A row of `clean_schema` and POSITION, as Arrow takes it."""
 
     id: str
     messages: list[Message]
@@ -116,19 +102,15 @@ class KeptRow(Place):
     references: list[str] | None
     n_copies: int
     corrections: list[str]
-
-
-class RejectedRecord(Place):
-    """A row of `rejected_schema`, as Arrow takes it, and its `position`."""
-
-    reason: str
-    detail: str
-    raw: str
+    source: str
+    source_file: str
+    source_line: int
+    position: int
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One conversation that passed, before the whole dataset is looked at."""
+    """One conversation that cleaning kept, before it is compared with the rest of the dataset."""
 
     row: KeptRow
     split: str
@@ -145,45 +127,36 @@ class Cleaner:
         self._reading = settings.sources
 
     def clean(self, task: Task) -> CleanedChunk:
-        """Judge a chunk's records, and leave them in its scratch files."""
-        import numpy as np
-
-        reading = self._reading.get(task.source, ReadingSettings())
+        """Keep or reject each record of a chunk, and write them to its scratch files."""
         kept: list[Kept] = []
         raw: list[str] = []
-        rejected: list[RejectedRecord] = []
-        n_read = n_bytes = 0
-        for position, record in enumerate(sources.records(task.chunk)):
-            n_read += 1
+        rejected: list[dict[str, Any]] = []
+        n_bytes = 0
+        for position, record in enumerate(records.parse_chunk(task.chunk)):
             n_bytes += len(record.raw.encode()) + 1
-            place: Place = {
-                "source": task.source,
-                "source_file": record.source_file,
-                "source_line": record.source_line,
-                "position": position,
-            }
             try:
-                kept.append(self._judge(record, reading, place))
+                kept.append(self._conversation(record, task.source, position))
                 raw.append(record.raw)
             except Rejected as rejection:
-                rejected.append(
-                    {
-                        **place,
-                        "reason": rejection.reason,
-                        "detail": rejection.detail,
-                        "raw": record.raw,
-                    }
-                )
+                place = (task.source, record.source_file, record.source_line)
+                row = RejectedRow(*place, rejection.reason, rejection.detail, record.raw)
+                rejected.append({**row._asdict(), POSITION.name: position})
         words, offsets = self._words(kept)
-        self._write(task.shard, kept, raw, rejected)
         words.tofile(task.shard.words)
+        rows = [one.row for one in kept]
+        for path, content, schema in (
+            (task.shard.kept, rows, tables.clean_schema().append(POSITION)),
+            (task.shard.raw, [{"raw": text} for text in raw], pa.schema([("raw", pa.string())])),
+            (task.shard.rejected, rejected, tables.rejected_schema().append(POSITION)),
+        ):
+            files.write_arrow(path, pa.Table.from_pylist(content, schema=schema), "lz4")
         return CleanedChunk(
             shard=task.shard,
             source=task.source,
             source_file=task.chunk.source_file,
-            n_read=n_read,
+            n_read=len(kept) + len(rejected),
             n_bytes=n_bytes,
-            source_lines=np.array([one.row["source_line"] for one in kept], dtype=np.int64),
+            source_lines=np.array([row["source_line"] for row in rows], dtype=np.int64),
             splits=np.array([SPLITS.index(one.split) for one in kept], dtype=np.uint8),
             digests=np.frombuffer(b"".join(one.digest for one in kept), np.uint64).reshape(-1, 2),
             band_keys=self._band_keys(words, offsets),
@@ -192,52 +165,51 @@ class Cleaner:
             personal_data=sum((one.personal_data for one in kept), Counter()),
         )
 
-    def _judge(self, record: sources.Record, reading: ReadingSettings, place: Place) -> Kept:
-        """One record as a conversation.
+    def _conversation(self, record: records.Record, source: str, position: int) -> Kept:
+        """Return one record as a conversation.
 
         Raises:
             Rejected: with the reason.
         """
         if record.rejection is not None:
             raise record.rejection
-        mended = Mending(self._settings)
-        conversation = conversations.parse(record.content, reading, mended)
+        settings = self._settings
+        reading = self._reading.get(source, ReadingSettings())
+        repair = TextRepair(settings)
+        conversation = conversations.parse(record.content, reading, repair)
         found = self._personal_data(conversation)
         messages = conversation.messages
         text = "\n".join(message.get("content") or "" for message in messages)
-        self._check_length(text)
-        self._check_language(text)
-        conversation_id = conversations.conversation_id(messages, conversation.tools)
-        key = split_key(conversation, self._settings.split_by)
-        split = conversations.choose_split(
-            key,
-            validation_fraction=self._settings.validation_fraction,
-            test_fraction=self._settings.test_fraction,
+        self._check_text(text)
+        conversation_id = splits.conversation_id(messages, conversation.tools)
+        split = splits.choose_split(
+            splits.split_key(conversation, settings.split_by),
+            validation_fraction=settings.validation_fraction,
+            test_fraction=settings.test_fraction,
         )
-        n_copies = 1
-        if split == "train":
-            n_copies = copies(conversation_id, reading.weight)
-            if not n_copies:
-                raise Rejected(LEFT_OUT, f"weight {reading.weight:g}")
+        n_copies = splits.n_copies(conversation_id, reading.weight) if split == "train" else 1
+        if not n_copies:
+            raise Rejected(LEFT_OUT, f"weight {reading.weight:g}")
+        references = conversation.references
+        if references is not None and settings.personal_data == "redact":
+            references = [personal_data.redact(reference)[0] for reference in references]
         row: KeptRow = {
             "id": conversation_id,
             "messages": messages,
             "tools": conversation.tools,
-            "references": self._without_personal_data(conversation.references),
+            "references": references,
             "n_copies": n_copies,
-            "corrections": [*conversation.corrections, *mended.corrections],
-            **place,
+            "corrections": [*conversation.corrections, *repair.corrections],
+            "source": source,
+            "source_file": record.source_file,
+            "source_line": record.source_line,
+            "position": position,
         }
-        return Kept(
-            row=row,
-            split=split,
-            digest=duplicates.normalized_digest(messages, conversation.tools),
-            n_characters=len(text),
-            personal_data=found,
-        )
+        digest = duplicates.normalized_digest(messages, conversation.tools)
+        return Kept(row, split, digest, len(text), found)
 
     def _personal_data(self, conversation: Conversation) -> Counter[str]:
-        """What was found; where the settings say so, it is replaced in the conversation."""
+        """Count personal data, and replace it in the conversation if the settings say so."""
         found: Counter[str] = Counter()
         if self._settings.personal_data == "off":
             return found
@@ -255,70 +227,39 @@ class Cleaner:
                 call["function"]["arguments"] = in_json(call["function"]["arguments"], look)
         return found
 
-    def _without_personal_data(self, references: list[str] | None) -> list[str] | None:
-        """Answers as the conversation itself would have them; what is found in them counts as
-        found there."""
-        if references is None or self._settings.personal_data != "redact":
-            return references
-        return [personal_data.redact(reference)[0] for reference in references]
-
-    def _check_length(self, text: str) -> None:
-        if len(text) < self._settings.min_characters:
+    def _check_text(self, text: str) -> None:
+        """
+        Raises:
+            Rejected: the length or the language is not accepted.
+        """
+        settings = self._settings
+        if len(text) < settings.min_characters:
             raise Rejected("too short", f"{len(text)} characters")
-        limit = self._settings.max_characters
-        if limit is not None and len(text) > limit:
+        if settings.max_characters is not None and len(text) > settings.max_characters:
             raise Rejected("too long", f"{len(text)} characters")
-
-    def _check_language(self, text: str) -> None:
-        if self._settings.languages is None:
-            return
-        language, probability = languages.identify(text)
-        if language not in self._settings.languages:
-            raise Rejected("another language", f"{language} ({probability:.0%})")
+        if settings.languages is not None:
+            language, probability = languages.identify(text)
+            if language not in settings.languages:
+                raise Rejected("another language", f"{language} ({probability:.0%})")
 
     def _words(self, kept: list[Kept]) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the words of all, and where each conversation's begin."""
-        import numpy as np
-
+        """Return hashes of all words, and where those of each conversation begin."""
         if self._settings.near_duplicates is None and self._settings.decontamination is None:
-            return np.empty(0, np.uint64), np.zeros(len(kept) + 1, np.int64)  # nobody asks
+            return np.empty(0, np.uint64), np.zeros(len(kept) + 1, np.int64)  # not needed
         return shingles.word_hashes_by_row(
             [shingles.comparable_text(one.row["messages"]) for one in kept]
         )
 
     def _band_keys(self, words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        import numpy as np
-
         settings = self._settings.near_duplicates
         if settings is None:
             return np.zeros((len(offsets) - 1, 0), dtype=np.uint64)
         hashes, offsets = shingles.ngram_hashes_by_row(words, offsets, settings.shingle_words)
         return duplicates.band_keys(hashes, offsets, threshold=settings.threshold)
 
-    def _write(
-        self, shard: Shard, kept: list[Kept], raw: list[str], rejected: list[RejectedRecord]
-    ) -> None:
-        import pyarrow as pa
 
-        position = pa.field("position", pa.int32())
-        rows = pa.Table.from_pylist(
-            [one.row for one in kept], schema=conversations.clean_schema().append(position)
-        )
-        files.write_arrow(shard.kept, rows, compression="lz4")
-        files.write_arrow(shard.raw, pa.table({"raw": pa.array(raw, pa.string())}), "lz4")
-        files.write_arrow(
-            shard.rejected,
-            pa.Table.from_pylist(rejected, schema=conversations.rejected_schema().append(position)),
-            "lz4",
-        )
-
-
-class Mending:
-    """Repairs the texts of one conversation, and remembers what it did.
-
-    Args:
-        settings: its policies for Unicode and white space.
-    """
+class TextRepair:
+    """Repairs the texts of one conversation by the settings, and records its corrections."""
 
     def __init__(self, settings: CleaningSettings) -> None:
         self._settings = settings
@@ -327,18 +268,14 @@ class Mending:
     def __call__(self, text: str) -> str:
         if self._settings.unicode == "repair":
             repaired = text_repair.repair_unicode(text)
-            if repaired != text and UNICODE_REPAIRED not in self.corrections:
-                self.corrections.append(UNICODE_REPAIRED)
+            if repaired != text:
+                self.corrections = [UNICODE_REPAIRED]
             text = repaired
-        return text_repair.mend_whitespace(text, self._settings.whitespace)
-
-
-UNICODE_REPAIRED = "Unicode repaired"
-LEFT_OUT = "left out by its source's weight"
+        return text_repair.normalize_whitespace(text, self._settings.whitespace)
 
 
 def in_json(text: str, change: Callable[[str], str]) -> str:
-    """A JSON text with every string in it changed; the text itself where nothing changes."""
+    """Apply `change` to every string in a JSON text; an unchanged text keeps its spelling."""
 
     def changed(value: Any) -> Any:
         match value:
@@ -353,31 +290,3 @@ def in_json(text: str, change: Callable[[str], str]) -> str:
     before = json.loads(text)
     after = changed(before)
     return text if after == before else json.dumps(after, ensure_ascii=False)
-
-
-def copies(conversation_id: str, weight: float) -> int:
-    """How often a training conversation is seen: the weight, its fraction decided by the id's hash.
-
-    So a weight of 0.3 keeps the same three in ten however the dataset grows.
-    """
-    digest = hashlib.sha256(f"copies {conversation_id}".encode()).digest()
-    return int(weight) + (int.from_bytes(digest[:8], "big") / 2**64 < weight % 1)
-
-
-def split_key(conversation: Conversation, split_by: str) -> str:
-    """What is hashed to choose a conversation's split.
-
-    Case and white space of a first user turn do not count, so that the same question lies in the
-    same split.
-
-    Raises:
-        Rejected: the split is by a field that the record has not.
-    """
-    if split_by != "first_user_turn":
-        value = conversation.fields.get(split_by)
-        if value is None:
-            raise Rejected("no field to split by", split_by)
-        return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    messages = conversation.messages
-    first = next((one for one in messages if one["role"] == "user"), messages[0])
-    return " ".join((first["content"] or "").casefold().split())

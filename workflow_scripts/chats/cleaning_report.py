@@ -1,32 +1,32 @@
-"""What cleaning did, in numbers: counted from the tables as they are written."""
+"""Counts for the cleaning report, taken from the tables while they are written."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from workflow_scripts.chats import languages
+from workflow_scripts.chats.cleaning import CleanedChunk
 from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Characters of a conversation: below 16, then every doubling to a million, then more.
 CHARACTER_EDGES = (0, *(2**power for power in range(4, 21)))
-# Identifying one takes about a millisecond: enough of them for a share to a few per cent.
+# Identifying a conversation takes about a millisecond; this sample gives shares to a few per cent.
 N_LANGUAGE_SAMPLE = 1000
 LANGUAGE_SAMPLE_CHARACTERS = 2000
 
 
 class CleaningCounts:
-    """Counts of one dataset, as its chunks pass.
+    """Counts of one dataset, updated chunk by chunk.
 
     Args:
-        weights: of each source.
-        n_kept: conversations that will be counted, to spread the sample of languages over them.
+        weights: weight of each source.
+        n_kept: conversations that will be counted; the language sample is spread over them.
     """
 
     def __init__(self, weights: Mapping[str, float], *, n_kept: int) -> None:
@@ -48,28 +48,22 @@ class CleaningCounts:
         self._n_counted = 0
 
     def count_chunk(
-        self,
-        source: str,
-        *,
-        n_read: int,
-        n_characters: np.ndarray,
-        personal_data: Mapping[str, int],
+        self, chunk: CleanedChunk, n_characters: np.ndarray, rejected: pa.Table
     ) -> None:
-        """What was read of one chunk.
+        """Count what was read and rejected of one chunk.
 
         Args:
-            n_characters: (conversations kept in the end,) of all messages.
-            personal_data: findings by kind.
+            n_characters: (conversations kept after the selection,) characters of all messages.
+            rejected: `rejected_schema`, dropped conversations included.
         """
-        self._n_read[source] += n_read
+        self._n_read[chunk.source] += chunk.n_read
         bins = np.searchsorted(CHARACTER_EDGES, n_characters, side="right") - 1
         self._characters += np.bincount(bins, minlength=len(CHARACTER_EDGES))
-        self._personal_data.update(personal_data)
+        self._personal_data.update(chunk.personal_data)
+        self._reasons.update(_counts(rejected["reason"]))
 
     def count_kept(self, split: str, rows: pa.Table) -> None:
-        """Conversations of one split, as they are written (`clean_schema`)."""
-        import pyarrow.compute as pc
-
+        """Count conversations of one split (`clean_schema`)."""
         self._n_by_split[split] += len(rows)
         self._n_kept.update(_counts(rows["source"]))
         if split == "train":
@@ -86,12 +80,8 @@ class CleaningCounts:
             text = "\n".join(message["content"] or "" for message in messages)
             self._languages[languages.identify(text[:LANGUAGE_SAMPLE_CHARACTERS])[0]] += 1
 
-    def count_rejected(self, rows: pa.Table) -> None:
-        """What was rejected or dropped (`rejected_schema`)."""
-        self._reasons.update(_counts(rows["reason"]))
-
     def report(self, held_out_fractions: Mapping[str, float]) -> CleaningReport:
-        """Everything counted.
+        """Return the counts as a report.
 
         Args:
             held_out_fractions: shares of `validation` and `test` in the config.
@@ -133,6 +123,4 @@ class CleaningCounts:
 
 
 def _counts(values: pa.Array | pa.ChunkedArray) -> dict[Any, int]:
-    import pyarrow.compute as pc
-
     return {count["values"]: count["counts"] for count in pc.value_counts(values).to_pylist()}

@@ -1,8 +1,8 @@
-"""Contamination: how much of a training conversation is held-out text, or of that is in it.
+"""Contamination: the overlap of training conversations with held-out text.
 
-A model that has seen what it is measured on is measured on its memory. As in GPT-3 (Brown et al.,
+A model that was trained on held-out text is measured on its memory. As in GPT-3 (Brown et al.,
 arXiv:2005.14165, appendix C), n-grams of 13 words are looked up among those of held-out
-conversations, and one that occurs in more than 10 of them is left out: it is boilerplate, and
+conversations. An n-gram that occurs in more than 10 of them is ignored: it is boilerplate, and
 identifies no conversation.
 """
 
@@ -12,49 +12,45 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from workflow_scripts import files
 
-if TYPE_CHECKING:
-    import numpy as np
-
 MOST_CONVERSATIONS = 10
-"""Held-out conversations an n-gram may occur in."""
-# Building sorts a sixteenth of the hashes at a time: sorting takes three times their memory.
+"""Held-out conversations that an n-gram may occur in."""
+# The index is built from a sixteenth of the hashes at a time: sorting takes 3 times their memory.
 RANGE_BITS = 4
 BITS_PER_NGRAM = 16
-SMALLEST_BITMAP = 16  # as a power of two, bits
-# With 16 to 32 bits an n-gram, at two places each, 1 in 75 or fewer absent ones must be searched
-# for; a search among 45 million costs 26 cache misses.
+SMALLEST_BITMAP = 16  # bits, as a power of two
+# With 16 to 32 bits per n-gram and two places each, at most 1 in 75 absent n-grams is searched for;
+# a search among 45 million costs 26 cache misses.
 N_PLACES = 2
 
 
 @dataclass(frozen=True)
 class NgramIndex:
-    """The n-grams of held-out conversations, by hash. Written once, then mapped by every process.
+    """Hashes of the n-grams of held-out conversations; written once, then mapped by every process.
 
-    A bitmap answers for most hashes that are not there; the rest are searched for.
+    A bitmap excludes most hashes that are absent; the others are searched for.
     """
 
     hashes: np.ndarray
-    """(occurrences,) uint64, ascending: an n-gram once for each entry that has it."""
+    """(occurrences,) uint64, ascending: an n-gram once per entry that contains it."""
     entries: np.ndarray
     """(occurrences,) uint32: that entry."""
     n_ngrams: np.ndarray
-    """(entries,) uint32: distinct n-grams of each, boilerplate included."""
+    """(entries,) uint32: distinct n-grams of each entry, boilerplate included."""
     bitmap: np.ndarray
-    """uint8; a power of two of bits."""
+    """uint8; its number of bits is a power of two."""
 
     @classmethod
     def build(cls, conversations: Iterable[np.ndarray]) -> NgramIndex:
-        """An index of the held-out conversations' n-gram hashes.
+        """Build the index.
 
         Args:
-            conversations: `ngram_hashes` of each; entry i is the i-th of them.
+            conversations: `ngram_hashes` of each held-out conversation; entry i is the i-th.
         """
-        import numpy as np
-
         collected = [np.empty(0, np.uint64), *map(np.unique, conversations)]
         n_ngrams = np.array([len(ngrams) for ngrams in collected[1:]], np.uint32)
         ends = np.cumsum(n_ngrams, dtype=np.int64)
@@ -71,34 +67,29 @@ class NgramIndex:
         return cls(ordered, entries, n_ngrams, _bitmap(ordered))
 
     def save(self, folder: Path) -> None:
-        import numpy as np
-
         for name in FIELDS:
             with files.atomic_file(folder / f"{name}.npy") as temporary:
                 np.save(temporary, getattr(self, name))
 
     @classmethod
     def load(cls, folder: Path) -> NgramIndex:
-        """The index mapped into memory, which processes share."""
-        import numpy as np
-
-        # As plain arrays: indexing np.memmap costs a microsecond a call more.
+        """Map a saved index into memory, which processes share."""
+        # Plain arrays, because indexing np.memmap takes a microsecond longer per call.
         return cls(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in FIELDS))
 
     def overlaps(self, ngrams: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """For each conversation the larger of two shares: of its n-grams, repeats counted, those
-        that held-out text has; and of one held-out entry's distinct n-grams, those that it has.
+        """Return the overlap of each conversation: the larger of two shares.
 
-        The second finds a short question of a benchmark within a long conversation.
+        The first is the share of its n-grams, repeats counted, that held-out text contains. The
+        second is the share of one held-out entry's distinct n-grams that it contains, which finds
+        a short benchmark question in a long conversation.
 
         Args:
-            ngrams: uint64, of all conversations, one after the other.
-            offsets: (conversations + 1,) where each one's begin.
+            ngrams: uint64 hashes of all conversations, one after the other.
+            offsets: (conversations + 1,) where the hashes of each conversation begin.
         Returns:
             (conversations,) float64.
         """
-        import numpy as np
-
         n_conversations = len(offsets) - 1
         asked = self._maybe_known(ngrams)
         starts = np.searchsorted(self.hashes, ngrams[asked])
@@ -108,10 +99,10 @@ class NgramIndex:
         rows = np.searchsorted(offsets, asked, side="right") - 1
         n_found = np.bincount(rows, minlength=n_conversations)
         shares = n_found / np.maximum(np.diff(offsets), 1)
-        # What a conversation has of an entry counts once, however often it says it.
+        # An n-gram of an entry counts once, even if the conversation repeats it.
         _, once = np.unique(rows * len(self.hashes) + starts, return_index=True)
         rows, starts, counts = rows[once], starts[once], counts[once]
-        # Every entry of every n-gram found: a run of counts[i] positions from starts[i].
+        # The entries of n-gram i are the counts[i] positions from starts[i].
         runs = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         n_entries = len(self.n_ngrams)
         pairs, n_shared = np.unique(
@@ -122,9 +113,7 @@ class NgramIndex:
         return shares
 
     def _maybe_known(self, ngrams: np.ndarray) -> np.ndarray:
-        """Positions of the n-grams, without most of those that no entry has."""
-        import numpy as np
-
+        """Return the positions of the n-grams, without most of those that are in no entry."""
         positions = np.arange(len(ngrams))
         for choice in range(N_PLACES):
             places = _place(ngrams[positions], choice, self.bitmap)
@@ -139,14 +128,12 @@ FIELDS = tuple(field.name for field in dataclasses.fields(NgramIndex))
 def _identifying(
     hashes: np.ndarray, ends: np.ndarray, low: int, high: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The hashes from `low` to `high`, ascending, that stand in few enough entries, and these.
+    """Return the hashes from `low` to `high` without boilerplate, ascending, and their entries.
 
     Args:
-        hashes: of all entries, one after the other, each once in an entry.
+        hashes: hashes of all entries, one after the other, each once per entry.
         ends: where each entry's hashes end.
     """
-    import numpy as np
-
     positions = np.flatnonzero((hashes >= low) & (hashes <= high))
     entries = np.searchsorted(ends, positions, side="right").astype(np.uint32)
     order = np.argsort(hashes[positions], kind="stable")  # within a hash, entries ascend as before
@@ -157,9 +144,7 @@ def _identifying(
 
 
 def _bitmap(hashes: np.ndarray) -> np.ndarray:
-    """A Bloom filter of the hashes (Bloom, 1970): for each, the bits at its places are set."""
-    import numpy as np
-
+    """Return a Bloom filter of the hashes (Bloom, 1970): the bits at their places are set."""
     n_bits = max(SMALLEST_BITMAP, (BITS_PER_NGRAM * len(hashes) - 1).bit_length())
     bitmap = np.zeros(1 << (n_bits - 3), np.uint8)
     for part in np.array_split(hashes, 1 << RANGE_BITS):
@@ -170,7 +155,7 @@ def _bitmap(hashes: np.ndarray) -> np.ndarray:
 
 
 def _place(hashes: np.ndarray, choice: int, bitmap: np.ndarray) -> np.ndarray:
-    """Which bit of the bitmap is a hash's, by its first bits or by its last ones."""
+    """Return the bit of the bitmap that a hash's first bits (choice 0) or last bits choose."""
     n_bits = 8 * len(bitmap)  # a power of two
     if choice == 0:
         return hashes >> (64 - (n_bits.bit_length() - 1))
@@ -178,7 +163,5 @@ def _place(hashes: np.ndarray, choice: int, bitmap: np.ndarray) -> np.ndarray:
 
 
 def _bit(places: np.ndarray) -> np.ndarray:
-    """Which bit of its byte a place is."""
-    import numpy as np
-
+    """Return the index of a place within its byte."""
     return places.astype(np.uint8) & 7

@@ -1,8 +1,8 @@
-"""Held-out splits: whether the share that a config holds out came to a conversation.
+"""Held-out splits: a check that each split with a share holds a conversation.
 
-A conversation's split is chosen by a hash, so a small dataset may leave a split empty. This is said
-as soon as the sizes are known, with the share that would fill it, and not by a step that fails
-after training. A share of 0 holds nothing out on purpose, and passes here.
+A hash chooses a conversation's split, so a small dataset may leave a split empty. The check reports
+this as soon as the sizes are known, together with a share that would fill the split; otherwise a
+step after training would fail. A share of 0 holds nothing out on purpose, and passes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from workflow_scripts.log import StageError
 
 # With fewer conversations, intervals are wider than most differences between runs.
 USEFUL = 20
-# Chance that the share which a message proposes leaves the split empty all the same.
+# Probability that a split is empty in spite of the proposed share.
 MISSED = 0.05
-# What is held out is not trained on: more than the first is proposed only where a split would else
-# be empty, more than the second never.
+# Held-out conversations are lost to training. A share above the first is proposed only if the split
+# would be empty otherwise, and never one above the second.
 USUAL_SHARE, LARGEST_SHARE = 0.2, 0.3
 HELD_OUT = ("validation", "test")
 
 
 def check_splits(cleaning_report: CleaningReport, where: Path) -> list[str]:
-    """Every split that the config gives a share holds a conversation.
+    """Check that every split with a share holds a conversation.
 
     Args:
-        cleaning_report: without the shares it split by, nothing is checked.
-        where: that file, for messages.
+        cleaning_report: nothing is checked if it does not state the shares.
+        where: path of the report, for messages.
     Returns:
-        Warnings about splits of few conversations.
+        Warnings about splits with few conversations.
     Raises:
         StageError: a split is empty.
     """
@@ -41,22 +41,22 @@ def check_splits(cleaning_report: CleaningReport, where: Path) -> list[str]:
     empty = [split for split in shares if not n_by_split[split]]
     if empty:
         raise StageError(
-            f"the {' and the '.join(empty)} split {'is' if len(empty) == 1 else 'are'} empty: gates"
-            " and scores need conversations to work on",
+            f"the {' and the '.join(empty)} split {'is' if len(empty) == 1 else 'are'} empty, but"
+            " gates and scores need conversations",
             where=f"{where}; datasets.<name>.cleaning."
             + ", ".join(f"{split}_fraction" for split in empty),
             found="; ".join(
-                f"{shares[split]:g} of {n_kept} conversations for {split}, of which"
-                f" {shares[split] * n_kept:.2g} are to be expected and none fell into it"
+                f"a share of {shares[split]:g} of {n_kept} conversations for {split}: about"
+                f" {shares[split] * n_kept:.2g} expected, none assigned"
                 for split in empty
             ),
-            expected=f"at least one in each; from {USEFUL} on, figures tell runs apart",
+            expected=f"at least one in each; {USEFUL} or more to tell runs apart",
             to_fix="; ".join(remedy(split, n_kept, shares[split]) for split in empty)
-            + "; or set it to 0 and build what scores nothing on it: `snakemake export` needs no"
-            " test split, `snakemake train` neither",
+            + "; or set the share to 0 and build only targets that do not score the split:"
+            " `snakemake train` and `snakemake export` need no test split",
         )
     return [
-        f"found {n_by_split[split]} conversations in the {split} split: too few to tell"
+        f"found {n_by_split[split]} conversations in the {split} split, too few to tell"
         f" runs apart; {remedy(split, n_kept, share)}"
         for split, share in shares.items()
         if n_by_split[split] < USEFUL
@@ -66,14 +66,14 @@ def check_splits(cleaning_report: CleaningReport, where: Path) -> list[str]:
 def check_rendered(
     n_cleaned: Mapping[str, int], n_supervised_tokens: Mapping[str, int], where: Path
 ) -> None:
-    """Rendering left every split something to score.
+    """Check that every held-out split still has a token to score after rendering.
 
     Args:
-        n_cleaned: conversations by split, before rendering.
-        n_supervised_tokens: by split, after it.
-        where: the file of rejected conversations, for messages.
+        n_cleaned: conversations of each split before rendering.
+        n_supervised_tokens: supervised tokens of each split after rendering.
+        where: path of the rejected conversations, for messages.
     Raises:
-        StageError: it rejected all conversations of a split.
+        StageError: all conversations of a split were rejected.
     """
     emptied = [split for split in HELD_OUT if n_cleaned[split] and not n_supervised_tokens[split]]
     if emptied:
@@ -81,22 +81,20 @@ def check_rendered(
             f"no conversation of the {' and the '.join(emptied)} split could be rendered",
             where=where,
             found=", ".join(
-                f"{n_cleaned[split]} conversations, none with a token to score" for split in emptied
+                f"{n_cleaned[split]} conversations, none with a supervised token"
+                for split in emptied
             ),
             expected="at least one",
             to_fix="raise datasets.<name>.rendering.max_document_tokens if it rejects them, or hold"
-            " out more",
+            " out more conversations",
         )
 
 
 def remedy(split: str, n_conversations: int, share: float) -> str:
-    """The share to hold out instead, in numbers."""
+    """Return advice on the share to hold out instead."""
     wanted = proposed_share(n_conversations, share)
     if wanted is None:
-        return (
-            f"add conversations: a split of {n_conversations} leaves too little for training and"
-            " scoring both"
-        )
+        return f"add conversations: {n_conversations} are too few for both training and scoring"
     return (
         f"set {split}_fraction: {wanted:g}, which holds out about {wanted * n_conversations:.0f} of"
         f" {n_conversations}"
@@ -104,13 +102,15 @@ def remedy(split: str, n_conversations: int, share: float) -> str:
 
 
 def proposed_share(n_conversations: int, share: float) -> float | None:
-    """The smallest share, in hundredths, that holds out a useful number of conversations; where the
-    dataset is too small for that, one that leaves the split empty with a chance of 5 % at most.
+    """Return the smallest share, in hundredths, that holds out a useful number of conversations.
+
+    If the dataset is too small for that, return a share that leaves the split empty with a
+    probability of at most 5 %.
 
     Args:
-        share: of today.
+        share: the present share.
     Returns:
-        None: the dataset is too small to hold anything out.
+        The share; None if the dataset is too small to hold anything out.
     """
     if not n_conversations:
         return None

@@ -1,6 +1,6 @@
-"""What a chat is made of, in OpenAI's shape: the rows that `clean_dataset` writes.
+"""Messages in OpenAI's shape, as `clean_dataset` writes them.
 
-These are plain dicts: a million conversations pass by, and Arrow and mistral-common take dicts.
+They are plain dicts, because there are millions, and Arrow and mistral-common take dicts.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from typing import NotRequired, TypedDict
 
-# mistral-common's, for the ids of tool calls.
+# The form that mistral-common requires of the id of a tool call.
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 SPLITS = ("train", "validation", "test")
 
 
 class Function(TypedDict):
-    """What a tool call calls."""
+    """The function that a tool call names."""
 
     name: str
     arguments: str
@@ -22,27 +22,27 @@ class Function(TypedDict):
 
 
 class ToolCall(TypedDict):
-    """One call of an answer."""
+    """One tool call of an answer."""
 
     id: str | None
-    """None until `conversations` has filled it in."""
+    """None until `tool_calls.match_results` has filled it in."""
     type: str
     """`function`."""
     function: Function
 
 
 class Message(TypedDict):
-    """One message. A key may be missing where its value is null."""
+    """One message. A key may be absent if its value is null."""
 
     role: str
-    """`system`, `user`, `assistant`, `tool`; or `text`, which is a plain text."""
+    """`system`, `user`, `assistant`, `tool`; or `text`, for a plain text."""
     content: NotRequired[str | None]
     """None in an answer that only calls tools."""
     tool_calls: NotRequired[list[ToolCall] | None]
-    """Calls of an answer."""
+    """Tool calls of an answer."""
     tool_call_id: NotRequired[str | None]
     """The call that a tool's result belongs to."""
     name: NotRequired[str | None]
-    """The function that a tool's result is from."""
+    """The function that a tool's result comes from."""
     weight: NotRequired[int | None]
-    """0 where an answer is not learned."""
+    """0 if the answer is not trained on."""

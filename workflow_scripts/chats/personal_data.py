@@ -1,10 +1,11 @@
 """Personal data: e-mail addresses, phone and card numbers, IBANs and key-like secrets in a text.
 
-Precision comes first: a redacted version number or date damages an answer, so a number without the
-shape or the surroundings of a phone number is left alone. It misses names and postal addresses, and
-phone numbers that look like any number. The libraries that find more cost more:
-phonenumbers' matcher takes 14 ms for a chat of 2.5 KB, detect-secrets 21 ms; this takes 60 µs where
-there is nothing to find, because each pattern waits for a string that all its matches hold.
+Precision comes first: redacting a version number or a date would damage an answer, so a number
+without the shape or the context of a phone number is left alone. Names and postal addresses are not
+found, nor phone numbers that look like any other number. Libraries that find more take longer:
+phonenumbers' matcher takes 14 ms for a chat of 2.5 KB, detect-secrets 21 ms. This module takes
+60 µs if there is nothing to find, because each pattern is tried only if the text contains a string
+that all its matches contain.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A run of characters [start, end) of a text, and what it is: a key of PLACEHOLDERS."""
+    """Personal data at the characters [start, end) of a text."""
 
     kind: str
+    """A key of PLACEHOLDERS."""
     start: int
     end: int
 
 
 def find(text: str) -> list[Finding]:
-    """What a text holds, in its order; findings do not overlap.
+    """Return the personal data in a text, in order and without overlaps.
 
-    Where two patterns claim the same characters, the kind named first in PLACEHOLDERS has them.
+    If two patterns match the same characters, the kind that is first in PLACEHOLDERS wins.
     """
     claims = [("secret", span) for span in _secrets(text)]
     claims += [("email", span) for span in _emails(text)]
@@ -45,8 +47,6 @@ def find(text: str) -> list[Finding]:
         claims += [("iban", span) for span in _ibans(text)]
         claims += [("card", span) for span in _cards(text, numbers)]
         claims += [("phone", span) for span in _phones(text, numbers)]
-    if not claims:
-        return []
     findings: list[Finding] = []
     taken = bytearray(len(text))
     for kind, (start, end) in claims:
@@ -57,7 +57,7 @@ def find(text: str) -> list[Finding]:
 
 
 def redact(text: str) -> tuple[str, Counter[str]]:
-    """The text with placeholders for what was found, and how many of each kind."""
+    """Return the text with placeholders for personal data, and the number of each kind."""
     findings = find(text)
     if not findings:
         return text, Counter()
@@ -72,8 +72,8 @@ def redact(text: str) -> tuple[str, Counter[str]]:
 
 # --- secrets ---
 
-# A character that is soon looked for; a string that every match holds; and the pattern, as its
-# issuer documents it.
+# A character that is quick to search for; a string that every match contains; and the pattern, as
+# the issuer of the token documents it.
 TOKENS = {
     "_": {
         "ghp_": r"ghp_[A-Za-z0-9]{36}",  # GitHub: personal, OAuth, user, server, refresh
@@ -90,7 +90,7 @@ TOKENS = {
         "glpat-": r"glpat-[A-Za-z0-9_-]{20,}",  # GitLab
         "xox": r"xox[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
         "xapp-": r"xapp-[A-Za-z0-9-]{10,}",
-        # OpenAI, Anthropic; what has no digit or capital is a name of many words.
+        # OpenAI, Anthropic; without a digit or a capital it is a name of many words.
         "sk-": r"sk-(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Z])[A-Za-z0-9_-]{20,}",
         "pypi-": r"pypi-[A-Za-z0-9_-]{50,}",
     },
@@ -111,16 +111,16 @@ PRIVATE_KEY = re.compile(
     r"-----END (?:[A-Z]+ )*PRIVATE KEY-----"
 )
 URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]*:([^\s/:@\"'<>]{3,})@")
-# Names a secret is assigned to, in lower case; where one stands, an assignment may follow.
+# Names that secrets are assigned to, in lower case.
 SECRET_NAMES = "password passwd secret token api_key apikey api-key access_key".split()
 ASSIGNMENT = re.compile(
     r"[A-Za-z_-]{0,20}[\"'`]?(?:\s{0,3}(?::=|=>|[:=])\s{0,3}|\s+is\s+)[\"'`]?"
     r"([A-Za-z0-9_+/=.!@#^&*~-]{8,200})(?![A-Za-z0-9_+/=.!@#^&*~(\[{<$%-])",
 )
-# "Summer2024" is one; "128-bit-wide", "settings.api_key2" and "gpt-4-2024" are names.
+# "128-bit-wide", "settings.api_key2" and "gpt-4-2024" are names; "Summer2024" is a secret.
 NAME = re.compile(r"[A-Za-z]*\d*(?:[-_./:@][A-Za-z]*\d*)+")
 STAND_IN = re.compile(r"(?i)example|your|placeholder|changeme|redacted|dummy|xxx|\*\*\*|1234")
-# Bits a character; "password1" has 2.9, a random word of 12 in base 64 about 3.5.
+# Bits per character; "password1" has 2.9, a random word of 12 characters in base 64 about 3.5.
 LEAST_ENTROPY = 3.0
 
 
@@ -141,7 +141,7 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _assigned(text: str) -> Iterator[tuple[int, int]]:
-    """Values assigned to something called a password, a token, a key, if they look random."""
+    """Yield random-looking values that are assigned to a password, a token or a key."""
     lower = text.lower()
     if len(lower) != len(text):  # İ becomes two characters, and positions would shift
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
@@ -174,7 +174,8 @@ IN_URL = re.compile(r"://[^\s/@]*:\Z")
 DOMAIN = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+([A-Za-z]{2,12})(?![\w-])"
 )
-# Beside two letters, a country's: "a@b.shape" is a product of matrices, "icon@2x.png" a file.
+# All two-letter domains of countries count too. "a@b.shape" is a matrix product, "icon@2x.png" a
+# file.
 TOP_LEVEL_DOMAINS = frozenset(
     "com org net edu gov mil int info biz name pro aero coop museum app dev cloud online store shop"
     " site tech blog xyz email agency digital company group team world life live news academy"
@@ -188,19 +189,17 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
         domain = DOMAIN.match(text, at + 1)
         if domain and (len(domain[1]) == 2 or domain[1].lower() in TOP_LEVEL_DOMAINS):
             local = LOCAL_PART.search(text, max(0, at - 64), at)
-            # `git@github.com:owner/name` and `https://user:password@host.com` are no addresses.
-            if local and local[0] != "git" and not _in_url(text, local.start()):
-                yield local.start(), domain.end()
+            # `git@github.com:owner/name` and `https://user:password@host.com` are not addresses.
+            if local and local[0] != "git":
+                start = local.start()
+                if not IN_URL.search(text, max(0, start - 64), start):
+                    yield start, domain.end()
         at = text.find("@", at + 1)
-
-
-def _in_url(text: str, position: int) -> bool:
-    return IN_URL.search(text, max(0, position - 64), position) is not None
 
 
 # --- numbers: IBANs, cards, phones ---
 
-# Where such a number may be; what follows looks nowhere else.
+# Where such a number may be; the other patterns search only there.
 NUMBERS = re.compile(r"\d[\d ().\-\xa0]{5,}\d")
 IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 CARD = re.compile(
@@ -227,7 +226,7 @@ PHONES = tuple(
         r"(?<![\w.]) \(\d{2,5}\)[ ]?\d{3,5}[ -]\d{3,4} (?:[ -]\d{2,4})? (?!\w|[ .-]?\d)",
     )
 )
-# After "call me at" or "Tel.:", any number of a phone's length is one.
+# After "call me at" or "Tel.:", any number as long as a phone number is one.
 CALLED = re.compile(
     r"(?<![a-z])(?:(?:tele|cell)?[ -]?phone|tel|t[eé]l[eé]phone|telefon\w*|tel[eé]fono|mobile?"
     r"|m[oó]vil|celular|cellulare|handy|fax|whatsapp|sms|(?:call|text|ring)(?: me| us)"
@@ -247,7 +246,7 @@ def _ibans(text: str) -> Iterator[tuple[int, int]]:
             if int("".join(str(int(character, 36)) for character in moved)) % 97 == 1:  # ISO 7064
                 yield start, end
                 break
-            end = text.rfind(" ", start, end)  # a word in capitals may have been taken for its end
+            end = text.rfind(" ", start, end)  # its end may be a word in capitals that follows
 
 
 def _cards(text: str, numbers: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -259,14 +258,14 @@ def _cards(text: str, numbers: list[tuple[int, int]]) -> Iterator[tuple[int, int
 
 
 def _luhn(digits: str) -> bool:
-    """Whether the last digit is the checksum of the others (ISO/IEC 7812-1)."""
+    """True if the last digit is the checksum of the others (ISO/IEC 7812-1)."""
     doubled = (sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + sum(doubled)) % 10 == 0
 
 
 def _phones(text: str, numbers: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for start, end in numbers:
-        before = max(0, start - 2)  # "+(" is no digit
+        before = max(0, start - 2)  # "+(" may precede the digits
         for pattern in PHONES:
             for match in pattern.finditer(text, before, end + 2):
                 if _is_phone(match[0]):
@@ -282,6 +281,6 @@ def _is_phone(number: str) -> bool:
     if not (8 if number.startswith("+") else 9) <= len(digits) <= 15:
         return False
     if set(digits) <= set("01") or re.match(r"\d\d-\d\d-\d{4}", number):
-        return False  # binary; a date and an hour
-    # Points stand between all groups or none: "+10.50 12.30" are amounts.
+        return False  # binary digits; a date and an hour
+    # A number has points between all its groups or none: "+10.50 12.30" are amounts.
     return "." not in number or not set(number) & set(" -\xa0")

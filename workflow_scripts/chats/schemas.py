@@ -1,4 +1,4 @@
-"""Shapes of chat records, each turned into OpenAI's `messages`; nothing is judged yet.
+"""Shapes of chat records, each converted to OpenAI's `messages` without further checks.
 
     messages           {"messages": [{"role": "user", "content": …}, …], "tools": [ … ]}
     sharegpt           {"conversations": [{"from": "human", "value": …}, …], "system": …}
@@ -6,9 +6,9 @@
     alpaca             {"instruction": …, "input": …, "output": …}
     text               {"text": …}
 
-A record that fits several is read as the first of them in this order. Any of them may have a
-`reference`: the right answer to its last question, or a list of right ones, which is measured by
-and not trained on.
+A record that fits several shapes is read as the first of them in this order. A record of any shape
+may have a `reference`: the right answer to its last question, or a list of right answers. Answers
+are compared with it; it is not trained on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from workflow_scripts.chats.rejections import Rejected
 if TYPE_CHECKING:
     from workflow_scripts.settings import ReadingSettings
 
-# An object before it is recognized: any keys, and values of any type.
+# A JSON object whose shape is not known yet.
 Json = dict[str, Any]  # untyped: a user's file
-# The role of a plain text, which no message may claim.
+# The role of a plain text; a message of a chat may not have it.
 TEXT = "text"
-# By format, what makes a record one.
+# The fields that a record of each format must have.
 REQUIRED = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -35,7 +35,7 @@ REQUIRED = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-# Other names a field goes by, where `columns` does not say.
+# Other names of a field, unless `columns` gives one.
 ALIASES = {
     "conversations": ("conversation",),
     "prompt": ("question",),
@@ -47,7 +47,7 @@ ALIASES = {
     "role": ("from",),
     "content": ("value",),
 }
-# In any of the shapes: data is often half converted.
+# Accepted in every shape, because data is often only half converted.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -63,29 +63,29 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-# What `columns` may rename within a message.
+# The fields of a message that `columns` may rename.
 MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "weight")
 
 
 class RawChat(NamedTuple):
-    """A record in OpenAI's shape; the values are unchecked, the messages may be anything."""
+    """A record in OpenAI's shape; its values and messages are not checked yet."""
 
     shape: str
     messages: list[Any]
-    """A plain text is one message of the role `text`."""
+    """A plain text is one message with the role `text`."""
     tools: Any
     reference: Any
     fields: Json
-    """The whole record, for what else it holds."""
+    """The whole record, with its other fields."""
 
 
 def raw_chat(content: Any, reading: ReadingSettings) -> RawChat:
-    """A record's messages and tools, whatever shape they have there.
+    """Return a record's messages and tools in OpenAI's shape.
 
     Raises:
-        Rejected: the record has not the shape that is asked for, or none that is known.
+        Rejected: the record does not have the requested shape, or any known one.
     """
-    if isinstance(content, list):  # the messages, with nothing around them
+    if isinstance(content, list):  # bare messages
         content = {reading.columns.get("messages", "messages"): content}
     if not isinstance(content, dict):
         raise Rejected("unknown record shape", json_type(content))
@@ -100,16 +100,16 @@ def raw_chat(content: Any, reading: ReadingSettings) -> RawChat:
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls it, for a rejection's detail."""
+    """Return the name of a value's JSON type, for the detail of a rejection."""
     names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number" if isinstance(value, int | float) else "value")
 
 
 def parsed(value: Any) -> Any:
-    """The list or object that a text spells: a cell of a table holds no other values.
+    """Return the list or object that a text spells, because a cell of a table can only hold text.
 
-    As JSON, or as Python prints it, which is what pandas writes into a CSV file. Anything else
-    stays as it is.
+    The text may be JSON, or Python as pandas writes it into a CSV file. All else is returned
+    unchanged.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
@@ -122,14 +122,14 @@ def parsed(value: Any) -> Any:
 
 
 class _Fields:
-    """A record or a message, asked by our names for its fields."""
+    """A record or a message whose fields are looked up by our names for them."""
 
     def __init__(self, content: Json, columns: Mapping[str, str]) -> None:
         self.content = content
         self.columns = columns
 
     def name(self, field: str) -> str:
-        """What the field is called here."""
+        """Return the name of the field in this record."""
         if self.columns:
             for name in (field, *ALIASES.get(field, ())):
                 if name in self.columns:
@@ -141,11 +141,11 @@ class _Fields:
         return field
 
     def __getitem__(self, field: str) -> Any:
-        """Its value; None where it is absent or null."""
+        """Return the field's value; None if it is absent or null."""
         return self.content.get(self.name(field))
 
     def messages(self, field: str) -> list[Any]:
-        """The messages of a field, their own fields called as in OpenAI's."""
+        """Return the messages of a field, with OpenAI's names for their fields."""
         messages = parsed(self[field])
         if not isinstance(messages, list):
             raise Rejected("messages are no list", f"{self.name(field)}: {json_type(messages)}")
@@ -155,7 +155,7 @@ class _Fields:
         ]
 
     def system(self) -> Iterator[Json]:
-        """The system message that stands beside the others."""
+        """Yield the system message, if a field next to the messages holds one."""
         if not _is_blank(self["system"]):
             yield {"role": "system", "content": self["system"]}
 
@@ -173,7 +173,7 @@ def _message(message: Json, columns: Mapping[str, str]) -> Json:
 
 
 def _spelled_calls(content: Any) -> list[Json]:
-    """Tool calls of ShareGPT, where they are the message's text."""
+    """Return tool calls as ShareGPT writes them, in the text of the message."""
     calls = parsed(content)
     if isinstance(calls, dict):
         calls = [calls]
@@ -201,7 +201,7 @@ def _missing_field(record: _Fields, shape: str) -> str | None:
 
 
 def _is_whole_chat(completion: Any) -> bool:
-    """Preference data often repeats the prompt in `chosen`."""
+    """True if a completion begins with the prompt, as `chosen` of preference data often does."""
     first = completion[0] if isinstance(completion, list) and completion else None
     return isinstance(first, dict) and first.get("role") in ("system", "user")
 
@@ -221,7 +221,7 @@ def _from_prompt_completion(record: _Fields) -> Iterator[Any]:
         yield from record.messages("completion")
         return
     for field, role in (("prompt", "user"), ("completion", "assistant")):
-        # A text stays one, even if it spells a list.
+        # A text remains a text, even if it spells a list.
         if isinstance(record[field], list):
             yield from record.messages(field)
         else:
@@ -238,7 +238,7 @@ def _from_alpaca(record: _Fields) -> Iterator[Any]:
         yield {"role": "assistant", "content": pair[1]}
     question = record["instruction"]
     if not _is_blank(record["input"]):
-        question = [question, record["input"]]  # parts, which a blank line joins
+        question = [question, record["input"]]  # parts, to be joined by a blank line
     yield {"role": "user", "content": question}
     yield {"role": "assistant", "content": record["output"]}
 

@@ -1,8 +1,8 @@
-"""What only the whole dataset can tell: which conversations say the same, or what is held out.
+"""Selection: drops kept conversations that are duplicates, or overlap with held-out text.
 
-Each step drops some of the conversations that cleaning kept. Held-out splits go first: of two that
-say the same, the one in `test` stays, then the one in `validation`, then the earliest, so that
-nothing measured on is trained on.
+Both need a view of the whole dataset. Held-out splits take precedence: of two duplicates the one in
+`test` stays, then the one in `validation`, then the earliest, so that no held-out text is trained
+on.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ TRAIN = SPLITS.index("train")
 
 
 class Selection:
-    """The kept conversations of all chunks in the order they were read, and who is dropped.
+    """The kept conversations of all chunks in the order they were read, and which are dropped.
 
     Args:
-        chunks: what cleaning them gave, in order.
+        chunks: summaries of the cleaned chunks, in order.
     """
 
     def __init__(self, chunks: Sequence[CleanedChunk]) -> None:
         self.starts = np.cumsum([0, *(len(chunk.splits) for chunk in chunks)])
-        """(chunks + 1,) index of each chunk's first conversation; last, how many there are."""
+        """(chunks + 1,) index of each chunk's first conversation; the last is their number."""
         n = int(self.starts[-1])
         self.splits = np.concatenate([chunk.splits for chunk in chunks])
         self.reasons = np.full(n, KEPT, dtype=np.uint8)
-        """(conversations,) KEPT, or a key of REASONS."""
+        """(conversations,) KEPT or a key of REASONS."""
         self.twins = np.full(n, -1, dtype=np.int64)
-        """(conversations,) of a duplicate, the conversation that stays."""
+        """(conversations,) for a duplicate, the conversation that stays; otherwise −1."""
         self.shares = np.zeros(n, dtype=np.float32)
-        """(conversations,) similarity to the twin, or share of n-grams in held-out text."""
+        """(conversations,) similarity to the twin, or overlap with held-out text."""
         self._chunks = chunks
         precedence = np.array([PRECEDENCE.index(split) for split in SPLITS])[self.splits]
         order = np.argsort(precedence, kind="stable")
@@ -56,13 +56,13 @@ class Selection:
         self._rank[order] = np.arange(n)
 
     def place(self, index: int) -> str:
-        """`file:line` of a conversation."""
+        """Return `file:line` of a conversation."""
         number = self._shard_of(index)
         chunk = self._chunks[number]
         return f"{chunk.source_file}:{chunk.source_lines[index - self.starts[number]]}"
 
     def detail(self, index: int) -> str:
-        """What is said of a dropped conversation beside its reason."""
+        """Return the detail that goes with a dropped conversation's reason."""
         if self.reasons[index] == CONTAMINATED:
             return f"{self.shares[index]:.0%} of its n-grams, or of the held-out text's"
         place = self.place(self.twins[index])
@@ -71,7 +71,7 @@ class Selection:
         return f"of {place}"
 
     def drop_exact_duplicates(self) -> None:
-        """Of conversations that say the same but for case and white space, one stays."""
+        """Keep one of each set of conversations that differ only in case and white space."""
         digests = np.concatenate([chunk.digests for chunk in self._chunks])
         twins = duplicates.first_of_equal(digests, self._rank)
         is_dropped = twins >= 0
@@ -79,7 +79,7 @@ class Selection:
         self.reasons[is_dropped] = EXACT_DUPLICATE
 
     def drop_near_duplicates(self, settings: NearDuplicateSettings) -> None:
-        """Of conversations whose word shingles are alike, one stays."""
+        """Keep one of each set of conversations with similar word shingles."""
         left = np.flatnonzero(self.reasons == KEPT)
         band_keys = np.concatenate([chunk.band_keys for chunk in self._chunks])[left]
 
@@ -107,17 +107,17 @@ class Selection:
         scratch: Path,
         n_processes: int,
     ) -> None:
-        """Training conversations that hold too much of what is measured on.
+        """Drop training conversations that overlap with held-out text.
 
         Args:
-            evaluation_texts: of the user's evaluation files, beside the held-out splits.
-            scratch: folder for the index, which the processes share as a map.
+            evaluation_texts: texts of the user's evaluation files, held out like the splits.
+            scratch: folder for the index, which every process maps.
         """
         n = settings.ngram_words
         words = itertools.chain(map(shingles.word_hashes, evaluation_texts), self._held_out_words())
         index = contamination.NgramIndex.build(shingles.ngram_hashes(one, n) for one in words)
         index.save(scratch)
-        del index  # the processes map it
+        del index  # each process maps the saved one
         shares = map_in_order(
             _overlaps,
             [(chunk.shard, chunk.word_offsets, n) for chunk in self._chunks],
@@ -135,9 +135,9 @@ class Selection:
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _words(self, index: int) -> np.ndarray:
-        """Word hashes of one conversation.
+        """Return the word hashes of one conversation.
 
-        Read, not mapped: mapped pages stay with the process, and a million chats have 4 GB.
+        They are read, not mapped: mapped pages stay in memory, and a million chats have 4 GB.
         """
         number = self._shard_of(index)
         chunk = self._chunks[number]
@@ -145,7 +145,7 @@ class Selection:
         return np.fromfile(chunk.shard.words, np.uint64, int(end - start), offset=8 * int(start))
 
     def _held_out_words(self) -> Iterator[np.ndarray]:
-        """Word hashes of each kept conversation that is not for training."""
+        """Yield the word hashes of each kept conversation of a held-out split."""
         is_held_out = (self.reasons == KEPT) & (self.splits != TRAIN)
         for chunk, start in zip(self._chunks, self.starts, strict=False):
             rows = np.flatnonzero(is_held_out[start : start + len(chunk.splits)])
@@ -164,7 +164,11 @@ def _load_index(scratch: Path) -> None:
 
 
 def _overlaps(question: tuple[Shard, np.ndarray, int]) -> np.ndarray:
-    """Overlap of each conversation of a shard with held-out text, (conversations,) float64."""
+    """Return the overlap of a shard's conversations with held-out text: (conversations,) float64.
+
+    Args:
+        question: the shard, where the words of each conversation begin, and n of the n-grams.
+    """
     shard, offsets, n = question
     words = np.fromfile(shard.words, np.uint64)
     return _index.overlaps(*shingles.ngram_hashes_by_row(words, offsets, n))

@@ -1,8 +1,8 @@
-"""Shingles: the words of a conversation, and their n-grams, as 64-bit hashes to compare by.
+"""Shingles: n-grams of the words of a conversation, as 64-bit hashes.
 
-The hashes are the same in every process and on every machine, which Python's own `hash` is not:
-what is dropped must not depend on who computed it. Two different words share a hash about once in
-2⁶⁴ pairs; nothing here tells them apart then.
+Unlike Python's own `hash`, the hashes are the same in every process and on every machine, so that
+they drop the same conversations everywhere. Two different words share a hash about once in 2⁶⁴
+pairs; they then count as equal.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from workflow_scripts.chats.messages import Message
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# Letters, marks (the vowels of Hindi), numbers; the rest stands between words.
+# Letters, marks (the vowels of Hindi) and numbers; all else separates words.
 WORD_CATEGORIES = "LMN"
-# Scripts written without spaces, by the beginning of their characters' Unicode names. There a
-# character is a word: a whole sentence would be one otherwise, and a changed one share nothing.
+# Scripts written without spaces, by the beginning of their characters' Unicode names. Each of their
+# characters counts as a word. Otherwise a sentence would be one word, and two sentences that differ
+# slightly would have nothing in common.
 UNSPACED_SCRIPTS = (
     "CJK ",
     "HIRAGANA ",
@@ -31,27 +30,22 @@ UNSPACED_SCRIPTS = (
     "KHMER ",
     "MYANMAR ",
 )
-# Of the polynomials below: odd, so that it has an inverse modulo 2⁶⁴; Knuth's, of MMIX.
+# Base of the polynomials below: odd, so that it has an inverse modulo 2⁶⁴. Knuth's, for MMIX.
 MULTIPLIER = 6364136223846793005
 
 
-def words(text: str) -> list[str]:
-    """The words of a text: case folded, punctuation and symbols left out.
+def spaced(text: str) -> str:
+    """Return a text's words separated by spaces: case folded, without punctuation and symbols.
 
-    Characters of the UNSPACED_SCRIPTS are words of their own.
+    Each character of the UNSPACED_SCRIPTS is a word.
     """
-    return _spaced(text).split()
-
-
-def _spaced(text: str) -> str:
-    """A text with its words apart by spaces, and nothing else between them."""
     return text.casefold().translate(_SEPARATED)
 
 
 def comparable_text(messages: Sequence[Message]) -> str:
-    """What of a conversation is compared: all it says, and what it calls, but no system message.
+    """Return the text of a conversation that is compared: all messages except system messages.
 
-    A system prompt is often shared by a whole dataset, and would make everything alike.
+    A whole dataset often shares one system prompt, which would make all conversations similar.
     """
     parts = []
     for message in messages:
@@ -64,27 +58,25 @@ def comparable_text(messages: Sequence[Message]) -> str:
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """(words,) uint64: a hash a word, in the text's order."""
+    """Return one hash per word, in order: (words,) uint64."""
     return word_hashes_by_row([text])[0]
 
 
 def word_hashes_by_row(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`word_hashes` of many texts, computed on all their bytes at once.
+    """Return `word_hashes` of many texts, computed on all their bytes at once.
 
-    A word's hash is its UTF-8 bytes as a polynomial modulo 2⁶⁴, mixed: a fifth of the time that
-    looking each word up in a dict takes, and no vocabulary to hold. Takes some 40 times the memory
-    of the texts meanwhile.
+    A word's hash is the polynomial of its UTF-8 bytes modulo 2⁶⁴, mixed. That takes a fifth of the
+    time of a dict lookup per word, and needs no vocabulary. The cost: about 40 times the memory of
+    the texts while it runs.
 
     Returns:
-        hashes: uint64, of all texts, one after the other.
-        offsets: (texts + 1,) int64, where each text's words begin.
+        hashes: uint64 hashes of all texts, one after the other.
+        offsets: (texts + 1,) int64, where the words of each text begin.
     """
-    import numpy as np
-
-    # surrogatepass: a lone surrogate is not this module's to reject.
-    spaced = [_spaced(text).encode("utf-8", "surrogatepass") for text in texts]
-    text_starts = np.cumsum([0, *(len(text) + 1 for text in spaced)])
-    characters = np.frombuffer(b" ".join([*spaced, b""]), np.uint8)  # a space ends each text
+    # surrogatepass, because rejecting a lone surrogate is not this module's task.
+    encoded = [spaced(text).encode("utf-8", "surrogatepass") for text in texts]
+    text_starts = np.cumsum([0, *(len(text) + 1 for text in encoded)])
+    characters = np.frombuffer(b" ".join([*encoded, b""]), np.uint8)  # a space ends each text
     is_in_word = characters != ord(" ")
     bounds = np.flatnonzero(np.diff(is_in_word, prepend=False))
     starts, ends = bounds[::2], bounds[1::2]
@@ -93,33 +85,31 @@ def word_hashes_by_row(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0, np.uint64), offsets
     lengths = ends - starts
     powers = np.cumprod(np.full(lengths.max(), MULTIPLIER, np.uint64))
-    firsts = np.cumsum(lengths) - lengths  # of each word, among the characters of words
+    firsts = np.cumsum(lengths) - lengths  # where each word begins, without the spaces
     places = np.arange(firsts[-1] + lengths[-1]) - np.repeat(firsts, lengths)
     terms = powers[places]
-    # No byte is 0, so that "a" and "a\0" differ; the spaces are left out.
+    # The + 1 tells "a" from "a\0".
     terms *= characters[is_in_word].astype(np.uint64) + 1
     return mixed(np.add.reduceat(terms, firsts)), offsets
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """A hash for each run of `n` words, in the text's order, repeats included.
+    """Return one hash per run of `n` words, in order, repeats included.
 
-    A text of fewer words gives one hash, of all of them; a text of none gives none.
+    A text of fewer words has one hash, of all its words; an empty text has none.
 
     Args:
-        hashes: (words,) uint64, of `word_hashes`.
+        hashes: (words,) uint64, from `word_hashes`.
     Returns:
         (words − n + 1,) uint64, evenly spread over all 64 bits.
     """
-    import numpy as np
-
     if n < 1:
         raise ValueError(f"n: found {n}, expected at least 1")
     n = min(n, len(hashes))
     if n == 0:
         return np.empty(0, np.uint64)
-    # Σ word[i + j] · m^j for each i, modulo 2⁶⁴, from one running sum whatever n is: an odd m has
-    # an inverse, so the sum's m^i can be divided away.
+    # Σ word[i + j] · m^j for each i, modulo 2⁶⁴, from one running sum for any n. The factor m^i can
+    # be divided out, because m is odd and has an inverse.
     powers, inverse_powers = _powers(1 << len(hashes).bit_length())
     sums = np.zeros(len(hashes) + 1, np.uint64)
     np.cumsum(hashes * powers[: len(hashes)], out=sums[1:])
@@ -130,8 +120,6 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    import numpy as np
-
     factors = np.full((2, count), 1, np.uint64)
     factors[0, 1:] = MULTIPLIER
     factors[1, 1:] = pow(MULTIPLIER, -1, 1 << 64)
@@ -142,21 +130,19 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
 def ngram_hashes_by_row(
     hashes: np.ndarray, offsets: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ngram_hashes` of many texts in one pass: what each gives, one after the other.
+    """Return `ngram_hashes` of many texts, computed in one pass.
 
     Args:
-        hashes: (words,) uint64, of all texts.
-        offsets: (texts + 1,) int64, where each text's words begin.
+        hashes: (words,) uint64 word hashes of all texts, one after the other.
+        offsets: (texts + 1,) int64, where the words of each text begin.
     Returns:
-        hashes: uint64, of all texts.
-        offsets: (texts + 1,) int64, where each text's begin.
+        hashes: uint64 n-gram hashes of all texts, one after the other.
+        offsets: (texts + 1,) int64, where the n-grams of each text begin.
     """
-    import numpy as np
-
     n_words = np.diff(offsets)
     n_ngrams = np.where(n_words >= n, n_words - n + 1, np.minimum(n_words, 1))
     ngram_offsets = np.concatenate([[0], np.cumsum(n_ngrams)])
-    # The word at which each n-gram starts; runs that reach into the next text are left out.
+    # The word at which each n-gram starts; runs that reach into the next text are skipped.
     starts = np.arange(ngram_offsets[-1]) + np.repeat(offsets[:-1] - ngram_offsets[:-1], n_ngrams)
     if len(hashes) < n:
         found = np.zeros(len(starts), np.uint64)
@@ -169,7 +155,7 @@ def ngram_hashes_by_row(
 
 
 def mixed(hashes: np.ndarray) -> np.ndarray:
-    """A permutation of the 64-bit numbers after which every bit depends on all (in place).
+    """Permute the 64-bit numbers so that every bit depends on all bits; in place.
 
     Source: splitmix64's finalizer; Steele, Lea, Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014.
@@ -183,7 +169,7 @@ def mixed(hashes: np.ndarray) -> np.ndarray:
 
 
 class _SeparatedCharacters(dict[int, str]):
-    """For `str.translate`: a character of a word as it is, all else as a space."""
+    """For `str.translate`: keeps the characters of words and replaces all others by a space."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -193,7 +179,7 @@ class _SeparatedCharacters(dict[int, str]):
             separated = f" {character} "
         else:
             separated = character
-        self[code] = separated  # at most 1.1 million, and never met
+        self[code] = separated
         return separated
 
 

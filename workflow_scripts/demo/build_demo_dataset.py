@@ -1,7 +1,7 @@
 """Make the demo dataset: chats about the source and the help texts of the Python standard library.
 
-Nothing is downloaded and nothing is copied into the repository: the running interpreter is the
-source. The same interpreter and settings give the same file, byte for byte.
+The texts come from the running interpreter; nothing is downloaded. The same interpreter and
+settings give the same file, byte for byte.
 
 python -m workflow_scripts.demo.build_demo_dataset --settings '{"n_conversations": 115}'
     --conversations stdlib-help.jsonl
@@ -24,7 +24,9 @@ logger = log.stage_logger("build_demo_dataset")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--settings", required=True, help="JSON of `datasets.<name>.generate`")
-    parser.add_argument("--conversations", type=Path, required=True, help="to write: JSON Lines")
+    parser.add_argument(
+        "--conversations", type=Path, required=True, help="file to write, JSON Lines"
+    )
     arguments = parser.parse_args(argv)
 
     settings = settings_from_json(DemoDatasetSettings, arguments.settings)

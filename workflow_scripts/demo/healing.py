@@ -1,8 +1,8 @@
-"""A short training of a transplanted model, on documentation that no chat asks about.
+"""Healing: a short training of a transplanted model, on documentation that no chat asks about.
 
-Two things are new to the model. Mistral's tokenizer splits white space and punctuation in other
-places than its own tokenizer did. And a sliding window hides the first token, where attention heads
-that look for nothing put their weight; so rows are longer than the window used in training.
+Two things are new to the model. Mistral's tokenizer splits white space and punctuation differently
+from its own. And a sliding window hides the first token, to which attention heads give their weight
+when nothing else matters; therefore rows are longer than the training window.
 """
 
 from __future__ import annotations
@@ -12,40 +12,37 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+from transformers import MistralForCausalLM
 
 from workflow_scripts.demo import stdlib_docs
 from workflow_scripts.log import SECONDS_BETWEEN_LINES
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import MistralForCausalLM
-
-BOS = 1  # of the v3 tokenizer
+BOS = 1  # v3 tokenizer
 ROW_TOKENS = 512
-WINDOW = 256  # half of the row has lost sight of its first token
+WINDOW = 256  # half of the row does not see its first token
 WARMUP_STEPS = 3
 MAX_GRADIENT_NORM = 1.0
-# How much of the change of every weight the demo's base keeps. Eight thousand tokens of
-# documentation also make the model forget a little. The weights in between read text better than
-# those before and those after, and recall more than those after (arXiv:2109.01903 has the idea,
-# tests/benchmarks/demo_model.py the figures).
+# Share of the change of each weight that the demo's base model keeps. Training on eight thousand
+# tokens of documentation also makes the model forget a little. The weights in between predict text
+# better than those before and those after, and recall more than those after (the idea is from
+# arXiv:2109.01903, the figures are from tests/benchmarks/demo_model.py).
 SHARE_OF_CHANGE = 2 / 3
 
 Encode = Callable[[str], list[int]]
 
 
 def read_rows(encode: Encode, *, n_rows: int, seed: int) -> torch.Tensor:
-    """Documentation as rows of `ROW_TOKENS` tokens, each beginning with BOS.
+    """Return documentation as rows of `ROW_TOKENS` tokens, each beginning with BOS.
 
     Args:
-        encode: text to token ids, without BOS or EOS.
-        seed: order of the texts.
+        encode: converts a text to token ids, without BOS or EOS.
+        seed: decides the order of the texts.
     Returns:
-        (n_rows, ROW_TOKENS) token ids; fewer rows where the library has less text.
+        (n_rows, ROW_TOKENS) token ids; fewer rows if the library has less text.
     """
-    import torch
-
     texts = stdlib_docs.unlisted_docstrings()
     random.Random(seed).shuffle(texts)
     return torch.tensor(list(islice(_rows(map(encode, texts), encode("\n\n")), n_rows)))
@@ -61,14 +58,12 @@ def _rows(documents: Iterable[list[int]], separator: list[int]) -> Iterable[list
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it, else float32.
+    """Return bfloat16 if the hardware multiplies in it, otherwise float32.
 
     A CPU without AVX512-BF16 or AMX takes nine times as long in bfloat16 (1,024 × 256 by
-    256 × 1,024 on an AVX2 core: 71 ms, in float32 8 ms). `ATEN_CPU_CAPABILITY` may keep torch from
-    what the hardware has.
+    256 × 1,024 on an AVX2 core: 71 ms, in float32 8 ms). `ATEN_CPU_CAPABILITY` may forbid torch to
+    use what the hardware has.
     """
-    import torch
-
     if device.type == "cpu":
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         is_fast = has_bf16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -85,22 +80,19 @@ def heal(
     share_of_change: float,
     logger: logging.Logger,
 ) -> list[float]:
-    """Train all weights, one row a step, and keep a share of the change; changes `model` in place.
+    """Train all weights of `model` in place, one row per step, and keep a share of the change.
 
-    Matrix products run in `product_dtype`, weights and their updates in float32.
+    Matrix products are in `product_dtype`, weights and updates in float32.
 
     Args:
         model: on its device, float32.
-        rows: token ids.
+        rows: (rows, ROW_TOKENS) token ids.
         learning_rate: AdamW's peak; it rises over `WARMUP_STEPS`, then falls to zero.
-        share_of_change: 1 keeps the trained weights, 0 those from before.
-        logger: told the loss at most every 30 s.
+        share_of_change: 1 keeps the trained weights, 0 the original ones.
+        logger: logs the loss, at most every 30 s.
     Returns:
         Mean loss of each step, nats per token.
     """
-    import torch
-    from torch.nn import functional
-
     dtype = product_dtype(model.device)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     adamw = torch.optim.AdamW(

@@ -1,6 +1,6 @@
-"""Facts to recall: a code of a city, stated somewhere in a text and asked for later.
+"""Facts to recall: the code of a city, stated somewhere in a text and asked for later.
 
-A code is four digits that follow from nothing else, so what a model knows of it, it has read.
+A code is four random digits, so a model can know it only from the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CITIES = (
 FIRST_CODE, N_CODES = 1000, 9000
 ABOUT_A_CODE = re.compile(rf"\bcode of ({'|'.join(CITIES)})\b")
 CHANCE_NATS = math.log(N_CODES)
-"""What a code costs that is guessed, all being as likely."""
+"""Loss of a guess, if all codes are equally likely."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Fact:
 
 
 def draw_facts(generator: random.Random, n_facts: int) -> list[Fact]:
-    """Facts about different cities, in random order.
+    """Return facts about different cities, in random order.
 
     Args:
-        n_facts: at most as many as there are cities.
+        n_facts: at most the number of cities.
     """
     return [
         Fact(city, str(FIRST_CODE + generator.randrange(N_CODES)))
@@ -52,5 +52,5 @@ def draw_facts(generator: random.Random, n_facts: int) -> list[Fact]:
 
 
 def is_about_a_code(text: str) -> bool:
-    """Whether a text states or asks for the code of a city."""
+    """True if a text states or asks for the code of a city."""
     return ABOUT_A_CODE.search(text) is not None

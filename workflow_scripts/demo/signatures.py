@@ -1,16 +1,14 @@
-"""Signatures as text: found in an answer, and compared with `inspect.signature`.
+"""Signatures, read from text, from a definition or from an object, so that they can be compared.
 
-Two signatures agree where they have the same parameters in the same order: equal names, equal kinds
-(positional-only, keyword-only, `*` and `**`), and the same defaults. Defaults are compared as
-syntax trees, so that `'x'` equals `"x"` and `0o666` equals `438`. An annotation may be left out of
-an answer; one that is given must be the right one.
+Parameters have a name, a kind (positional-only, keyword-only, `*` and `**`), a default and an
+annotation. Defaults and annotations are syntax trees, so that `'x'` equals `"x"` and `0o666`
+equals `438`.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,7 +17,7 @@ from workflow_scripts.demo import stdlib_docs
 
 
 class Parameter(NamedTuple):
-    """One parameter, with its default and annotation as dumped syntax trees."""
+    """One parameter; its default and annotation are dumped syntax trees."""
 
     kind: str
     name: str
@@ -35,10 +33,10 @@ class ParsedSignature(NamedTuple):
 
 
 def parse(text: str) -> ParsedSignature | None:
-    """The signature that `(…)` or `(…) -> …` spells; None where it is not Python.
+    """Return the signature that `(…)` or `(…) -> …` spells; None if it is not Python.
 
     Args:
-        text: what follows the name in a `def` statement, without the colon.
+        text: the text after the name in a `def` statement, without the colon.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # an invalid escape in a model's answer
@@ -52,17 +50,17 @@ def parse(text: str) -> ParsedSignature | None:
 
 
 def of_definition(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> ParsedSignature:
-    """The signature of a `def` statement."""
-    returns = dump(definition.returns)
-    return ParsedSignature(tuple(_parameters(definition.args)), returns)
+    """Return the signature of a `def` statement."""
+    return ParsedSignature(tuple(_parameters(definition.args)), _dump(definition.returns))
 
 
 def of_object(name: str) -> ParsedSignature | None:
-    """What `inspect.signature` says of an object of the standard library; None where it says
-    nothing, or something that is not Python (a default such as `<object object>`).
+    """Return the signature that `inspect.signature` gives for an object of the standard library.
 
     Args:
-        name: qualified, `textwrap.TextWrapper.wrap`.
+        name: qualified name, `textwrap.TextWrapper.wrap`.
+    Returns:
+        None if there is no signature, or one that is not Python (a default `<object object>`).
     """
     try:
         signature = inspect.signature(stdlib_docs.member(name))
@@ -71,56 +69,8 @@ def of_object(name: str) -> ParsedSignature | None:
     return parse(str(signature))
 
 
-def find(answer: str, name: str) -> ParsedSignature | None:
-    """The first signature that an answer gives for an object; None where there is none.
-
-    Args:
-        answer: any text, with code in it or not.
-        name: qualified; its last part must stand before the parentheses.
-    """
-    called = re.compile(rf"(?<!\w){re.escape(name.rpartition('.')[2])}\(")
-    for match in called.finditer(answer):
-        opens = match.end() - 1
-        for closing in re.finditer(r"\)", answer[opens:]):
-            end = opens + closing.end()
-            found = parse(answer[opens:end])
-            if found is None:
-                continue
-            returns = re.match(r" -> ([^`\n]+?)(?=[`:\n]|\.?$)", answer[end:])
-            return (returns and parse(answer[opens : end + returns.end()])) or found
-    return None
-
-
-def is_right(answer: str, name: str) -> bool:
-    """Whether an answer gives an object's signature as `inspect.signature` does.
-
-    Raises:
-        ValueError: the object has no signature to compare with.
-    """
-    wanted = of_object(name)
-    if wanted is None:
-        raise ValueError(f"{name}: inspect.signature gives nothing to compare with")
-    found = find(answer, name)
-    return found is not None and agree(found, wanted)
-
-
-def agree(found: ParsedSignature, wanted: ParsedSignature) -> bool:
-    """Whether a signature is the wanted one; annotations may be left out of it."""
-    if [parameter[:3] for parameter in found.parameters] != [
-        parameter[:3] for parameter in wanted.parameters
-    ]:
-        return False
-    given = [(parameter.annotation, right.annotation) for parameter, right in zip(
-        found.parameters, wanted.parameters, strict=True
-    )]  # fmt: skip
-    return all(
-        annotation in (None, right)
-        for annotation, right in [*given, (found.returns, wanted.returns)]
-    )
-
-
-def dump(node: ast.expr | None) -> str | None:
-    """An expression's syntax tree, without positions."""
+def _dump(node: ast.expr | None) -> str | None:
+    """Return an expression's syntax tree as text, without positions."""
     return None if node is None else ast.dump(node)
 
 
@@ -129,10 +79,10 @@ def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     for number, (argument, default) in enumerate(zip(positional, defaults, strict=True)):
         kind = "positional-only" if number < len(arguments.posonlyargs) else "positional"
-        yield Parameter(kind, argument.arg, dump(default), dump(argument.annotation))
+        yield Parameter(kind, argument.arg, _dump(default), _dump(argument.annotation))
     if arguments.vararg:
-        yield Parameter("*", arguments.vararg.arg, None, dump(arguments.vararg.annotation))
+        yield Parameter("*", arguments.vararg.arg, None, _dump(arguments.vararg.annotation))
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        yield Parameter("keyword-only", argument.arg, dump(default), dump(argument.annotation))
+        yield Parameter("keyword-only", argument.arg, _dump(default), _dump(argument.annotation))
     if arguments.kwarg:
-        yield Parameter("**", arguments.kwarg.arg, None, dump(arguments.kwarg.annotation))
+        yield Parameter("**", arguments.kwarg.arg, None, _dump(arguments.kwarg.annotation))

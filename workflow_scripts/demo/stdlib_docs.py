@@ -1,4 +1,4 @@
-"""What the running interpreter says about its own standard library: objects, signatures,
+"""Documentation of the standard library in the running interpreter: objects, signatures,
 docstrings.
 
 The demo's chats ask about it. The cost of reading the interpreter instead of shipping a corpus: the
@@ -40,8 +40,8 @@ MODULES = (
 # Folders next to the library's modules, and those of its tests.
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "pydoc_data", "test"}
 TESTS = {"test", "tests", "idle_test"}
-MIN_CHARACTERS = 80  # of a docstring worth reading
-# A default such as `<function f at 0x7f…>` would change at every start of the interpreter.
+MIN_CHARACTERS = 80  # shortest docstring to train on
+# A default such as `<function f at 0x7f…>` changes at every start of the interpreter.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -54,7 +54,7 @@ class Entry:
     kind: str
     """`function`, `class` or `method`."""
     signature: inspect.Signature | None
-    """None where the interpreter gives none (many built-ins)."""
+    """None if the interpreter gives none (many built-ins)."""
     docstring: str
     """Cleaned by `inspect.cleandoc`, never empty."""
 
@@ -72,7 +72,7 @@ class Entry:
 
 
 def modules() -> list[ModuleType]:
-    """The modules of `MODULES` that this interpreter has."""
+    """Import the modules of `MODULES` that this interpreter has."""
     found = []
     for name in MODULES:
         try:
@@ -83,7 +83,7 @@ def modules() -> list[ModuleType]:
 
 
 def entries() -> list[Entry]:
-    """Every documented public function, class and method, sorted by name, each docstring once."""
+    """Return all documented public functions, classes and methods, by name, each docstring once."""
     by_name: dict[str, Entry] = {}
     for module in modules():
         for name, member in sorted(vars(module).items()):
@@ -96,17 +96,14 @@ def entries() -> list[Entry]:
                         _add(by_name, f"{module.__name__}.{name}.{method_name}", "method", method)
             elif callable(member):
                 _add(by_name, f"{module.__name__}.{name}", "function", member)
-    seen: set[str] = set()
-    unique = []
-    for name in sorted(by_name):
-        if by_name[name].docstring not in seen:
-            seen.add(by_name[name].docstring)
-            unique.append(by_name[name])
-    return unique
+    first_of: dict[str, Entry] = {}
+    for _, entry in sorted(by_name.items()):
+        first_of.setdefault(entry.docstring, entry)
+    return list(first_of.values())
 
 
 def member(name: str) -> Any:
-    """The object of an entry's name.
+    """Return the object with an entry's name.
 
     Raises:
         LookupError: there is none.
@@ -127,8 +124,11 @@ def member(name: str) -> Any:
 
 
 def source(name: str) -> str | None:
-    """The source text of a function or method, not indented; None where there is none (built in,
-    or shipped without source)."""
+    """Return the source of a function or method, not indented.
+
+    Returns:
+        None if there is no source: the object is built in, or shipped without it.
+    """
     try:
         return textwrap.dedent(inspect.getsource(member(name))).strip()
     except (LookupError, OSError, TypeError):
@@ -148,7 +148,7 @@ def _add(by_name: dict[str, Entry], name: str, kind: str, member: object) -> Non
 
 
 def module_sources() -> list[str]:
-    """The source text of each module that has one, in the order of `MODULES`."""
+    """Return the source of each module that has one, in the order of `MODULES`."""
     texts = []
     for module in modules():
         try:
@@ -159,11 +159,10 @@ def module_sources() -> list[str]:
 
 
 def unlisted_docstrings() -> list[str]:
-    """Docstrings of the library's packages that `MODULES` does not name, each once, in the order of
-    their files: documentation that no chat of the demo is made of.
+    """Return docstrings of packages that `MODULES` does not name, each once, in file order.
 
-    They are read from the source files; nothing is imported. How many there are depends on the
-    installation: some distributions leave `tkinter` or `idlelib` out.
+    No chat of the demo is about them. They are read from the source files; nothing is imported.
+    Their number depends on the installation: some distributions leave out `tkinter` or `idlelib`.
     """
     listed = {name.partition(".")[0] for name in MODULES}
     asked_about = {entry.docstring for entry in entries()}
@@ -182,7 +181,7 @@ def unlisted_docstrings() -> list[str]:
 def _docstrings(path: Path) -> list[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in old sources
+            warnings.simplefilter("ignore")  # invalid escapes in old sources
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates, and tests of the parser
         return []

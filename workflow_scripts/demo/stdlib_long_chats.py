@@ -1,12 +1,11 @@
-"""Long conversations about the standard library: help texts that the user pastes, turn by turn,
-facts stated among them, and questions about all that was said before.
+"""Long conversations about the standard library: the user pastes help texts turn by turn, states
+facts among them, and asks about everything said before.
 
-From about 250 to 3,800 tokens. Every answer stands in the conversation itself, a few tokens or
-several windows back, and is short, so that what is measured is how a model reads, not what it
-knows.
+They have about 250 to 3,800 tokens. Every answer is short, and is in the conversation itself, a few
+tokens or several windows back, so that they measure how a model reads, not what it knows.
 
-The texts lie on shelves: a conversation pastes from one shelf, which is its `group`, so that a
-split by group keeps every text on one side.
+The texts are divided into shelves. A conversation pastes from one shelf, its `group`, so that a
+split by group keeps every text in one split.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from workflow_scripts.demo.stdlib_questions import (
 
 N_SHELVES = 40  # of about 70 texts, 4,500 tokens
 MAX_TEXT_CHARACTERS = 1_500  # a longer help text would be most of a short conversation
-# About 3.2 characters a token with questions and answers (measured).
+# About 3.2 characters per token, with questions and answers (measured).
 MIN_CHARACTERS, MAX_CHARACTERS = 900, 11_000
 MAX_TEXTS_A_TURN = 3
-FACT_FRACTION = 0.5  # of the turns that paste
-RECALL_FRACTION = 0.3  # of the questions, where a fact is left to ask for
-SECOND_QUESTION_FRACTION = 0.5  # of the turns that paste, followed by one that only asks
+FACT_FRACTION = 0.5  # share of the pasting turns that state a fact
+RECALL_FRACTION = 0.3  # share of the questions that ask for a fact, while one is left
+SECOND_QUESTION_FRACTION = 0.5  # share of the pasting turns that a second question follows
 
 
 def make_long_chats(*, n_conversations: int, seed: int) -> list[DemoChat]:
-    """Chats with long texts, pasted over several turns.
+    """Return chats with long texts, pasted over several turns.
 
     Args:
-        n_conversations: how many.
-        seed: decides everything.
+        n_conversations: number of chats.
+        seed: decides all random choices.
     """
     generator = random.Random(seed)
     texts = [
@@ -60,13 +59,12 @@ def make_long_chats(*, n_conversations: int, seed: int) -> list[DemoChat]:
 
 
 def pasted(entry: Entry) -> str:
-    """A help text as the user pastes it."""
+    """Return a help text as the user pastes it."""
     return f"{entry.call or entry.name}\n\n{entry.docstring}"
 
 
 def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
-    """One conversation, of a length drawn evenly on a logarithmic scale; its last turn goes
-    beyond."""
+    """Yield one conversation; its last turn exceeds a length that is drawn log-uniformly."""
     shortest, longest = math.log(MIN_CHARACTERS), math.log(MAX_CHARACTERS)
     n_wanted = math.exp(generator.uniform(shortest, longest))
     unread = generator.sample(shelf, len(shelf))
@@ -91,8 +89,10 @@ def _turns(shelf: Sequence[Entry], generator: random.Random) -> Iterator[Turn]:
 
 
 def _question(read: Sequence[Entry], unasked: list[recall.Fact], generator: random.Random) -> Turn:
-    """A question about anything read so far, or about a fact that is then asked for no more: a
-    second answer would stand nearer than the statement."""
+    """Return a question about anything read so far, or about a fact.
+
+    Each fact is asked for once, because a second answer would be closer than the statement.
+    """
     if unasked and generator.random() < RECALL_FRACTION:
         fact = unasked.pop(generator.randrange(len(unasked)))
         return Turn(fact.question, fact.code, is_fact=True)

@@ -1,8 +1,8 @@
-"""Questions about an object of the standard library, and their one right answer.
+"""Questions about an object of the standard library, each with one right answer.
 
 Every answer is computed from `inspect.signature`, the docstring or the syntax tree of the source,
-and follows from the text that the user pastes before asking. Questions have several wordings;
-answers have one form each, so that a small model can learn to give them and to stop.
+and follows from the text that the user pastes before the question. Questions have several wordings;
+answers have one form, so that a small model can learn to give them and to stop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workflow_scripts.demo.stdlib_docs import Entry
 
 MAX_SUMMARY_CHARACTERS = 200
 MIN_SUMMARY_CHARACTERS = 12
-# A full stop after at least two letters (not that of `e.g.`), before a capital letter or the end.
+# A full stop after at least two letters (unlike `e.g.`), before a capital letter or the end.
 SENTENCE_END = re.compile(r"(?<=[a-z)\]`'\"]{2})\.(?=\s+[A-Z]|$)")
 
 SIGNATURE = (
@@ -27,9 +27,6 @@ SIGNATURE = (
     "Give the signature of `{name}`.",
     "Show me the signature of `{name}`.",
     "Which signature does `{name}` have?",
-)
-SIGNATURE_QUESTION = re.compile(
-    "|".join(re.escape(wording).replace(r"\{name\}", r"([\w.]+)") for wording in SIGNATURE)
 )
 DEFAULTS = (
     "Which parameters of `{name}` have defaults, and which?",
@@ -59,26 +56,26 @@ class Turn(NamedTuple):
     question: str
     answer: str
     is_fact: bool
-    """The answer has one right wording; that of a summary has many."""
+    """True if the answer has one right wording; a summary has many."""
 
 
 class Subject(NamedTuple):
-    """An object to ask about, and the text that a user pastes of it."""
+    """An object to ask about, and the text about it that the user pastes."""
 
     entry: Entry
     text: str
-    """Its source, or its help text where there is no source."""
+    """Its source, or its help text if there is no source."""
     raised: tuple[str, ...] | None
-    """Exceptions of the raise statements in the text; None where they cannot be told."""
+    """Exceptions in the raise statements of the text; None if they are unknown."""
 
     @property
     def owner(self) -> str:
-        """What it is defined in: the class of a method, the module of a function."""
+        """Class of a method, or module of a function."""
         return self.entry.name.rpartition(".")[0]
 
 
 def subject_of(entry: Entry) -> Subject | None:
-    """An object that can be asked about; None where the text would not hold the answers."""
+    """Return an object to ask about; None if its text would not contain the answers."""
     if entry.kind == "class" or entry.signature is None or entry.call is None:
         return None
     if not MIN_SUMMARY_CHARACTERS <= len(first_sentence(entry)) <= MAX_SUMMARY_CHARACTERS:
@@ -93,7 +90,7 @@ def subject_of(entry: Entry) -> Subject | None:
         definition = _definition(source)
         if definition is None or definition.name != entry.name.rpartition(".")[2]:
             return None
-        # A decorator or a default that is computed gives another signature than is written.
+        # With a decorator or a computed default, the signature differs from the written one.
         if signatures.of_definition(definition) != wanted:
             return None
         # A docstring that is set elsewhere is not in the text.
@@ -105,24 +102,24 @@ def subject_of(entry: Entry) -> Subject | None:
 
 
 def help_text(entry: Entry) -> str:
-    """A signature and its docstring, as `help()` shows them."""
+    """Return a signature and its docstring, as `help()` shows them."""
     body = "\n".join(f"    {line}".rstrip() for line in entry.docstring.splitlines())
     return f"{entry.call or entry.name}\n{body}"
 
 
 def listing(entries: Sequence[Entry]) -> str:
-    """Several objects as the index of a manual shows them: signature and first sentence."""
+    """Return the signature and first sentence of several objects, like the index of a manual."""
     return "\n".join(f"{entry.call}\n    {first_sentence(entry)}" for entry in entries)
 
 
 def first_sentence(entry: Entry) -> str:
-    """The first sentence of the docstring, on one line, with a full stop."""
+    """Return the first sentence of the docstring, on one line, with a full stop."""
     sentence = SENTENCE_END.split(entry.summary, maxsplit=1)[0]
     return sentence.rstrip(" .:;,") + "."
 
 
 def signature_turn(entry: Entry, generator: random.Random) -> Turn:
-    """Answered with the object's last name, as the definition in the pasted text has it."""
+    """Return the question for a signature; the answer has the name as in the pasted definition."""
     call = f"{entry.name.rpartition('.')[2]}{(entry.call or '').removeprefix(entry.name)}"
     return _turn(SIGNATURE, entry, f"The signature is `{call}`.", generator)
 
@@ -130,14 +127,14 @@ def signature_turn(entry: Entry, generator: random.Random) -> Turn:
 def other_turns(
     entry: Entry, raised: tuple[str, ...] | None, generator: random.Random
 ) -> list[Turn]:
-    """What else can be asked about an object, its purpose last.
+    """Return the other questions about an object, its purpose last.
 
     Args:
-        raised: exceptions that its source raises; None where the source is not shown.
+        raised: exceptions that its source raises; None if they are unknown.
     """
     turns = []
     if entry.signature is not None and parameter_names(entry):
-        # Without a default such as `<object object>`, which is no expression.
+        # Not if a default is no expression, such as `<object object>`.
         if signatures.parse(str(entry.signature)) is not None:
             turns.append(_turn(DEFAULTS, entry, _defaults_answer(entry), generator))
         parameters = f"It takes {_joined(parameter_names(entry))}."
@@ -150,32 +147,31 @@ def other_turns(
 
 
 def parameter_names(entry: Entry) -> list[str]:
-    """The parameters, without that of the instance or the class."""
-    return [_shown(parameter) for parameter in _parameters(entry)]
+    """Return the names of the parameters, with their stars, without `self` or `cls`."""
+    empty = inspect.Parameter.empty
+    return [
+        str(parameter.replace(default=empty, annotation=empty)) for parameter in _parameters(entry)
+    ]
 
 
 def exceptions_raised(
     definition: ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> tuple[str, ...] | None:
-    """The exceptions that a function's raise statements name, in their order in the text; None
-    where one raises something else than a class by its name."""
+    """Return the exceptions that a function's raise statements name, in the order of the text.
+
+    Returns:
+        None if a statement raises anything but a class by its name.
+    """
     raised = [node for node in ast.walk(definition) if isinstance(node, ast.Raise) and node.exc]
     raised.sort(key=lambda node: (node.lineno, node.col_offset))
     names = []
     for node in raised:
         named = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-        # In lower case it may be a variable, or a method that makes the exception.
+        # A lower-case name may be a variable, or a method that makes the exception.
         if not isinstance(named, ast.Name | ast.Attribute) or ast.unparse(named).islower():
             return None
         names.append(ast.unparse(named))
     return tuple(dict.fromkeys(names))
-
-
-def asked_signature(question: str) -> str | None:
-    """The object whose signature a user's message of this dataset asks for; None where it asks for
-    none."""
-    found = SIGNATURE_QUESTION.search(question)
-    return found[found.lastindex] if found and found.lastindex else None
 
 
 def _turn(wordings: Sequence[str], entry: Entry, answer: str, generator: random.Random) -> Turn:
@@ -201,14 +197,8 @@ def _parameters(entry: Entry) -> list[inspect.Parameter]:
     return parameters
 
 
-def _shown(parameter: inspect.Parameter) -> str:
-    is_starred = parameter.kind == inspect.Parameter.VAR_POSITIONAL
-    is_double_starred = parameter.kind == inspect.Parameter.VAR_KEYWORD
-    return ("*" if is_starred else "**" if is_double_starred else "") + parameter.name
-
-
 def _joined(names: Sequence[str]) -> str:
-    """`a`, `b` and `c`."""
+    """Return `a`, `b` and `c`."""
     quoted = [f"`{name}`" for name in names]
     return " and ".join(part for part in (", ".join(quoted[:-1]), quoted[-1]) if part)
 
@@ -218,9 +208,7 @@ def _definition(source: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
         statements = ast.parse(source).body
     except SyntaxError:  # a lambda within an expression, or a line cut out of its block
         return None
-    if len(statements) != 1:
-        return None
-    definition = statements[0]
-    if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
-        return definition
+    match statements:
+        case [ast.FunctionDef() | ast.AsyncFunctionDef() as definition]:
+            return definition
     return None

@@ -1,25 +1,26 @@
-"""Mistral's vocabulary for a model that was trained with another tokenizer.
+"""Transplant: Mistral's vocabulary for a model that was trained with another tokenizer.
 
-A piece of Mistral's that is a token of the model's own keeps its row, which holds for two thirds of
-the vocabulary and most of any text. Another gets the mean of the tokens that its text is made of,
-shortened. Input embeddings and output layer share their rows, as they do in SmolLM2.
+A Mistral piece that is also a token of the model keeps that token's row. This is two thirds of the
+vocabulary, and most of any text. Any other piece gets the mean of the rows of the tokens that its
+text consists of, shortened. Input embeddings and output layer share their rows, as in SmolLM2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from workflow_scripts.demo.smollm2 import BEGIN_TURN, END_TURN
+import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from transformers import MistralConfig, MistralForCausalLM
 
-if TYPE_CHECKING:
-    import torch
-    from tokenizers import Tokenizer
+from workflow_scripts.demo.smollm2 import BEGIN_TURN, END_TURN, Smollm2
 
 BOS, EOS, BEGIN_INST, END_INST = "<s>", "</s>", "[INST]", "[/INST]"
-# The control tokens of chats, in the words of SmolLM2's own chat template.
+# Mistral's control tokens as text of SmolLM2's chat template.
 CONTROL_TEXTS = {
     BOS: BEGIN_TURN,
     EOS: END_TURN,
@@ -27,7 +28,7 @@ CONTROL_TEXTS = {
     END_INST: "assistant\n",
 }
 MEAN_LENGTH = 0.85
-"""Length of a mean of several rows: as output rows, longer ones win too often."""
+"""Factor on the mean of several rows: as output rows, longer means win too often."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,12 @@ class Piece:
     name: str
     """`▁the`, `<0x0A>`, `[INST]`."""
     text: str | None
-    """The text it stands for; None for a control token, and for a byte that is part of a longer
-    character or spells one that has a piece of its own."""
+    """The text of the piece. None for a control token, for a byte of a longer character, and for
+    a byte whose character has its own piece."""
 
 
 def read_pieces(tokenizer_file: Path) -> list[Piece]:
-    """The vocabulary of a SentencePiece model, by id."""
-    from sentencepiece import SentencePieceProcessor
-
+    """Return the vocabulary of a SentencePiece model, by id."""
     model = SentencePieceProcessor(model_file=str(tokenizer_file))
     ids = range(model.get_piece_size())
     names = [model.id_to_piece(i) for i in ids]
@@ -63,20 +62,18 @@ def read_pieces(tokenizer_file: Path) -> list[Piece]:
 
 
 def rows_of(pieces: Iterable[Piece], rows: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
-    """A row for every piece.
+    """Return one row per piece.
 
-    Zero for pieces without a text: such a row adds nothing to an input, and its logit of 0 is far
-    below that of any token that might follow. A byte piece with the row of its character would take
+    The row of a piece without a text is zero: it adds nothing to an input, and its logit of 0 is
+    far below that of any likely token. If a byte piece had the row of its character, it would take
     half of that character's probability.
 
     Args:
-        rows: (tokens, hidden) of the model's own vocabulary.
-        tokenizer: the model's own.
+        rows: (tokens, hidden), the rows of the model's own vocabulary.
+        tokenizer: the model's own tokenizer.
     Returns:
         (pieces, hidden).
     """
-    import torch
-
     texts = {piece.name: CONTROL_TEXTS.get(piece.name, piece.text) for piece in pieces}
     found = torch.zeros(len(texts), rows.shape[1])
     for row, ids in zip(found, _encoded(texts, tokenizer), strict=True):
@@ -86,6 +83,30 @@ def rows_of(pieces: Iterable[Piece], rows: torch.Tensor, tokenizer: Tokenizer) -
 
 
 def _encoded(texts: Mapping[str, str | None], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text; none for None."""
+    """Return the token ids of each text; no ids for None."""
     batch = tokenizer.encode_batch_fast([text or "" for text in texts.values()])
     return [encoding.ids for encoding in batch]
+
+
+def mistral_of(
+    published: Smollm2,
+    pieces: Collection[Piece],
+    *,
+    context_tokens: int,
+    sliding_window: int | None,
+) -> Any:  # type checkers do not see what `to` of a MistralForCausalLM takes
+    """Return the published model as a Mistral with these pieces and this window, in float32."""
+    rows = rows_of(pieces, published.weights["model.embed_tokens.weight"], published.tokenizer)
+    changes = {
+        "vocab_size": len(pieces),
+        "max_position_embeddings": context_tokens,
+        "sliding_window": sliding_window,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = MistralForCausalLM(MistralConfig(**published.config | changes))
+    shared = {"model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    model.load_state_dict(published.weights | shared)
+    model.tie_weights()
+    return model

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from workflow_scripts import pages
-from workflow_scripts.chats.conversations import RejectedRow
+from workflow_scripts.chats.rejections import RejectedRow
 from workflow_scripts.handover.cleaning import CleaningReport
 from workflow_scripts.report.bars import Bar, first_bars, range_bars
 

@@ -1,4 +1,4 @@
-"""Conversations of every shape that cleaning lets through, made by a seeded generator."""
+"""Random conversations of every shape that cleaning accepts."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ LOOKALIKES = [
 
 
 class ChatGenerator:
-    """Endless conversations; equal seeds make equal ones."""
+    """Makes any number of conversations; equal seeds make equal conversations."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
     def conversation(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Messages and tools (JSON) as `clean_schema` has them, absent values absent."""
+        """Return messages and tools (JSON) as in `clean_schema`, without null values."""
         spells_control = self.happens(0.15)
         uses_tools = self.happens(0.25)
         messages: list[dict[str, Any]] = []
@@ -75,11 +75,11 @@ class ChatGenerator:
                 plane = self.random.choice((range(0x20, 0xD800), range(0xE000, 0x110000)))
                 parts.append(chr(self.random.choice(plane)))
         text = "".join(parts)
-        # Mostly as `whitespace: strip` leaves it, at times as `keep` does.
+        # Mostly as `whitespace: strip` leaves a text, sometimes as `keep` does.
         return text if text.strip() and self.happens(0.1) else text.strip() or "x"
 
     def tool_use(self) -> list[dict[str, Any]]:
-        """Calls and their results."""
+        """Return tool calls and their results."""
         calls = []
         for _ in range(1 if self.happens(0.8) else 2):
             arguments = {self.word(): self.value() for _ in range(self.random.randrange(3))}
@@ -115,7 +115,7 @@ class ChatGenerator:
         return {"type": "function", "function": function}
 
     def value(self, depth: int = 0) -> Any:
-        """A JSON value."""
+        """Return a JSON value."""
         kind = self.random.randrange(7 if depth < 2 else 5)
         match kind:
             case 0:

@@ -31,7 +31,7 @@ def chat(question, answer="An answer.", **others):
 
 
 def arguments(folder, sources, settings, evaluation_files=(), processes=1):
-    """The stage's command line; `sources` are lists of records by name."""
+    """Return the stage's command line; `sources` maps names to lists of records."""
     folder.mkdir(exist_ok=True)
     flags = []
     for name, chats in sources.items():
@@ -52,7 +52,7 @@ def read(folder):
 
 
 def clean(chats, folder, *, sources=None, evaluation_files=(), processes=1, **cleaning):
-    """The splits as lists of rows, the rejected, and the report."""
+    """Clean chats; return the tables as lists of rows, and the report."""
     records = chats if isinstance(chats, dict) else {"chats": chats}
     settings = {"cleaning": cleaning, "sources": sources or {}}
     clean_dataset.main(arguments(folder, records, settings, evaluation_files, processes))
@@ -60,7 +60,7 @@ def clean(chats, folder, *, sources=None, evaluation_files=(), processes=1, **cl
 
 
 def spoken(row):
-    """The messages of a kept row without the fields that are null."""
+    """Return the messages of a kept row without null fields."""
     return [
         {key: value for key, value in message.items() if value is not None}
         for message in row["messages"]
@@ -121,7 +121,7 @@ def test_every_chat_is_kept_once_with_its_line_or_rejected_with_its_reason(tmp_p
 
 def test_a_chat_keeps_its_split_when_the_dataset_grows(tmp_path):
     chats = make_chats(n_conversations=400, seed=2)
-    # Decontamination may drop a chat that resembles a newly held-out one, which is no other split.
+    # Decontamination may drop a chat that resembles a newly held-out one: not a change of split.
     kept = {"near_duplicates": None, "decontamination": None}
     shares = {"validation_fraction": 0.2, "test_fraction": 0.2, **kept}
     before = split_of(clean(chats[100:200], tmp_path / "before", **shares)[0])
@@ -130,7 +130,7 @@ def test_a_chat_keeps_its_split_when_the_dataset_grows(tmp_path):
     assert before.items() <= after.items()
 
 
-def test_chats_that_begin_alike_share_a_split_whatever_their_case(tmp_path):
+def test_chats_with_equal_first_questions_share_a_split_regardless_of_case(tmp_path):
     questions = [f"Where is town {number}?" for number in range(40)]
     chats = [chat(question, distinct_words(2 * at)) for at, question in enumerate(questions)]
     chats += [
@@ -162,7 +162,7 @@ def test_a_named_field_keeps_its_chats_in_one_split(tmp_path):
 
 @pytest.fixture(scope="module")
 def many_chats():
-    """Three thousand chats with damage, repeats and near repeats among them."""
+    """Three thousand chats, some of them damaged, duplicates or near duplicates."""
     chats = []
     for number in range(3000):
         answer = distinct_words(number)
@@ -183,7 +183,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def cleaned_alone(many_chats, tmp_path_factory):
-    """What one process makes of them."""
+    """Folder of these chats, cleaned by one process."""
     folder = tmp_path_factory.mktemp("alone")
     tables, report = clean(many_chats, folder, **EVENLY)
     assert report["rejected_by_reason"].keys() >= {"duplicate", "near duplicate"}
@@ -198,7 +198,7 @@ def test_more_processes_write_the_same_bytes(many_chats, cleaned_alone):
     assert contents(cleaned_alone) == tokens
 
 
-def test_a_killed_stage_leaves_no_output_and_is_run_again_to_the_same_bytes(
+def test_a_killed_stage_leaves_no_output_and_a_second_run_writes_the_same_bytes(
     many_chats, cleaned_alone
 ):
     expected = contents(cleaned_alone)
@@ -223,7 +223,7 @@ def test_a_killed_stage_leaves_no_output_and_is_run_again_to_the_same_bytes(
 
 
 def test_near_duplicates_across_splits_leave_training_first(tmp_path):
-    """The question decides the split, and forty chats of one long answer lie in all three."""
+    """The question decides the split, so forty chats with one long answer are in all three."""
     chats = [chat(f"{number}?", distinct_words(1, n=400)) for number in range(40)]
     chats += [chat(f"Other {number}?", distinct_words(number + 5)) for number in range(40)]
     before, _ = clean(chats, tmp_path / "a", near_duplicates=None, decontamination=None, **EVENLY)
@@ -240,8 +240,8 @@ def test_near_duplicates_across_splits_leave_training_first(tmp_path):
     assert twin == f"{tmp_path / 'b' / 'chats.jsonl'}:{first}"
 
 
-def test_training_rows_that_hold_a_held_out_text_are_dropped(tmp_path):
-    """A test conversation of sixty words, quoted within a training one of three hundred."""
+def test_training_rows_that_contain_held_out_text_are_dropped(tmp_path):
+    """A test conversation of sixty words is quoted in a training conversation of three hundred."""
     chats = [chat(f"Question {number}", distinct_words(number)) for number in range(60)]
     tables, _ = clean(chats, tmp_path / "a", **EVENLY)
     held_out = tables["test"][0]["messages"][1]["content"]
@@ -254,12 +254,12 @@ def test_training_rows_that_hold_a_held_out_text_are_dropped(tmp_path):
     assert lines and max(lines) <= 60
     dropped = [reason for line, (reason, _) in rejections(tables).items() if line > 60]
     assert dropped == ["overlaps with held-out text"] * len(dropped) and dropped
-    # In a held-out split the quotation harms nothing, and it stays.
+    # In a held-out split the quotation does no harm, and it stays.
     held_out_lines = {row["source_line"] for row in tables["test"] + tables["validation"]}
     assert len(dropped) + len([line for line in held_out_lines if line > 60]) == 9
 
 
-def test_training_rows_that_hold_an_evaluation_file_are_dropped(tmp_path):
+def test_training_rows_that_contain_text_of_an_evaluation_file_are_dropped(tmp_path):
     asked = distinct_words(1, n=25)
     benchmark = tmp_path / "benchmark.csv"
     benchmark.write_text(f"question,answer\n{asked},42\n", encoding="utf-8")
@@ -332,7 +332,7 @@ def test_a_length_outside_the_limits_is_rejected(settings, expected, tmp_path):
     assert rejections(tables) == {1: expected}
 
 
-def test_only_the_languages_asked_for_are_kept(tmp_path):
+def test_only_the_requested_languages_are_kept(tmp_path):
     english = "The quick brown fox jumps over the lazy dog, and nobody in the village minds."
     german = (
         "Der schnelle braune Fuchs springt \u00fcber den faulen Hund, und niemand st\u00f6rt sich."
@@ -346,7 +346,7 @@ def test_only_the_languages_asked_for_are_kept(tmp_path):
     assert detail.startswith("de (")
 
 
-def test_a_language_code_that_is_none_stops_the_stage(tmp_path):
+def test_an_unknown_language_code_stops_the_stage(tmp_path):
     with pytest.raises(StageError, match="a language is unknown") as error:
         clean([chat("One?")], tmp_path, languages=["en", "eng"])
     assert "found:    eng" in str(error.value)
@@ -377,7 +377,7 @@ PERSONAL = {
 
 
 @pytest.mark.parametrize("policy", ["off", "report", "redact"])
-def test_personal_data_is_left_counted_or_replaced_everywhere(policy, tmp_path):
+def test_personal_data_is_ignored_counted_or_replaced_everywhere(policy, tmp_path):
     tables, report = clean([PERSONAL], tmp_path, personal_data=policy, test_fraction=0)
     (row,) = kept(tables)
     text = json.dumps(row["messages"])
@@ -388,7 +388,7 @@ def test_personal_data_is_left_counted_or_replaced_everywhere(policy, tmp_path):
     assert called["n"] == 1
 
 
-def test_reference_answers_go_along_and_change_nothing_else(tmp_path):
+def test_reference_answers_are_kept_and_change_nothing_else(tmp_path):
     marks = [None, "42", 42, ["a", " b "], "", [], {"no": "text"}, True, "caf\u00c3\u00a9"]
     chats = [
         chat(f"{at}?", distinct_words(at), **({} if mark is None else {"right": mark}))
@@ -407,7 +407,7 @@ def test_reference_answers_go_along_and_change_nothing_else(tmp_path):
         ]
 
 
-def test_a_reference_holds_no_personal_data_that_the_conversation_may_not(tmp_path):
+def test_personal_data_in_a_reference_is_redacted_like_that_in_the_conversation(tmp_path):
     said = [chat("Whom do I ask?", "Ask ada@example.org.", reference="ada@example.org")]
     for policy, expected in (("report", "ada@example.org"), ("redact", "[EMAIL]")):
         tables, report = clean(said, tmp_path, personal_data=policy)
@@ -415,7 +415,7 @@ def test_a_reference_holds_no_personal_data_that_the_conversation_may_not(tmp_pa
         assert report["personal_data"] == {"email": 1}
 
 
-def test_too_many_rejected_stop_the_stage(tmp_path):
+def test_too_many_rejections_stop_the_stage(tmp_path):
     chats = [chat(f"{at}", distinct_words(at)) for at in range(8)]
     chats += [{"messages": [{"role": "user", "content": "Hm?"}]}, chats[0], chats[0], chats[0]]
     with pytest.raises(StageError) as error:
@@ -433,6 +433,6 @@ def test_a_dataset_without_training_rows_stops_the_stage(tmp_path):
         clean([chat("One?")], tmp_path, validation_fraction=0.5, test_fraction=0.499999)
 
 
-def test_files_without_a_record_stop_the_stage(tmp_path):
-    with pytest.raises(StageError, match="the dataset holds no record"):
+def test_files_without_records_stop_the_stage(tmp_path):
+    with pytest.raises(StageError, match="the dataset has no records"):
         clean([], tmp_path)

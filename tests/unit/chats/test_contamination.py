@@ -10,7 +10,7 @@ from workflow_scripts.chats import contamination
 from workflow_scripts.chats.contamination import NgramIndex
 from workflow_scripts.chats.shingles import ngram_hashes, word_hashes
 
-# Few values at both ends and in the middle, so that they meet, and share bits of the bitmap.
+# Few values, at both ends and in the middle, so that some are equal or share bits of the bitmap.
 hashes = st.sampled_from([0, 1, 2, 2**16, 2**47, 2**48, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1])
 hashes |= st.integers(0, 2**64 - 1)
 ngram_arrays = st.lists(hashes, max_size=12).map(lambda values: np.array(values, np.uint64))
@@ -18,7 +18,7 @@ held_out = st.lists(ngram_arrays, max_size=40)
 
 
 def brute_force_overlap(conversations, ngrams):
-    """The definition, on Python's sets."""
+    """Compute the overlap by its definition, with Python's sets."""
     entries = [set(conversation.tolist()) for conversation in conversations]
     counts = Counter(ngram for entry in entries for ngram in entry)
     known = {ngram for ngram, n in counts.items() if n <= contamination.MOST_CONVERSATIONS}
@@ -29,7 +29,7 @@ def brute_force_overlap(conversations, ngrams):
 
 
 def overlap(index, ngrams):
-    """Of one conversation, asked between others."""
+    """Return the overlap of one conversation, looked up together with others."""
     others = np.array([2**63 + 1, 2**63 + 2], np.uint64)
     rows = [ngrams[:0], others, ngrams, ngrams[:0], others]
     offsets = np.cumsum([0, *map(len, rows)])
@@ -40,7 +40,7 @@ def overlap(index, ngrams):
 
 
 @given(conversations=held_out)
-def test_the_index_holds_each_identifying_ngram_once_an_entry(conversations):
+def test_the_index_holds_each_identifying_ngram_once_per_entry(conversations):
     index = NgramIndex.build(conversations)
     counts = Counter(ngram for ngrams in conversations for ngram in set(ngrams.tolist()))
     expected = sorted(
@@ -54,12 +54,12 @@ def test_the_index_holds_each_identifying_ngram_once_an_entry(conversations):
 
 
 @given(conversations=held_out, ngrams=ngram_arrays)
-def test_overlap_equals_its_definition_on_sets(conversations, ngrams):
+def test_overlap_equals_its_definition_by_sets(conversations, ngrams):
     found = overlap(NgramIndex.build(conversations), ngrams)
     assert found == pytest.approx(brute_force_overlap(conversations, ngrams), rel=1e-12)
 
 
-def test_a_large_index_finds_all_it_holds_and_nothing_else():
+def test_a_large_index_finds_its_ngrams_and_no_others():
     random = np.random.default_rng(0)
     values = np.unique(random.integers(0, 2**64, 300_000, dtype=np.uint64))
     random.shuffle(values)
@@ -71,7 +71,7 @@ def test_a_large_index_finds_all_it_holds_and_nothing_else():
     assert overlap(index, half) == 0.5
 
 
-def test_the_bitmap_spares_most_searches():
+def test_the_bitmap_avoids_most_searches():
     random = np.random.default_rng(1)
     index = NgramIndex.build([random.integers(0, 2**64, 100_000, dtype=np.uint64)])
     places = [
@@ -98,14 +98,16 @@ def test_a_short_question_is_found_within_a_long_conversation():
     assert overlap(index, ngram_hashes(word_hashes(f"{rest} {question} {rest}"), 13)) == 1
 
 
-def test_a_conversation_that_repeats_itself_is_counted_once():
+def test_a_repeated_ngram_of_a_conversation_counts_once():
     ngrams = np.array([5] * 50, np.uint64)
     assert overlap(NgramIndex.build([ngrams]), ngrams) == 1
 
 
 @settings(max_examples=20)
 @given(conversations=held_out, ngrams=ngram_arrays)
-def test_a_mapped_index_answers_as_the_one_that_was_saved(tmp_path_factory, conversations, ngrams):
+def test_a_mapped_index_gives_the_same_overlaps_as_the_saved_one(
+    tmp_path_factory, conversations, ngrams
+):
     folder = tmp_path_factory.mktemp("index")
     built = NgramIndex.build(conversations)
     built.save(folder)
@@ -114,7 +116,7 @@ def test_a_mapped_index_answers_as_the_one_that_was_saved(tmp_path_factory, conv
     assert not mapped.hashes.flags.writeable
 
 
-def test_looking_up_leaves_the_ngrams_as_they_were():
+def test_a_lookup_does_not_change_the_ngrams():
     ngrams = np.array([9, 3, 7], np.uint64)
     overlap(NgramIndex.build([ngrams]), ngrams)
     assert ngrams.tolist() == [9, 3, 7]

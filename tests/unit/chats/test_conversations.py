@@ -14,8 +14,16 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 
-from workflow_scripts.chats import conversations, schemas, sources
-from workflow_scripts.chats.conversations import Rejected, choose_split, parse
+from workflow_scripts.chats import (
+    conversations,
+    message_text,
+    records as chat_records,
+    schemas,
+    tool_calls as calls_of_tools,
+)
+from workflow_scripts.chats.conversations import parse
+from workflow_scripts.chats.rejections import Rejected
+from workflow_scripts.chats.splits import conversation_id
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings
 
@@ -276,7 +284,7 @@ def without_empty(messages: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize(("content", "messages", "correction"), CORRECTED)
-def test_what_can_be_mended_is_mended_and_named(content, messages, correction):
+def test_a_correctable_record_is_corrected_and_the_correction_named(content, messages, correction):
     before = copy.deepcopy(content)
     conversation = parse(content, AUTO, strip)
     assert conversation.messages == without_empty(messages)
@@ -284,7 +292,7 @@ def test_what_can_be_mended_is_mended_and_named(content, messages, correction):
     assert content == before  # the record is left as it was read
 
 
-def test_a_plain_chat_is_taken_as_it_is_but_for_its_mended_text():
+def test_a_plain_chat_changes_only_by_the_repair_of_its_texts():
     inside = 'two  spaces\n\n\ttab "quotes" 🎉 \x00 ▁'
     record = chat(message("developer", " Be brief. "), message("user", f"\n{inside}\t"), A, group=7)
     conversation = parse(record, AUTO, strip)
@@ -293,24 +301,24 @@ def test_a_plain_chat_is_taken_as_it_is_but_for_its_mended_text():
     assert (conversation.tools, conversation.corrections) == (None, [])
 
 
-def test_fields_that_no_one_renders_are_left_out():
+def test_fields_that_are_never_rendered_are_dropped():
     read = parse(chat({**U, "name": "x", "weight": 9}, {**A, "logprobs": [], "id": 3}), AUTO, strip)
     assert read.messages == [U, A]
 
 
-def test_texts_in_parts_are_joined_as_mistral_common_joins_them():
+def test_text_parts_are_joined_as_in_mistral_common():
     parts = [{"type": "text", "text": part} for part in ("a", "", "b")]
     assert parse(chat(message("user", parts), A), AUTO, strip).messages[0]["content"] == "a\n\nb"
 
 
-def test_only_what_people_wrote_is_mended():
+def test_the_results_of_tools_are_not_repaired():
     record = chat(S, U, calls(call(id=NINE)), result(" a ", tool_call_id=NINE), A)
     mended = []
     parse(record, AUTO, lambda text: mended.append(text) or text)
     assert mended == [S["content"], U["content"], "", A["content"]]
 
 
-def test_functions_before_tools_become_tools():
+def test_openais_former_functions_become_tools():
     record = chat(
         U,
         message("assistant", None, function_call={"name": "look", "arguments": '{"a": 1}'}),
@@ -326,7 +334,7 @@ def test_functions_before_tools_become_tools():
     assert read.corrections == ["function_call made tool_calls", "tool call ids filled in"]
 
 
-def test_results_go_to_their_calls_in_any_order_under_new_ids():
+def test_results_in_any_order_get_the_new_ids_of_their_calls():
     record = chat(
         U,
         calls(call("f", id="call_1"), call("g", id="call_2")),
@@ -346,11 +354,11 @@ def test_results_go_to_their_calls_in_any_order_under_new_ids():
     ]
     assert len({first["id"], second["id"], third["id"]}) == 3
     assert all(len(called["id"]) == 9 and called["id"].isalnum() for called in (first, second))
-    assert parse(record, AUTO, strip) == read  # of no chance
+    assert parse(record, AUTO, strip) == read  # deterministic
     assert read.corrections == ["tool call ids replaced"]
 
 
-def test_calls_of_one_id_are_told_apart_by_their_order():
+def test_calls_with_the_same_id_are_distinguished_by_order():
     both = [call("f", id=NINE), call("g", id=NINE)]
     results = [result("of f", tool_call_id=NINE), result("of g", tool_call_id=NINE)]
     read = parse(chat(U, calls(*both), *results, A), AUTO, strip)
@@ -379,7 +387,7 @@ results = st.builds(result, texts | json_texts | json_texts.map(json.dumps), too
 
 @st.composite
 def uses_of_tools(draw):
-    """An answer that calls, and its results, mostly as many and mostly matched."""
+    """Return an answer with calls, and results that mostly match them."""
     made = draw(st.lists(tool_calls, min_size=1, max_size=3))
     found = [{**draw(results), "tool_call_id": called["id"]} for called in made]
     found = draw(st.permutations(found)) + draw(st.lists(results, max_size=1))
@@ -403,7 +411,7 @@ records = st.builds(
 )
 
 
-# Of the records that are generated a good part is rejected, as it should be.
+# Many of the generated records are rejected, as they should be.
 ACCEPTED_ALONE = settings(suppress_health_check=[HealthCheck.filter_too_much])
 
 
@@ -432,14 +440,14 @@ def has_text_beside_calls(conversation):
 
 @given(record=records)
 @settings(ACCEPTED_ALONE, max_examples=300)
-def test_what_is_accepted_passes_mistral_commons_validation_of_every_version(record):
+def test_accepted_conversations_pass_mistral_commons_validation_of_every_version(record):
     conversation = accepted(record)
     for version in TokenizerVersion:
         if version < TokenizerVersion.v7 and has_text_beside_calls(conversation):
             continue
         validator = get_validator(version, ValidationMode.finetuning)
         request = validator.validate_request(request_of(conversation, finetuning=True))
-        if version < TokenizerVersion.v15:  # it needs settings of a model beside
+        if version < TokenizerVersion.v15:  # it also needs settings of a model
             normalized = get_normalizer(version).from_chat_completion_request(request)
             answers = [m for m in normalized.messages if m.role == "assistant"]
             n_answers = sum(m["role"] == "assistant" for m in conversation.messages)
@@ -453,7 +461,7 @@ def official(request, exported_tokenizer):
 
 @given(record=records)
 @settings(ACCEPTED_ALONE, max_examples=150)
-def test_what_is_accepted_is_rendered(official, record):
+def test_accepted_conversations_are_rendered(official, record):
     conversation = accepted(record)
     is_v3 = official.instruct_tokenizer.tokenizer.version == TokenizerVersion.v3
     assume(not (is_v3 and has_text_beside_calls(conversation)))
@@ -470,7 +478,7 @@ rows_of_one_role = st.lists(
 
 @given(messages=rows_of_one_role)
 @settings(max_examples=100)
-def test_joining_here_gives_the_tokens_of_joining_there(official, messages):
+def test_joining_gives_the_same_tokens_as_joining_in_mistral_common(official, messages):
     read = parse(chat(*messages), AUTO, strip)
     roles = [m["role"] for m in read.messages]
     assert all(one != other for one, other in zip(roles, roles[1:], strict=False))
@@ -499,7 +507,7 @@ records_like = st.dictionaries(
 
 @given(content=any_json | records_like)
 @settings(max_examples=300)
-def test_any_value_is_kept_or_rejected_and_nothing_else(content):
+def test_any_value_is_either_kept_or_rejected(content):
     try:
         conversation = parse(content, AUTO, strip)
     except Rejected as rejection:
@@ -512,83 +520,31 @@ def test_any_value_is_kept_or_rejected_and_nothing_else(content):
 
 @given(record=records)
 @ACCEPTED_ALONE
-def test_what_was_mended_needs_no_mending_again(record):
+def test_a_corrected_conversation_needs_no_further_correction(record):
     once = accepted(record)
     again = parse(chat(*once.messages, tools=once.tools and json.loads(once.tools)), AUTO, strip)
     assert (again.messages, again.tools, again.corrections) == (once.messages, once.tools, [])
 
 
-# Identity and split
-
-
 @given(one=records, other=records)
 @ACCEPTED_ALONE
-def test_equal_content_has_equal_ids_and_only_that(one, other):
+def test_ids_are_equal_if_and_only_if_contents_are(one, other):
     one, other = accepted(one), accepted(other)
-    identities = [conversations.conversation_id(each.messages, each.tools) for each in (one, other)]
+    identities = [conversation_id(each.messages, each.tools) for each in (one, other)]
     is_equal = (one.messages, one.tools) == (other.messages, other.tools)
     assert (identities[0] == identities[1]) == is_equal
 
 
-def test_tools_and_weights_are_part_of_the_id():
-    variants = [chat(U, A), chat(U, A, tools=[tool()]), chat(U, {**A, "weight": 1}), chat(U, A, A)]
-    read = [parse(variant, AUTO, strip) for variant in variants]
-    assert len({conversations.conversation_id(each.messages, each.tools) for each in read}) == 4
+# What data/README.md says
 
 
-def test_the_order_of_keys_does_not_change_the_id():
-    turned = chat(*(dict(reversed(m.items())) for m in (U, {**A, "weight": 1})))
-    read = [parse(each, AUTO, strip) for each in (chat(U, {**A, "weight": 1}), turned)]
-    one, other = (conversations.conversation_id(each.messages) for each in read)
-    assert one == other
-
-
-@given(key=texts, validation=st.floats(0, 0.5), test=st.floats(0, 0.5))
-def test_a_split_without_a_share_gets_nothing(key, validation, test):
-    def split(validation, test):
-        return choose_split(key, validation_fraction=validation, test_fraction=test)
-
-    assert split(validation, 0.0) != "test"
-    assert split(0.0, test) != "validation"
-    assert split(0.0, 0.0) == "train"
-    assert split(0.0, 1.0) == "test"
-    assert split(1.0, 0.0) == "validation"
-
-
-@given(key=texts, validation=st.floats(0, 0.5), test=st.floats(0, 0.5), more=st.floats(0, 0.5))
-def test_a_larger_test_share_takes_nothing_out_of_it(key, validation, test, more):
-    assume(test + more <= 0.5)
-    if choose_split(key, validation_fraction=validation, test_fraction=test) == "test":
-        assert (
-            choose_split(key, validation_fraction=validation, test_fraction=test + more) == "test"
-        )
-
-
-@pytest.mark.parametrize(("validation", "test"), [(0.05, 0.05), (0.2, 0.1), (0.0, 0.3)])
-def test_splits_are_as_large_as_asked(validation, test):
-    n_keys = 20_000
-    splits = [
-        choose_split(f"question {number}", validation_fraction=validation, test_fraction=test)
-        for number in range(n_keys)
-    ]
-    expected = {"validation": validation, "test": test, "train": 1 - validation - test}
-    for split, fraction in expected.items():
-        # Four standard deviations of a binomial share; the keys are fixed, so this never flickers.
-        margin = 4 * (fraction * (1 - fraction) / n_keys) ** 0.5
-        assert abs(splits.count(split) / n_keys - fraction) <= margin
-
-
-# What the README says
-
-
-README = Path(sources.__file__).parents[2] / "data" / "README.md"
+README = Path(schemas.__file__).parents[2] / "data" / "README.md"
 
 
 def literals(node_matches) -> set[str]:
-    """Texts in the modules that read, where `node_matches` finds one in a node of their syntax."""
-    trees = [
-        ast.parse(Path(module.__file__).read_text()) for module in (sources, schemas, conversations)
-    ]
+    """Return the texts that `node_matches` finds in the syntax trees of the modules that read."""
+    modules = (chat_records, schemas, message_text, calls_of_tools, conversations)
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in modules]
     nodes = (node for tree in trees for node in ast.walk(tree))
     return {text for node in nodes for text in node_matches(node)}
 
@@ -605,9 +561,9 @@ def corrections_in(node):
 
 @pytest.mark.parametrize(
     ("title", "node_matches"),
-    [("What is rejected", reasons_in), ("What is mended", corrections_in)],
+    [("What is rejected", reasons_in), ("What is corrected", corrections_in)],
 )
-def test_the_readme_names_what_reading_can_say_and_nothing_else(title, node_matches):
+def test_the_readme_lists_exactly_the_reasons_and_corrections_of_reading(title, node_matches):
     readme = README.read_text(encoding="utf-8")
     section = readme.partition(f"## {title}\n")[2].partition("\n## ")[0]
     rows = [
@@ -617,10 +573,10 @@ def test_the_readme_names_what_reading_can_say_and_nothing_else(title, node_matc
     assert set(rows[2:]) == literals(node_matches)
 
 
-def test_every_reason_and_correction_is_met_in_these_tests():
+def test_every_reason_and_correction_is_covered_by_these_tests():
     in_tables = {reason for _, reason, _ in BAD}
     of_others = {
-        *("not UTF-8", "not JSON", "a row does not fit the header"),  # test_sources
+        *("not UTF-8", "not JSON", "a row does not fit the header"),  # test_chunks
         "missing field",  # test_schemas
     }
     assert in_tables | of_others == literals(reasons_in)
@@ -629,14 +585,10 @@ def test_every_reason_and_correction_is_met_in_these_tests():
     assert tested | of_others == literals(corrections_in)
 
 
-def test_the_readme_s_examples_are_of_the_format_they_stand_for():
+def test_the_examples_in_the_readme_have_the_format_that_they_illustrate():
     readme = README.read_text(encoding="utf-8")
     examples = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`[;,:]", readme, re.MULTILINE)
     assert [shape for shape, _ in examples] == list(schemas.REQUIRED)
     for shape, record in examples:
         assert schemas.raw_chat(json.loads(record), AUTO).shape == shape
         assert parse(json.loads(record), AUTO, strip).corrections == []
-
-
-def test_half_a_character_is_a_key_to_split_by_all_the_same():
-    assert choose_split("\ud800", validation_fraction=0, test_fraction=1) == "test"

@@ -38,7 +38,7 @@ def flat(sets):
 
 
 def planted(random, similarity, size):
-    """Two sets with this Jaccard similarity, or the least above it that their size allows."""
+    """Return two sets with this Jaccard similarity, or the next higher one that is possible."""
     n_shared = math.ceil(size * 2 * similarity / (1 + similarity) - 1e-9)
     values = random.integers(0, 2**64, 2 * size - n_shared, dtype=np.uint64)
     return set(values[:size].tolist()), set(values[size - n_shared :].tolist())
@@ -74,7 +74,7 @@ def test_texts_roles_calls_and_tools_make_a_difference():
 
 
 @given(values=st.lists(st.integers(0, 6), max_size=40), random=st.randoms(use_true_random=False))
-def test_the_twin_is_the_equal_one_of_lowest_rank(values, random):
+def test_the_twin_is_the_conversation_of_lowest_rank_with_an_equal_digest(values, random):
     rank = list(range(len(values)))
     random.shuffle(rank)
     digests = np.array([(value // 2, value % 2) for value in values], np.uint64).reshape(-1, 2)
@@ -93,7 +93,7 @@ def test_bands_find_a_pair_at_the_threshold(threshold):
 
 @pytest.mark.parametrize("size", [12, 450])
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
-def test_planted_pairs_share_a_band_as_often_as_promised(threshold, size):
+def test_planted_pairs_share_a_band_as_often_as_expected(threshold, size):
     random = np.random.default_rng(0)
     pairs = [planted(random, threshold, size) for _ in range(1500)]
     keys = band_keys(*flat(itertools.chain(*pairs)), threshold=threshold)
@@ -101,14 +101,14 @@ def test_planted_pairs_share_a_band_as_often_as_promised(threshold, size):
     assert found >= 0.98  # 0.994 or more is expected; four standard errors below 0.99 is 0.98
 
 
-def test_few_unlike_pairs_share_a_band():
+def test_few_dissimilar_pairs_share_a_band():
     random = np.random.default_rng(1)
     pairs = [planted(random, 0.3, 450) for _ in range(1000)]
     keys = band_keys(*flat(itertools.chain(*pairs)), threshold=0.8)
     assert (keys[::2] == keys[1::2]).any(axis=1).mean() < 0.05
 
 
-def test_keys_depend_on_the_set_alone():
+def test_keys_depend_only_on_the_set():
     random = np.random.default_rng(2)
     sets = [random.integers(0, 2**64, size, dtype=np.uint64) for size in (1, 5, 90, 400, 3000)]
     shuffled = [random.permutation(np.concatenate([one, one])) for one in sets]
@@ -116,9 +116,9 @@ def test_keys_depend_on_the_set_alone():
     keys = band_keys(np.concatenate(sets), offsets, threshold=0.8)
     assert np.array_equal(
         keys, band_keys(np.concatenate(shuffled), 2 * offsets, threshold=0.8)
-    )  # neither order nor repeats
+    )  # order and repeats do not matter
     alone = [band_keys(one, np.array([0, len(one)]), threshold=0.8) for one in sets]
-    assert np.array_equal(keys, np.concatenate(alone))  # nor what is hashed with it
+    assert np.array_equal(keys, np.concatenate(alone))  # nor do the other conversations
 
 
 # Written by rensa 0.5.0 (its algorithm version 2), on x86-64.
@@ -131,7 +131,7 @@ def test_keys_are_the_same_on_every_machine():
     assert keys[0, :2].tolist() == FIRST_KEYS
 
 
-def test_a_conversation_without_words_is_like_no_other():
+def test_a_conversation_without_words_has_no_near_duplicate():
     keys = band_keys(*flat([set(), {1, 2}, set(), {1, 2}]), threshold=0.8)
     assert (keys[[0, 2]] == duplicates.NO_KEY).all()
     assert (keys[[1, 3]] != duplicates.NO_KEY).all()
@@ -151,7 +151,7 @@ def test_jaccard_is_the_intersection_over_the_union(first, second):
 
 
 def greedy(keys, rank, similarity, threshold):
-    """Every newcomer against every kept one that shares a band: the specification."""
+    """Compare each conversation with every kept one that shares a band: the specification."""
     kept, dropped = [], {}
     for one in sorted(range(len(keys)), key=rank.__getitem__):
         shared = {
@@ -195,7 +195,7 @@ def test_near_duplicates_equal_a_greedy_brute_force(keys, random):
 
 
 def families(random, *, n_families, n_copies):
-    """Originals and copies with some shingles replaced; some of the copies are near enough."""
+    """Return originals and copies with replaced shingles; some copies are near duplicates."""
     sets = []
     for _ in range(n_families):
         original = random.integers(0, 2**64, 200, dtype=np.uint64)
@@ -208,7 +208,7 @@ def families(random, *, n_families, n_copies):
     return sets
 
 
-def test_every_near_duplicate_of_a_kept_one_goes_and_no_other():
+def test_exactly_the_near_duplicates_of_kept_conversations_are_dropped():
     random = np.random.default_rng(3)
     sets = families(random, n_families=60, n_copies=6)
     rank = random.permutation(len(sets))
@@ -229,8 +229,10 @@ def test_every_near_duplicate_of_a_kept_one_goes_and_no_other():
     assert len(left) <= 0.01 * (len(sets) - len(kept))  # all but a hundredth are found
 
 
-def test_a_chain_of_likenesses_drops_nothing_unlike():
-    window = [set(range(at * 10, at * 10 + 100)) for at in range(6)]  # neighbours alike, ends not
+def test_a_chain_of_similar_conversations_drops_no_dissimilar_one():
+    window = [
+        set(range(at * 10, at * 10 + 100)) for at in range(6)
+    ]  # neighbours are similar, ends are not
     keys = np.ones((6, 1), np.uint64)
 
     def similarity(one, other):
@@ -258,7 +260,7 @@ def test_a_shared_template_costs_a_bounded_number_of_comparisons():
     assert len(asked) <= 400 * duplicates.MOST_COMPARED
 
 
-def test_the_answer_does_not_depend_on_the_order_of_the_rows():
+def test_the_result_does_not_depend_on_the_order_of_the_rows():
     random = np.random.default_rng(4)
     sets = families(random, n_families=20, n_copies=5)
     order = random.permutation(len(sets))

@@ -14,7 +14,9 @@ from pyarrow import parquet
 from tests import hub_server
 from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
-from workflow_scripts.chats import fetch_dataset, sources
+from workflow_scripts.chats import hub_dataset
+from workflow_scripts.chats.chunks import read_chunks
+from workflow_scripts.chats.records import parse_chunk
 
 STAGE = "workflow_scripts.chats.fetch_dataset"
 OLD, NEW, BARE, LOST = (digit * 40 for digit in "abcd")
@@ -42,7 +44,7 @@ def parquet_bytes(rows):
     return sink.getvalue()
 
 
-# Values of one field that differ in type: `datasets` stores each message as JSON.
+# The values of one field have different types, so `datasets` stores each message as JSON.
 MIXED = [
     {
         "messages": [
@@ -107,7 +109,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def home(hub, run_stage, tmp_path_factory):
-    """An HF_HOME that was filled while the Hub answered; its latest dataset is the new one."""
+    """HF_HOME, filled while the Hub answered; the latest dataset in it is the new one."""
     folder = tmp_path_factory.mktemp("home")
     for revision in (OLD, NEW):
         done = run_stage(
@@ -175,7 +177,7 @@ def test_a_pinned_split_is_written_with_what_it_came_from(home, fetch, hub):
         "datasets_version": datasets.__version__,
         "sha256": files.sha256(fetched.rows),
     }
-    # Another download, with a cache of its own: the same bytes.
+    # Another download, with another cache, gives the same bytes.
     assert fetched.rows.read_bytes() == (home / OLD / "rows.parquet").read_bytes()
 
 
@@ -200,11 +202,11 @@ def test_without_a_connection_the_cache_of_that_commit_gives_the_same_bytes(home
         ({"split": "test"}, ["no such split", "found:    test", "one of train"]),
     ],
 )
-def test_no_other_cache_takes_the_place_of_one_that_is_missing(home, fetch, settings, parts):
+def test_a_missing_cache_is_not_replaced_by_another(home, fetch, settings, parts):
     refused(fetch(home=home, offline=True, **settings), *parts)
 
 
-def test_a_hub_out_of_reach_and_an_empty_cache_end_with_a_remedy(fetch, tmp_path):
+def test_an_unreachable_hub_and_an_empty_cache_end_with_a_remedy(fetch, tmp_path):
     refused(fetch(), f"nothing in {tmp_path}/home", "refused", "on a machine with a connection")
 
 
@@ -226,11 +228,11 @@ def test_a_subset_and_a_split_of_parquet_files_are_fetched_alone(fetch, hub):
     assert files.read_json(fetched.manifest)["subset"] == "en"
 
 
-def test_messages_of_differing_shape_reach_the_reader_as_they_were_published(fetch, hub):
+def test_messages_of_different_shapes_reach_the_reader_as_published(fetch, hub):
     fetched = fetch(endpoint=hub, hub="owner/mixed")
     assert fetched.done.returncode == 0, fetched.done.stderr
-    (chunk,) = sources.read_chunks(fetched.rows)
-    texts = [record.content.get("messages") for record in sources.records(chunk)]
+    (chunk,) = read_chunks(fetched.rows)
+    texts = [record.content.get("messages") for record in parse_chunk(chunk)]
     assert [text and json.loads(text) for text in texts] == [row["messages"] for row in MIXED]
 
 
@@ -248,11 +250,11 @@ def test_messages_of_differing_shape_reach_the_reader_as_they_were_published(fet
         ),
         ({"hub": "owner/script"}, ["loading script", "script.py", "refs/convert/parquet"]),
         ({"hub": "owner/broken"}, ["cannot make a table", "datasets/owner/broken", "`files`"]),
-        # Here `datasets` by itself would take the latest of the cache, of another revision.
+        # Here `datasets` alone would take the latest dataset in its cache, of another revision.
         ({"revision": BARE}, ["cannot make a table", "data files", "set `files`"]),
     ],
 )
-def test_what_cannot_be_fetched_comes_with_a_remedy(home, fetch, hub, settings, parts):
+def test_the_error_for_an_unusable_dataset_has_a_remedy(home, fetch, hub, settings, parts):
     refused(fetch(endpoint=hub, home=home, **settings), *parts)
 
 
@@ -264,22 +266,22 @@ json_values = st.recursive(
 
 
 @given(values=st.lists(st.lists(json_values, max_size=3), min_size=1, max_size=9))
-def test_a_column_that_holds_json_is_written_as_the_text_of_the_whole(tmp_path_factory, values):
+def test_a_json_column_is_written_as_one_text_per_value(tmp_path_factory, values):
     features = datasets.Features({"messages": datasets.List(datasets.Json())})
     path = tmp_path_factory.mktemp("rows") / "rows.parquet"
     rows = datasets.Dataset.from_dict({"messages": values}, features=features)
-    fetch_dataset.write_rows(path, rows)
+    hub_dataset.write_rows(path, rows)
     texts = parquet.read_table(path)["messages"].to_pylist()
     assert [json.loads(text) for text in texts] == values
 
 
-def test_bytes_do_not_depend_on_how_the_cache_is_cut(tmp_path):
-    # Long enough for several pages, which a writer ends where its input does.
-    rows = chats("cut " * 300, fetch_dataset.ROWS_PER_GROUP + 904)
+def test_bytes_do_not_depend_on_the_chunks_of_the_cache(tmp_path):
+    # Long enough for several pages; a writer ends a page where its input ends.
+    rows = chats("cut " * 300, hub_dataset.ROWS_PER_GROUP + 904)
     parts = [datasets.Dataset.from_list(rows[at : at + 700]) for at in range(0, len(rows), 700)]
     whole, pieces = tmp_path / "whole.parquet", tmp_path / "pieces.parquet"
-    fetch_dataset.write_rows(whole, datasets.Dataset.from_list(rows))
-    fetch_dataset.write_rows(pieces, datasets.concatenate_datasets(parts))
+    hub_dataset.write_rows(whole, datasets.Dataset.from_list(rows))
+    hub_dataset.write_rows(pieces, datasets.concatenate_datasets(parts))
     assert whole.read_bytes() == pieces.read_bytes()
     assert parquet.read_table(whole).to_pylist() == rows
     assert parquet.ParquetFile(whole).num_row_groups == 2

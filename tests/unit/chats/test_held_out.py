@@ -28,25 +28,25 @@ def report(n_train, n_validation, n_test, validation=0.05, test=0.05):
     )
 
 
-def test_splits_with_conversations_pass_in_silence():
+def test_splits_with_conversations_pass_without_a_warning():
     assert check_splits(report(900, 50, 50), REPORT) == []
 
 
-def test_few_conversations_pass_with_a_warning_in_numbers():
+def test_a_split_with_few_conversations_passes_with_a_warning():
     assert check_splits(report(198, 1, 30), REPORT) == [
-        "found 1 conversations in the validation split: too few to tell runs apart; set"
+        "found 1 conversations in the validation split, too few to tell runs apart; set"
         " validation_fraction: 0.09, which holds out about 21 of 229"
     ]
 
 
-def test_what_is_held_out_nowhere_may_be_empty():
+def test_a_split_without_a_share_may_be_empty():
     assert check_splits(report(100, 0, 0, validation=0, test=0), REPORT) == []
 
 
 @pytest.mark.parametrize(
     ("counts", "parts"),
     [
-        ((10, 0, 1), ["the validation split is empty", "0.05 of 11", "0.55 are to be expected"]),
+        ((10, 0, 1), ["the validation split is empty", "0.05 of 11", "0.55 expected"]),
         ((10, 1, 0), ["the test split is empty", "cleaning.test_fraction"]),
         (
             (10, 0, 0),
@@ -58,7 +58,7 @@ def test_what_is_held_out_nowhere_may_be_empty():
                 "snakemake train",
             ],
         ),
-        ((4, 0, 1), ["add conversations: a split of 5"]),
+        ((4, 0, 1), ["add conversations: 5 are too few"]),
     ],
 )
 def test_an_empty_split_is_refused_with_a_share_that_fills_it(counts, parts):
@@ -82,6 +82,6 @@ def test_the_proposed_share_holds_out_what_it_promises(n_conversations):
     share = proposed_share(n_conversations, 0.0)
     assert share is not None and 0 < share <= LARGEST_SHARE
     held_out = np.random.default_rng(0).binomial(n_conversations, share, size=4000)
-    assert (held_out > 0).mean() > 0.93  # 95 % are meant; 4,000 draws
+    assert (held_out > 0).mean() > 0.93  # 95 % expected; 4,000 draws
     if n_conversations >= USEFUL / USUAL_SHARE:
         assert held_out.mean() >= USEFUL - 0.5

@@ -37,7 +37,7 @@ def test_a_short_chat_is_identified_with_certainty(language):
 
 
 @pytest.mark.parametrize("language", ["fr", "de", "ru"])
-def test_code_between_fences_does_not_speak(language):
+def test_code_between_fences_is_ignored(language):
     code = "```python\nfor line in open(path):\n    if the.word in line: print(line, end='')\n```\n"
     assert identify(code * 5 + CHATS[language])[0] == language
     assert identify(CHATS[language] + "\n```" + code)[0] == language
@@ -59,12 +59,12 @@ def test_only_the_beginning_counts(tail):
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_the_answer_is_a_known_code_of_two_letters_and_a_probability(text):
+def test_the_result_is_a_known_code_of_two_letters_and_a_probability(text):
     code, probability = identify(text)
     assert code in known() and len(code) == 2
     assert 0 < probability <= 1.0 + 1e-6
 
 
-def test_the_languages_of_a_dataset_can_be_asked_for():
+def test_common_languages_are_known_by_their_two_letter_codes():
     assert {"en", "fr", "de", "es", "it", "pt", "zh", "ja", "no"} <= known()
     assert "eng" not in known()

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from workflow_scripts.chats.personal_data import PLACEHOLDERS, find, redact
 
-# Secrets are put together here, so that no scanner takes this file for a leak.
+# Secrets are assembled here, so that no scanner reports this file as a leak.
 RANDOM = "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zAbCdEfGhIjKl"
 HEADER, BODY, SIGNATURE = ("eyJ" + RANDOM[:20], "eyJ" + RANDOM[5:30], RANDOM[:30])
 
@@ -68,11 +68,11 @@ EXAMPLES = {"email": EMAILS, "phone": PHONES, "secret": SECRETS, "card": CARDS, 
 POSITIVES = [(kind, example) for kind, examples in EXAMPLES.items() for example in examples]
 
 NOTHING = [
-    # dates, times, versions, addresses of machines
+    # dates, times, versions, network addresses
     "on 2024-05-17 at 10:30:00, 17.05.2024, 05/17/2024, 01-02-2023 10:30, 2024-05-17 10:30:00.123",
     "Python 3.11.4, CUDA 12.4.131, build 20240517.123456, v1.2.3-rc.4, 1.0.0.0",
     "192.168.100.200:8080, 255.255.255.0, 10.0.0.1/24, fe80::1234:5678, 00:1A:2B:3C:4D:5E",
-    # amounts, counts, measures, numbers of a program
+    # amounts, counts, measures, numbers in programs
     "1 234 567,89 €, $1,234,567.89, 12 345 678, 3.141592653589793, 6.02e23, -1234567890",
     "2147483647, 4294967296, 1234567890123, 0xDEADBEEF12345678, 0b0101 0110, 1_000_000_000",
     "0101 1010 1100, [1, 2, 3, 4, 5, 6, 7, 8], 100 200 300 400 500, +10.50 12.30 44.10",
@@ -85,7 +85,7 @@ NOTHING = [
     # code with an at sign
     "@app.route('/') and @property, a @ b, W@x.T, X@y.shape, icon@2x.png, lodash@4.17.21",
     "git@github.com:owner/name.git, https://user:password@example.com/path, user@localhost, @jane",
-    # talk of secrets
+    # text about secrets
     "password = input('Password: '); token = get_token2(); api_key = os.environ['API_KEY_1']",
     "password: your_password_here, token=<token1>, api_key=${API_KEY2}, secret: settings.key2",
     "The token is 128-bit-wide; max_tokens=4096; tokens: 1234567890; use sha256 for passwords",
@@ -99,13 +99,13 @@ NOTHING = [
 
 @pytest.mark.parametrize(("kind", "example"), POSITIVES)
 @pytest.mark.parametrize("surroundings", ["{}", "Write to {} today.", "({})", "a: {}, b", "\n{}\n"])
-def test_an_example_is_found_whole_whatever_stands_around_it(kind, example, surroundings):
+def test_an_example_is_found_whole_in_any_context(kind, example, surroundings):
     text = surroundings.format(example)
     assert [(one.kind, text[one.start : one.end]) for one in find(text)] == [(kind, example)]
 
 
 @pytest.mark.parametrize("text", NOTHING)
-def test_what_only_looks_like_it_is_left_alone(text):
+def test_text_that_only_resembles_personal_data_is_not_found(text):
     assert [(one.kind, text[one.start : one.end]) for one in find(text)] == []
 
 
@@ -126,7 +126,7 @@ def test_what_only_looks_like_it_is_left_alone(text):
         ("İİ password: Summer2024zq", "Summer2024zq"),
     ],
 )
-def test_a_secret_is_the_value_and_not_its_name(text, value):
+def test_a_secret_is_the_value_without_its_name(text, value):
     assert [(one.kind, text[one.start : one.end]) for one in find(text)] == [("secret", value)]
 
 
@@ -134,7 +134,7 @@ def test_a_secret_is_the_value_and_not_its_name(text, value):
     "called",
     ["Call me at {}", "tel: {}", "Phone number is {}", "Téléphone : {}", "WhatsApp {}", "电话：{}"],
 )
-def test_a_number_without_the_shape_of_a_phone_number_is_one_where_it_is_called(called):
+def test_any_number_is_a_phone_number_if_the_text_calls_it_one(called):
     number = "4155552671"
     assert find(number) == []
     assert redact(called.format(number)) == (called.format("[PHONE]"), Counter(phone=1))
@@ -162,14 +162,14 @@ pieces = st.lists(
 
 
 @given(text=pieces | st.text())
-def test_findings_lie_in_the_text_in_order_and_apart(text):
+def test_findings_are_ordered_and_do_not_overlap(text):
     findings = find(text)
     assert all(0 <= one.start < one.end <= len(text) for one in findings)
     assert all(one.end <= two.start for one, two in zip(findings, findings[1:], strict=False))
 
 
 @given(text=pieces | st.text())
-def test_all_that_is_not_found_survives_redaction(text):
+def test_redaction_changes_only_the_findings(text):
     redacted, counts = redact(text)
     findings = find(text)
     assert counts == Counter(one.kind for one in findings)
@@ -189,8 +189,8 @@ HOSTILE = ["1 ", "a@", "+1", "password=", "A1", "://a:", "-----BEGIN ", "a@b.co 
 
 
 @pytest.mark.parametrize("repeated", HOSTILE)
-def test_a_long_hostile_text_takes_no_longer_than_its_length(repeated):
+def test_the_time_for_a_hostile_text_is_linear_in_its_length(repeated):
     started = time.process_time()
     find(repeated * 20_000)
-    # 0.3 s; minutes where a pattern backtracks, or findings are compared, in the square of it.
+    # 0.3 s measured; minutes if a pattern backtracks or findings are compared in quadratic time.
     assert time.process_time() - started < 10

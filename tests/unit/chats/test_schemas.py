@@ -83,7 +83,7 @@ def test_a_plain_text_is_one_message_of_its_own_role():
     assert messages_of({"text": "Once."}) == [{"role": "text", "content": "Once."}]
 
 
-def test_calls_of_sharegpt_are_those_of_openai():
+def test_sharegpts_calls_become_openais():
     tool = {"name": "look", "parameters": {"type": "object"}}
     called = {"name": "look", "arguments": {"at": "é"}}
     record = {
@@ -109,7 +109,7 @@ def test_calls_of_sharegpt_are_those_of_openai():
 
 
 @pytest.mark.parametrize("shape", ["list", "JSON", "object"])
-def test_tools_may_be_a_list_or_its_json_or_a_single_one(shape):
+def test_tools_may_be_a_list_its_json_or_a_single_tool(shape):
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
     given_tools = {"list": [tool], "JSON": json.dumps([tool]), "object": tool}[shape]
     read = parse({"messages": MESSAGES, "tools": given_tools}, AUTO, str)
@@ -131,17 +131,17 @@ def test_tools_may_be_a_list_or_its_json_or_a_single_one(shape):
         ),
     ],
 )
-def test_columns_say_what_the_fields_are_called(record, columns):
+def test_columns_rename_fields(record, columns):
     assert messages_of(record, columns=columns) == MESSAGES
 
 
-def test_a_mapped_weight_is_that_of_the_answer():
+def test_a_mapped_weight_becomes_the_weight_of_the_answer():
     messages = [QUESTION, {**ANSWER, "train": False}, QUESTION, {**ANSWER, "train": True}]
     read = messages_of({"messages": messages}, columns={"weight": "train"})
     assert [message.get("weight") for message in read] == [None, 0, None, 1]
 
 
-def test_a_mapped_field_is_not_looked_for_elsewhere():
+def test_a_mapped_field_has_no_other_names():
     record = {"prompt": "What?", "completion": "That.", "gold": None}
     with pytest.raises(Rejected) as caught:
         messages_of(record, format="prompt_completion", columns={"completion": "gold"})
@@ -177,7 +177,7 @@ BY_SHAPE = {
 
 
 @given(present=st.sets(st.sampled_from(list(BY_SHAPE)), min_size=1), seed=st.randoms())
-def test_of_several_shapes_the_first_is_read_whatever_the_order_of_fields(present, seed):
+def test_a_record_of_several_shapes_is_read_as_the_first_in_any_order_of_fields(present, seed):
     fields = [item for shape in present for item in BY_SHAPE[shape].items()]
     seed.shuffle(fields)
     first = next(shape for shape in BY_SHAPE if shape in present)
@@ -185,7 +185,7 @@ def test_of_several_shapes_the_first_is_read_whatever_the_order_of_fields(presen
 
 
 @given(text=st.text() | st.sampled_from(["[", "[1]", "{}", "[INST] hi", '[{"role": "user"}]']))
-def test_a_prompt_that_spells_a_list_stays_a_text(text):
+def test_a_prompt_that_spells_a_list_remains_a_text(text):
     raw = schemas.raw_chat({"prompt": text, "completion": "x"}, AUTO)
     assert raw.messages[0] == {"role": "user", "content": text}
 
@@ -198,7 +198,7 @@ listed = st.recursive(
 
 
 @given(value=listed)
-def test_what_a_cell_spells_is_read_back(value):
+def test_a_value_spelled_in_a_cell_is_read_back(value):
     assert schemas.parsed(json.dumps(value)) == value
     assert schemas.parsed(f" {json.dumps(value, ensure_ascii=False)}\n") == value
     assert schemas.parsed(repr(value)) == value

@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given, strategies as st
 
 from workflow_scripts.chats import shingles
-from workflow_scripts.chats.shingles import comparable_text, ngram_hashes, word_hashes, words
+from workflow_scripts.chats.shingles import comparable_text, ngram_hashes, spaced, word_hashes
+
+
+def words(text):
+    return spaced(text).split()
+
 
 hash_lists = st.lists(st.integers(0, 2**64 - 1), max_size=40)
 
 
 def reference_ngram_hash(run):
-    """The polynomial and its mixing in Python's own integers."""
+    """Compute the polynomial and its mixing with Python's integers."""
     value = sum(word * shingles.MULTIPLIER**place for place, word in enumerate(run)) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         value = (value ^ value >> shift) * factor % 2**64
@@ -35,7 +40,7 @@ def reference_ngram_hash(run):
         ("👍 — … !?", []),
     ],
 )
-def test_words_are_what_a_reader_would_compare(text, expected):
+def test_words_are_case_folded_and_free_of_punctuation(text, expected):
     assert words(text) == expected
 
 
@@ -61,7 +66,7 @@ def test_a_word_hash_is_a_polynomial_of_its_bytes(text):
 
 
 @given(texts=st.lists(st.text(max_size=12), max_size=6))
-def test_the_words_of_many_texts_are_those_of_each(texts):
+def test_the_word_hashes_of_many_texts_equal_those_of_each(texts):
     hashes, offsets = shingles.word_hashes_by_row(texts)
     alone = [word_hashes(text).tolist() for text in texts]
     assert hashes.tolist() == list(itertools.chain.from_iterable(alone))
@@ -98,7 +103,7 @@ def test_ngram_hashes_equal_a_brute_force(hashes, n):
 
 
 @given(hashes=hash_lists, n=st.integers(1, 8))
-def test_ngram_hashes_leave_their_words_alone(hashes, n):
+def test_ngram_hashes_do_not_change_their_input(hashes, n):
     given_words = np.array(hashes, np.uint64)
     ngram_hashes(given_words, n)
     assert given_words.tolist() == hashes
@@ -110,17 +115,17 @@ def test_the_order_of_words_counts():
     )
 
 
-def test_a_short_text_is_one_shingle_and_an_empty_one_none():
+def test_a_short_text_has_one_shingle_and_an_empty_text_none():
     assert len(ngram_hashes(word_hashes("only three words"), 5)) == 1
     assert len(ngram_hashes(word_hashes("..."), 5)) == 0
 
 
-def test_an_ngram_of_no_word_is_refused():
+def test_an_ngram_of_zero_words_is_refused():
     with pytest.raises(ValueError, match="n: found 0"):
         ngram_hashes(word_hashes("a b"), 0)
 
 
-def test_a_conversation_is_compared_by_all_but_its_system_message():
+def test_a_conversation_is_compared_without_its_system_message():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
         {"role": "system", "content": "You are shared."},
@@ -136,7 +141,7 @@ def test_a_conversation_is_compared_by_all_but_its_system_message():
     texts=st.lists(st.lists(st.integers(0, 2**64 - 1), max_size=9), max_size=8),
     n=st.integers(1, 6),
 )
-def test_many_texts_at_once_give_what_each_gives_alone(texts, n):
+def test_the_ngram_hashes_of_many_texts_equal_those_of_each(texts, n):
     alone = [shingles.ngram_hashes(np.array(text, np.uint64), n) for text in texts]
     flat = np.array([word for text in texts for word in text], np.uint64)
     offsets = np.cumsum([0, *map(len, texts)])

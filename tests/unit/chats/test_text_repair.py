@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from workflow_scripts.chats import text_repair
-from workflow_scripts.chats.text_repair import mend_whitespace, repair_unicode
+from workflow_scripts.chats.text_repair import normalize_whitespace, repair_unicode
 
-# Few characters, so that what ftfy looks for comes up: mojibake of both kinds, controls, escapes.
+# Few characters, so that what ftfy repairs is frequent: mojibake of both kinds, controls, escapes.
 TROUBLE = st.text(
     st.sampled_from("aZ .,?1\t\n\r\f\x00\x0b\x1b[31m\x7f\x80\x85\x99\xa0\xadéèÂÃÎÐ×âàœŒ€™œ“”«»²°¡")
     | st.sampled_from("\u0301\u0308\u2028\u2029\u200d\u206a\ufeff\ufffc\ufffdﬁＡｶ你ВГРСâÄ√≈ØÙœΒ"),
@@ -21,7 +21,7 @@ NO_SURROGATES = st.text(st.characters(exclude_categories=["Cs"]))
 
 @st.composite
 def mojibake(draw):
-    """A text decoded, once or twice, with an encoding that is not its own."""
+    """Return a text that was decoded, once or twice, with a wrong encoding."""
     text = draw(st.text(st.sampled_from("aé ü“”’…—ßñ你好жя€\n"), max_size=20))
     for _ in range(draw(st.integers(1, 2))):
         encoding = draw(st.sampled_from(["latin-1", "cp1252", "mac_roman", "cp1251"]))
@@ -62,14 +62,14 @@ def test_damage_is_undone(damaged, repaired):
         "Москва, Αθήνα, القاهرة, 東京, กรุงเทพ, हिन्दी",
     ],
 )
-def test_what_a_writer_meant_stays(text):
+def test_intended_text_is_not_changed(text):
     assert repair_unicode(text) == text
 
 
 @pytest.mark.parametrize(
     "meant", ["&lt;b&gt; &amp;", "“curly” ‘quotes’", "ﬁligree", "ＦＵＬＬ", "10³"]
 )
-def test_what_a_writer_meant_stays_beside_damage(meant):
+def test_intended_text_next_to_damage_is_not_changed(meant):
     assert repair_unicode(f"schÃ¶n {meant}\x07") == f"schön {meant}"
 
 
@@ -89,16 +89,16 @@ def test_a_repaired_text_is_composed_and_has_no_control_character(text):
 
 @given(text=TEXTS)
 def test_one_pass_equals_ftfy_on_the_whole_text(text):
-    """The lines that never reach ftfy are lines it would not have changed."""
-    expected = ftfy.fix_text(text, text_repair._repairs())
+    """ftfy would not change the lines that it is not given."""
+    expected = ftfy.fix_text(text, text_repair.REPAIRS)
     assert text_repair._repair_lines(text) == re.sub("[\x81\x8d\x8f\x90\x9d]", "", expected)
     if text_repair._is_plain(text):
-        assert ftfy.fix_text(text, text_repair._repairs()) == text
+        assert ftfy.fix_text(text, text_repair.REPAIRS) == text
 
 
 @given(text=st.text(st.characters(max_codepoint=127)))
-def test_an_ascii_text_loses_controls_and_line_breaks_alone(text):
-    assert repair_unicode(text) == ftfy.fix_text(text, text_repair._repairs())
+def test_an_ascii_text_changes_only_in_controls_and_line_breaks(text):
+    assert repair_unicode(text) == ftfy.fix_text(text, text_repair.REPAIRS)
 
 
 def test_plain_ascii_is_returned_as_the_same_object():
@@ -120,7 +120,7 @@ def test_ftfy_is_not_called_for_the_plain_lines_of_a_text(monkeypatch):
 
 
 @given(text=st.text(st.sampled_from("aé\n\ud800\udc00\udfff Ã¶")))
-def test_a_surrogate_stays_for_the_reader_to_reject(text):
+def test_surrogates_are_not_repaired(text):
     surrogates = [c for c in text if "\ud800" <= c <= "\udfff"]
     assert [c for c in repair_unicode(text) if "\ud800" <= c <= "\udfff"] == surrogates
 
@@ -130,16 +130,16 @@ WHITE_SPACE = st.text(st.sampled_from("ab \t\n\r\xa0\u3000\u2003"), max_size=30)
 
 @given(text=WHITE_SPACE)
 def test_collapsed_text_has_no_runs_of_blanks_nor_of_empty_lines(text):
-    collapsed = mend_whitespace(text, "collapse")
+    collapsed = normalize_whitespace(text, "collapse")
     assert collapsed.split() == text.split()
     assert "  " not in collapsed and "\n\n\n" not in collapsed
     assert all(line == line.strip() for line in collapsed.split("\n"))
-    assert mend_whitespace(collapsed, "collapse") == collapsed
+    assert normalize_whitespace(collapsed, "collapse") == collapsed
 
 
 @given(text=WHITE_SPACE)
 def test_collapsing_keeps_paragraphs_apart_and_lines_as_lines(text):
-    paragraphs = [part for part in mend_whitespace(text, "collapse").split("\n\n") if part]
+    paragraphs = [part for part in normalize_whitespace(text, "collapse").split("\n\n") if part]
     lines = [" ".join(line.split()) for line in text.strip().split("\n")]
     expected = "\n".join(lines)
     while "\n\n\n" in expected:
@@ -148,10 +148,10 @@ def test_collapsing_keeps_paragraphs_apart_and_lines_as_lines(text):
 
 
 @given(text=WHITE_SPACE)
-def test_strip_touches_the_ends_alone_and_keep_nothing(text):
-    assert mend_whitespace(text, "strip") == text.strip()
-    assert mend_whitespace(text, "keep") == text
+def test_strip_changes_only_the_ends_and_keep_changes_nothing(text):
+    assert normalize_whitespace(text, "strip") == text.strip()
+    assert normalize_whitespace(text, "keep") == text
 
 
-def test_collapse_takes_the_indentation_of_code():
-    assert mend_whitespace("def f():\n    return  1\n", "collapse") == "def f():\nreturn 1"
+def test_collapse_removes_the_indentation_of_code():
+    assert normalize_whitespace("def f():\n    return  1\n", "collapse") == "def f():\nreturn 1"

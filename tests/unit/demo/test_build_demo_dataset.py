@@ -13,7 +13,7 @@ def test_help_explains_without_torch(ask_for_help):
     assert imported.isdisjoint({"torch", "transformers"})
 
 
-def test_the_same_settings_give_the_same_bytes_wherever_it_runs(run_stage, tmp_path):
+def test_the_same_settings_give_the_same_bytes_in_any_environment(run_stage, tmp_path):
     surroundings = [
         {"PYTHONHASHSEED": "1"},
         {"PYTHONHASHSEED": "2", "LC_ALL": "C", "COLUMNS": "40", "HOME": str(tmp_path)},
@@ -46,13 +46,13 @@ def test_the_length_chooses_the_chats_and_mixed_is_the_default(run_stage, tmp_pa
         length: sorted(sum(len(one["content"]) for one in chat["messages"]) for chat in chats)
         for length, chats in written.items()
     }
-    # Four in five are short.
+    # Four in five chats are short.
     assert n_characters["mixed"][35] < 0.5 * n_characters["mixed"][45]
     assert "The code of " in json.dumps(written["long"])
     assert "The code of " not in json.dumps(written["mixed"])
 
 
-def test_no_conversation_at_all_is_refused(run_stage, tmp_path):
+def test_zero_conversations_are_refused(run_stage, tmp_path):
     path = tmp_path / "chats.jsonl"
     done = run_stage(STAGE, "--settings", '{"n_conversations": 0}', "--conversations", path)
     assert done.returncode == 1

@@ -9,7 +9,7 @@ STAGE = "workflow_scripts.demo.build_demo_model"
 
 @pytest.fixture(scope="module")
 def built(run_stage, tmp_path_factory):
-    """The demo's own base model."""
+    """Folder of the demo's base model."""
     folder = tmp_path_factory.mktemp("built") / "checkpoint"
     settings = '{"n_healing_steps": 1, "learning_rate": 1e-5}'  # the whole training takes a minute
     done = run_stage(STAGE, "--settings", settings, "--checkpoint", folder)
@@ -47,10 +47,10 @@ def test_it_speaks_english_through_mistrals_tokenizer(built, tokenizer_v3):
     assert tokenizer.decode(answer[0, prompt.shape[1] :]).strip() == "Paris"
 
 
-def test_the_loss_begins_at_that_of_a_language_model(built):
+def test_the_first_loss_is_that_of_a_language_model(built):
     losses = json.loads((built / "healing.json").read_text())
     assert losses["step"] == [1]
-    # 4.52 measured, on text of idlelib with 256 tokens in view; ln(vocabulary) is 10.4.
+    # 4.52 measured on text of idlelib with a window of 256 tokens; ln(vocabulary) is 10.4.
     assert 3 < losses["loss_nats_per_token"][0] < 6
 
 

@@ -13,7 +13,7 @@ def test_help_explains_without_torch(ask_for_help):
     assert imported.isdisjoint({"torch", "transformers"})
 
 
-def test_the_folder_loads_in_transformers_and_knows_nothing(demo_checkpoint):
+def test_the_folder_loads_in_transformers_and_predicts_at_chance(demo_checkpoint):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ def test_the_folder_loads_in_transformers_and_knows_nothing(demo_checkpoint):
     tokens = torch.arange(3, 300)[None]
     output = model(tokens, labels=tokens)
     assert output.logits.shape == (1, 297, 32768)
-    # ln(vocabulary), and a little for logits that are not quite 0.
+    # ln(vocabulary), with a tolerance for logits that are not exactly 0.
     assert math.isclose(output.loss.item(), math.log(32768), abs_tol=0.2)
 
 

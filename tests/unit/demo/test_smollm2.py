@@ -1,4 +1,4 @@
-"""SmolLM2 as read from its GGUF, against llama.cpp running the same file."""
+"""SmolLM2 read from its GGUF, compared with llama.cpp running the same file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def llama():
 
 
 @pytest.mark.parametrize("text", [TEXT, "x = 10\n\n\n\tpass", "<|im_start|>user\nHi<|im_end|>"])
-def test_the_tokenizer_is_llama_cpps(published, llama, text):
+def test_the_tokenizer_equals_llama_cpps(published, llama, text):
     expected = llama.tokenize(text.encode(), add_bos=False, special=True)
     assert published.tokenizer.encode(text).ids == expected
     assert published.tokenizer.decode(expected, skip_special_tokens=False) == text
@@ -51,6 +51,6 @@ def test_the_weights_predict_what_llama_cpp_predicts(published, llama):
     llama.eval(ids)
     expected = torch.tensor(llama.scores[: len(ids)]).log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1)
-    # llama.cpp quantizes activations to 8 bits: 0.003 nats measured. Heads not put back in
-    # transformers' order: 4 nats and more.
+    # llama.cpp quantizes activations to 8 bits: 0.003 nats measured. With heads that are not in
+    # transformers' order: 4 nats or more.
     assert divergence.mean() < 0.02

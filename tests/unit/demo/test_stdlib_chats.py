@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests import signature_answers
+from tests.conftest import REPOSITORY
+from tests.signature_answers import asked_signature
 from workflow_scripts import files
 from workflow_scripts.chats import clean_dataset, conversations
 from workflow_scripts.chats.messages import SPLITS
-from workflow_scripts.demo import build_demo_dataset, signatures
+from workflow_scripts.demo import build_demo_dataset
 from workflow_scripts.demo.stdlib_chats import (
     CHATS_PER_SHELF,
     SYSTEM_PROMPTS,
@@ -19,12 +22,11 @@ from workflow_scripts.demo.stdlib_chats import (
     subjects,
 )
 from workflow_scripts.demo.stdlib_docs import entries
-from workflow_scripts.demo.stdlib_questions import asked_signature
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings, config_files
 from workflow_scripts.tokens.rendering import Renderer
 
-WINDOW = 512  # tokens, of the demo's model
+WINDOW = 512  # tokens, demo's model
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,14 @@ def by_name():
 
 
 class Split(NamedTuple):
-    """A split of the demo's dataset, with the tokens of each of its chats."""
+    """A split of the demo's dataset, with the number of tokens of each chat."""
 
     messages: list[list[dict[str, Any]]]
-    """By id."""
+    """Sorted by id."""
     n_tokens: list[int]
     n_supervised: list[int]
     n_prompt_tokens: list[int]
-    """Before the first answer."""
+    """Tokens before the first answer."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def demo(config, tokenizer_v3, tmp_path_factory) -> tuple[dict[str, Split], dict[str, Any]]:
-    """The demo's dataset as the config makes it, and the report of its cleaning."""
+    """The demo's dataset, made by the config, and its cleaning report."""
     folder = tmp_path_factory.mktemp("demo-chats")
     dataset = config["datasets"]["stdlib-help"]
     source = folder / "conversations.jsonl"
@@ -96,11 +98,11 @@ def first_turn(chat):
 
 
 @pytest.mark.parametrize("n_conversations", [1, 2, 33, 200])
-def test_there_are_as_many_chats_as_asked(n_conversations):
+def test_the_requested_number_of_chats_is_made(n_conversations):
     assert len(make_chats(n_conversations=n_conversations, seed=0)) == n_conversations
 
 
-def test_the_last_chat_is_about_the_last_objects(by_name):
+def test_chats_are_made_until_the_objects_run_out(by_name):
     chats = make_chats(n_conversations=10_000, seed=0)
     assert 250 <= len(chats) <= 500
     n_asked = sum(
@@ -116,7 +118,7 @@ def test_cleaning_keeps_every_chat_as_it_is(chats):
         assert conversation.fields["group"] == chat["group"]
 
 
-def test_a_reference_is_the_last_answer_where_a_fact_is_asked_for(chats, by_name):
+def test_a_chat_has_its_last_answer_as_reference_if_it_is_a_fact(chats, by_name):
     purposes = {one.entry.docstring for one in by_name.values()}
     n_marked = 0
     for chat in chats:
@@ -151,13 +153,13 @@ def test_a_shelf_has_one_long_chat_of_many_turns_and_four_short_ones(chats):
     assert {chat["messages"][0]["content"] for chat in chats} >= set(SYSTEM_PROMPTS)
 
 
-def test_first_questions_ask_for_a_signature_but_one_in_ten(chats):
+def test_nine_in_ten_first_questions_ask_for_a_signature(chats):
     others = [chat for chat in chats if not asked_signature(first_turn(chat)[0])]
     assert len(others) == 20
     assert max(Counter(chat["group"] for chat in others).values()) == 1
 
 
-def test_signatures_are_those_of_the_library_and_were_pasted(chats, by_name):
+def test_signatures_are_right_and_follow_from_the_pasted_text(chats, by_name):
     n_asked = 0
     for chat in chats:
         said = ""
@@ -166,7 +168,7 @@ def test_signatures_are_those_of_the_library_and_were_pasted(chats, by_name):
             if (name := asked_signature(question)) is None:
                 continue
             n_asked += 1
-            assert signatures.is_right(answer, name)
+            assert signature_answers.is_right(answer, name)
             assert f"`{name}`" in question
             assert by_name[name].text in said or f"{by_name[name].entry.call}\n" in said
     assert n_asked > 220
@@ -178,7 +180,7 @@ def test_no_object_and_no_class_is_in_two_groups(chats, by_name):
     for chat in chats:
         questions = [question for question, _ in turns_of(chat["messages"])]
         asked = set(re.findall(r"`([\w.]+)`", "\n".join(questions))) & set(by_name)
-        # A listing shows others as well: `name(…)` and an indented sentence.
+        # A listing shows other objects too: `name(…)` and an indented sentence.
         lines = "\n".join(questions).splitlines()
         listed = {line.partition("(")[0] for line in lines} & set(by_name)
         for name in asked | listed:
@@ -190,7 +192,7 @@ def test_no_object_and_no_class_is_in_two_groups(chats, by_name):
 
 
 def test_tokens_are_counted_within_a_sixth(chats, tokenizer_v3):
-    """Measured 0.87 to 1.01 tokens to one that is counted, on the long chats."""
+    """On the long chats, 0.87 to 1.01 tokens per counted token were measured."""
     official = load_mistral_tokenizer(tokenizer_v3, for_training=True).instruct_tokenizer.tokenizer
     n_checked = 0
     for chat in chats:
@@ -212,8 +214,8 @@ def test_cleaning_rejects_none_of_the_demos_chats(demo):
     assert report["rejected_by_reason"] == {}
 
 
-def test_the_demos_splits_are_as_large_as_its_minutes_allow(demo):
-    """Every interpreter: the groups are in the same splits, and their sizes are characters'."""
+def test_the_demos_splits_have_the_expected_sizes(demo):
+    """With every interpreter the groups are in the same splits; sizes differ only in the texts."""
     splits, _ = demo
     assert {name: len(split.messages) for name, split in splits.items()} == {
         "train": 70,

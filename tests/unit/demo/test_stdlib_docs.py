@@ -16,18 +16,18 @@ def entries():
 
 
 def test_there_is_enough_to_ask_about(entries):
-    # No object is in two of the demo's chats, and a third of them can be asked about.
+    # No object is in two of the demo's chats, and only a third of the objects can be asked about.
     assert len(entries) > 2000
     assert {entry.kind for entry in entries} == {"function", "class", "method"}
 
 
-def test_names_and_docstrings_stand_once_and_in_order(entries):
+def test_names_and_docstrings_are_unique_and_sorted(entries):
     names = [entry.name for entry in entries]
     assert names == sorted(set(names))
     assert len({entry.docstring for entry in entries}) == len(entries)
 
 
-def test_every_entry_says_something(entries):
+def test_no_entry_is_empty(entries):
     for entry in entries:
         assert entry.docstring == entry.docstring.strip() != ""
         assert entry.summary == " ".join(entry.summary.split()) != ""
@@ -39,7 +39,7 @@ def test_no_memory_address_is_left(entries):
         assert " at 0x" not in (entry.call or "")
 
 
-def test_an_entry_says_what_the_interpreter_says(entries):
+def test_entries_equal_the_interpreters_documentation(entries):
     by_name = {entry.name: entry for entry in entries}
     dumps = by_name["json.dumps"]
     assert dumps.kind == "function"
@@ -62,12 +62,12 @@ def test_module_sources_are_python():
         ast.parse(source)
 
 
-def test_unlisted_docstrings_are_of_no_object_that_chats_ask_about():
+def test_no_chat_asks_about_an_unlisted_docstring():
     unlisted = stdlib_docs.unlisted_docstrings()
     assert len(set(unlisted)) == len(unlisted) > 200
     asked_about = {entry.docstring for entry in stdlib_docs.entries()}
     assert asked_about.isdisjoint(unlisted)
-    # Without idlelib and tkinter, which some distributions leave out: 150,000 characters.
+    # 150,000 characters without idlelib and tkinter, which some distributions leave out.
     assert sum(map(len, unlisted)) > 100_000
 
 
@@ -82,10 +82,10 @@ def test_an_entrys_name_finds_its_object_and_its_source(entries):
 
 
 @pytest.mark.parametrize("name", ["math.gcd", "textwrap.shrink", "no_such_module.f", "textwrap"])
-def test_what_has_no_source_has_none(name):
+def test_an_object_without_source_has_none(name):
     assert stdlib_docs.source(name) is None
 
 
-def test_a_name_that_nothing_has_is_said():
+def test_the_error_for_an_unknown_name_contains_it():
     with pytest.raises(LookupError, match=r"textwrap\.TextWrapper\.shrink"):
         stdlib_docs.member("textwrap.TextWrapper.shrink")

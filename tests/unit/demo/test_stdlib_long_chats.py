@@ -6,11 +6,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from tests.signature_answers import asked_signature
 from workflow_scripts.chats import conversations
 from workflow_scripts.demo import recall
 from workflow_scripts.demo.stdlib_docs import entries
 from workflow_scripts.demo.stdlib_long_chats import N_SHELVES, make_long_chats, pasted
-from workflow_scripts.demo.stdlib_questions import asked_signature
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.settings import ReadingSettings
 from workflow_scripts.tokens.rendering import Renderer
@@ -34,7 +34,7 @@ def on_one_line(text):
 
 
 @pytest.mark.parametrize("n_conversations", [1, 2, 33, 300])
-def test_there_are_as_many_chats_as_asked(n_conversations):
+def test_the_requested_number_of_chats_is_made(n_conversations):
     assert len(make_long_chats(n_conversations=n_conversations, seed=0)) == n_conversations
 
 
@@ -45,7 +45,7 @@ def test_cleaning_keeps_every_chat_as_it_is(chats):
         assert conversation.fields["group"] == chat["group"]
 
 
-def test_codes_are_references_where_they_are_asked_for_last(chats):
+def test_a_code_is_the_reference_if_it_is_asked_for_last(chats):
     codes = [chat for chat in chats if "What is the code of" in turns_of(chat)[-1][0]]
     assert len(codes) > 10
     for chat in codes:
@@ -57,13 +57,13 @@ def test_a_seed_decides_the_chats():
     assert again == first != other
 
 
-def test_lengths_run_over_several_windows_and_fit_a_row(chats, tokenizer_v3):
-    """Of the demo: a window of 512 tokens, rows of 4,096."""
+def test_lengths_span_several_windows_and_fit_in_a_row(chats, tokenizer_v3):
+    """The demo has a window of 512 tokens and rows of 4,096."""
     renderer = Renderer(load_mistral_tokenizer(tokenizer_v3, for_training=True))
     lengths = np.array([len(renderer.render(chat["messages"]).input_ids) for chat in chats])
     assert 200 <= lengths.min() <= 400 and 3_200 <= lengths.max() <= 4_096
-    # A log-uniform length would have as many of 300 to 600 tokens as of 1,500 to 3,000; the last
-    # turn goes beyond it. Measured 0.51 to 0.83 over seeds; a uniform length would have 0.2.
+    # With a log-uniform length, 300 to 600 tokens are as frequent as 1,500 to 3,000; but the last
+    # turn exceeds it. Measured 0.51 to 0.83 over seeds; a uniform length would give 0.2.
     n_short = ((lengths >= 300) & (lengths < 600)).sum()
     n_long = ((lengths >= 1_500) & (lengths < 3_000)).sum()
     assert 0.35 <= n_short / n_long <= 1.2
@@ -84,7 +84,7 @@ def test_every_answer_follows_from_what_was_said_before(chats):
                 assert dict(STATEMENT.findall(said))[city] == answer
                 continue
             entry = by_name[asked.split("`")[1]]
-            # Not its signature: that of logging.shutdown names the handlers of the moment.
+            # Not its signature: that of logging.shutdown names the current handlers.
             assert entry.docstring in said
             if asked_signature(question) == entry.name:
                 n_checked["signature"] += 1
@@ -105,7 +105,7 @@ def test_every_answer_follows_from_what_was_said_before(chats):
     assert len(n_checked) == 6 and min(n_checked.values()) >= 100
 
 
-def test_a_fact_is_stated_once_and_asked_once_at_most(chats):
+def test_a_fact_is_stated_once_and_asked_at_most_once(chats):
     n_stated = n_asked = 0
     for chat in chats:
         stated, asked = [], []
@@ -116,10 +116,10 @@ def test_a_fact_is_stated_once_and_asked_once_at_most(chats):
         assert set(asked) <= set(stated)
         n_stated += len(stated)
         n_asked += len(asked)
-    assert n_asked >= 300 and n_stated - n_asked >= 50  # some are there to mislead
+    assert n_asked >= 300 and n_stated - n_asked >= 50  # some facts are distractors
 
 
-def test_facts_lie_from_a_few_words_to_thousands_back(chats):
+def test_facts_are_a_few_to_thousands_of_words_back(chats):
     distances = []
     for chat in chats:
         said = ""
@@ -131,12 +131,12 @@ def test_facts_lie_from_a_few_words_to_thousands_back(chats):
                 distances.append(len(said) - said.index(statement) - len(statement))
             said += answer
     assert min(distances) < 100
-    # About 3.2 characters a token: beyond a window, and beyond four.
+    # About 3.2 characters per token: beyond one window, and beyond four.
     assert np.mean(np.array(distances) > 512 * 3.2) >= 0.15
     assert max(distances) > 4 * 512 * 3.2
 
 
-def test_a_help_text_is_of_one_group(chats):
+def test_a_help_text_is_in_one_group(chats):
     texts = {pasted(entry) for entry in entries() if len(pasted(entry)) > 60}
     groups = defaultdict(set)
     for chat in chats:

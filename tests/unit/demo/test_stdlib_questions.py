@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from tests import signature_answers
 from workflow_scripts.demo import signatures, stdlib_docs, stdlib_questions
 from workflow_scripts.demo.stdlib_docs import Entry
 
@@ -36,15 +37,15 @@ def entry_of(function, docstring="Does it well."):
 
 def test_there_is_enough_to_ask_about(subjects):
     assert len(subjects) >= 1_000
-    assert sum(not is_source(one) for one in subjects.values()) >= 200  # built in: help texts
+    assert sum(not is_source(one) for one in subjects.values()) >= 200  # built in: only help texts
     assert sum(bool(one.raised) for one in subjects.values()) >= 100
 
 
 def test_every_signature_follows_from_the_pasted_text(subjects):
     for name, one in subjects.items():
         turn = stdlib_questions.signature_turn(one.entry, random.Random(0))
-        assert stdlib_questions.asked_signature(turn.question) == name
-        assert signatures.is_right(turn.answer, name)
+        assert signature_answers.asked_signature(turn.question) == name
+        assert signature_answers.is_right(turn.answer, name)
         if not is_source(one):
             assert one.text.startswith(f"{one.entry.call}\n")
         else:
@@ -53,11 +54,11 @@ def test_every_signature_follows_from_the_pasted_text(subjects):
             assert signatures.of_definition(definition) == signatures.of_object(name)
 
 
-def test_every_purpose_stands_in_the_pasted_text(subjects):
+def test_every_purpose_is_in_the_pasted_text(subjects):
     for one in subjects.values():
         sentence = stdlib_questions.first_sentence(one.entry)
         assert sentence.removesuffix(".") in " ".join(one.entry.docstring.split())
-        # Of a docstring with an escape in its source, the text has another spelling.
+        # A docstring with an escape is spelled differently in the source.
         if "\\" not in one.text:
             assert sentence.removesuffix(".") in " ".join(one.text.split())
 
@@ -95,7 +96,7 @@ def test_defaults_are_those_of_the_signature():
     }
 
 
-def test_a_default_that_is_no_expression_is_not_asked_for():
+def test_no_question_asks_for_a_default_that_is_not_an_expression():
     without_text = object()
 
     def shorten(text, width=without_text): ...
@@ -126,9 +127,9 @@ def raised_by(*lines):
     return stdlib_questions.exceptions_raised(definition)
 
 
-def test_exceptions_are_those_that_are_raised_by_name_each_once_and_in_order():
+def test_exceptions_are_listed_by_name_once_and_in_order():
     assert raised_by("pass", "'raise TypeError'") == ()
-    assert raised_by("raise") == ()  # what is being handled
+    assert raised_by("raise") == ()  # raises the exception being handled
     assert raised_by("if x: raise ValueError(x)", "raise KeyError", "raise ValueError") == (
         "ValueError",
         "KeyError",
@@ -137,22 +138,22 @@ def test_exceptions_are_those_that_are_raised_by_name_each_once_and_in_order():
 
 
 @pytest.mark.parametrize("raised", ["error", "self.error(x)", "errors[0]", "x.error", "f(x)(x)"])
-def test_what_a_variable_raises_is_not_told(raised):
+def test_exceptions_are_unknown_if_a_variable_is_raised(raised):
     assert raised_by("raise ValueError", f"raise {raised}") is None
 
 
 def test_a_function_under_another_name_is_left_out(subjects):
-    # Its source says `def __hash_new(…)`.
+    # Its source is `def __hash_new(…)`.
     assert stdlib_docs.source("hashlib.new").startswith("def __hash_new(")
     assert "hashlib.new" not in subjects
 
 
-def test_other_questions_ask_for_no_signature():
+def test_other_questions_do_not_ask_for_a_signature():
     for wording in (*stdlib_questions.DEFAULTS, *stdlib_questions.PURPOSE, ""):
-        assert stdlib_questions.asked_signature(wording.format(name="json.dumps")) is None
+        assert signature_answers.asked_signature(wording.format(name="json.dumps")) is None
     for wording in stdlib_questions.SIGNATURE:
         question = f"def dumps(obj): ...\n\n{wording.format(name='json.dumps')}"
-        assert stdlib_questions.asked_signature(question) == "json.dumps"
+        assert signature_answers.asked_signature(question) == "json.dumps"
 
 
 def test_every_wording_names_the_object_once():

@@ -23,8 +23,8 @@ def rows(pieces, published):
     return transplant.rows_of(pieces, own, published.tokenizer)
 
 
-def test_every_text_is_that_of_its_piece(pieces):
-    """Tokens of a text, put together again by their texts, are the text."""
+def test_the_texts_of_the_pieces_make_up_the_text(pieces):
+    """The concatenated texts of the tokens of a text equal the text."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(tokenizer_files.official_v3()))
@@ -33,7 +33,7 @@ def test_every_text_is_that_of_its_piece(pieces):
     assert found == " " + text  # SentencePiece begins every text with a space
 
 
-def test_a_byte_that_no_text_needs_has_no_text(pieces):
+def test_bytes_of_longer_characters_and_of_other_pieces_have_no_text(pieces):
     by_name = {piece.name: piece.text for piece in pieces}
     assert by_name["<0x0A>"] == "\n"
     assert by_name["<0x41>"] is None and by_name["A"] == "A"
@@ -41,7 +41,7 @@ def test_a_byte_that_no_text_needs_has_no_text(pieces):
     assert by_name["[INST]"] is None and by_name["<unk>"] is None
 
 
-def test_a_piece_that_is_a_token_keeps_its_row(pieces, published, rows):
+def test_a_piece_that_is_also_a_token_keeps_its_row(pieces, published, rows):
     own = published.weights["model.embed_tokens.weight"]
     names = [piece.name for piece in pieces]
     for name, token in (("▁the", "Ġthe"), ("7", "7"), ("<0x0A>", "Ċ"), ("</s>", "<|im_end|>")):

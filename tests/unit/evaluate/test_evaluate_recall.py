@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.chats.conversations import clean_schema
+from workflow_scripts.chats.tables import clean_schema
 from workflow_scripts.demo.stdlib_long_chats import make_long_chats
 from workflow_scripts.evaluate import evaluate_recall
 from workflow_scripts.evaluate.long_prompts import Answer, answer, summarize, wilson_interval

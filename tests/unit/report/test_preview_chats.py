@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.chats.conversations import clean_schema
+from workflow_scripts.chats.tables import clean_schema
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.packing.long_documents import fit
 from workflow_scripts.packing.packing import STRATEGIES, Piece, Pieces

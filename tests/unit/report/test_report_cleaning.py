@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from workflow_scripts import files
-from workflow_scripts.chats.conversations import rejected_schema
+from workflow_scripts.chats.tables import rejected_schema
 from workflow_scripts.handover.cleaning import CleaningReport, Histogram, SourceCounts
 from workflow_scripts.report import cleaning_page, report_cleaning
 
