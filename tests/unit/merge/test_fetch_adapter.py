@@ -116,7 +116,7 @@ def replace(name, make):
         ),
         (replace(A, lambda a: a[:4]), ["another rank", "A [4, 256]", "rank 8"]),
         (replace(B, lambda b: b[:, :4]), ["another rank", "B [64, 4]"]),
-        (replace(A, lambda a: a.char()), ["a type that is not merged here", "I8"]),
+        (replace(A, lambda a: a.char()), ["a type that cannot be merged", "I8"]),
         (replace(A, lambda a: a * float("nan")), ["a weight is not a finite number", A]),
     ],
     ids=["no B", "no A", "no pair", "rank of A", "rank of B", "integers", "NaN"],
