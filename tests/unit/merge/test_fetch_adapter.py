@@ -192,7 +192,7 @@ def test_half_an_adapter_is_refused(fetch, given):
     path = given / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     done = fetch(adapter=str(given))
-    assert done.returncode == 1 and "damaged or cut short" in done.stderr
+    assert done.returncode == 1 and "damaged or truncated" in done.stderr
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_is_made(

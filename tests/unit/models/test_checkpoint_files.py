@@ -220,7 +220,7 @@ def test_a_missing_shard_is_a_stage_error_that_names_it(tmp_path):
     (tmp_path / names[1]).unlink()
     with pytest.raises(StageError) as caught:
         checkpoint_files.weight_files(tmp_path)
-    for part in ("not whole", str(tmp_path / names[1]), "no such file", "index.json"):
+    for part in ("incomplete", str(tmp_path / names[1]), "no such file", "index.json"):
         assert part in str(caught.value)
 
 

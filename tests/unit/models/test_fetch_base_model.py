@@ -131,14 +131,14 @@ def test_a_local_folder_with_half_a_shard_leaves_nothing_behind(fetch, source, t
 def test_a_missing_local_folder_is_reported(fetch, tmp_path):
     done = fetch(source=str(tmp_path / "nowhere"))
     assert done.returncode == 1
-    for part in ("the local base model is missing", "models.<name>.source", "nowhere is no"):
+    for part in ("the local base model is missing", "models.<name>.source", "is not a folder"):
         assert part in done.stderr
 
 
 def test_settings_without_a_source_are_refused(fetch):
     done = fetch(generate={})
     assert done.returncode == 1
-    assert "no model to fetch" in done.stderr
+    assert "no source to fetch from" in done.stderr
 
 
 def test_a_download_has_the_files_transformers_reads_and_records_the_commit(fetch, hub, tmp_path):
