@@ -102,8 +102,9 @@ def required(facts: ModelShape, *, fuses_experts: bool = False) -> dict[str, tup
         of_layer["block_sparse_moe.gate.weight"] = (n_experts, hidden)
         for expert in range(n_experts):
             name = f"block_sparse_moe.experts.{expert}"
-            of_layer[f"{name}.w1.weight"] = of_layer[f"{name}.w3.weight"] = (inner, hidden)
+            of_layer[f"{name}.w1.weight"] = (inner, hidden)
             of_layer[f"{name}.w2.weight"] = (hidden, inner)
+            of_layer[f"{name}.w3.weight"] = (inner, hidden)
     for number in range(facts.n_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in of_layer.items()}
     return shapes
