@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.facts import facts_of
-from tests.unit.models.test_checkpoint import MINISTRAL_8B, MISTRAL_7B_V01, MIXTRAL_8X7B, NEMO
+from tests.unit.models.test_checkpoint_files import MINISTRAL_8B, MISTRAL_7B_V01, MIXTRAL_8X7B, NEMO
 from tests.unit.train.mixtral import save_mixtral, tiny_mixtral
 from workflow_scripts import files
 from workflow_scripts.log import StageError
