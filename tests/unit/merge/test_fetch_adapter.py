@@ -184,7 +184,7 @@ def test_an_lfs_pointer_in_an_adapter_is_recognized(fetch, given, name):
     (given / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
     done = fetch(adapter=str(given))
     assert done.returncode == 1
-    for part in ("a Git LFS pointer", str(given / name), "stands for 9 bytes", "git lfs pull"):
+    for part in ("a Git LFS pointer", str(given / name), "file of 9 bytes", "git lfs pull"):
         assert part in done.stderr
 
 
