@@ -1,12 +1,12 @@
 rule fetch_base_model:
-    """A base model from the Hugging Face Hub."""
+    """Fetch a base model from the Hugging Face Hub."""
     output:
         checkpoint=directory("results/models/{model}/checkpoint"),
     log:
         "logs/models/{model}/fetch_base_model.log",
     wildcard_constraints:
         model=any_of(BUILD.hub_models),
-    # Without benchmark, as every rule that `--cache` shares: Snakemake takes none that has one.
+    # No benchmark: Snakemake's `--cache` does not accept rules with one.
     cache: BUILD.is_shared
     localrule: True
     conda:
@@ -23,8 +23,8 @@ rule fetch_base_model:
 
 
 use rule fetch_base_model as link_base_model with:
-    # A local folder by links. Not shared: they would dangle elsewhere, and what is shared becomes
-    # writable by all, links or not.
+    # Link a local folder. Not shared: the links would dangle elsewhere, and Snakemake makes shared
+    # outputs writable by everyone, even through links.
     wildcard_constraints:
         model=any_of(BUILD.models_that("is_local")),
     localrule: True
@@ -33,7 +33,7 @@ use rule fetch_base_model as link_base_model with:
 
 
 rule read_model_facts:
-    """Window, heads, context, vocabulary and file hashes, from the checkpoint's own files."""
+    """Read window, heads, context, vocabulary and file hashes from the checkpoint's files."""
     input:
         checkpoint="results/models/{model}/checkpoint",
     output:
@@ -48,7 +48,7 @@ rule read_model_facts:
         mem_mb=growing(1_000),
         runtime=growing(30),  # minutes: every byte is hashed
     params:
-        version=PARAMS.facts_arguments,  # another name here would hash every model again
+        version=PARAMS.facts_arguments,  # renaming this would hash every model again
         output_version=output_version("models/read_model_facts"),
     shell:
         "python -m workflow_scripts.models.read_model_facts --checkpoint {input.checkpoint:q}"
@@ -56,7 +56,7 @@ rule read_model_facts:
 
 
 rule export_tokenizer:
-    """The tokenizer that ships: original file, tokenizer.json, official chat template."""
+    """Export the tokenizer: original file, tokenizer.json, official chat template."""
     input:
         checkpoint="results/models/{model}/checkpoint",
     output:

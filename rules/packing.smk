@@ -4,7 +4,7 @@ rule pack_sequences:
         tokens="results/data/{dataset}/{model}/tokens/train.arrow",
         tokenizer="results/models/{model}/tokenizer",
         facts="results/models/{model}/facts.json",
-        tokens_check=ancient(GATES.tokens.verdict),  # gate, read by none
+        tokens_check=ancient(GATES.tokens.verdict),  # gate; the program does not read it
     output:
         plan="results/data/{dataset}/{model}/{packing}/plan.parquet",
         report="results/data/{dataset}/{model}/{packing}/packing_report.json",
@@ -18,7 +18,7 @@ rule pack_sequences:
         mem_mb=growing(2_000),
         runtime=growing(10),  # minutes
     params:
-        # This packing's table and no more: a new learning rate must not pack again.
+        # Only this packing's table: a new learning rate must not pack again.
         settings=lambda wildcards: PARAMS.entry("packings", wildcards.packing),
         output_version=output_version("packing/pack_sequences"),
     shell:

@@ -1,5 +1,5 @@
 rule render_chats:
-    """Token ids by mistral-common, with the spans that training may learn from."""
+    """Render conversations to token ids with mistral-common, and mark the supervised spans."""
     input:
         train="results/data/{dataset}/clean/train.parquet",
         validation="results/data/{dataset}/clean/validation.parquet",
@@ -22,7 +22,7 @@ rule render_chats:
         runtime=growing(120),  # minutes
     params:
         settings=lambda wildcards: PARAMS.entry("datasets", wildcards.dataset, "rendering"),
-        # Names of folders are in no params, here and in clean_dataset: --cache would tell them apart.
+        # No folder names in params, as in clean_dataset: they would change the key of --cache.
         software=PARAMS.versions_of("ftfy", "rensa", "mistral-common", "tokenizers", "pyarrow"),
         output_version=output_version("tokens/render_chats"),
     shell:
@@ -32,7 +32,7 @@ rule render_chats:
 
 
 rule check_tokens:
-    """Gate: the same ids by mistral-common and by the tokenizer that ships."""
+    """Gate: mistral-common and the exported tokenizer give the same ids."""
     input:
         train_chats="results/data/{dataset}/clean/train.parquet",
         validation_chats="results/data/{dataset}/clean/validation.parquet",

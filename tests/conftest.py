@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
-from workflow_scripts.models import tokenizer_files
+from workflow_scripts.models.exported_tokenizer import export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMPORTED = re.compile(r"^import time:\s*\d+ \|\s*\d+ \|\s*(\S+)$", re.MULTILINE)
@@ -131,7 +131,7 @@ def exported_tokenizer(official_tokenizer, tmp_path_factory) -> Callable[[str], 
         name = "tekken.json" if version == "tekken" else f"tokenizer.model.{version}"
         shutil.copyfile(official_tokenizer(version), checkpoint / name)
         folder = tmp_path_factory.mktemp(f"tokenizer_{version}")
-        tokenizer_files.export(checkpoint, folder)
+        export(checkpoint, folder)
         return folder
 
     return exported

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from workflow_scripts import files
 from workflow_scripts.handover.facts import Facts, FileFacts
-from workflow_scripts.models.checkpoint import read_shape
+from workflow_scripts.models.checkpoint_files import read_shape
 from workflow_scripts.settings import RopeScalingSettings
 
 

@@ -1,4 +1,4 @@
-"""How long steps took, from the files that Snakemake's `benchmark:` writes."""
+"""Durations of steps, read from the files that Snakemake's `benchmark:` writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def durations(benchmarks: Path) -> dict[str, float]:
-    """Seconds of every step with a file below a folder: `quantize_gguf/Q8_0` → 12.3."""
+    """Return the seconds of every step with a file in the folder: `quantize_gguf/Q8_0` → 12.3."""
     seconds = {}
     for path in sorted(benchmarks.rglob("*.tsv")):
         with path.open(encoding="utf-8", newline="") as stream:

@@ -1,8 +1,8 @@
 """Files as the interface between stages: written whole or not at all, read with a clear message.
 
-Every writer here goes through a temporary name in the same folder and a rename, so that a file
-which exists is complete. Arrow and Parquet are imported where they are used: the Snakefile needs
-none of it.
+Every writer here writes to a temporary name in the same folder and renames it at the end, so a
+file that exists is complete. pyarrow is imported inside the functions that need it: the Snakefile
+imports this module and needs neither Arrow nor Parquet.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room: on the disk, in a quota, within a limit for files.
+    """True if a write failed because the disk, a quota or the file size limit is full.
 
-    safetensors has an error of its own, and only its text says so.
+    safetensors raises its own error type, and only its text names the cause.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,28 +38,26 @@ def is_full_disk(error: BaseException) -> bool:
 def _full_disk_named(path: Path) -> Iterator[None]:
     """
     Raises:
-        StageError: a write in the block failed for want of room.
+        StageError: a write in the block failed because the disk is full.
     """
     try:
         yield
-    except StageError:
-        raise
     except Exception as error:
-        if not is_full_disk(error):
+        if isinstance(error, StageError) or not is_full_disk(error):
             raise
         free = shutil.disk_usage(path.parent).free
         raise StageError(
             "the disk is full",
             where=path,
-            found=f"{error}; {free / 1e9:.1f} GB free, with what was half written",
-            expected="room for the whole of it",
-            to_fix=f"make room and start again; what was half written is removed; {DOCTOR}",
+            found=f"{error}; {free / 1e9:.1f} GB free while the partial file was there",
+            expected="room for the complete file or folder",
+            to_fix=f"free some space and start again; the partial file is removed; {DOCTOR}",
         ) from error
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends, removed when it raises."""
+    """Yield a temporary name next to `path`: renamed to it at the end, removed on an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Dotted prefix, same suffix: some writers choose their format by the suffix.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -73,14 +71,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; it replaces `path` when the block ends."""
+    """Yield a temporary folder next to `path`; it replaces `path` when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with _full_disk_named(path):
             yield temporary
-            # mkdtemp and safetensors write for the owner alone; results are shared like any
-            # other file.
+            # mkdtemp and safetensors give access to the owner only; results get the usual modes.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o777 & ~mask)
@@ -100,15 +97,15 @@ HTML_SUFFIXES = (".html", ".htm")
 
 
 def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
-    """Refuse a file that stands in for another: a Git LFS pointer, a web page saved under the
-    file's name, or an empty file.
+    """Refuse a placeholder: a Git LFS pointer, a web page under the file's name, an empty file.
 
-    Every reader of a file that a user brings calls this first; what cannot be opened is left to it.
+    Every reader of a user's file calls this first. A file that cannot be opened passes: its reader
+    reports that.
 
     Args:
-        may_be_empty: an empty file is right here.
+        may_be_empty: accept an empty file.
     Raises:
-        StageError: with what it is, and the way to the file itself.
+        StageError: the file is a placeholder; the message says how to get the real file.
     """
     try:
         with path.open("rb") as stream:
@@ -120,34 +117,34 @@ def check_whole(path: Path, *, may_be_empty: bool = False) -> None:
         raise StageError(
             "a file is a Git LFS pointer, not the file itself",
             where=path,
-            found=f"a text of {path.stat().st_size} bytes that stands for"
+            found=f"a text of {path.stat().st_size} bytes that points to a file of"
             f" {size.removeprefix(b'size ').decode(errors='replace')} bytes",
-            expected="the file",
-            to_fix="run `git lfs install` and `git lfs pull` in the folder of the repository",
+            expected="the file itself",
+            to_fix="run `git lfs install` and `git lfs pull` in the repository's folder",
         )
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(HTML_STARTS) and path.suffix.lower() not in HTML_SUFFIXES:
         raise StageError(
-            "a file is a web page, not what its name says",
+            "a file contains a web page, not the format its name says",
             where=path,
-            found="HTML: an error or login page that was saved in its place",
-            expected=f"a file of the kind {path.suffix or path.name}",
-            to_fix="download it again; on a website take the `raw` or `download` link",
+            found="HTML, probably an error or login page saved by a download",
+            expected=f"a {path.suffix or path.name} file",
+            to_fix="download it again; on a website use the `raw` or `download` link",
         )
     if not start and not may_be_empty:
         raise StageError(
             "a file is empty",
             where=path,
             found="0 bytes",
-            to_fix="fetch or write it again: an interrupted download or a full disk leaves these",
+            to_fix="fetch or write it again; interrupted downloads and full disks leave these",
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:  # untyped: any file; ours are read by records
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        StageError: the file is missing, is not JSON, or holds something other than an object.
+        StageError: the file is missing, is not JSON, or contains something other than an object.
     """
     check_whole(path)
     try:
@@ -156,14 +153,16 @@ def read_json(path: Path) -> dict[str, Any]:  # untyped: any file; ours are read
         raise StageError("a file is not UTF-8", where=path, found=error.reason) from error
     except FileNotFoundError as error:
         raise StageError(
-            "a file is missing", where=path, to_fix="make it, or check the path"
+            "a file is missing", where=path, to_fix="create it, or check the path"
         ) from error
     except json.JSONDecodeError as error:
         raise StageError(
             "a file is not JSON", where=f"{path}, line {error.lineno}", found=error.msg
         ) from error
     if not isinstance(content, dict):
-        raise StageError("a file holds no JSON object", where=path, found=type(content).__name__)
+        raise StageError(
+            "a file does not contain a JSON object", where=path, found=type(content).__name__
+        )
     return content
 
 
@@ -171,7 +170,7 @@ def write_json(
     path: Path,
     content: Mapping[str, Any],  # untyped: any JSON object
 ) -> None:
-    """A JSON object, indented, its keys in the order given; NaN is refused (JSON has none)."""
+    """Write a JSON object, indented, keys in the given order; NaN is refused (JSON has none)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -200,7 +199,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 def parquet_stream(
     path: Path, schema: pa.Schema, *, rows_per_group: int = 4096
 ) -> Iterator[Callable[[pa.Table], None]]:
-    """A Parquet file written table by table, in groups of equal size whatever the tables' sizes."""
+    """Write a Parquet file table by table; row groups are equal whatever the tables' sizes."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -227,7 +226,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def write_arrow(path: Path, table: pa.Table, compression: str | None = None) -> None:
-    """Arrow IPC; uncompressed unless a codec is named, so that readers can map it into memory."""
+    """Write Arrow IPC; without a codec it is uncompressed, so readers can memory-map it."""
     import pyarrow as pa
 
     options = pa.ipc.IpcWriteOptions(compression=compression)
@@ -237,26 +236,26 @@ def write_arrow(path: Path, table: pa.Table, compression: str | None = None) -> 
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """A memory-mapped table: its columns are read from disk as they are touched."""
+    """Read a memory-mapped table: its columns are read from disk when they are used."""
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(content: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a JSON value, independent of key order."""
+    """Return 16 hexadecimal digits of a JSON value's SHA-256, independent of key order."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def copy_or_link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows one, else a copy."""
+    """Make a hard link if the file system allows it, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what it refuses, said with its remedy."""
+"""Downloads from the Hugging Face Hub; each refusal becomes a message with its remedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from workflow_scripts import files
 from workflow_scripts.log import DOCTOR, StageError
 
@@ -14,7 +24,7 @@ logger = logging.getLogger("hub")
 
 
 class HubUnreachable(StageError):
-    """No usable answer: no connection, offline mode, or a Hub out of order."""
+    """The Hub gives no usable answer: no connection, offline mode, or a failure of the Hub."""
 
 
 @contextmanager
@@ -24,23 +34,14 @@ def refusals_explained(
     """Turn the Hub's exceptions into messages.
 
     Args:
-        kind: what is fetched, as a user calls it: `base model`.
-        page: where a licence is accepted.
-        key: of the config; it names the repository, and its neighbour `revision` the revision.
-        otherwise: the remedy where mending the connection is none.
+        kind: what is downloaded, in the user's words: `base model`.
+        page: web page on which the user accepts the licence.
+        key: config key of the repository; `revision` in the same table is its revision.
+        otherwise: remedy for a machine without a connection.
     Raises:
-        StageError: gated, unknown, or unknown revision.
-        HubUnreachable: everything else that a request can end with.
+        StageError: the repository is gated or unknown, or has no such revision.
+        HubUnreachable: any other failure of a request.
     """
-    from httpx2 import HTTPError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     where = f"{key}, {page}"
     try:
         yield
@@ -86,18 +87,16 @@ def download(
     wanted: list[str],
     unwanted: list[str] | None = None,
 ) -> str:
-    """Files of a model repository at one commit.
+    """Download files of a model repository at one commit.
 
     Args:
-        kind: as in `refusals_explained`, as is `key`.
-        wanted: patterns of the files' paths, as are `unwanted`.
+        kind, key: as in `refusals_explained`.
+        wanted, unwanted: patterns of the files' paths.
     Returns:
         The commit.
     Raises:
-        StageError: gated, unknown, unknown revision, or no connection; each with its remedy.
+        StageError: as `refusals_explained`.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
     with refusals_explained(
         kind,
         repository,
@@ -107,11 +106,11 @@ def download(
         otherwise=f"download it elsewhere and set `{key.rpartition('.')[2]}` to the folder",
     ):
         commit = HfApi().model_info(repository, revision=revision).sha
-        assert commit is not None  # a repository has one
+        assert commit is not None
         if revision != commit:
             logger.warning(
-                "resolved source=%s revision=%s commit=%s: set `revision` to the commit, the only"
-                " name that cannot move",
+                "resolved source=%s revision=%s commit=%s: set `revision` to the commit;"
+                " a branch or tag can move",
                 repository,
                 revision,
                 commit,

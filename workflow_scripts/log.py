@@ -1,8 +1,8 @@
-"""How a stage speaks: one logger, one line shape, one way to end.
+"""Logging and exit codes of the stage programs.
 
-A line is time, level, stage, past-tense verb, `key=value`; it goes to stderr, which the rule sends
-to its log file. Exit codes: 0 done; 1 a `StageError` (a message, no traceback); 2 usage; anything
-else keeps its traceback, because it is our bug.
+A log line is time, level, stage, past-tense verb, `key=value`. It goes to stderr, which the rule
+redirects to its log file. Exit codes: 0 done; 1 a `StageError` (a message, no traceback); 2 wrong
+usage. Any other exception keeps its traceback, because it is a bug of ours.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30.0
-# In the remedy of what a machine lacks.
-DOCTOR = "`python -m workflow_scripts.doctor` says what else this machine lacks"
+# Appended to a remedy when the machine may lack something.
+DOCTOR = "`python -m workflow_scripts.doctor` lists what else this machine lacks"
 
 
 class StageError(Exception):
-    """What went wrong, where, what was found, what was expected, and the remedy.
+    """An error for the user: what went wrong, where, found, expected, and the remedy.
 
     Args:
-        what: one line, the damage in the user's terms.
+        what: one line that names the problem in the user's terms.
         where: file, line or key.
-        found: the value met.
-        expected: the value that would be right.
+        found: the offending value.
+        expected: a valid value.
         to_fix: what the user can do.
     """
 
@@ -52,11 +52,11 @@ class StageError(Exception):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the usage example of a stage's docstring as it is written."""
+    """Prints a stage's docstring, with its usage example, as it is written."""
 
 
 def stage_logger(stage: str) -> logging.Logger:
-    """The logger of one stage program, writing to stderr."""
+    """Return the logger of one stage program; it writes to stderr."""
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -69,7 +69,7 @@ def stage_logger(stage: str) -> logging.Logger:
 
 
 def run_stage(main: Callable[[], None]) -> int:
-    """Run a stage's `main` and turn a `StageError` into its message and exit code 1."""
+    """Run a stage's `main`; print a `StageError` as its message and return exit code 1."""
     try:
         main()
     except StageError as error:
@@ -79,7 +79,7 @@ def run_stage(main: Callable[[], None]) -> int:
 
 
 def fields(values: Mapping[str, object]) -> str:  # untyped: a log line may show anything
-    """`key=value` pairs for a log line; nested tables are left to the file they are written to."""
+    """Format values as `key=value` for a log line; nested tables and lists are left out."""
     return " ".join(
         f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
@@ -88,7 +88,7 @@ def fields(values: Mapping[str, object]) -> str:  # untyped: a log line may show
 
 
 def versions(*packages: str) -> str:
-    """`name=version` of the packages a result depends on, for a stage's first log line."""
+    """Format `name=version` of the packages a result depends on, for a stage's first log line."""
     return " ".join(f"{package}={metadata.version(package)}" for package in packages)
 
 
@@ -100,11 +100,11 @@ def progress(
     unit: str,
     size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
-    """A bar on a terminal; in a log file at most a line every 30 s, with the rate and what is left.
+    """Report progress: a bar on a terminal; in a log file one line every 30 s at most.
 
     Args:
-        total: units of all items; None where that shows only at the end.
-        size: units of one item, where it is a batch of them.
+        total: units of all items; None if that is not known in advance.
+        size: units of one item, if an item is a batch.
     """
     started = reported = time.monotonic()
     n_done = 0
@@ -121,7 +121,7 @@ def progress(
 
 
 def progress_line(n_done: int, total: int | None, unit: str, elapsed_seconds: float) -> str:
-    """How far a loop is, how fast, and how long it will still take at that rate."""
+    """Format units done, rate, and the remaining time at that rate."""
     rate = n_done / elapsed_seconds
     share = f"n={n_done} {unit}" if total is None else f"n={n_done} of={total} {unit}"
     parts = [share, f"per_second={rate:.3g}", f"elapsed_seconds={elapsed_seconds:.0f}"]

@@ -1,8 +1,7 @@
-"""Work spread over processes or threads: results in the order of the items, a bounded number under
-way.
+"""Parallel work over processes or threads, with results in order and bounded memory.
 
-`multiprocessing.Pool.imap` reads its whole input ahead, so a large file would end in memory; here
-at most two items a process are read before their results are taken.
+`multiprocessing.Pool.imap` reads its whole input ahead, so a large file would end up in memory.
+Here at most two items per process are read before their results are taken.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A process of ours uses one core; the libraries inside it must not each take all of them.
+# Each process uses one core; without these, every library in it would start a thread per core.
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
 
 
@@ -34,14 +33,15 @@ def map_in_order(
     initializer: Callable[..., None] | None = None,
     initial_arguments: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """`map(function, items)` over processes, the results in the items' order.
+    """Yield `map(function, items)`, computed by processes, in the items' order.
 
-    A single item, or a single process, is worked on in this process: starting others takes longer.
+    With a single item or a single process the work is done in this process: starting others takes
+    longer.
 
     Args:
-        function, initializer: importable by name, as the processes are spawned.
-        initializer: called once in each process, with `initial_arguments`; what it loads it keeps
-            in its module.
+        function, initializer: importable by name, because the processes are spawned.
+        initializer: called once in each process with `initial_arguments`; it keeps what it loads in
+            a variable of its module.
     Raises:
         Whatever `function` raises, when that item's result is due.
     """
@@ -53,7 +53,7 @@ def map_in_order(
         for item in itertools.chain(first, remaining):
             yield _without_collecting(function, item)
         return
-    # spawn, not fork: Arrow and OpenMP have threads by now, and a fork copies their locks.
+    # spawn, not fork: Arrow and OpenMP have started threads, and a fork copies their locks.
     pool = ProcessPoolExecutor(
         n_processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -74,10 +74,10 @@ def map_in_order(
 def ahead(
     pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, n_ahead: int
 ) -> Iterator[Result]:
-    """`map(function, items)` by the processes or threads of a pool, in the items' order.
+    """Yield `map(function, items)`, computed by a pool, in the items' order.
 
     Args:
-        n_ahead: most items under way, or done and not yet taken.
+        n_ahead: at most this many items are in progress, or done and not yet taken.
     Raises:
         Whatever `function` raises, when that item's result is due.
     """
@@ -91,8 +91,11 @@ def ahead(
 
 
 def _without_collecting(function: Callable[[Item], Result], item: Item) -> Result:
-    """Python looks for cycles of garbage the more often the more objects are made: while chats are
-    rendered, a quarter of the time, for nothing. Here it looks once an item."""
+    """Call the function with garbage collection switched off.
+
+    Garbage collection runs more often as objects accumulate; it took a quarter of the time of
+    rendering and freed nothing.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -110,7 +113,7 @@ def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) 
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed outright cannot tell its processes, which would wait for ever."""
+    """End this process when its parent ends: a killed parent cannot stop its processes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

@@ -1,6 +1,6 @@
-"""Files of Python packages that are not installed: downloaded by pip, and checked.
+"""Package files at a pinned version: downloaded by pip, checked by SHA-256, not installed.
 
-pip brings its configuration along: an index of one's own, or a folder of wheels without a network
+pip's configuration applies: a private index, or a folder of wheels on a machine without a network
 (`PIP_NO_INDEX`, `PIP_FIND_LINKS`).
 """
 
@@ -19,14 +19,14 @@ from workflow_scripts.log import StageError
 
 @contextmanager
 def downloaded(requirement: str, sha256: str, options: Sequence[str] = ()) -> Iterator[Path]:
-    """The file that pip downloads for a requirement, until the block ends.
+    """Yield the file that pip downloads for a requirement; it is deleted when the block ends.
 
     Args:
         requirement: `name==version`.
-        sha256: of the file.
+        sha256: expected SHA-256 of the file.
         options: further options of `pip download`.
     Raises:
-        StageError: pip fails, or the file is another.
+        StageError: pip fails, or the file has another SHA-256.
     """
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -45,6 +45,6 @@ def downloaded(requirement: str, sha256: str, options: Sequence[str] = ()) -> It
                 where=path.name,
                 found=f"SHA-256 {found}",
                 expected=f"SHA-256 {sha256}",
-                to_fix="ask the index that pip uses for the published file",
+                to_fix="make the index that pip uses provide the published file",
             )
         yield path

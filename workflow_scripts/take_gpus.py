@@ -1,10 +1,10 @@
-"""Give a command GPUs of its own: `CUDA_VISIBLE_DEVICES` names as many free ones as it asks for.
+"""Run a command with exclusive GPUs: set `CUDA_VISIBLE_DEVICES` to N GPUs that no other job has.
 
-Snakemake counts GPUs and assigns none: two jobs at once would both take the first. Here each GPU
-has a lock file, and the command, which replaces this process, keeps its locks open: the kernel
-frees them when it ends, however it ends. Where `CUDA_VISIBLE_DEVICES` is set already, by the user
-or by a batch system, GPUs are taken from that list. Without a GPU, or for 0 of them, the command
-runs as it is.
+Snakemake counts GPUs but does not assign them, so two parallel jobs would both use the first one.
+Here each GPU has a lock file. The command replaces this process and inherits the open locks; the
+kernel releases them when the command ends, even if it crashes. If `CUDA_VISIBLE_DEVICES` is already
+set, by the user or by a batch system, GPUs are taken from that list. On a machine without GPUs, or
+with N = 0, the command runs unchanged.
 
 python -m workflow_scripts.take_gpus 2 python -m workflow_scripts.train.train_adapter …
 """
@@ -12,6 +12,7 @@ python -m workflow_scripts.take_gpus 2 python -m workflow_scripts.train.train_ad
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import re
@@ -26,8 +27,8 @@ from workflow_scripts import log
 from workflow_scripts.log import StageError
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-# Slurm, PBS, LSF, SGE. Inside a job of theirs the GPUs may be numbered anew: `0` of two jobs on a
-# node may be two GPUs.
+# Slurm, PBS, LSF, SGE. They may renumber the GPUs inside a job: `0` in two jobs on one node may be
+# two different GPUs.
 BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 SECONDS_BETWEEN_TRIES = 1.0
 logger = log.stage_logger("take_gpus")
@@ -35,15 +36,15 @@ logger = log.stage_logger("take_gpus")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("n_gpus", type=int, help="GPUs that the command is to have")
+    parser.add_argument("n_gpus", type=int, help="number of GPUs for the command")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="program and its arguments")
     arguments = parser.parse_args(argv)
     if not arguments.command:
-        parser.error("a command is expected after the number of GPUs")
+        parser.error("expected a command after the number of GPUs")
 
     names = visible_gpus(os.environ) if arguments.n_gpus else []
     batch_job = next((os.environ[key] for key in BATCH_JOBS if key in os.environ), None)
-    # What a batch system gave is the job's own; on several nodes `n_gpus` counts all of theirs.
+    # A batch system's GPUs already belong to this job; on several nodes `n_gpus` counts them all.
     if names and not (batch_job and len(names) <= arguments.n_gpus):
         folder = Path(tempfile.gettempdir(), "-".join(filter(None, ["tramontane-gpus", batch_job])))
         taken = take(names, arguments.n_gpus, folder)
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Names of the GPUs that a program here would see, as `CUDA_VISIBLE_DEVICES` takes them."""
+    """Return the visible GPUs by their names in `CUDA_VISIBLE_DEVICES`."""
     if VARIABLE in environment:
         names = [name.strip() for name in environment[VARIABLE].split(",")]
-        # CUDA sees none from an invalid name on, of which −1 is the usual one.
+        # CUDA ignores every name after an invalid one; −1 is the usual invalid name.
         return names[: names.index("-1")] if "-1" in names else list(filter(None, names))
     if not shutil.which("nvidia-smi"):
         return []
@@ -67,41 +68,42 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def listed_gpus(listing: str) -> list[str]:
-    """The GPUs of `nvidia-smi -L`: by number; by the names of its instances where one is
-    partitioned (MIG), as CUDA computes on nothing else of it."""
+    """Return the GPUs in the output of `nvidia-smi -L`: numbers of whole GPUs, then MIG instances.
+
+    CUDA cannot use a GPU that is partitioned by MIG, only its instances.
+    """
     whole = re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
     instances = re.findall(r"^\s+MIG .*\(UUID: (MIG-[^)]+)\)", listing, re.MULTILINE)
-    if not instances:
-        return whole
     partitioned = re.findall(r"^GPU (\d+):.*\n\s+MIG ", listing, re.MULTILINE)
     return [name for name in whole if name not in partitioned] + instances
 
 
 def take(names: Sequence[str], n_gpus: int, folder: Path) -> dict[str, int]:
-    """Wait until so many of some GPUs are free, and lock them.
+    """Wait until N of the GPUs are free, and lock them.
 
-    All or none: two jobs that each held one of two and waited for the other would wait for ever.
+    Either all N or none are locked. Otherwise two jobs that each hold one of two GPUs would wait
+    for each other forever.
 
     Args:
-        names: to choose from, the first ones first.
-        folder: of the lock files, shared by all who choose from these GPUs.
+        names: GPUs to choose from, in order of preference.
+        folder: folder of the lock files, shared by all jobs that use these GPUs.
     Returns:
-        Name → open file that holds its lock.
+        Name → descriptor of the open file that holds its lock.
     Raises:
-        StageError: there are not that many.
+        StageError: there are fewer than N GPUs.
     """
     if n_gpus > len(names):
         raise StageError(
-            "there are not as many GPUs as the job asks for",
-            where=f"this machine ({VARIABLE}, or else nvidia-smi -L)",
+            "there are fewer GPUs than the job requests",
+            where=f"this machine ({VARIABLE} if it is set, else nvidia-smi -L)",
             found=f"{len(names)} ({','.join(names)})",
             expected=n_gpus,
-            to_fix="set training.gpus to as many as there are, or run it elsewhere",
+            to_fix="set training.gpus to the number found, or run on another machine",
         )
     _make_shared(folder)
     is_told = False
     while True:
-        # One at a time, so that two jobs never hold a part each.
+        # One job at a time, so that no two jobs each hold part of the GPUs.
         choosing = _open(folder / "choosing")
         try:
             fcntl.flock(choosing, fcntl.LOCK_EX)
@@ -113,7 +115,7 @@ def take(names: Sequence[str], n_gpus: int, folder: Path) -> dict[str, int]:
         for descriptor in taken.values():
             os.close(descriptor)
         if not is_told:
-            logger.info("waited for gpus=%d of=%s: other jobs have them", n_gpus, ",".join(names))
+            logger.info("waited for gpus=%d of=%s: other jobs use them", n_gpus, ",".join(names))
             is_told = True
         time.sleep(SECONDS_BETWEEN_TRIES)
 
@@ -134,23 +136,23 @@ def _lock_free(names: Sequence[str], n_gpus: int, folder: Path) -> dict[str, int
 
 
 def _make_shared(folder: Path) -> None:
-    """For every user of the machine, as its temporary folder is."""
-    try:
+    """Make a folder that every user of the machine may write to, like /tmp."""
+    with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
         folder.chmod(0o1777)
-    except FileExistsError:
-        pass
 
 
 def _open(path: Path) -> int:
-    """A lock file, made where it is missing. Reading is enough to lock, and all that another
-    user's file allows."""
+    """Open a lock file, and create it if it is missing.
+
+    It is opened for reading: that is enough to lock it, and a file of another user allows no more.
+    """
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CREAT, 0o644)
         if os.fstat(descriptor).st_uid == os.getuid():
-            os.fchmod(descriptor, 0o644)  # whatever the umask
+            os.fchmod(descriptor, 0o644)  # regardless of the umask
         return descriptor
 
 

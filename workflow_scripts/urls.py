@@ -1,6 +1,6 @@
-"""Files on storage (`s3://bucket/chats.jsonl`) that Snakemake's storage plugins fetch and send.
+"""URLs of files on remote storage (`s3://bucket/chats.jsonl`), for Snakemake's storage plugins.
 
-Nothing here logs: the Snakefile asks this before the first job. No plugin is imported.
+The Snakefile calls these functions before the first job, so they log nothing and import no plugin.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import re
 from workflow_scripts.log import StageError
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
-# Scheme → plugin, where they differ.
+# Scheme → plugin, if their names differ.
 PLUGINS = {"gs": "gcs", "https": "http"}
 GLOB = re.compile(r"[*?\[{]")
 
 
 def is_url(name: str) -> bool:
-    """Whether a name stands for a file on storage, not for one of this machine."""
+    """True if a name is a URL of remote storage, not a local path."""
     return bool(SCHEME.match(name))
 
 
 def check_one_file(url: str) -> None:
     """
     Raises:
-        StageError: a glob or a folder, which a plugin cannot list before the first job.
+        StageError: the URL is a glob or a folder; a plugin cannot list it before the first job.
     """
     if GLOB.search(url) or url.endswith("/"):
         raise StageError(
-            "globs and folders are not listed on storage",
+            "globs and folders are not supported on remote storage",
             where=url,
             expected="the URL of one file",
             to_fix="name each file",
@@ -36,10 +36,10 @@ def check_one_file(url: str) -> None:
 
 
 def plugin(url: str) -> str:
-    """The storage plugin for a URL: `s3`.
+    """Return the name of the storage plugin for a URL: `s3`.
 
     Raises:
-        StageError: it is not installed.
+        StageError: the plugin is not installed.
     """
     scheme = SCHEME.match(url)
     assert scheme is not None, url  # `is_url`
@@ -48,7 +48,7 @@ def plugin(url: str) -> str:
         package = f"snakemake-storage-plugin-{name}"
         lock = "--no-deps -r requirements-cluster.lock" if name == "s3" else package
         raise StageError(
-            "the storage plugin of a URL is not installed",
+            "the storage plugin for a URL is not installed",
             where=url,
             expected=package,
             to_fix=f"pip install {lock}",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.models.checkpoint import weight_files
+from workflow_scripts.models.checkpoint_files import weight_files
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from workflow_scripts import files
 from workflow_scripts.handover.facts import Facts, ModelShape
-from workflow_scripts.models.checkpoint import read_shape
+from workflow_scripts.models.checkpoint_files import read_shape
 
 COMMON = {
     "model_type": "mistral",

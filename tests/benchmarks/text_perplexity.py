@@ -125,7 +125,7 @@ def write_ggufs(scratch: Path, config: dict[str, Any], types: Sequence[str]) -> 
     import mistral_common
 
     from tests.benchmarks.synthetic_checkpoint import write_checkpoint
-    from workflow_scripts.models import tokenizer_files
+    from workflow_scripts.models import exported_tokenizer
     from workflow_scripts.quantize import convert_gguf, quantize_gguf
 
     write_checkpoint(scratch / "base", config)
@@ -137,7 +137,7 @@ def write_ggufs(scratch: Path, config: dict[str, Any], types: Sequence[str]) -> 
         Path(mistral_common.__file__).parent / "data" / tokenizer,
         scratch / "published" / f"tokenizer.model.{version}",
     )
-    tokenizer_files.export(scratch / "published", scratch / "tokenizer")
+    exported_tokenizer.export(scratch / "published", scratch / "tokenizer")
     f16 = scratch / "model-F16.gguf"
     convert_gguf.main(
         ["--merged", str(scratch / "base"), "--tokenizer", str(scratch / "tokenizer")]

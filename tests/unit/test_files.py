@@ -40,7 +40,7 @@ def test_json_reads_back_as_written_in_the_same_order(content, tmp_path_factory)
 
 
 @given(records=st.lists(json_objects, max_size=5))
-def test_json_lines_holds_one_record_a_line(records, tmp_path_factory):
+def test_json_lines_has_one_record_per_line(records, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
     files.write_jsonl(path, records)
     lines = path.read_bytes().split(b"\n")
@@ -49,7 +49,7 @@ def test_json_lines_holds_one_record_a_line(records, tmp_path_factory):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
-def test_a_value_json_lacks_leaves_the_old_file_as_it_was(tmp_path, value):
+def test_a_value_that_json_lacks_leaves_the_old_file_unchanged(tmp_path, value):
     path = tmp_path / "report.json"
     files.write_json(path, {"loss": 1.0})
     with pytest.raises((ValueError, TypeError)):
@@ -63,7 +63,7 @@ def test_a_value_json_lacks_leaves_the_old_file_as_it_was(tmp_path, value):
     [
         (None, ["a file is missing", "facts.json", "to fix:"]),
         (b'{"n": 1,\n}', ["a file is not JSON", "facts.json, line 2"]),
-        (b"[1]", ["a file holds no JSON object", "facts.json", "list"]),
+        (b"[1]", ["a file does not contain a JSON object", "facts.json", "list"]),
     ],
 )
 def test_a_json_file_that_cannot_be_used_is_a_stage_error(tmp_path, content, parts):
@@ -76,7 +76,7 @@ def test_a_json_file_that_cannot_be_used_is_a_stage_error(tmp_path, content, par
         assert part in str(caught.value)
 
 
-def test_a_file_that_is_written_halfway_does_not_exist(tmp_path):
+def test_a_partly_written_file_does_not_exist(tmp_path):
     path = tmp_path / "deep" / "plan.parquet"
     with pytest.raises(RuntimeError), files.atomic_file(path) as temporary:
         temporary.write_text("half of")
@@ -86,7 +86,7 @@ def test_a_file_that_is_written_halfway_does_not_exist(tmp_path):
     assert names_in(path.parent) == []
 
 
-def test_an_old_file_outlives_a_write_that_fails(tmp_path):
+def test_an_old_file_survives_a_failed_write(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), files.atomic_file(path) as temporary:
@@ -96,7 +96,7 @@ def test_an_old_file_outlives_a_write_that_fails(tmp_path):
     assert names_in(tmp_path) == ["a.txt"]
 
 
-def test_an_old_folder_outlives_a_write_that_fails(tmp_path):
+def test_an_old_folder_survives_a_failed_write(tmp_path):
     path = tmp_path / "checkpoint"
     path.mkdir()
     (path / "old").touch()
@@ -107,7 +107,7 @@ def test_an_old_folder_outlives_a_write_that_fails(tmp_path):
     assert names_in(tmp_path) == ["checkpoint"]
 
 
-def test_a_folder_replaces_the_one_before_whole(tmp_path):
+def test_a_folder_replaces_the_previous_one_completely(tmp_path):
     path = tmp_path / "checkpoint"
     path.mkdir()
     (path / "stale").touch()
@@ -131,7 +131,7 @@ def test_a_folder_is_as_readable_as_any_other_file(tmp_path):
 
     assert mode(tmp_path / "checkpoint" / "private") == mode(tmp_path / "ordinary")
     assert mode(tmp_path / "checkpoint") == mode(tmp_path / "ordinary_folder")
-    # What a link points to belongs to someone else.
+    # The target of a link belongs to someone else.
     assert mode(tmp_path / "outside") == 0o600
 
 
@@ -160,7 +160,7 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys(content):
 
 
 @given(one=json_objects, other=json_objects)
-def test_fingerprints_differ_where_the_json_does(one, other):
+def test_fingerprints_differ_if_the_json_differs(one, other):
     is_same_text = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert (files.fingerprint(one) == files.fingerprint(other)) == is_same_text
 
@@ -174,8 +174,8 @@ def test_copy_or_link_shares_the_bytes_on_one_file_system(tmp_path):
     assert os.path.samefile(source, target)
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path):
-    """/dev/full refuses every write as a full disk does."""
+def test_a_full_disk_is_reported_and_no_partial_file_stays(tmp_path):
+    """/dev/full refuses every write like a full disk."""
     with pytest.raises(StageError, match="the disk is full") as caught:
         with files.atomic_file(tmp_path / "model.bin") as temporary:
             temporary.write_bytes(b"half")
@@ -193,7 +193,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_other_errors_of_writing_stay_what_they_are(tmp_path):
+def test_other_write_errors_are_raised_unchanged(tmp_path):
     with pytest.raises(IsADirectoryError), files.atomic_folder(tmp_path / "merged") as folder:
         folder.write_text("a folder is no file")
     assert names_in(tmp_path) == []
@@ -208,12 +208,12 @@ PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><title>404</title></html>"
     [
         ("weights.safetensors", POINTER, ["Git LFS pointer", "587591 bytes", "git lfs pull"]),
         ("chats.jsonl.gz", POINTER, ["Git LFS pointer", "where:"]),
-        ("chats.jsonl", PAGE, ["a web page", "of the kind .jsonl"]),
+        ("chats.jsonl", PAGE, ["a web page", "expected: a .jsonl file"]),
         ("wiki.raw", b"<HTML lang=en>", ["a web page", "download it again"]),
         ("config.json", b"", ["a file is empty"]),
     ],
 )
-def test_what_stands_in_for_a_file_is_named(tmp_path, name, content, parts):
+def test_a_placeholder_for_a_file_is_named(tmp_path, name, content, parts):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(StageError) as caught:
@@ -231,12 +231,12 @@ def test_what_stands_in_for_a_file_is_named(tmp_path, name, content, parts):
         ("weights.bin", bytes(range(256))),
     ],
 )
-def test_files_that_only_resemble_such_pass(tmp_path, name, content):
+def test_files_that_only_resemble_placeholders_pass(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     files.check_whole(tmp_path / name)
 
 
-def test_an_empty_file_may_be_right_and_a_missing_one_is_its_readers(tmp_path):
+def test_an_empty_file_may_be_valid_and_a_missing_one_is_left_to_its_reader(tmp_path):
     (tmp_path / "shard.jsonl").touch()
     files.check_whole(tmp_path / "shard.jsonl", may_be_empty=True)
     files.check_whole(tmp_path / "missing.json")

@@ -31,9 +31,9 @@ def test_a_stage_error_reads_what_where_found_expected_to_fix():
     ]
 
 
-def test_a_stage_error_leaves_out_what_it_is_not_told():
+def test_a_stage_error_omits_missing_parts():
     assert str(log.StageError("a file is missing")) == "a file is missing"
-    # Nought and False are values that were met, not the lack of one.
+    # 0 and False are values, not missing ones.
     assert str(log.StageError("no rows", found=0)) == "no rows\n  found:    0"
 
 
@@ -96,7 +96,7 @@ def test_a_short_loop_logs_no_progress(caplog):
 
 
 def test_a_long_loop_logs_rate_and_time_left(caplog, monkeypatch):
-    clock = iter(range(0, 10_000, 20))  # every look at the clock is 20 s later
+    clock = iter(range(0, 10_000, 20))  # each reading of the clock is 20 s later
     monkeypatch.setattr(log.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level(logging.INFO):
         batches = log.progress(

@@ -52,7 +52,7 @@ def test_a_single_item_starts_no_process():
     assert list(map_in_order(multiplied_slowly, [7], n_processes=8))[0][1] == os.getpid()
 
 
-def test_no_item_is_no_result():
+def test_without_items_there_are_no_results():
     assert list(map_in_order(multiplied_slowly, [], n_processes=2)) == []
 
 
@@ -80,7 +80,7 @@ def test_an_error_is_raised_when_its_result_is_due(n_processes):
         next(results)
 
 
-def test_processes_end_with_a_parent_that_is_killed():
+def test_processes_end_when_their_parent_is_killed():
     script = (
         "import os\n"
         "from tests.unit.test_parallel import multiplied_slowly\n"
@@ -108,7 +108,7 @@ def test_processes_end_with_a_parent_that_is_killed():
         time.sleep(0.05)
 
 
-def test_threads_are_a_bounded_number_of_items_ahead():
+def test_threads_work_a_bounded_number_of_items_ahead():
     n_read = 0
 
     def items():

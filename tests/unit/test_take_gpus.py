@@ -1,4 +1,4 @@
-"""Each job has GPUs of its own, waits where there are none, and frees them however it ends."""
+"""Each job has exclusive GPUs, waits until enough are free, and frees them when it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workflow_scripts.take_gpus import BATCH_JOBS, listed_gpus, visible_gpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TAKE = [sys.executable, "-m", "workflow_scripts.take_gpus"]
-# Says what it was given, when it began and ended, and holds it for so many seconds.
+# Prints its GPUs, when it began and when it ended, and holds them for N seconds.
 HOLD = """
 import json, os, sys, time
 began = time.time()
@@ -30,7 +30,7 @@ with open(sys.argv[1], "w") as file:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Two GPUs, which are as real as their names: the launcher hands out no more than names."""
+    """Two GPU names; the launcher needs no real GPU."""
     program = tmp_path / "hold.py"
     program.write_text(HOLD)
     kept = {name: value for name, value in os.environ.items() if name not in BATCH_JOBS}
@@ -85,7 +85,7 @@ rule job:
 
 
 def build(environment: dict[str, str], names: str, gpu: int) -> list[dict]:
-    """Jobs of a workflow that asks for GPUs as ours does, side by side."""
+    """Parallel jobs of a workflow that requests GPUs as ours does."""
     folder = Path(environment["TMPDIR"])
     (folder / "Snakefile").write_text(SNAKEFILE)
     arguments = ["--cores", "4", "--resources", f"gpu={gpu}", "--config", f"jobs={names}"]
@@ -110,12 +110,12 @@ def test_two_jobs_at_once_under_snakemake_have_a_gpu_each(environment) -> None:
 def test_three_jobs_share_two_gpus_one_after_another_and_the_log_says_who_waits(
     environment, tmp_path: Path
 ) -> None:
-    # As where somebody's slots are more than the GPUs, or two workflows run on one machine.
+    # As if there are more slots than GPUs, or two workflows run on one machine.
     jobs = build(environment, "a,b,c", gpu=3)
     assert {job["gpus"] for job in jobs} == {"0", "1"}
     assert most_at_once(jobs, "0") == most_at_once(jobs, "1") == 1
     logs = [(tmp_path / f"{name}.log").read_text() for name in "abc"]
-    assert sum("other jobs have them" in text for text in logs) == 1
+    assert sum("other jobs use them" in text for text in logs) == 1
 
 
 def test_a_job_of_two_gpus_waits_for_both_and_has_both(environment, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_killed_job_frees_its_gpu(environment, tmp_path: Path, number: int) ->
     while "running 1" not in first.stdout.readline():
         pass
     second = start(environment, 1, 0, tmp_path / "second.json")
-    assert "other jobs have them" in second.stdout.readline()
+    assert "other jobs use them" in second.stdout.readline()
     assert second.poll() is None
     first.send_signal(number)
     assert second.wait(30) == 0
@@ -145,14 +145,14 @@ def test_a_killed_job_frees_its_gpu(environment, tmp_path: Path, number: int) ->
     first.wait()
 
 
-def test_more_gpus_than_there_are_is_an_error_that_counts_them(environment) -> None:
+def test_too_many_gpus_is_an_error_that_counts_them(environment) -> None:
     done = run(environment, 3)
     assert done.returncode == 1
-    for part in ("not as many GPUs", "2 (0,1)", "expected: 3", "training.gpus"):
+    for part in ("fewer GPUs", "2 (0,1)", "expected: 3", "training.gpus"):
         assert part in done.stderr
 
 
-def test_for_no_gpu_or_without_any_the_command_runs_as_it_is(environment, tmp_path: Path) -> None:
+def test_with_0_gpus_or_without_any_the_command_runs_unchanged(environment, tmp_path: Path) -> None:
     assert run(environment, 0).stdout == "0,1\n"
     for none in ("", "-1"):
         assert run(environment | {"CUDA_VISIBLE_DEVICES": none}, 1).stdout == f"{none}\n"
@@ -162,10 +162,10 @@ def test_for_no_gpu_or_without_any_the_command_runs_as_it_is(environment, tmp_pa
     assert not list(tmp_path.glob("tramontane-gpus*"))
 
 
-def test_the_list_of_a_batch_system_is_the_job_s_own(environment, tmp_path: Path) -> None:
+def test_a_batch_systems_gpus_belong_to_the_job(environment, tmp_path: Path) -> None:
     for n_gpus in (2, 4):  # on this node; on two nodes
         assert run(environment | {"SLURM_JOB_ID": "7"}, n_gpus).stdout == "0,1\n"
-    # Snakemake itself inside a job of several GPUs shares out what that has, and only there.
+    # Snakemake inside a batch job shares only that job's GPUs.
     holder = start(environment | {"SLURM_JOB_ID": "7"}, 1, 600, tmp_path / "held.json")
     while "running 0" not in holder.stdout.readline():
         pass
@@ -180,7 +180,7 @@ def test_an_exit_code_is_that_of_the_command(environment) -> None:
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 7
 
 
-# As the driver's own documentation prints it.
+# Output in the driver's documentation.
 WHOLE = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-1f8f7e3b-7e4d-4a3a-bb3a-0a3c1de0c0f1)
 """
@@ -191,7 +191,7 @@ GPU 1: A100-SXM4-40GB (UUID: GPU-1f8f7e3b-7e4d-4a3a-bb3a-0a3c1de0c0f1)
 """
 
 
-def test_gpus_are_counted_by_nvidia_smi_where_nothing_names_them(
+def test_gpus_are_counted_by_nvidia_smi_if_no_variable_names_them(
     tmp_path: Path, monkeypatch
 ) -> None:
     program = tmp_path / "nvidia-smi"
@@ -220,12 +220,12 @@ def test_waiting_takes_no_processor_time(environment, tmp_path: Path) -> None:
     while "running 0" not in first.stdout.readline():
         pass
     second = start(environment, 1, 0, tmp_path / "second.json")
-    assert "other jobs have them" in second.stdout.readline()
+    assert "other jobs use them" in second.stdout.readline()
     process = psutil.Process(second.pid)
     before = process.cpu_times()
     time.sleep(3)
     after = process.cpu_times()
-    assert after.user + after.system - before.user - before.system < 0.3  # 0.00 was seen
+    assert after.user + after.system - before.user - before.system < 0.3  # measured 0.00
     for job in (first, second):
         job.kill()
         job.wait()

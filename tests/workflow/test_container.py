@@ -52,7 +52,7 @@ def test_apptainer_is_given_the_image_and_the_program_in_it(workflow, tmp_path, 
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(source))
     target = ["results/models/m/checkpoint", "--configfile", DEMO, "mine.yaml"]
     result = workflow("--cores", 1, *target, "--sdm", "apptainer")
-    assert "the local base model is not there" in result.stdout + result.stderr
+    assert "the local base model is missing" in result.stdout + result.stderr
     assert f"{tmp_path}/envs/tramontane.sif" in asked.read_text()
     assert "python -m workflow_scripts.models.fetch_base_model" in asked.read_text()
     asked.unlink()

@@ -24,7 +24,7 @@ def overlay(tmp_path):
 def test_a_failed_step_points_to_the_doctor_once(workflow, overlay) -> None:
     result = workflow("--cores", 1, *OF_THE_MODEL, overlay)
     assert result.returncode != 0
-    assert "the local base model is not there" in result.stdout + result.stderr
+    assert "the local base model is missing" in result.stdout + result.stderr
     assert (result.stdout + result.stderr).count(HINT) == 1
 
 

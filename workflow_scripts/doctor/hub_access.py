@@ -148,7 +148,7 @@ def _wanted_sizes(sizes: dict[str, int | None]) -> dict[str, int]:
 
 
 def _learn(model: str, description: bytes, sizes: dict[str, int], wanted: Wanted) -> None:
-    from workflow_scripts.models.checkpoint import read_shape
+    from workflow_scripts.models.checkpoint_files import read_shape
 
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_bytes(description)

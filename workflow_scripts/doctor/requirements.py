@@ -108,7 +108,7 @@ def read_config(overlays: Sequence[Path]) -> Config:
 def local_facts(wanted: Wanted) -> None:
     """Fill in what the files here say of the base models: facts.json, else a local folder."""
     from workflow_scripts.log import StageError
-    from workflow_scripts.models.checkpoint import read_shape
+    from workflow_scripts.models.checkpoint_files import read_shape
 
     for name, model in wanted.models.items():
         path = wanted.folder_of(name) / "facts.json"

@@ -47,7 +47,7 @@ def size_bytes(arguments: argparse.Namespace) -> int | None:
         return arguments.gguf.stat().st_size
     if arguments.precision != "native":
         return None
-    from workflow_scripts.models.checkpoint import weight_files
+    from workflow_scripts.models.checkpoint_files import weight_files
 
     files = list(weight_files(arguments.checkpoint))
     if arguments.adapter:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from workflow_scripts.merge import safetensors_stream
 from workflow_scripts.merge.tensor_names import QUANTIZATION_BLOCK, Part, Slab, part, slabs
-from workflow_scripts.models import checkpoint as checkpoints
+from workflow_scripts.models import checkpoint_files
 
 # Of a layer's experts: their matrices alternate in the files.
 SCALES_KEPT = 4
@@ -40,8 +40,8 @@ class BaseWeights:
         self._names: dict[str, list[str]] = {}
         self._scales: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._scaling = threading.Lock()
-        checkpoints.check_shards(checkpoint)
-        for shard in checkpoints.weight_files(checkpoint):
+        checkpoint_files.check_shards(checkpoint)
+        for shard in checkpoint_files.weight_files(checkpoint):
             file = safe_open(shard, framework="pt")
             self.headers[shard] = safetensors_stream.read_header(shard)
             for name in self.headers[shard]:

@@ -29,7 +29,7 @@ from workflow_scripts import files, log
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.gates import GivenMergedCheck, MergeBase, MergedCheck
 from workflow_scripts.merge import merge_base
-from workflow_scripts.models.checkpoint import check_shards
+from workflow_scripts.models.checkpoint_files import check_shards
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.settings import MergeGateSettings, settings_from_json
 from workflow_scripts.tokens.documents import Documents

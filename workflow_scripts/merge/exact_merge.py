@@ -27,7 +27,7 @@ from workflow_scripts import parallel
 from workflow_scripts.merge import safetensors_stream
 from workflow_scripts.merge.live_adapter import LiveAdapter, LowRank
 from workflow_scripts.merge.tensor_names import QUANTIZATION_BLOCK, Part, Slab, part, slabs
-from workflow_scripts.models.checkpoint import weight_files
+from workflow_scripts.models.checkpoint_files import weight_files
 from workflow_scripts.models.tensors import is_position_table
 
 # Error of float32 arithmetic, relative to the magnitudes that were added up: sixteen units in the

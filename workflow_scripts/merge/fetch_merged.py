@@ -20,7 +20,7 @@ from workflow_scripts.handover.facts import Facts, ModelShape, RopeParameters
 from workflow_scripts.handover.provenance import GivenOrigin
 from workflow_scripts.log import StageError
 from workflow_scripts.merge import user_models
-from workflow_scripts.models import checkpoint as checkpoints, tensors
+from workflow_scripts.models import checkpoint_files, tensors
 from workflow_scripts.settings import RunSettings, is_local, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         facts = Facts.read(arguments.facts)
         check_shape(judged, facts)
-        checkpoints.check_whole(judged, checkpoints.read_shape(judged))
-        tensors.check_all_values(checkpoints.weight_files(judged))
+        checkpoint_files.check_whole(judged, checkpoint_files.read_shape(judged))
+        tensors.check_all_values(checkpoint_files.weight_files(judged))
         complete(folder, arguments.tokenizer, facts)
         GivenOrigin(source=run.merged, commit=commit).write(folder / "source.json")
     logger.info("wrote source=%s path=%s", run.merged, arguments.merged)
@@ -85,7 +85,7 @@ def check_shape(folder: Path, facts: ModelShape) -> None:
     """
     found, wanted = (
         one.model_dump(include=set(SHAPE)) | {"rope_scaling": stretched(one)}
-        for one in (checkpoints.read_shape(folder), facts)
+        for one in (checkpoint_files.read_shape(folder), facts)
     )
     differing = [key for key in (*SHAPE, "rope_scaling") if found[key] != wanted[key]]
     if differing:

@@ -1,8 +1,8 @@
-"""Weights packed as AWQ: four bits each, a scale and a zero for every group of inputs.
+"""AWQ weights: packed in four bits, with a scale and a zero point per group of inputs.
 
-The layout is AutoAWQ's `gemm`, which the kernels of others read. Transformers 5 reads it with
-gptqmodel alone, whose requirements are not ours; so what is measured here are the weights that the
-packed ones stand for, multiplied out. A kernel differs from that by rounding.
+The layout is AutoAWQ's `gemm`, which other projects' kernels read. transformers 5 reads it only
+with gptqmodel, whose requirements conflict with ours. So a packed model is measured with
+dequantized weights; a kernel differs from that by rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from workflow_scripts.log import StageError
 
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 BITS = 4
-# Where in a word of 32 bits, four bits a place, each of eight neighbouring outputs lies.
+# Place of each of eight neighbouring outputs in a 32-bit word, in units of four bits.
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 PACKED = ("qweight", "qzeros", "scales")
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """The numbers of 4 bits that are in words of 32.
+    """Unpack 4-bit numbers from 32-bit words.
 
     Args:
         words: (rows, outputs / 8) int32.
@@ -35,19 +37,19 @@ def unpack(words: torch.Tensor) -> torch.Tensor:
     Source: AutoAWQ, awq/utils/packing_utils.py.
     """
     shifts = torch.tensor(PLACES, dtype=torch.int32, device=words.device) * BITS
-    # A shift to the right fills in the sign: the mask takes it off.
+    # A right shift fills with the sign bit; the mask removes it.
     return ((words[:, :, None] >> shifts) & (2**BITS - 1)).flatten(1)
 
 
 def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The matrix that packed weights stand for: scale · (number − zero), exact in float32.
+    """Dequantize packed weights: scale · (number − zero), exact in float32.
 
     Args:
         qweight: (inputs, outputs / 8) int32.
-        qzeros: (groups, outputs / 8) int32; groups are of neighbouring inputs.
+        qzeros: (groups, outputs / 8) int32; a group is a run of neighbouring inputs.
         scales: (groups, outputs) float16.
     Returns:
-        (outputs, inputs) float32, as a linear layer has it.
+        (outputs, inputs) float32, as in a linear layer.
     """
     numbers = unpack(qweight)
     group_size = numbers.shape[0] // scales.shape[0]
@@ -56,15 +58,15 @@ def dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor
 
 
 def precision(device: torch.device) -> Literal["float32", "float16"]:
-    """What AWQ's kernels compute in on a GPU; on a CPU what every link is scored in."""
+    """Return the precision of AWQ's kernels on a GPU; on a CPU that of every link's scores."""
     return "float16" if device.type == "cuda" else "float32"
 
 
 def tensors(shards: Sequence[Path], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a packed model, under the names that it had before.
+    """Yield every tensor of a packed model, dequantized, under its original name.
 
     Args:
-        dtype: of what is returned; packed weights are rounded to it once.
+        dtype: dtype of the tensors; dequantized weights are rounded to it once.
     """
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
@@ -85,21 +87,18 @@ def load(
     attention: str,
     device: torch.device,
 ) -> PreTrainedModel:
-    """A packed model with its weights multiplied out.
+    """Load a packed model with dequantized weights.
 
     Args:
-        config: of its config.json, as the model is to be run.
+        config: the model's config, with the window and positions to run it with.
     Raises:
-        StageError: it is packed in a way that is not read here, or a weight is missing.
+        StageError: the layout is not AutoAWQ's `gemm`, or a weight is missing.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
     check_layout(config.quantization_config, shards[0].parent)
     del config.quantization_config
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.tie_weights()  # which initialization would have done
+    model.tie_weights()  # skipped by no_init_weights
     parameters = dict(model.named_parameters())
     missing = set(parameters)
     for name, tensor in tensors(shards, dtype):
@@ -108,7 +107,7 @@ def load(
         missing.discard(name)
     if missing:
         raise StageError(
-            "a packed model is not whole",
+            "an AWQ model is incomplete",
             where=shards[0].parent,
             found=f"no {', '.join(sorted(missing)[:10])}",
             to_fix="quantize it again",
@@ -121,13 +120,13 @@ def check_layout(quantization: dict[str, Any], folder: Path) -> None:  # untyped
     Args:
         quantization: `quantization_config` of a config.json.
     Raises:
-        StageError: it is not the layout that is read here.
+        StageError: the layout is not AutoAWQ's `gemm` with zero points.
     """
     expected = {"bits": BITS, "version": "gemm", "zero_point": True}
     found = {key: quantization.get(key) for key in expected}
     if found != expected:
         raise StageError(
-            "the model is packed in a way that is not read here",
+            "this AWQ layout is not supported",
             where=f"{folder / 'config.json'}, quantization_config",
             found=found,
             expected=expected,

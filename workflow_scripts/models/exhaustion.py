@@ -1,22 +1,24 @@
-"""Memory that ends: what says so, from torch's allocators to bitsandbytes."""
+"""Recognizing that memory ran out, from torch's allocators to bitsandbytes."""
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 
-# What errors say that have no type of their own: torch's CPU allocator, a file that is mapped,
-# C++, bitsandbytes and cuBLAS.
+# Messages of errors without a specific type: torch's CPU allocator, memory-mapped files, C++,
+# bitsandbytes and cuBLAS.
 NO_MEMORY = re.compile(
     "t allocate memory|Cannot allocate memory|bad_alloc|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
 
 
 def exhausts_memory(error: BaseException) -> bool:
-    """The GPU's allocator, the CPU's, or Python's own had nothing left."""
-    import torch
+    """True if the error means that GPU or CPU memory ran out."""
+    import torch  # 2 s that the --help of programs, which import this function, must not wait for
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -25,42 +27,29 @@ def exhausts_memory(error: BaseException) -> bool:
 
 @contextmanager
 def of_loading() -> Iterator[None]:
-    """While transformers loads weights: it keeps each weight's error for a table that it logs, with
-    a traceback each, and raises another, which says nothing of memory (`log_conversion_errors` of
-    5.x).
+    """Find out whether loading by transformers failed because memory ran out.
+
+    transformers 5.x logs a table with the error and traceback of each weight, and raises an error
+    that does not mention memory (`log_conversion_errors`).
 
     Raises:
-        MemoryError: one of those errors was of memory; its line. The table is left out then.
+        MemoryError: memory ran out; the message is that line of the table, which is not logged.
     """
     logger = logging.getLogger("transformers")
-    held = _Held()
-    # Not to the root's handlers either: with CI=true transformers lets it through to them.
+    held = BufferingHandler(capacity=sys.maxsize)
+    # With CI=true, transformers also passes records to the root logger's handlers.
     handlers, propagates = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [held], False
     try:
         yield
     except RuntimeError as error:
-        found = [] if exhausts_memory(error) else held.lines_of_memory()
-        if not found:
+        text = "\n".join(record.getMessage() for record in held.buffer)
+        found = [line.strip() for line in text.splitlines() if NO_MEMORY.search(line)]
+        if exhausts_memory(error) or not found:
             raise
-        held.records.clear()
+        held.buffer.clear()
         raise MemoryError(found[0]) from None
     finally:
         logger.handlers, logger.propagate = handlers, propagates
-        for record in held.records:
+        for record in held.buffer:
             logger.handle(record)
-
-
-class _Held(logging.Handler):
-    """Keeps records back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-    def lines_of_memory(self) -> list[str]:
-        text = "\n".join(record.getMessage() for record in self.records)
-        return [line.strip() for line in text.splitlines() if NO_MEMORY.search(line)]

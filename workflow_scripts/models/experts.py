@@ -1,9 +1,9 @@
 """A mixture's experts in NF4.
 
-transformers 5 holds the experts of a layer in two tensors, which its bitsandbytes loader passes by:
-in 16 bits they are 90 of Mixtral 8x7B's 93 GB, in NF4 23. They are dequantized whenever they are
-read, a tensor at a time; a matrix product keeps what it read for the backward pass, so training
-wants every layer checkpointed.
+transformers 5 holds the experts of a layer in two tensors, which its bitsandbytes loader does not
+quantize: in 16 bits they take 90 of Mixtral 8x7B's 93 GB, in NF4 23 GB. Each tensor is dequantized
+whenever it is read. A matrix product keeps its operands for the backward pass, so training needs
+gradient checkpointing in every layer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ NAMES = ("gate_up_proj", "down_proj")
 
 
 class Nf4Tensor(torch.Tensor):
-    """A tensor to be read, never written, whose values are kept in NF4, double quantization.
+    """A read-only tensor whose values are stored in NF4 with double quantization.
 
-    To all that computes it is the tensor it stands for, of that shape and type. Not bitsandbytes'
-    own parametrization: PEFT 0.21 leaves its adapter behind on such a tensor at each pass, and the
-    next pass adds another.
+    Operations see a dequantized tensor of the original shape and dtype. bitsandbytes' own
+    parametrization is not used: with it, PEFT 0.21 leaves its adapter on the tensor at each pass,
+    and the next pass adds another.
     """
 
     packed: torch.Tensor
     state: bitsandbytes.functional.QuantState
-    """Of the values in a single row: bitsandbytes 0.50 gives back others on a CPU with AVX-512
-    where a row is no multiple of the 64 values of a block."""
+    """State of the flattened values: on a CPU with AVX-512, bitsandbytes 0.50 returns wrong values
+    if a row's length is not a multiple of the block's 64 values."""
 
     def __new__(
         cls, packed: torch.Tensor, state: bitsandbytes.functional.QuantState, shape: torch.Size
@@ -45,7 +45,7 @@ class Nf4Tensor(torch.Tensor):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Nf4Tensor:
-        """Quantize a tensor of 16 or 32 bits, on its device."""
+        """Quantize a tensor of 16 or 32 bits on its device."""
         packed, state = bitsandbytes.functional.quantize_4bit(
             tensor.flatten(), compress_statistics=True, quant_type="nf4"
         )
@@ -54,8 +54,7 @@ class Nf4Tensor(torch.Tensor):
     def dequantized(self) -> torch.Tensor:
         return bitsandbytes.functional.dequantize_4bit(self.packed, self.state).view(self.shape)
 
-    # torch declares these methods otherwise than it calls them.
-    # Torch's types have these three as those of a plain tensor; a subclass defines its own.
+    # torch's annotations of these three methods are those of a plain tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -70,7 +69,7 @@ class Nf4Tensor(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             return cls(first.packed, first.state, first.shape)
         if function is torch.ops.aten.set_.source_Tensor and first is args[1]:
-            return first  # torch's parametrizations put a tensor in its own place
+            return first  # torch's parametrizations replace a tensor by itself
         if function._schema.is_mutable and isinstance(first, cls):
             raise TypeError(f"{function}: a tensor in NF4 cannot be written")
         args, options = tree_map_only(cls, cls.dequantized, (args, dict(options or {})))
@@ -81,10 +80,10 @@ class Nf4Tensor(torch.Tensor):
 
 
 def quantize_experts(model: PreTrainedModel, device: torch.device) -> None:
-    """Quantize the experts and put them on a device, a tensor at a time.
+    """Quantize the experts and move them to a device, one tensor at a time.
 
     Args:
-        model: a mixture, its experts in 16 or 32 bits, on any device; a dense one is left alone.
+        model: mixture with experts in 16 or 32 bits, on any device; a dense model is not changed.
     """
     for layer in model.model.layers:
         experts = getattr(layer.mlp, "experts", None)

@@ -1,8 +1,7 @@
-"""Write the tokenizer that ships with everything made from a model.
+"""Export a base model's tokenizer for all later stages and for the release.
 
-The original file, a `tokenizer.json` made from it, and the official chat template. The data stages
-depend on this folder and not on the weights, so data can be prepared before 14 GB are fetched or
-changed.
+It writes the original file, a `tokenizer.json` made from it, and the official chat template. The
+data stages depend on this folder and not on the weights, so changed weights do not render again.
 
 python -m workflow_scripts.models.export_tokenizer --checkpoint results/models/m/checkpoint
     --tokenizer results/models/m/tokenizer
@@ -15,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import files, log
-from workflow_scripts.models import tokenizer_files
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("export_tokenizer")
@@ -28,13 +26,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--version",
         default="",
         choices=["", "v1", "v2", "v3", "v7", "tekken"],
-        help="of tokenizer and chat format; empty reads it from the files",
+        help="version of tokenizer and chat format; empty reads it from the files",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="to write: folder")
     arguments = parser.parse_args(argv)
 
+    from workflow_scripts.models import exported_tokenizer
+
     with files.atomic_folder(arguments.tokenizer) as folder:
-        version = tokenizer_files.export(arguments.checkpoint, folder, arguments.version or None)
+        version = exported_tokenizer.export(arguments.checkpoint, folder, arguments.version or None)
         names = sorted(path.name for path in folder.iterdir())
     logger.info("wrote version=%s files=%s", version, ",".join(names))
 

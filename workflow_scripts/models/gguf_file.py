@@ -1,8 +1,8 @@
-"""Read a GGUF file: its metadata, and its tensors as float32.
+"""A reader of GGUF files: metadata, and tensors as float32.
 
-Only what a small published model needs: little-endian version 3, and the types `F32`,
-`Q8_0` and `Q4_1`. llama.cpp's own `gguf` package reads everything, and ships with its converter
-only; the environment that builds base models has no llama.cpp.
+It supports what one small published model needs: little-endian version 3, and the types `F32`,
+`Q8_0` and `Q4_1`. llama.cpp's own `gguf` package reads every type, but the environment that builds
+base models has no llama.cpp.
 
 Source: docs/gguf.md and ggml-quants.h of llama.cpp.
 """
@@ -22,7 +22,7 @@ from workflow_scripts.log import StageError
 
 MAGIC, VERSION = b"GGUF", 3
 HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata values
-BLOCK_VALUES = 32  # of a quantized block
+BLOCK_VALUES = 32  # values in a quantized block
 # Type of a metadata value → its format in `struct`; 8 is a string, 9 an array.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -32,10 +32,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is stored."""
+    """Place and type of a stored tensor."""
 
     shape: tuple[int, ...]
-    """As torch writes it: the last dimension is contiguous."""
+    """In torch's order: the last dimension is contiguous."""
     type_id: int
     """ggml's number of the quantization type."""
     offset: int
@@ -43,12 +43,12 @@ class Tensor:
 
 
 class GgufFile:
-    """A GGUF file, memory-mapped; a tensor is read when it is asked for."""
+    """A memory-mapped GGUF file; each tensor is read on access."""
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            StageError: not a GGUF file of version 3.
+            StageError: the file is not GGUF version 3.
         """
         self._path = path
         with path.open("rb") as file:
@@ -64,12 +64,12 @@ class GgufFile:
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
         self._buffer = self._bytes.data
         self._position = HEADER.size
-        # Other programs choose the keys.
+        # The program that wrote the file chooses the keys.
         self.metadata: Mapping[str, Any] = {self._string(): self._value() for _ in range(n_values)}
         self.tensors: Mapping[str, Tensor] = self._tensors(n_tensors)
 
     def read(self, name: str) -> Array:
-        """A tensor as float32.
+        """Read a tensor as float32.
 
         Raises:
             StageError: its type is not one of `TYPES`.
@@ -77,7 +77,7 @@ class GgufFile:
         tensor = self.tensors[name]
         if tensor.type_id not in TYPES:
             raise StageError(
-                "a tensor of the GGUF has a type that is not read here",
+                "a tensor of the GGUF file has an unsupported type",
                 where=f"{self._path}, {name}",
                 found=f"ggml type {tensor.type_id}",
                 expected=f"one of {sorted(TYPES)}",
@@ -131,7 +131,7 @@ def _q8_0(blocks: Array) -> Array:
 
 
 def _q4_1(blocks: Array) -> Array:
-    """Scale, minimum, then 32 half bytes: the low halves are the first 16 values."""
+    """Scale, minimum, then 32 half bytes; the low halves are the first 16 values."""
     halves = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
     return _float16(blocks[:, :2]) * halves + _float16(blocks[:, 2:4])
 
@@ -140,7 +140,7 @@ def _f32(blocks: Array) -> Array:
     return np.ascontiguousarray(blocks).view(np.float32).copy()
 
 
-# ggml's type → values and bytes of a block, and how it is decoded.
+# ggml's type → values per block, bytes per block, and the decoder.
 TYPES: dict[int, tuple[int, int, Callable[[Array], Array]]] = {
     0: (1, 4, _f32),
     3: (BLOCK_VALUES, 20, _q4_1),

@@ -1,4 +1,4 @@
-"""What a key-value cache takes, from a model's shape."""
+"""Size of the key-value cache, from a model's shape."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from workflow_scripts.handover.facts import ModelShape
 def kv_cache_bytes(
     facts: ModelShape, n_tokens: int, *, rolls: bool, bytes_per_value: int = 2
 ) -> int:
-    """Keys and values of every layer for one sequence.
+    """Return the bytes of all layers' keys and values for one sequence.
 
     Args:
-        facts: of `read_shape`.
-        rolls: each layer keeps no more than its window, as transformers does; llama.cpp keeps all
-            of a Mistral's.
+        rolls: each layer keeps only its window, as in transformers; llama.cpp keeps all tokens of a
+            Mistral.
         bytes_per_value: 2 is float16, llama.cpp's default.
     """
     n_values = 2 * facts.n_kv_heads * facts.head_dim

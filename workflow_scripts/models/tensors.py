@@ -1,29 +1,30 @@
-"""The tensors that a checkpoint must hold, derived from its own config.json, and those it holds.
+"""The tensors that a checkpoint's config.json requires, and those that its files contain.
 
-transformers initializes a missing tensor at random, logs one line and goes on; an extra or
-misnamed tensor is ignored. Here both stop the build, before anything is trained. Headers are read
-for that, not weights; `check_values` reads every weight once.
+transformers initializes a missing tensor at random with one log line, and ignores an extra or
+misnamed tensor. Here both stop the build before training. That check reads headers only;
+`check_values` reads every weight once.
 
-File names are those that transformers 5.23 writes for Mistral, Ministral and Mixtral; the tests
-compare them with its own models.
+Tensor names are those that transformers 5.23 writes for Mistral, Ministral and Mixtral; the tests
+compare them with its models.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from workflow_scripts import files
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# By safetensors' names: numpy type of the same width, and the bits of the exponent. A value whose
-# exponent bits are all set is infinite or NaN (IEEE 754; bfloat16 is the upper half of float32).
+# safetensors' name → numpy type of the same width, and the exponent's bits. A value whose exponent
+# bits are all set is infinite or NaN (IEEE 754; bfloat16 is the upper half of float32).
 FLOATS = {
     "F64": ("uint64", 0x7FF0_0000_0000_0000),
     "F32": ("uint32", 0x7F80_0000),
@@ -31,10 +32,10 @@ FLOATS = {
     "F16": ("uint16", 0x7C00),
 }
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-# Tables of positions that checkpoints of 2023 carry. They are computed from config.json today, and
-# transformers, llama.cpp's converter and the merge pass over them.
+# Tables of positions in checkpoints of 2023. Today they are computed from config.json;
+# transformers, llama.cpp's converter and the merge ignore the stored ones.
 POSITION_TABLE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Parts of names that only quantized checkpoints have: GPTQ, AWQ, bitsandbytes, FP8, MXFP4.
+# Parts of tensor names in quantized checkpoints only: GPTQ, AWQ, bitsandbytes, FP8, MXFP4.
 QUANTIZED_PARTS = (
     "qweight", "qzeros", "g_idx", "weight_packed", "weight_scale", "scale_inv", "input_scale",
     "absmax", "quant_state", "quant_map", "_blocks", "_scales", ".SCB",
@@ -43,8 +44,8 @@ QUANTIZED_PARTS = (
 BLOCK_ELEMENTS = 2**22
 SHOWN = 10
 TAKE_16_BITS = (
-    "set models.<name>.source to the unquantized model in 16 bits; an adapter that was trained on"
-    " this one merges into that, with runs.<name>.precision saying how it was loaded"
+    "set models.<name>.source to the unquantized model in 16 bits; an adapter trained on this"
+    " model can be merged into that one: set runs.<name>.precision to how this one was loaded"
 )
 
 
@@ -53,27 +54,26 @@ class Stored(NamedTuple):
 
     path: Path
     dtype: str
-    """By safetensors' name: `BF16`."""
+    """safetensors' name: `BF16`."""
     shape: tuple[int, ...]
     first_byte: int
-    """In the file."""
+    """Offset in the file."""
     n_bytes: int
 
 
 def is_position_table(name: str) -> bool:
-    """A rotary `inv_freq` of an old checkpoint: in the file, but no parameter of the model."""
+    """True for a rotary `inv_freq` of an old checkpoint, which is not a parameter of the model."""
     return POSITION_TABLE.fullmatch(name) is not None
 
 
 def required(facts: ModelShape, *, fuses_experts: bool = False) -> dict[str, tuple]:
-    """Name in the files → shape, of every tensor that the model needs.
+    """Return name → shape of every tensor that the files must contain.
 
-    Tied embeddings need no output layer in the files.
+    With tied embeddings, the output layer is not required.
 
     Args:
-        facts: of `read_shape`.
         fuses_experts: a mixture's experts are one tensor per layer and direction, as transformers 5
-            holds them in memory; else one per expert, as it and Mistral's releases store them.
+            keeps them in memory; else one per expert, as it and Mistral's releases store them.
     """
     hidden, inner = facts.hidden_size, facts.intermediate_size
     queries = facts.n_heads * facts.head_dim
@@ -101,34 +101,29 @@ def required(facts: ModelShape, *, fuses_experts: bool = False) -> dict[str, tup
     else:
         of_layer["block_sparse_moe.gate.weight"] = (n_experts, hidden)
         for expert in range(n_experts):
-            for matrix, shape in (
-                ("w1", (inner, hidden)),
-                ("w2", (hidden, inner)),
-                (
-                    "w3",
-                    (inner, hidden),
-                ),
-            ):
-                of_layer[f"block_sparse_moe.experts.{expert}.{matrix}.weight"] = shape
+            name = f"block_sparse_moe.experts.{expert}"
+            of_layer[f"{name}.w1.weight"] = (inner, hidden)
+            of_layer[f"{name}.w2.weight"] = (hidden, inner)
+            of_layer[f"{name}.w3.weight"] = (inner, hidden)
     for number in range(facts.n_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in of_layer.items()}
     return shapes
 
 
 def stored(shards: Sequence[Path]) -> dict[str, Stored]:
-    """Every tensor of some safetensors files by its name, from their headers.
+    """Read the headers of safetensors files; return their tensors by name.
 
     Raises:
-        StageError: a file is damaged or no safetensors file, or two of them hold one tensor.
+        StageError: a file is not a complete safetensors file, or a tensor is in two files.
     """
     found: dict[str, Stored] = {}
     for shard in shards:
         for name, tensor in _header(shard).items():
             if name in found:
                 raise StageError(
-                    "two shards hold the same tensor",
+                    "two shards contain the same tensor",
                     where=f"{shard}, {name}",
-                    found=f"it is in {found[name].path.name} too",
+                    found=f"it is also in {found[name].path.name}",
                     expected="every tensor once",
                     to_fix="fetch the model into an empty folder: files of two models are mixed",
                 )
@@ -139,23 +134,19 @@ def stored(shards: Sequence[Path]) -> dict[str, Stored]:
 def _header(path: Path) -> dict[str, Stored]:
     """
     Raises:
-        StageError: the file is damaged, or something else.
+        StageError: the file is not a complete safetensors file.
     """
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
     files.check_whole(path)
     try:
         with safe_open(path, framework="np"):  # checks that the file is as long as its header says
             pass
     except SafetensorError as error:
         raise StageError(
-            "a weights file is damaged or cut short",
+            "a weights file is damaged or truncated",
             where=path,
             found=f"{error} ({path.stat().st_size:,} bytes)",
-            expected="a whole safetensors file",
-            to_fix="make it again: fetch, or merge",
+            expected="a complete safetensors file",
+            to_fix="fetch it or merge again",
         ) from error
     with path.open("rb") as stream:
         n_header = int.from_bytes(stream.read(8), "little")
@@ -174,14 +165,14 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def check_tensors(shards: Sequence[Path], facts: ModelShape, *, where: Path) -> None:
-    """The files hold what config.json asks for: every tensor, in its shape, in a type that can be
-    merged, and nothing else.
+    """Check that the files contain exactly the tensors that config.json requires.
 
     Args:
-        facts: of `read_shape` on the same folder.
-        where: that folder, for messages.
+        facts: shape from `read_shape` of the same folder.
+        where: the folder, for messages.
     Raises:
-        StageError: naming the first ten that are missing, extra, or of another shape or type.
+        StageError: tensors are missing, extra, or have a wrong shape or a type that cannot be
+            merged; the message names the first ten.
     """
     found = stored(shards)
     needed = required(facts, fuses_experts="model.layers.0.mlp.experts.gate_up_proj" in found)
@@ -212,53 +203,53 @@ def check_tensors(shards: Sequence[Path], facts: ModelShape, *, where: Path) -> 
         f"{len(entries)} {what}: {_listed(entries)}"
         for what, entries in (
             ("missing", sorted(missing)),
-            ("not of the model", sorted(extra)),
-            ("of another shape", [reshaped[name] for name in sorted(reshaped)]),
+            ("not in the model", sorted(extra)),
+            ("with a wrong shape", [reshaped[name] for name in sorted(reshaped)]),
         )
         if entries
     ]
     if problems:
         raise StageError(
-            "the checkpoint does not hold the tensors that its config.json describes",
+            "the checkpoint's tensors do not match its config.json",
             where=where,
             found="; ".join(problems),
-            expected=f"{len(needed)} tensors for {facts.n_layers} layers, each in its shape",
+            expected=f"{len(needed)} tensors for {facts.n_layers} layers",
             to_fix=_remedy(missing, extra, reshaped),
         )
     if tied <= found.keys() and tied and not _are_equal(found[EMBEDDINGS], found[OUTPUT]):
         raise StageError(
-            "the checkpoint ties its output layer to its embeddings, yet stores two that differ",
+            "the checkpoint ties output layer and embeddings, but stores two different tensors",
             where=f"{where}: {EMBEDDINGS}, {OUTPUT}",
             found="tie_word_embeddings: true in config.json",
-            expected="one tensor, or two equal ones",
-            to_fix="set tie_word_embeddings to false in config.json, if the model was trained so",
+            expected="one tensor, or two equal tensors",
+            to_fix="if training did not tie them, set tie_word_embeddings: false in config.json",
         )
 
 
 def _remedy(missing: set[str], extra: set[str], reshaped: Mapping[str, str]) -> str:
     if missing == {OUTPUT} and not extra and not reshaped:
         return (
-            "fetch the model again; if its output layer is its embeddings, set"
+            "fetch the model again; if it ties its output layer to its embeddings, set"
             " tie_word_embeddings: true in config.json"
         )
     if any("lora_" in name or name.startswith("base_model.") for name in extra):
-        return "this is an adapter, or a model saved with one: name it as runs.<name>.adapter"
+        return "this is an adapter, or a model saved with one: set it as runs.<name>.adapter"
     if set(reshaped) <= {EMBEDDINGS, OUTPUT} and reshaped and not missing and not extra:
         return (
-            "take config.json and weights from the same model: vocab_size must be the rows of the"
+            "use config.json and weights of the same model: vocab_size must equal the rows of the"
             " embeddings"
         )
     if missing == {EMBEDDINGS}:
         return (
-            "fetch the model again; if it stores its tied matrix as the output layer alone, load it"
-            " with transformers and save_pretrained: llama.cpp's converter takes the embeddings"
+            "fetch the model again; if it stores its tied matrix only as the output layer, load it"
+            " with transformers and save_pretrained: llama.cpp's converter needs the embeddings"
         )
     return (
         "fetch the model again into an empty folder; config.json and weights must belong together"
     )
 
 
-def _listed(entries: Any) -> str:
+def _listed(entries: Iterable[str]) -> str:
     entries = list(entries)
     more = f", … ({len(entries) - SHOWN} more)" if len(entries) > SHOWN else ""
     return ", ".join(entries[:SHOWN]) + more
@@ -267,12 +258,12 @@ def _listed(entries: Any) -> str:
 def check_types(found: Mapping[str, Stored]) -> None:
     """
     Raises:
-        StageError: a tensor is of a type without arithmetic here: integers, 8-bit floats.
+        StageError: a tensor has a type that cannot be merged: integers, 8-bit floats.
     """
     for name, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise StageError(
-                "a tensor is stored in a type that is not merged here",
+                "a tensor is stored in a type that cannot be merged",
                 where=f"{tensor.path}, {name}",
                 found=tensor.dtype,
                 expected=", ".join(FLOATS),
@@ -281,14 +272,12 @@ def check_types(found: Mapping[str, Stored]) -> None:
 
 
 def values(tensor: Stored) -> np.ndarray:
-    """The bits of a stored tensor as unsigned integers, mapped from its file."""
-    import numpy as np
-
+    """Return the bits of a stored tensor as unsigned integers, memory-mapped."""
     kind = np.dtype(FLOATS[tensor.dtype][0])
     n_elements = tensor.n_bytes // kind.itemsize
     if not n_elements:
         return np.empty(0, kind)
-    # Mapped as bytes: the data of a file need not be aligned.
+    # Mapped as bytes, because the data may not be aligned.
     mapped = np.memmap(tensor.path, np.uint8, "r", tensor.first_byte, (tensor.n_bytes,))
     return mapped.view(kind)
 
@@ -308,14 +297,14 @@ def _are_equal(one: Stored, other: Stored) -> bool:
 
 
 def check_values(tensor: Stored, name: str) -> None:
-    """No weight is infinite or NaN, and not all of them are zero in a tensor that cannot be.
+    """Check that all weights are finite, and that embeddings, output layer and norms are not zero.
 
-    Reads the tensor once. A download that reserves its space first and then breaks off leaves a
-    file of the right length that ends in zeros; embeddings, output layer and norms of zeros compute
-    nothing. Other matrices of zeros exist (layers added by depth up-scaling) and pass.
+    The tensor is read once. A download that reserves disk space and is then interrupted leaves a
+    file of the right length that ends in zeros. Other matrices may be all zeros (layers added by
+    depth up-scaling).
 
     Raises:
-        StageError: naming the tensor, and the first element that is wrong.
+        StageError: a weight is wrong; the message names the tensor and the first wrong element.
     """
     exponent = FLOATS[tensor.dtype][1]
     first, is_zero = 0, True
@@ -326,27 +315,23 @@ def check_values(tensor: Stored, name: str) -> None:
                 "a weight is not a finite number",
                 where=f"{tensor.path}, {name}",
                 found=f"NaN or infinity at element {first + int(is_special.argmax())}",
-                expected="finite numbers: such a model answers with nonsense, or not at all",
-                to_fix="fetch the file again; if it is the same there, take another version",
+                expected="finite numbers: with others, a model answers with nonsense or not at all",
+                to_fix="fetch the file again; if its values stay the same, use another version",
             )
         is_zero = is_zero and not block.any()
         first += len(block)
     if is_zero and (name in (EMBEDDINGS, OUTPUT) or "norm" in name):
         raise StageError(
-            "a tensor is all zeros where none can be",
+            "a tensor that cannot be zero is all zeros",
             where=f"{tensor.path}, {name}",
             found=f"{first} zeros",
             expected="trained weights",
-            to_fix="fetch the file again: a download that broke off can end in zeros",
+            to_fix="fetch the file again: an interrupted download can end in zeros",
         )
 
 
 def check_all_values(shards: Sequence[Path]) -> None:
-    """`check_values` of every weight in some files.
-
-    Raises:
-        StageError: as `check_values`.
-    """
+    """Run `check_values` on every weight in the files."""
     for name, tensor in stored(shards).items():
         if not is_position_table(name):
             check_values(tensor, name)

@@ -1,9 +1,9 @@
-"""Balance: which rows share an optimizer step, and which of its ranks takes each.
+"""Balance: which rows share an optimizer step, and which process rank gets each row.
 
-In a step all ranks wait for the slowest. Rows of one length in tokens cost differently, so a random
-share leaves ranks idle; ranks that take rows of like cost finish together. Only as much is sorted
-as that needs: a step's rows come from a stretch of the random order, and the shorter the stretch,
-the more random the step.
+In a step all ranks wait for the slowest one. Rows with the same number of tokens differ in cost, so
+a random assignment leaves ranks idle; ranks with rows of similar cost finish together. Rows are
+sorted by cost only as far as necessary: each step draws its rows from a stretch of the random
+order, and shorter stretches keep steps closer to random.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_IMBALANCE = 1.01  # mean over the steps of the slowest rank's cost ÷ the ranks' mean
-# A padded micro-batch takes its rows from at least so many micro-batches' worth, sorted: what
-# transformers' length-grouped sampler takes.
+# Padded micro-batches are formed from a sorted stretch of at least this many micro-batches, as in
+# transformers' length-grouped sampler.
 PADDED_MICRO_BATCHES = 50
 NO_ROW = -1
 
@@ -29,17 +29,17 @@ def order_rows(
     pads_rows: bool = False,
     max_imbalance: float = MAX_IMBALANCE,
 ) -> np.ndarray:
-    """The rows of an epoch in the order in which they are trained on.
+    """Return the rows of an epoch in training order.
 
     Args:
-        costs: (rows,) of any unit.
-        n_ranks: processes that share a step.
-        pads_rows: rows of a micro-batch are padded to the longest of them, so they should be
-            alike; `costs` then grow with their lengths.
-        max_imbalance: how far to go, see `MAX_IMBALANCE`.
+        costs: (rows,) in any unit.
+        n_ranks: number of processes that share a step.
+        pads_rows: rows of a micro-batch are padded to the longest one, so their lengths should be
+            similar; `costs` must then increase with length.
+        max_imbalance: stop at this imbalance, see `MAX_IMBALANCE`.
     Returns:
-        (steps, micro-batches, ranks, rows of a micro-batch) int64 indices. Every row stands there
-        once; `NO_ROW` fills the last step up.
+        (steps, micro-batches, ranks, rows of a micro-batch) int64 indices. Every row occurs once;
+        `NO_ROW` fills the rest of the last step.
     """
     generator = np.random.default_rng(seed)
     shape = (micro_batches_per_step, n_ranks, rows_per_micro_batch)
@@ -47,7 +47,7 @@ def order_rows(
     order = generator.permutation(len(costs))
     n_whole = len(order) // step_rows
     whole, rest = order[: n_whole * step_rows], order[n_whole * step_rows :]
-    # What a rank computes at once: alike where padded, else any rows.
+    # Rows that one rank computes together: of similar length if padded, else one row.
     unit_rows = rows_per_micro_batch if pads_rows else 1
 
     if n_whole and n_ranks * unit_rows > 1:
@@ -63,17 +63,17 @@ def order_rows(
     if len(rest):
         last = np.full(step_rows, NO_ROW)
         last[: len(rest)] = rest
-        # A row for every rank before any rank has two.
+        # Every rank gets one row before any rank gets two.
         last = last.reshape(micro_batches_per_step, rows_per_micro_batch, n_ranks).swapaxes(1, 2)
         return np.concatenate([whole.reshape(-1, *shape), last[None]])
     return whole.reshape(-1, *shape)
 
 
 def step_imbalance(costs: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(steps,) the slowest rank's cost ÷ the ranks' mean, 1 at best.
+    """Return (steps,) the slowest rank's cost ÷ the ranks' mean; 1 is perfect balance.
 
     Args:
-        order: (steps, …, ranks, rows), as of `order_rows`, without `NO_ROW`.
+        order: (steps, …, ranks, rows), as returned by `order_rows`, without `NO_ROW`.
     """
     summed = tuple(axis for axis in range(1, order.ndim) if axis != order.ndim - 2)
     by_rank = np.asarray(costs, dtype=np.float64)[order].sum(axis=summed)
@@ -89,11 +89,11 @@ def _deal(
     stretch: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """Deal the rows of each `stretch` of steps to its steps and ranks.
+    """Assign the rows of each `stretch` of steps to its steps and ranks.
 
-    A stretch is sorted by cost and cut into layers, a unit for every rank each; its steps draw
-    their layers at random. Within a step, layer by layer, the rank with the least so far takes the
-    costliest unit.
+    A stretch is sorted by cost and cut into layers with one unit per rank. Its steps draw layers at
+    random. Within a step, layer by layer, the rank with the lowest total cost so far gets the most
+    expensive unit.
 
     Returns:
         (steps, layers of a step, ranks, unit_rows) indices.
@@ -118,7 +118,7 @@ def _deal(
     steps = np.concatenate(dealt)
     totals = np.zeros((len(steps), n_ranks))
     for layer in range(steps.shape[1]):
-        units = steps[:, layer]  # by rising cost, as the stretch was sorted
+        units = steps[:, layer]  # in order of increasing cost
         busiest_first = np.argsort(-totals, axis=1, kind="stable")
         steps[:, layer] = np.take_along_axis(
             units, np.argsort(busiest_first, axis=1)[:, :, None], axis=1

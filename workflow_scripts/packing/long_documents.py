@@ -1,10 +1,9 @@
-"""Long documents: what becomes of those that do not fit in a row."""
+"""Long documents: split, truncate, drop or refuse those that do not fit into a row."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,38 +21,30 @@ COUNTS = (
     "n_cuts_at_turn",
     "n_cuts_at_sentence",
     "n_cuts_at_token",
-    "n_pieces_without_supervision",  # left out, as nothing is learned from them
+    "n_pieces_without_supervision",  # left out, because no token in them is supervised
     "n_tokens_left_out",
 )
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Pieces none of which is longer than a row."""
-
-    pieces: Pieces
-    counts: Counter[str] = field(default_factory=Counter)
-    """By `COUNTS`: what that took."""
 
 
 def fit(
     documents: Documents,
     settings: PackingSettings,
     read_token_ends: Callable[[], TokenEnds] | None = None,
-) -> Fitted:
-    """Documents as pieces that a row can hold, by `long_documents`.
+) -> tuple[Pieces, Counter[str]]:
+    """Return the documents as pieces that fit into a row, and what was changed, by `COUNTS`.
 
     Args:
-        read_token_ends: reads the vocabulary, where a document must be split; None splits without
-            regard to turns and sentences.
+        read_token_ends: reads the vocabulary; called only if a document must be split. None splits
+            without regard to turns and sentences.
     Raises:
-        StageError: `long_documents` is `error`, and there is one.
+        StageError: `long_documents` is `error`, and a document is longer than a row.
     """
+    counts: Counter[str] = Counter()
     is_long = documents.lengths > settings.row_tokens
     whole = Pieces.whole(documents.lengths)
     long = np.flatnonzero(is_long)
     if not len(long):
-        return Fitted(whole)
+        return whole, counts
     if settings.long_documents == "error":
         shown = "\n            ".join(
             f"{documents[at].id}: {documents.lengths[at]} tokens" for at in long[:10]
@@ -64,7 +55,6 @@ def fit(
             expected=f"at most {settings.row_tokens} tokens (packings.<name>.row_tokens)",
             to_fix="raise row_tokens, or set packings.<name>.long_documents: split",
         )
-    counts: Counter[str] = Counter()
     parts: list[Piece] = []
     if settings.long_documents == "drop":
         counts["n_documents_dropped"] = len(long)
@@ -86,7 +76,7 @@ def fit(
         part.length - part.n_context for part in set(parts) - set(learned)
     )
     short = whole.take(np.flatnonzero(~is_long))
-    return Fitted(_joined(short, Pieces.listed(learned)), counts)
+    return short.joined(Pieces.listed(learned)), counts
 
 
 def _split(
@@ -103,33 +93,24 @@ def _split(
     return [Piece(at, *part) for part in parts], cuts
 
 
-def _joined(one: Pieces, other: Pieces) -> Pieces:
-    return Pieces(
-        *(
-            np.concatenate([getattr(one, name), getattr(other, name)])
-            for name in ("document", "start", "length", "n_context")
-        )
-    )
-
-
 def _n_supervised(documents: Documents, piece: Piece, n_unlearned: int = 1) -> int:
-    """Tokens of a piece that the loss counts.
+    """Count the tokens of a piece that the loss counts.
 
     Args:
-        n_unlearned: first tokens that nothing predicts.
+        n_unlearned: number of leading tokens that have no prediction.
     """
     first = piece.start + max(piece.n_context, n_unlearned)
     return int(documents[piece.document].is_supervised[first : piece.start + piece.length].sum())
 
 
 def supervised_tokens(documents: Documents, rows: Rows, *, crosses_documents: bool) -> np.ndarray:
-    """(rows,) int32: tokens of each row that the loss counts.
+    """Return (rows,) int32: tokens of each row that the loss counts.
 
     Args:
-        crosses_documents: a document in the middle of a row is predicted from the one before it.
+        crosses_documents: a document's first token is predicted from the document before it.
     """
     pieces = rows.pieces
-    # A whole document's are on file; BOS, its first token, is never among them.
+    # For whole documents the count is in the file; BOS, the first token, is never supervised.
     counted = documents.n_supervised[pieces.document].astype(np.int64)
     begins_row = np.zeros(pieces.n_pieces, dtype=bool)
     begins_row[rows.first_piece[:-1]] = True
@@ -137,5 +118,4 @@ def supervised_tokens(documents: Documents, rows: Rows, *, crosses_documents: bo
         (piece,) = Rows(pieces.take(np.array([at])), np.array([0, 1]))[0]
         is_unpredicted = begins_row[at] or not crosses_documents
         counted[at] = _n_supervised(documents, piece, n_unlearned=int(is_unpredicted))
-    ends = np.concatenate([[0], np.cumsum(counted)])
-    return np.diff(ends[rows.first_piece]).astype(np.int32)
+    return rows.sum_pieces(counted).astype(np.int32)

@@ -18,7 +18,7 @@ from workflow_scripts import log
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.packing.cost import CostModel
-from workflow_scripts.packing.long_documents import Fitted, fit, supervised_tokens
+from workflow_scripts.packing.long_documents import fit, supervised_tokens
 from workflow_scripts.packing.packing import STRATEGIES, Pieces
 from workflow_scripts.packing.packing_report import measure
 from workflow_scripts.packing.plan import Plan, write_plan
@@ -33,9 +33,7 @@ logger = log.stage_logger("pack_sequences")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="documents of render_chats")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder of export_tokenizer: where turns end"
-    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--facts", type=Path, required=True, help="model facts: shape and windows")
     parser.add_argument("--settings", required=True, help="JSON of `packings.<name>`")
     parser.add_argument("--plan", type=Path, required=True, help="to write: the packing plan")
@@ -53,18 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = Documents(arguments.tokens)
     if not len(documents):
         raise log.StageError(
-            "there is nothing to pack",
+            "there are no documents to pack",
             where=arguments.tokens,
-            found="no document",
-            to_fix="see rejected.parquet beside it, and datasets.<name>.rendering",
+            found="0 documents",
+            to_fix="see rejected.parquet in the same folder, and datasets.<name>.rendering",
         )
 
     plan, counts = make_plan(documents, facts, settings, arguments.tokenizer)
     if not len(plan.rows):
         raise log.StageError(
-            "nothing is left to pack",
+            "no documents are left to pack",
             where="packings.<name>.long_documents",
-            found=f"{settings.long_documents}, and every document is longer than a row",
+            found=f"{settings.long_documents}; every document is longer than a row",
             to_fix="raise packings.<name>.row_tokens",
         )
     write_plan(arguments.plan, plan)
@@ -76,14 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_plan(
     documents: Documents, facts: ModelShape, settings: PackingSettings, tokenizer: Path
 ) -> tuple[Plan, Counter[str]]:
-    """The plan, and what was cut or left out, by `long_documents.COUNTS`."""
+    """Return the plan, and what was cut or left out, by `long_documents.COUNTS`."""
     crosses_documents = settings.strategy == "concatenate"
-    if crosses_documents:
-        fitted = Fitted(Pieces.whole(documents.lengths))
-    else:
-        fitted = fit(documents, settings, lambda: read_token_ends(tokenizer))
-    n_copies = documents.n_copies[fitted.pieces.document]
-    pieces = fitted.pieces.take(np.repeat(np.arange(fitted.pieces.n_pieces), n_copies))
+    pieces, counts = Pieces.whole(documents.lengths), Counter[str]()
+    if not crosses_documents:
+        pieces, counts = fit(documents, settings, lambda: read_token_ends(tokenizer))
+    n_copies = documents.n_copies[pieces.document]
+    pieces = pieces.take(np.repeat(np.arange(pieces.n_pieces), n_copies))
     rows = STRATEGIES[settings.strategy](pieces, row_tokens=settings.row_tokens, seed=settings.seed)
     cost = CostModel.of(facts)
     n_supervised = supervised_tokens(documents, rows, crosses_documents=crosses_documents)
@@ -96,11 +93,11 @@ def make_plan(
         attention_pairs=pairs,
         training_flops=cost.training_flops(rows.n_tokens, n_supervised, pairs),
     )
-    return plan, fitted.counts
+    return plan, counts
 
 
 def read_token_ends(tokenizer: Path) -> TokenEnds:
-    """Where turns and sentences end, from the tokenizer that ships."""
+    """Return the ends of turns and sentences from the exported tokenizer."""
     official = load_mistral_tokenizer(tokenizer, for_training=True)
     return TokenEnds.of(official.instruct_tokenizer.tokenizer)
 

@@ -1,10 +1,10 @@
-"""Packing: which piece of which document shares a row of training with which others.
+"""Packing: which pieces of documents share a row of training.
 
-A plan places pieces and copies no token. `best_fit` (best-fit decreasing, for language models after
-arXiv:2404.10830) keeps documents whole and apart; `concatenate` lays them end to end and cuts where
-a row ends, as generic training scripts do; `one_a_row` packs nothing.
+A plan places pieces and copies no token. `best_fit` (best-fit decreasing, for language models as in
+arXiv:2404.10830) keeps documents whole and separate; `concatenate` places them end to end and cuts
+at each row's end, as generic training scripts do; `one_a_row` does not pack.
 
-All of it works on columns: ten million documents are a matter of seconds.
+All functions work on columns: ten million documents take seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Pieces whose places are worked out at once: what is made on the way stays in the cache.
+# Pieces placed at a time, so that intermediate arrays stay in the CPU cache.
 BLOCK_PIECES = 1 << 18
 
 
@@ -25,14 +25,14 @@ class Piece(NamedTuple):
     """A part of a document as placed in a row."""
 
     document: int
-    """Index in the documents' file."""
+    """Index in the file of documents."""
     start: int
     """First token."""
     length: int
     """Tokens."""
     n_context: int = 0
-    """Leading tokens carried over from the piece before: seen, and masked from the loss. The
-    document's first token (BOS) stands in place of the first of them."""
+    """Leading tokens repeated from the previous piece: visible, but masked from the loss. The
+    document's first token (BOS) replaces the first of them."""
 
 
 Row = list[Piece]
@@ -53,10 +53,10 @@ class Pieces:
 
     @classmethod
     def whole(cls, lengths: Sequence[int] | np.ndarray) -> Pieces:
-        """Every document as one piece.
+        """Make every document one piece.
 
         Args:
-            lengths: (documents,) tokens of each.
+            lengths: (documents,) tokens of each document.
         """
         length = np.asarray(lengths, dtype=np.int32)
         zeros = np.zeros(len(length), dtype=np.int32)
@@ -64,7 +64,7 @@ class Pieces:
 
     @classmethod
     def listed(cls, pieces: Iterable[Piece]) -> Pieces:
-        """Columns of single pieces."""
+        """Convert single pieces to columns."""
         columns = np.array(list(pieces), dtype=np.int64).reshape(-1, len(Piece._fields)).T
         return cls(columns[0], *(column.astype(np.int32) for column in columns[1:]))
 
@@ -73,19 +73,23 @@ class Pieces:
         return len(self.length)
 
     def take(self, indices: np.ndarray) -> Pieces:
-        """The pieces at these places, in this order."""
+        """Return the pieces at the indices, in that order."""
+        return Pieces(*(getattr(self, name)[indices] for name in Piece._fields))
+
+    def joined(self, other: Pieces) -> Pieces:
+        """Return these pieces followed by others."""
+        names = Piece._fields
         return Pieces(
-            self.document[indices], self.start[indices], self.length[indices],
-            self.n_context[indices],
-        )  # fmt: skip
+            *(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of training as columns; an item is the list of a row's pieces."""
+    """Rows of training as columns; an item is one row as a list of pieces."""
 
     pieces: Pieces
-    """Of all rows, row after row."""
+    """The pieces of all rows, row by row."""
     first_piece: np.ndarray
     """(rows + 1,) int64: a row's pieces are `first_piece[row]` up to `first_piece[row + 1]`."""
 
@@ -99,19 +103,23 @@ class Rows:
     @cached_property
     def n_tokens(self) -> np.ndarray:
         """(rows,) int64, tokens of each row."""
-        ends = np.concatenate([[0], np.cumsum(self.pieces.length, dtype=np.int64)])
+        return self.sum_pieces(self.pieces.length)
+
+    def sum_pieces(self, values: np.ndarray) -> np.ndarray:
+        """Sum (pieces,) integers over each row; returns (rows,) int64."""
+        ends = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return np.diff(ends[self.first_piece])
 
     @cached_property
     def row_of_piece(self) -> np.ndarray:
-        """(pieces,) int64."""
+        """(pieces,) int64, the row of each piece."""
         return np.repeat(np.arange(len(self)), np.diff(self.first_piece))
 
     def __len__(self) -> int:
         return len(self.first_piece) - 1
 
     def __getitem__(self, index: int) -> Row:
-        index = range(len(self))[index]  # negative counts from the end, beyond is an IndexError
+        index = range(len(self))[index]  # a negative index counts from the end
         stretch = slice(self.first_piece[index], self.first_piece[index + 1])
         columns = (getattr(self.pieces, name)[stretch].tolist() for name in Piece._fields)
         return list(map(Piece, *columns))
@@ -126,19 +134,20 @@ class Rows:
 
 
 def best_fit(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
-    """Every piece whole in one row, the rows as full as best-fit decreasing makes them.
+    """Pack pieces, each whole, into rows by best-fit decreasing.
 
-    Each piece, longest first, goes to the fullest row that still holds it. Pieces of one length
-    are all alike to that rule, so it runs over the histogram of lengths and moves rows in groups:
-    the time grows with the number of distinct lengths, and placing the pieces is array arithmetic.
+    Each piece, longest first, goes into the fullest row that still has room for it. This rule does
+    not distinguish pieces of equal length, so it runs over the histogram of lengths and moves rows
+    in groups. The time depends on the number of distinct lengths; pieces are placed by array
+    arithmetic.
 
-    Which of equally long pieces goes where is random, and so is the order of the rows, as best fit
-    groups like lengths together.
+    Pieces of equal length are placed in random order. The order of the rows is random too, because
+    best fit puts similar lengths next to each other.
 
     Args:
         pieces: none longer than a row.
         row_tokens: length of a row.
-        seed: of both random orders.
+        seed: seed of both random orders.
     Source: Krell et al. 2021, arXiv:2107.02027 §3 (packing over the histogram); Ding et al. 2024,
         arXiv:2404.10830 (best-fit decreasing, and the case against truncation).
     """
@@ -153,12 +162,12 @@ def best_fit(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
     np.add.at(steps, placements.first_row, placements.n_each)
     np.subtract.at(steps, placements.first_row + placements.n_rows, placements.n_each)
     n_pieces = np.cumsum(steps)[:-1]
-    place = generator.permutation(n_rows)  # where a row comes to stand
+    place = generator.permutation(n_rows)  # the place of each row
     first_piece = np.zeros(n_rows + 1, dtype=np.int64)
     first_piece[place + 1] = n_pieces
     np.cumsum(first_piece, out=first_piece)
 
-    source = np.empty(pieces.n_pieces, dtype=order.dtype)  # by place, the piece that stands there
+    source = np.empty(pieces.n_pieces, dtype=order.dtype)  # piece at each place
     ends = np.cumsum(placements.n_rows * placements.n_each)
     for start in range(0, pieces.n_pieces, BLOCK_PIECES):
         numbers = np.arange(start, min(pieces.n_pieces, start + BLOCK_PIECES))
@@ -171,11 +180,11 @@ def best_fit(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
 
 
 def _longest_first(lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Indices by falling length, equals in random order."""
+    """Return indices by decreasing length, equal lengths in random order."""
     assert len(lengths) < 2**31, len(lengths)
     shuffled = np.arange(len(lengths), dtype=np.int32)
     generator.shuffle(shuffled)
-    # One integer a piece, all different: NumPy's fast sorts are not stable.
+    # One distinct integer per piece, because NumPy's fast sorts are not stable.
     keys = -lengths[shuffled].astype(np.int64) << 32
     keys |= np.arange(len(lengths))
     keys.sort()
@@ -183,25 +192,25 @@ def _longest_first(lengths: np.ndarray, generator: np.random.Generator) -> np.nd
 
 
 class _Placements(NamedTuple):
-    """Steps of best fit, in order, (placements,) int64 each: one length into a range of rows."""
+    """Steps of best fit in order, (placements,) int64: one length into a range of rows."""
 
     first_row: np.ndarray
     n_rows: np.ndarray
     n_each: np.ndarray
-    """Pieces of that length put into each of the rows."""
+    """Pieces of the length put into each row."""
     n_before: np.ndarray
-    """Pieces each of the rows held already."""
+    """Pieces already in each row."""
 
 
 def _place_by_length(counts: np.ndarray, row_tokens: int) -> _Placements:
-    """Best-fit decreasing over a histogram.
+    """Run best-fit decreasing on a histogram of lengths.
 
-    Rows that hold the same lengths are a group, a range of row numbers. The tightest row for a
-    length stays the tightest while another of that length fits, so a row takes all it holds at
-    once, and so does every row of its group.
+    Rows with the same lengths form a group, a range of row numbers. The tightest row for a length
+    stays the tightest while another piece of that length fits, so each row of a group is filled in
+    one step.
 
     Args:
-        counts: pieces of each length, from length 0, of which there is none.
+        counts: number of pieces of each length, from length 0 (none).
     """
     placements: list[tuple[int, int, int, int]] = []
     groups: dict[int, list[tuple[int, int, int]]] = {}  # by free tokens: first row, rows, pieces
@@ -230,7 +239,7 @@ def _place_by_length(counts: np.ndarray, row_tokens: int) -> _Placements:
             n_each = space // length
             n_full = min(n, left // n_each)
             for n_taken, n_here in ((n_each, n_full), (left - n_full * n_each, 1)):
-                # The second round is the one row that takes what is left, where there is such.
+                # The second round is the one row, if any, that takes the remainder.
                 if n_taken and n_here and n:
                     placements.append((first_row, n_here, n_taken, n_before))
                     keep(space - n_taken * length, first_row, n_here, n_before + n_taken)
@@ -241,13 +250,12 @@ def _place_by_length(counts: np.ndarray, row_tokens: int) -> _Placements:
 
 
 def concatenate(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
-    """Documents in random order, end to end, cut wherever a row is full; the last row may be
-    shorter.
+    """Place documents end to end in random order, cut where a row is full; the last may be short.
 
     Args:
         pieces: whole documents.
         row_tokens: length of a row.
-        seed: decides the order of the documents.
+        seed: seed of the order of the documents.
     """
     order = np.random.default_rng(seed).permutation(pieces.n_pieces)
     ends = np.cumsum(pieces.length[order], dtype=np.int64)
@@ -256,7 +264,7 @@ def concatenate(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
     begins = np.concatenate([cuts, ends[:-1]])
     begins.sort(kind="stable")  # two sorted runs: a merge
     begins = begins[np.diff(begins, prepend=-1) > 0]
-    at = np.searchsorted(ends, begins, side="right")  # whose document begins or goes on there
+    at = np.searchsorted(ends, begins, side="right")  # the document that begins or continues there
     placed = pieces.take(order[at])
     start = begins - (ends - pieces.length[order])[at]
     length = np.diff(begins, append=n_tokens)
@@ -267,11 +275,11 @@ def concatenate(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
 
 
 def one_a_row(pieces: Pieces, *, row_tokens: int, seed: int) -> Rows:
-    """Every piece a row by itself, in random order; what shares a micro-batch is padded.
+    """Make every piece a row, in random order; rows of a micro-batch are padded in training.
 
     Args:
         pieces: none longer than `row_tokens`.
-        seed: decides the order.
+        seed: seed of the order.
     """
     order = np.random.default_rng(seed).permutation(pieces.n_pieces)
     return Rows(pieces.take(order), np.arange(pieces.n_pieces + 1))

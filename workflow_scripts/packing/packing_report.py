@@ -1,4 +1,4 @@
-"""What a packing plan achieves: fill, cost, balance, and the padding it spares."""
+"""Measures of a packing plan: fill, cost, balance, and the padding that it avoids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workflow_scripts.packing.long_documents import COUNTS
 from workflow_scripts.packing.plan import Plan
 from workflow_scripts.tokens.documents import Documents
 
-# What a plan is compared with: eight documents a micro-batch, and eight ranks of one row each.
+# Reference set-ups: padded micro-batches of eight documents; eight ranks with one row each.
 PADDED_ROWS = 8
 N_RANKS = 8
 
@@ -22,10 +22,10 @@ N_RANKS = 8
 def measure(
     plan: Plan, documents: Documents, facts: ModelShape, counts: Counter[str]
 ) -> PackingReport:
-    """Fill, cost and balance of a plan.
+    """Measure the fill, cost and balance of a plan.
 
     Args:
-        counts: what became of long documents, by `COUNTS`.
+        counts: how long documents were handled, by `COUNTS`.
     """
     pieces, n_tokens = plan.rows.pieces, int(plan.rows.n_tokens.sum())
     is_first = pieces.start + pieces.n_context == 0
@@ -34,7 +34,7 @@ def measure(
     generator = np.random.default_rng(0)
 
     def padding(order: np.ndarray) -> float:
-        """Share of padding where the rows of `order`, (micro-batches, rows), hold a piece each."""
+        """Return the fraction of padding; `order` is (micro-batches, rows), one piece per row."""
         lengths = pieces.length[order]
         return float(1 - lengths.sum() / (lengths.max(axis=1, initial=0).sum() * order.shape[1]))
 

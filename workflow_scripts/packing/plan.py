@@ -1,7 +1,7 @@
-"""The packing plan on disk: rows of pieces, what attention they were made for, what they cost.
+"""The packing plan on disk: rows of pieces, with their strategy and cost.
 
-A row of the Parquet file is a row of training. Which rows share an optimizer step is not in it:
-that is the sampler's to say, who alone knows how many ranks there are.
+A row of the Parquet file is a row of training. The file does not say which rows share an optimizer
+step: the sampler decides that, because it depends on the number of process ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from workflow_scripts import files
 from workflow_scripts.packing.packing import Piece, Pieces, Rows
@@ -27,31 +28,29 @@ class Plan:
     n_supervised: np.ndarray
     """(rows,) int32, tokens the loss counts."""
     attention_pairs: np.ndarray
-    """(rows,) int64, query-key pairs of a row, summed over the model's layers."""
+    """(rows,) int64, query-key pairs of each row, summed over the model's layers."""
     training_flops: np.ndarray
     """(rows,) float64, of `cost.CostModel`."""
 
     @property
     def crosses_documents(self) -> bool:
-        """Attention (and positions) run on over the documents of a row, as generic scripts have
-        it."""
+        """True if attention and positions continue across the documents of a row, as in generic
+        training scripts."""
         return self.strategy == "concatenate"
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row there is."""
+        """Tokens of the longest row."""
         return int(self.rows.n_tokens.max(initial=1))
 
     @property
     def pads_rows(self) -> bool:
-        """Rows of a micro-batch are padded to the longest of them."""
+        """True if rows of a micro-batch are padded to the longest one."""
         return self.strategy == "none"
 
 
 def write_plan(path: Path, plan: Plan) -> None:
-    """Write a plan as Parquet; its row length and strategy in the schema's metadata."""
-    import pyarrow as pa
-
+    """Write a plan as Parquet; row length and strategy are in the schema's metadata."""
     pieces = plan.rows.pieces
     columns = [
         pa.array(column, type=kind)
@@ -78,7 +77,7 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan that `write_plan` wrote."""
+    """Read a plan that `write_plan` wrote."""
     table = files.read_parquet(path)
     metadata = table.schema.metadata
     lists = table["pieces"].combine_chunks()

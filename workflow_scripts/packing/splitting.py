@@ -1,8 +1,8 @@
-"""Splitting: where a document that is longer than a row is cut into pieces.
+"""Splitting: where to cut a document that is longer than a row into pieces.
 
-Every token is new in exactly one piece. A later piece begins with the last tokens of what precedes
-it, as context that the loss does not count: this is an approximation, since the whole document
-would have shown its answers everything before them.
+Every token is new in exactly one piece. Each later piece begins with the last tokens before it, as
+context that the loss does not count. This is an approximation: in the whole document an answer sees
+everything before it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenizer
 
 Cut = Literal["turn", "sentence", "token"]
-# How much of the room for new tokens a cut must leave filled. Packing gives what is left over to
-# other documents, so a short piece costs no room; it costs one more piece, and its context again.
-# A cut between turns separates what belongs together least: it may at worst double the pieces.
-# Sentences end every few lines, so the last quarter has one: a third more pieces at worst.
+# Minimum fraction of the room for new tokens that a piece fills. Packing uses the rest for other
+# documents; the cost of a short piece is one more piece with its context. A cut between turns does
+# the least harm, so it may double the number of pieces at worst. Sentences end every few lines, so
+# the last quarter has an end: a third more pieces at worst.
 FILLED_AT_TURN = 1 / 2
 FILLED_AT_SENTENCE = 3 / 4
 
 CLOSING = "\"'”’»)\\]}）」』】》"
-SPACED_END = re.compile(rf"[.!?…؟۔।][{CLOSING}]*$")  # an end only before a space: not in `3.14`
+SPACED_END = re.compile(rf"[.!?…؟۔।][{CLOSING}]*$")  # an end only if a space follows: not in `3.14`
 WIDE_END = re.compile(rf"[。！？｡][{CLOSING}]*$")  # written without spaces
 CLOSES = re.compile(rf"[{CLOSING}]+$")
 CONTINUES = re.compile(rf"[{CLOSING}.!?…。！？｡]")
@@ -39,9 +39,9 @@ class Part(NamedTuple):
     start: int
     """First token."""
     length: int
-    """Tokens, those of the context included."""
+    """Tokens, including the context."""
     n_context: int
-    """Leading tokens that the pieces before it hold too."""
+    """Leading tokens that earlier pieces contain too."""
 
 
 def split(
@@ -52,19 +52,19 @@ def split(
     turn_ends: np.ndarray,
     sentence_ends: np.ndarray,
 ) -> tuple[list[Part], list[Cut]]:
-    """The pieces of a document in their order, and of what kind each cut between two of them is.
+    """Return the pieces of a document in order, and the kind of each cut between two pieces.
 
-    From its start on, each piece ends at the last turn end that leaves it at least half full of
-    new tokens; else at the last sentence end in its last quarter; else where the row ends.
+    A piece ends at the last turn end that leaves it at least half full of new tokens; else at the
+    last sentence end in its last quarter; else at the row's end.
 
     Args:
         input_ids: (tokens,) of the document.
-        row_tokens: no piece is longer.
-        overlap_tokens: context of each piece after the first; at least 1, as BOS takes the place
-            of its first token, and at most half of a row.
-        turn_ends, sentence_ends: ascending; the number of tokens before a possible cut.
+        row_tokens: maximum length of a piece.
+        overlap_tokens: context of each piece after the first: at least 1, because BOS replaces its
+            first token, and at most half of a row.
+        turn_ends, sentence_ends: ascending; the number of tokens before each possible cut.
     Raises:
-        ValueError: `overlap_tokens` is not that.
+        ValueError: `overlap_tokens` is outside these bounds.
     """
     if not 1 <= overlap_tokens <= row_tokens // 2:
         raise ValueError(f"overlap_tokens: found {overlap_tokens}, row_tokens {row_tokens}")
@@ -93,29 +93,29 @@ def split(
 
 @dataclass(frozen=True, eq=False)
 class TokenEnds:
-    """What the tokens of a vocabulary say about where turns and sentences end.
+    """Properties of a vocabulary's tokens that show where turns and sentences end.
 
-    The arrays are (vocabulary,) bool. Judged by neighbouring tokens, without a list of
-    abbreviations: `e.g. this` holds an end.
+    The arrays are (vocabulary,) bool. Ends are recognized from neighbouring tokens, without a list
+    of abbreviations: `e.g. this` counts as an end.
     """
 
     turn_end_id: int
     """EOS, which closes every answer."""
     ends_sentence: np.ndarray
-    """Where a space comes next."""
+    """Ends a sentence if a space follows."""
     ends_wide_sentence: np.ndarray
-    """Unless what comes next `continues` the end."""
+    """Ends a sentence unless the next token `continues` the end."""
     closes: np.ndarray
-    """Only closing quotes and brackets, which belong to the sentence before them."""
+    """Consists of closing quotes and brackets, which belong to the sentence before them."""
     continues: np.ndarray
-    """Begins with one of these, or with more of the punctuation."""
+    """Begins with a closing quote or bracket, or with more punctuation."""
     begins_with_space: np.ndarray
     ends_line: np.ndarray
     begins_with_line_end: np.ndarray
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenEnds:
-        """Read from a vocabulary.
+        """Compute the properties from a vocabulary.
 
         Args:
             tokenizer: mistral-common's, SentencePiece or tekken.
@@ -138,7 +138,7 @@ class TokenEnds:
         )
 
     def turn_ends(self, input_ids: np.ndarray) -> np.ndarray:
-        """Where answers end: the number of tokens before each cut.
+        """Return the number of tokens before each end of an answer.
 
         Args:
             input_ids: (tokens,) of one document.
@@ -146,7 +146,7 @@ class TokenEnds:
         return np.flatnonzero(input_ids == self.turn_end_id) + 1
 
     def sentence_ends(self, input_ids: np.ndarray) -> np.ndarray:
-        """Where sentences and lines end within a document: the number of tokens before each cut.
+        """Return the number of tokens before each end of a sentence or line in a document.
 
         Args:
             input_ids: (tokens,) of one document.
@@ -160,7 +160,7 @@ class TokenEnds:
         return np.flatnonzero(is_end) + 1
 
     def _ends(self, ends_sentence: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """Whether each token ends a sentence, or closes one that ends just before it."""
+        """Return True for each token that ends a sentence or closes one that ended just before."""
         is_end = ends_sentence[token_ids]
         is_end[1:] |= is_end[:-1] & self.closes[token_ids[1:]]
         return is_end

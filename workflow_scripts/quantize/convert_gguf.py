@@ -22,7 +22,7 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import ConfigJson
+from workflow_scripts.models.checkpoint_files import ConfigJson
 from workflow_scripts.models.positions import stretched_config
 from workflow_scripts.quantize import attribution, llama_cpp_source
 

@@ -20,7 +20,7 @@ from workflow_scripts import files
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
 from workflow_scripts.merge import tensor_names
-from workflow_scripts.models.checkpoint import ConfigJson, weight_files
+from workflow_scripts.models.checkpoint_files import ConfigJson, weight_files
 from workflow_scripts.models.tokenizer_files import find_tokenizer
 from workflow_scripts.quantize import llama_cpp_source
 

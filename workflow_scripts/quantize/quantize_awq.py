@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_package()
     check_shape(facts, settings.group_size, arguments.facts)
 
-    from workflow_scripts.models.checkpoint import weight_files
+    from workflow_scripts.models.checkpoint_files import weight_files
     from workflow_scripts.quantize import calibration
     from workflow_scripts.tokens.documents import Documents
 

@@ -1,9 +1,10 @@
-"""Gate: the tokens of training are what the tokenizer that ships makes of the same conversations.
+"""Gate: the training tokens equal those that the exported tokenizer gives for the conversations.
 
-Three ways to the same ids: the file under judgement; mistral-common, asked again, validated and
-without a cache; and the exported `tokenizer.json` with its chat template, through transformers, as
-a user of the model would call it. The official template differs from the library in a few things;
-conversations with one of them are compared with mistral-common alone, and counted by what it is.
+The token ids in the file are compared with two references: mistral-common, with validation and
+without our cache; and the exported `tokenizer.json` with its chat template, called through
+transformers as a user of the model would. The official templates differ from mistral-common in a
+few cases. Conversations with such a case are compared with mistral-common only, and the report
+counts them by case.
 
 python -m workflow_scripts.tokens.check_tokens --clean clean/ --tokens tokens/
     --tokenizer tokenizer/ --settings '{"n_conversations": 1000}' --check tokens/check.json
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from workflow_scripts import log
 from workflow_scripts.chats.messages import SPLITS
 from workflow_scripts.handover.tokens import TokensCheck
@@ -29,15 +32,14 @@ from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.tokens.token_parity import Chat
 
 if TYPE_CHECKING:
-    import numpy as np
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 OUTPUT_VERSION = 3
-# What the prompt of an answer ends with, in every version of the tokenizer.
+# The last control token of a prompt, in every version of the tokenizer.
 PROMPT_ENDS = ("[/INST]", "[/TOOL_RESULTS]")
-PROMPT_END_TOKENS = 16  # that are decoded to look for it; v1 spells it out
+PROMPT_END_TOKENS = 16  # decoded to find it; v1 writes it as several tokens
 SHOWN_TOKENS = 12
-RENDER_AGAIN = "delete the tokens and render again; if it stays, please report it"
+RENDER_AGAIN = "delete the tokens and render again; if the error stays, please report it"
 TO_FIX = "check that the checkpoint's tokenizer files belong together"
 logger = log.stage_logger("check_tokens")
 
@@ -66,17 +68,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Judge:
-    """Compares documents with both references, and counts.
+    """Compares documents with both references and counts them.
 
     Args:
         tokenizer: folder of `export_tokenizer`.
     """
 
     def __init__(self, tokenizer: Path) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # heavy: not for --help
 
         self._official: MistralTokenizer = load_mistral_tokenizer(tokenizer, for_training=True)
-        # transformers declares unions of everything that its methods may return.
+        # transformers annotates its methods with unions of everything that they may return.
         self._shipped: Any = AutoTokenizer.from_pretrained(tokenizer)
         self._eos_id = self._official.instruct_tokenizer.tokenizer.eos_id
         control = (token.content for token in self._shipped.added_tokens_decoder.values())
@@ -85,10 +87,10 @@ class Judge:
         self._reasons: Counter[str] = Counter()
 
     def compare(self, chat: Chat, where: str) -> None:
-        """Judge one document.
+        """Compare one document with the references.
 
         Raises:
-            StageError: it differs from a reference, or supervises what it must not.
+            StageError: the document differs from a reference, or its supervised tokens are wrong.
         """
         found = chat.document.input_ids.tolist()
         expected = token_parity.official_tokens(self._official, chat.messages, chat.tools)
@@ -105,7 +107,7 @@ class Judge:
         self._n_by_template += 1
 
     def check(self, *, n_documents: int) -> TokensCheck:
-        """What was compared, of this many documents."""
+        """Return the counts, given the number of documents in all splits."""
         reasons = sorted(self._reasons.items(), key=lambda item: (-item[1], item[0]))
         return TokensCheck(
             n_documents=n_documents,
@@ -143,7 +145,7 @@ class Judge:
         )
 
     def _check_supervision(self, chat: Chat, found: list[int], where: str) -> None:
-        """An answer is learned with its closing EOS, or not at all; all are, or the last turn's."""
+        """Check that supervised tokens are whole answers with EOS, of all turns or of the last."""
         closes = [
             bool(chat.document.is_supervised[at])
             for at, token in enumerate(found)
@@ -155,22 +157,22 @@ class Judge:
         of_last_turn = [may_be_learned and is_last for may_be_learned, is_last in answers]
         if closes not in (of_all_turns, of_last_turn) or not any(closes):
             raise StageError(
-                "an answer's closing EOS is not supervised as its weight says",
+                "the supervision of an answer's closing EOS does not follow the answer's weight",
                 where=where,
                 found=closes,
-                expected=f"{of_all_turns}, or {of_last_turn} where the last turn is supervised",
+                expected=f"{of_all_turns}, or {of_last_turn} if only the last turn is supervised",
                 to_fix=RENDER_AGAIN,
             )
         is_text = token_parity.is_text(chat.messages)
         for start, end in supervised_runs(chat.document.is_supervised):
-            # A text has BOS alone in front.
+            # In a plain text only BOS comes before.
             is_whole = start == 1 if is_text else self._ends_a_prompt(found[:start])
             if is_whole and found.index(self._eos_id, start) == end - 1:
                 continue
             raise StageError(
-                "supervised tokens are not exactly an answer",
+                "supervised tokens are not exactly one answer",
                 where=f"{where}, tokens {start} to {end - 1}",
-                found=f"…{self._decode(found[max(0, start - 4) : start])!r} in front of"
+                found=f"…{self._decode(found[max(0, start - 4) : start])!r} before"
                 f" {self._decode(found[start:end][:SHOWN_TOKENS])!r}…",
                 expected="from the end of its question to its closing EOS",
                 to_fix=RENDER_AGAIN,
@@ -181,15 +183,13 @@ class Judge:
 
 
 def supervised_runs(is_supervised: np.ndarray) -> list[tuple[int, int]]:
-    """First token and end of each stretch of supervised tokens."""
-    import numpy as np
-
+    """Return (first token, end) of each run of supervised tokens."""
     edges = np.flatnonzero(np.diff(is_supervised.astype(np.int8), prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def share_out(n_documents: Sequence[int], limit: int | None) -> list[int]:
-    """How many documents of each split are compared: in proportion, and some of each."""
+    """Return how many documents of each split to compare: in proportion, at least one of each."""
     total = sum(n_documents)
     if limit is None or limit >= total:
         return list(n_documents)

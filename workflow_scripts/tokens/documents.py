@@ -1,7 +1,7 @@
 """Documents: conversations as token ids with their supervised spans, as `render_chats` writes them.
 
-The Arrow files are mapped into memory, never read whole. `input_ids` is a list of int32 a row;
-`supervised_spans` a flat list start, end, start, end … of half-open ranges in the document.
+The Arrow files are memory-mapped, never read whole. In each row, `input_ids` is a list of int32 and
+`supervised_spans` is a flat list (start, end, start, end …) of half-open ranges in the document.
 """
 
 from __future__ import annotations
@@ -10,27 +10,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+BATCH_CONVERSATIONS = 1000
 
 
 def documents_schema() -> pa.Schema:
-    import pyarrow as pa
-
     return pa.schema(
         [
             ("id", pa.string()),
-            # large_list: 64-bit offsets; a million long chats pass 2³¹ tokens.
+            # large_list has 64-bit offsets: a million long chats exceed 2³¹ tokens.
             ("input_ids", pa.large_list(pa.int32())),
             ("supervised_spans", pa.list_(pa.int32())),
             ("n_tokens", pa.int32()),
             ("n_supervised_tokens", pa.int32()),
-            ("n_copies", pa.int32()),  # times it is placed an epoch, of its source's weight
+            ("n_copies", pa.int32()),  # times per epoch, from its source's weight
         ]
     )
+
+
+def conversation_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Read the conversations of a split, as `clean_dataset` writes them, batch by batch."""
+    # pre_buffer would hold a whole row group, which may be the whole file.
+    with parquet.ParquetFile(path, pre_buffer=False) as table:
+        yield from table.iter_batches(BATCH_CONVERSATIONS, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,17 @@ class Document:
     input_ids: np.ndarray
     """(n_tokens,) int32."""
     is_supervised: np.ndarray
-    """(n_tokens,) bool: the loss counts the prediction of this token."""
+    """(n_tokens,) bool: True if the loss counts the prediction of the token."""
 
 
 class Documents:
-    """The documents of one split, read from the mapped file as they are asked for.
+    """The documents of one split, each read from the memory-mapped file on access.
 
-    A file has many record batches; they are kept apart, as joining them would copy every token
-    into memory.
+    The file has many record batches. They are kept apart, because joining them would copy every
+    token into memory.
     """
 
     def __init__(self, path: Path) -> None:
-        import numpy as np
-        import pyarrow as pa
-
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
         self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
@@ -63,7 +66,7 @@ class Documents:
         self.n_supervised = self._whole_column("n_supervised_tokens")
         """(n_documents,) int32."""
         self.n_copies = self._whole_column("n_copies")
-        """(n_documents,) int32: how often an epoch sees each."""
+        """(n_documents,) int32: how often each is seen per epoch."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -76,9 +79,7 @@ class Documents:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> Document:
-        import numpy as np
-
-        index = range(len(self))[index]  # negative counts from the end, beyond is an IndexError
+        index = range(len(self))[index]  # a negative index counts from the end
         at = int(np.searchsorted(self._first, index, side="right")) - 1
         batch, row = self._batches[at], index - int(self._first[at])
         input_ids = _row(batch.column("input_ids"), row)
@@ -88,12 +89,10 @@ class Documents:
         return Document(batch.column("id")[row].as_py(), input_ids, is_supervised)
 
     def _whole_column(self, name: str) -> np.ndarray:
-        import numpy as np
-
         columns = [batch.column(name).to_numpy() for batch in self._batches]
         return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int32)
 
 
 def _row(column: pa.ListArray | pa.LargeListArray, row: int) -> np.ndarray:
-    """One row of a list column, without a copy."""
+    """Return one row of a list column, without a copy."""
     return column[row].values.to_numpy()

@@ -1,13 +1,14 @@
-"""Rendering: a conversation as token ids by mistral-common, with the spans that training may learn.
+"""Rendering: a conversation as token ids by mistral-common, with its supervised spans.
 
-The library's own templates are used as they are: its tokenizer writes the conversation as a
-skeleton, control tokens with a stand-in for each text, and the texts are put in by a faster encoder
-of the same ids (`segment_cache`). So where the system prompt goes, what is stripped and how a tool
-call is spelled is never said twice. Left out is what a plain chat does not need: validation,
-normalization, and decoding the result, three quarters of the library's time.
+mistral-common's own templates are used unchanged. Its tokenizer writes the conversation as a
+skeleton: control tokens, with a placeholder for each text. A faster encoder that gives the same ids
+(`segment_cache`) then fills in the texts. So the rules for the system prompt, for stripping and for
+tool calls are not written a second time here. Plain chats skip validation, normalization and
+decoding of the result, which take three quarters of the library's time.
 
-The spans are read off the same call: a recording tokenizer notes how long each answer was. Plain
-chats of one shape (who speaks when) have one skeleton, so the library is asked once for each.
+The spans come from the same call: a recording tokenizer notes the length of each answer. Plain
+chats with the same sequence of roles have the same skeleton, so the library is called once per
+sequence.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from workflow_scripts.chats.messages import Message, ToolCall
 from workflow_scripts.tokens.segment_cache import TOKEN_BYTES, TextEncoder
 
 if TYPE_CHECKING:
-    import numpy as np
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 TURN = ("user", "assistant")
-# Stands for the content of a message while the library writes a chat's shape; private characters,
-# so that no template has them. Only marks are looked for, in texts that hold nothing of the user's.
+# Replaces a message's content when the library writes the skeleton of a sequence of roles. No
+# template has these private-use characters, and texts with marks contain no user text.
 MARK = "\ue000{}\ue001"
 MARKED = re.compile("\ue000([0-9]+)\ue001")
 
 
 class CannotRender(Exception):
-    """Why a conversation has no tokens.
+    """The conversation cannot be rendered.
 
     Args:
-        reason: the same words for all that fail alike, to count by.
-        detail: what it was in this one.
+        reason: the same text for all conversations with this problem, for counting.
+        detail: the problem in this conversation.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -53,12 +55,12 @@ class CannotRender(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A conversation as the model sees it."""
+    """A rendered conversation."""
 
     input_ids: np.ndarray
     """(n_tokens,) int32."""
     supervised_spans: list[tuple[int, int]]
-    """Half-open ranges: each answer that is learned with its closing EOS, in order."""
+    """Half-open ranges, in order: each supervised answer with its closing EOS."""
 
     @property
     def n_supervised_tokens(self) -> int:
@@ -70,29 +72,30 @@ class _Answer:
     """One assistant message as the library encoded it."""
 
     skeleton: list[int]
-    """Empty where the template leaves the message out (v2: tool calls of earlier turns)."""
+    """Empty if the template leaves the message out (v2: tool calls of earlier turns)."""
     is_of_last_turn: bool
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A conversation as the library wrote it, its texts left out."""
+    """A conversation as the library wrote it, with placeholders for its texts."""
 
     skeleton: list[int]
-    """Token ids; −1 − i stands for the i-th text."""
+    """Token ids; −1 − i is the placeholder of the i-th text."""
     texts: list[list[str | int]]
-    """Each in its parts: text of the template's, or the number of a message's content."""
+    """The parts of each text: a string of the template, or the index of a message."""
     answers: list[_Answer]
     places: list[tuple[int, int] | None]
-    """Of the answers in the skeleton."""
+    """Range of each answer in the skeleton."""
 
 
 class Renderer:
-    """Renders conversations with one tokenizer, which stays as it is.
+    """Renders conversations with one tokenizer, which is not changed.
 
     Args:
-        tokenizer: in fine-tuning mode.
+        tokenizer: tokenizer in fine-tuning mode.
         supervise: see `RenderingSettings`.
+        max_tokens: longer conversations cannot be rendered; None is no limit.
     """
 
     def __init__(
@@ -100,21 +103,24 @@ class Renderer:
         tokenizer: MistralTokenizer,
         *,
         supervise: Literal["all_turns", "last_turn"] = "all_turns",
+        max_tokens: int | None = None,
     ) -> None:
+        # mistral-common, here and below: 0.7 s that programs' --help must not wait for.
         from mistral_common.protocol.instruct import normalize
 
         self._text_encoder = TextEncoder(tokenizer.instruct_tokenizer.tokenizer)
+        self._max_tokens = max_tokens
         self._supervises_last_turn = supervise == "last_turn"
-        # Copies of our own, so that the caller's tokenizer never answers with stand-ins.
+        # Copies, so that the caller's tokenizer never returns placeholders.
         self._tokenizer = copy.copy(tokenizer)
-        # Some of its methods are replaced below, one of which its base class does not declare.
+        # Any: methods are replaced below, and the base class does not declare one of them.
         self._instruct: Any = copy.copy(tokenizer.instruct_tokenizer)
         self._instruct.tokenizer = copy.copy(tokenizer.instruct_tokenizer.tokenizer)
         self._tokenizer.instruct_tokenizer = self._instruct
         self.bos_id: int = self._instruct.tokenizer.bos_id
         self.eos_id: int = self._instruct.tokenizer.eos_id
-        # What the normalizer of a plain chat does is known up to v13: v7 and later keep the system
-        # message in its place, those before hand it over beside the messages.
+        # Normalizers up to v13 are known: v7 and later keep the system message among the messages,
+        # earlier ones pass it separately.
         self._normalizer = tokenizer._instruct_request_normalizer
         self._knows_normalizer = type(self._normalizer) in (
             normalize.InstructRequestNormalizer,
@@ -125,22 +131,22 @@ class Renderer:
         self._answers: list[_Answer] = []
         self._ahead: dict[str, bytes] = {}
         self._shapes: dict[tuple[str, ...], _Written] = {}
-        """By the roles of a plain chat."""
+        """Skeletons of plain chats, by their roles."""
         self._control = functools.cache(lambda token: array("i", [token]).tobytes())
         self._listen()
 
     def encode_ahead(self, texts: Iterable[str]) -> None:
-        """Encode what is going to be rendered, all at once; forgets what was encoded before."""
+        """Encode the texts of the next conversations in one call; earlier texts are dropped."""
         ahead = list(dict.fromkeys(texts))
         self._ahead = dict(zip(ahead, self._text_encoder.encode_all(ahead), strict=True))
 
     def render(self, messages: Sequence[Message], tools: str | None = None) -> Rendering:
-        """Token ids and supervised spans of one conversation.
+        """Render one conversation.
 
         Args:
-            tools: JSON, a list in OpenAI's shape.
+            tools: JSON list in OpenAI's format.
         Raises:
-            CannotRender: the library refuses it, or it holds nothing to learn.
+            CannotRender: the library refuses it, or it has no supervised token.
         """
         if len(messages) == 1 and messages[0]["role"] == "text":
             return self._render_text(messages[0]["content"] or "")
@@ -166,22 +172,30 @@ class Renderer:
         ]
         if not spans:
             raise CannotRender("no supervised token", f"{len(is_learned)} answers, none learned")
-        return Rendering(_token_ids(pieces), spans)
+        return self._rendering(pieces, spans)
 
     def _encode_text(self, text: str) -> bytes:
         encoded = self._ahead.get(text)
         return self._text_encoder.encode(text) if encoded is None else encoded
 
     def _render_text(self, text: str) -> Rendering:
-        """A plain text: every token is learned but the BOS before it."""
+        """Render a plain text: every token except BOS is supervised."""
         encoded = self._encode_text(text)
         if not encoded:
             raise CannotRender("no supervised token", "an empty text")
-        token_ids = _token_ids([self._control(self.bos_id), encoded, self._control(self.eos_id)])
-        return Rendering(token_ids, [(1, len(token_ids))])
+        pieces = [self._control(self.bos_id), encoded, self._control(self.eos_id)]
+        return self._rendering(pieces, [(1, len(encoded) // TOKEN_BYTES + 2)])
+
+    def _rendering(self, pieces: Sequence[bytes], spans: list[tuple[int, int]]) -> Rendering:
+        token_ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
+        if self._max_tokens is not None and len(token_ids) > self._max_tokens:
+            raise CannotRender(
+                "too many tokens", f"{len(token_ids)} tokens, at most {self._max_tokens} wanted"
+            )
+        return Rendering(token_ids, spans)
 
     def _listen(self) -> None:
-        """Let our copy of the library's tokenizer write skeletons and tell of the answers."""
+        """Make our copy of the library's tokenizer write skeletons and record the answers."""
         encode_answer = self._instruct.encode_assistant_message
 
         def encode_text(s: str, bos: bool, eos: bool) -> list[int]:
@@ -196,15 +210,15 @@ class Renderer:
 
         self._instruct.tokenizer.encode = encode_text
         self._instruct.encode_assistant_message = encode_and_record
-        # The library decodes what it made, for a property that nothing here reads.
+        # The library decodes its result for a property that is not used here.
         self._instruct.decode = lambda *_, **__: ""
 
     def _written(self, messages: Sequence[Message], tools: str | None) -> _Written:
-        """A conversation as the library writes it: asked of it, or known by its shape."""
+        """Return a conversation as the library writes it; plain chats come from the cache."""
         if not (self._knows_normalizer and is_plain(messages, tools)):
             return self._ask(self._validated_skeleton, messages, tools)
-        # What some versions do without a system prompt of no words, and with a space at the end of
-        # an answer, depends on the text, and a shape cannot tell.
+        # With an empty system prompt or a space at the end of an answer, some versions write
+        # another skeleton, so the roles alone do not decide.
         if any(not one["content"] or one["content"].endswith(" ") for one in messages):
             return self._ask(self._plain_skeleton, messages)
         roles = tuple(message["role"] for message in messages)
@@ -226,19 +240,15 @@ class Renderer:
         return _Written(skeleton, [[text] for text in self._texts], answers, places)
 
     def _plain_skeleton(self, messages: Sequence[Message]) -> list[int]:
-        """What `encode_chat_completion` does with a plain chat, its checks and copies left out."""
-        from mistral_common.protocol.instruct.messages import (
-            AssistantMessage,
-            SystemMessage,
-            UserMessage,
-        )
+        """Encode a plain chat as `encode_chat_completion` does, without its checks and copies."""
+        from mistral_common.protocol.instruct import messages as kinds
         from mistral_common.protocol.instruct.request import InstructRequest, ModelSettings
 
-        # Type checkers do not see the classmethods of these models.
-        kinds: dict[str, Any] = {
-            "system": SystemMessage,
-            "user": UserMessage,
-            "assistant": AssistantMessage,
+        # Any: type checkers do not see the classmethods of these models.
+        of_role: dict[str, Any] = {
+            "system": kinds.SystemMessage,
+            "user": kinds.UserMessage,
+            "assistant": kinds.AssistantMessage,
         }
         system_prompt = None
         if messages[0]["role"] == "system" and not self._normalizer._system_prompt_in_begin:
@@ -246,7 +256,7 @@ class Renderer:
             messages = messages[1:]
         request: Any = InstructRequest.model_construct(
             messages=[
-                kinds[message["role"]].model_construct(content=message["content"])
+                of_role[message["role"]].model_construct(content=message["content"])
                 for message in messages
             ],
             system_prompt=system_prompt,
@@ -256,20 +266,19 @@ class Renderer:
 
     def _validated_skeleton(self, messages: Sequence[Message], tools: str | None) -> list[int]:
         from mistral_common.exceptions import MistralCommonException
-        from pydantic import ValidationError
 
         try:
             return self._tokenizer.encode_chat_completion(chat_request(messages, tools)).tokens
-        except (MistralCommonException, ValidationError, ValueError) as error:
+        except (MistralCommonException, ValueError) as error:  # pydantic's errors are ValueErrors
             raise CannotRender(
                 f"mistral-common refuses it ({type(error).__name__})",
                 next(iter(str(error).splitlines()), ""),
             ) from error
 
     def _choose(self, messages: Sequence[Message], answers: Sequence[_Answer]) -> list[bool]:
-        """Which of the recorded answers training learns.
+        """Return True for each recorded answer that is supervised.
 
-        The library joins answers that follow each other, so weights are those of the joined ones.
+        The library joins consecutive answers, so their weights are compared.
         """
         is_answer = itertools.groupby(messages, key=lambda message: message["role"])
         weights = [
@@ -291,11 +300,11 @@ class Renderer:
 
 
 def chat_request(messages: Sequence[Message], tools: str | None) -> Any:
-    """A conversation of `clean_schema` as the library's request.
+    """Convert a conversation of `clean_schema` to the library's request.
 
     Raises:
-        ValueError: pydantic's among them.
-        MistralCommonException: a message that the library does not know.
+        ValueError: the request is not valid (pydantic's errors are ValueErrors).
+        MistralCommonException: the library does not know a message.
     """
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -306,7 +315,7 @@ def chat_request(messages: Sequence[Message], tools: str | None) -> Any:
 
 
 def openai_message(message: Message) -> dict[str, Any]:  # untyped: what the libraries take
-    """A message without what is null in its table, and without our own `weight`."""
+    """Return a message without its null fields and without our own `weight`."""
     kept = _without_nulls(message)
     kept.pop("weight", None)
     if "tool_calls" in kept:
@@ -315,8 +324,8 @@ def openai_message(message: Message) -> dict[str, Any]:  # untyped: what the lib
 
 
 def is_plain(messages: Sequence[Message], tools: str | None) -> bool:
-    """Whether a conversation is an optional system prompt and then question and answer in turns,
-    each a text: what the library takes without a change of its own."""
+    """True if a conversation is an optional system prompt and then alternating questions and
+    answers, all of them texts. The library's normalizer leaves these unchanged."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     return (
         not tools
@@ -336,14 +345,14 @@ def is_plain(messages: Sequence[Message], tools: str | None) -> bool:
 def locate(
     answers: Sequence[Sequence[int]], skeleton: Sequence[int], *, eos_id: int
 ) -> list[tuple[int, int] | None]:
-    """Where each answer stands in the conversation.
+    """Find the answers in the skeleton of a conversation.
 
-    Every answer ends in EOS, and EOS stands nowhere else (a text is a stand-in here, and never
-    makes a control token), so the n-th EOS closes the n-th answer.
+    Every answer ends in EOS, and no other EOS occurs: texts are placeholders here, and a text never
+    becomes a control token. So the n-th EOS closes the n-th answer.
 
     Args:
-        answers: each answer, its EOS included, in order; one that was left out is empty.
-        skeleton: of the whole conversation.
+        answers: each answer with its EOS, in order; an answer that was left out is empty.
+        skeleton: skeleton of the whole conversation.
     Returns:
         Half-open ranges in the skeleton; None for an answer that was left out.
     """
@@ -362,16 +371,10 @@ def locate(
 
 
 def _parts(text: str) -> list[str | int]:
-    """A text the library was going to encode, its marks as the numbers of messages."""
-    parts = MARKED.split(text)  # between two marks, or none, there is always a text
+    """Split a text that the library would encode into strings and indices of messages."""
+    parts = MARKED.split(text)  # mark numbers are at odd places
     return [int(part) if at % 2 else part for at, part in enumerate(parts) if part]
 
 
 def _without_nulls(row: Message | ToolCall) -> dict[str, Any]:  # untyped: for `openai_message`
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _token_ids(parts: Sequence[bytes]) -> np.ndarray:
-    import numpy as np
-
-    return np.frombuffer(b"".join(parts), dtype=np.int32)

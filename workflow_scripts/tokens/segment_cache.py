@@ -1,12 +1,12 @@
-"""Text to token ids as mistral-common does it, each stretch of text encoded once and remembered.
+"""Text to token ids, identical to mistral-common's, with a cache of encoded segments.
 
-A tokenizer that never joins what stands left and right of a place gives the same ids whether the
-text is cut there or not. Cut at such places, chats repeat a vocabulary of words: most are looked
-up, and the library is asked for the rest. Where the tokenizer's own file does not prove that the
-cuts are safe, and where a text could fool them, the library is given the text whole.
+If a tokenizer never merges across a position, cutting the text there does not change the ids.
+Chats cut at such positions repeat a vocabulary of words: most are looked up, and the library
+encodes the rest. If the tokenizer's own file does not prove that the cuts are safe, or a text
+contains a character that would break them, the library encodes the whole text.
 
-Ids travel as the bytes of int32, in the machine's order: joining them is one call, and numpy reads
-the result without a copy.
+Ids are kept as the bytes of int32 in native order: joining them is one call, and numpy reads the
+result without a copy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from sentencepiece import sentencepiece_model_pb2
+
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.base import Tokenizer
 
@@ -26,43 +28,44 @@ assert TOKEN_BYTES == 4
 
 SPACE_MARK = "▁"  # SentencePiece writes a space as U+2581
 
-# SentencePiece, its leading space already written: a run of spaces or of line ends with the word
-# after it. No piece has a space behind another character, and none holds a line end.
+# For SentencePiece, with the leading space already added: a run of spaces or line ends and the word
+# after it. No piece has a space after another character, and none contains a line end.
 SENTENCEPIECE_SEGMENT = re.compile(r"(?: +|\n+)[^ \n]*")
 
-# The split of tekken's files since 2024, the only one that TEKKEN_SEGMENT is right for.
+# The split pattern of tekken files since 2024. TEKKEN_SEGMENT is valid for this one only.
 TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A match of that split never runs over
-#   1. a space that stands behind no white space: only the first character of a match may be a
-#      space, unless the match is all white space;
-#   2. a line end and what follows it, where that is blanks and then neither white space nor `/`:
-#      punctuation takes line ends and `/` along, and `\s*[\r\n]+` ends at the last line end.
-# Nor does it look over: `\s+(?!\S)` is tried only where no line end follows in the white space.
-# Python's \s has four characters more than the split's (U+001C to U+001F), so what it takes for
-# no white space is none there either. The last line takes all up to a cut of the first kind.
+# A match of that pattern never extends across
+#   1. a space after a character that is not white space: only the first character of a match may be
+#      a space, unless the match is all white space;
+#   2. a line end that is followed by blanks and then neither white space nor `/`: punctuation
+#      matches line ends and `/` after it, and `\s*[\r\n]+` ends at the last line end.
+# Lookahead does not extend across them either: `\s+(?!\S)` is tried only if no line end follows in
+# the white space. Python's \s matches four more characters than the pattern's (U+001C to U+001F),
+# so what Python's \S matches is not white space there either. The last alternative takes everything
+# up to a cut of the first kind.
 TEKKEN_SEGMENT = re.compile(
     r"[ \t]*\S+(?= |\Z)"
     r"|[ \t]*\S*[\r\n]+(?=[ \t]*[^\s/])"
     r"|[\s\S]+?(?=(?<=\S) |\Z)"
 )
 
-# About 120 MB a process for text; a segment of characters that have no piece may take 1 kB.
+# About 120 MB per process for text; a segment of characters without a piece may take 1 kB.
 MAX_SEGMENTS = 600_000
-MAX_SEGMENT_CHARACTERS = 48  # longer ones (links, hashes, lines without a space) rarely come again
+MAX_SEGMENT_CHARACTERS = 48  # longer ones (links, hashes, lines without a space) rarely repeat
 
 
 class SegmentCache:
-    """Token ids by segment, in two halves: when the newer one is full it becomes the older.
+    """Token ids by segment, in two generations: a full newer one replaces the older one.
 
-    What is asked for again comes back from the older half before that is dropped, so that common
-    words stay; keeping the very order of use would cost more on every look-up.
+    A segment found in the older generation is copied to the newer one, so common words stay. An
+    exact order of use would make every look-up slower.
 
     Args:
-        encode: token ids of each of several segments.
+        encode: returns the token ids of each of several segments.
     """
 
     def __init__(
@@ -80,9 +83,9 @@ class SegmentCache:
         return len(self._newer) + len(self._older)
 
     def look_up(self, texts: Sequence[Sequence[str]]) -> list[list[bytes]]:
-        """Token ids of the segments of several texts; what is new is encoded in one call.
+        """Return the token ids of the segments of several texts; new ones are encoded in one call.
 
-        Each segment is looked up once: that is most of the time.
+        Each segment is looked up once, because look-ups take most of the time.
         """
         known = self._newer.get
         found: list[list[bytes | None]] = [list(map(known, segments)) for segments in texts]
@@ -117,7 +120,7 @@ class TextEncoder:
     """Encodes text exactly as a tokenizer of mistral-common does, without BOS and EOS.
 
     Args:
-        tokenizer: of the library; it stays as it is.
+        tokenizer: mistral-common's tokenizer; it is not changed.
         max_segments: see `SegmentCache`.
     """
 
@@ -126,7 +129,7 @@ class TextEncoder:
         from mistral_common.tokens.tokenizers.tekken import is_tekkenizer
 
         self._library_encode = tokenizer.encode
-        library: Any = tokenizer  # `_model` is of its classes, not of their base
+        library: Any = tokenizer  # its classes have `_model`, their base class does not
         self._library_model = library._model
         self._cut: Callable[[str], list[str]] | None = None
         self._cache = SegmentCache(lambda segments: [], max_segments=max_segments)
@@ -142,15 +145,15 @@ class TextEncoder:
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the tokenizer is one whose texts can be cut."""
+        """True if texts can be cut for this tokenizer."""
         return self._cut is not None
 
     def encode(self, text: str) -> bytes:
-        """Token ids of a text."""
+        """Encode one text."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[bytes]:
-        """Token ids of many texts, which is faster than one by one."""
+        """Encode many texts, which is faster than one by one."""
         if self._cut is None:
             return list(map(self.encode_whole, texts))
         segments = [[] if SPACE_MARK in text else self._cut(text) for text in texts]
@@ -160,27 +163,27 @@ class TextEncoder:
         ]
 
     def encode_whole(self, text: str) -> bytes:
-        """The library's own encoding of a text in one piece."""
+        """Encode a whole text with the library."""
         return array("i", self._library_encode(text, bos=False, eos=False)).tobytes()
 
     def _encode_segments(self, segments: Sequence[str]) -> list[bytes]:
-        """Segments of `cut_sentencepiece`.
+        """Encode segments of `cut_sentencepiece`.
 
-        The library puts a space before every text: the segment's own, or, before a line end, one
-        to take off again.
+        The library adds a space before every text. It is the segment's own leading space, or, if
+        the segment begins with a line end, it is removed again.
         """
         texts = [segment[1:] if segment[0] == " " else segment for segment in segments]
         encoded = self._library_model.encode(texts, num_threads=1)
         return [
-            # A space with nothing behind it is no text to the library: no ids.
+            # The library encodes a space followed by nothing as no ids.
             array("i", ids[segment[0] == "\n" :] or self._space_id).tobytes()
             for segment, ids in zip(segments, encoded, strict=True)
         ]
 
 
 def cut_sentencepiece(text: str) -> list[str]:
-    """A text in segments: words, a leading space understood; or what begins with a line end, or
-    with the spaces as they are, where a text has more than one in a row.
+    """Cut a text into segments: words with an implied leading space, or segments that begin with a
+    line end. If the text has several spaces in a row, segments begin with their literal spaces.
     """
     if not text:
         return []
@@ -191,14 +194,12 @@ def cut_sentencepiece(text: str) -> list[str]:
 
 
 def _is_cut_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether a SentencePiece model's own file says that SENTENCEPIECE_SEGMENT cuts safely.
+    """True if a SentencePiece model's file proves that SENTENCEPIECE_SEGMENT cuts safely.
 
-    That is: byte-pair merges, whose outcome left and right of a place that no piece spans is
-    independent; every space kept as it is and one put before the text; unknown characters as
-    bytes, one by one.
+    The model must use byte-pair merges (left and right of a position that no piece spans they are
+    independent), keep every space, add one before the text, and write unknown characters as single
+    bytes.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     protobuf: Any = sentencepiece_model_pb2  # it makes its classes at run time
     model = protobuf.ModelProto.FromString(tokenizer.file_path.read_bytes())
     kinds = protobuf.ModelProto.SentencePiece.Type

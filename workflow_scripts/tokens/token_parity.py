@@ -1,8 +1,9 @@
-"""Token parity: which documents are asked again, by whom, and where a template may say otherwise.
+"""Token parity: the documents to compare, the reference tokens, and known template differences.
 
-mistral-common decides. A chat template is text: it cannot tell a control token from its spelling,
-and the official ones leave out some of what the library does to tool results. Those conversations
-are named here, so that a gate compares all others with the template and counts these.
+mistral-common is the reference. A chat template produces text, so it cannot distinguish a control
+token from its spelling, and the official templates leave out some of what mistral-common does to
+tool results. This module recognizes such conversations, so a gate compares all others with the
+template and counts these.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from workflow_scripts.chats.messages import Message
 from workflow_scripts.log import StageError
-from workflow_scripts.tokens.documents import Document, Documents
+from workflow_scripts.tokens.documents import Document, Documents, conversation_batches
 from workflow_scripts.tokens.rendering import chat_request, openai_message
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 Decode = Callable[[Sequence[int]], str]
 
-BATCH_CONVERSATIONS = 1000
+COLUMNS = ["id", "messages", "tools"]
 CONTEXT_TOKENS = 16  # shown before the first token that differs
-SHOWN_TOKENS = 6  # shown from there on
+SHOWN_TOKENS = 6  # shown from that token on
 
 
 class Chat(NamedTuple):
@@ -43,23 +46,21 @@ class Chat(NamedTuple):
 
 
 def sample(clean: Path, documents: Documents, limit: int | None) -> Iterator[Chat]:
-    """The chosen documents of a split with their conversations, in the order of the file.
+    """Yield a sample of a split's documents with their conversations, in the order of the file.
 
-    The conversations stream by: a million of them do not fit into memory.
+    The conversations are streamed, because a million of them do not fit into memory.
 
     Args:
         clean: the split's file of `clean_dataset`.
         limit: see `choose_sample`.
     Raises:
-        StageError: a document has no conversation there.
+        StageError: the file lacks a document's conversation.
     """
-    import numpy as np
-
     with_tools = tool_users(clean)
     uses_tools = np.array([name in with_tools for name in documents.ids], dtype=bool)
     chosen = choose_sample(documents.lengths, uses_tools, limit)
     wanted = {documents.ids[index]: int(index) for index in chosen}
-    for batch in clean_batches(clean, ["id", "messages", "tools"]):
+    for batch in conversation_batches(clean, COLUMNS):
         ids = batch.column("id").to_pylist()
         for row, conversation_id in enumerate(ids):
             if conversation_id in wanted:
@@ -70,18 +71,15 @@ def sample(clean: Path, documents: Documents, limit: int | None) -> Iterator[Cha
         raise StageError(
             "documents have no conversation",
             where=clean,
-            found=f"{len(wanted)} ids that are not there, the first {next(iter(wanted))}",
-            to_fix="render again: tokens and conversations are of different runs",
+            found=f"{len(wanted)} ids are missing, the first is {next(iter(wanted))}",
+            to_fix="render again: tokens and conversations come from different runs",
         )
 
 
 def tool_users(clean: Path) -> set[str]:
-    """Ids of the conversations in which a tool is offered or called."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """Return the ids of the conversations in which a tool is offered or called."""
     users: set[str] = set()
-    for batch in clean_batches(clean, ["id", "messages", "tools"]):
+    for batch in conversation_batches(clean, COLUMNS):
         messages = batch.column("messages")
         calls = pc.fill_null(pc.list_value_length(messages.flatten().field("tool_calls")), 0)
         calling = pc.list_parent_indices(messages).filter(pc.greater(calls, 0))
@@ -91,15 +89,8 @@ def tool_users(clean: Path) -> set[str]:
     return users
 
 
-def clean_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path, pre_buffer=False) as table:
-        yield from table.iter_batches(BATCH_CONVERSATIONS, columns=columns)
-
-
 def choose_sample(lengths: np.ndarray, uses_tools: np.ndarray, limit: int | None) -> np.ndarray:
-    """Documents to compare: the longest tenth of the sample, a third with tools, the rest spread
+    """Choose documents to compare: a tenth are the longest, a third use tools, the rest are spread
     evenly over the file.
 
     Args:
@@ -109,8 +100,6 @@ def choose_sample(lengths: np.ndarray, uses_tools: np.ndarray, limit: int | None
     Returns:
         Indices, ascending.
     """
-    import numpy as np
-
     n_documents = len(lengths)
     if limit is None or limit >= n_documents:
         return np.arange(n_documents)
@@ -122,9 +111,7 @@ def choose_sample(lengths: np.ndarray, uses_tools: np.ndarray, limit: int | None
 
 
 def spread(indices: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` of the indices, evenly spaced."""
-    import numpy as np
-
+    """Return at most `limit` of the indices, evenly spaced."""
     if len(indices) <= limit:
         return indices
     return indices[np.arange(limit) * len(indices) // max(limit, 1)]
@@ -133,10 +120,10 @@ def spread(indices: np.ndarray, limit: int) -> np.ndarray:
 def official_tokens(
     official: MistralTokenizer, messages: Sequence[Message], tools: str | None
 ) -> list[int]:
-    """The ids by mistral-common alone: validated, nothing cached.
+    """Return the token ids by mistral-common, with validation and without our cache.
 
     Args:
-        official: in fine-tuning mode.
+        official: tokenizer in fine-tuning mode.
     """
     if is_text(messages):
         encode = official.instruct_tokenizer.tokenizer.encode
@@ -151,16 +138,16 @@ def is_text(messages: Sequence[Message]) -> bool:
 def template_arguments(
     messages: Sequence[Message], tools: str | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:  # untyped: what transformers takes
-    """Messages and tools for a chat template, their JSON spelled as mistral-common spells it.
+    """Return messages and tools for a chat template, with JSON formatted as by mistral-common.
 
-    A template writes JSON as it gets it; the library parses it and writes it anew.
+    A template copies JSON unchanged; mistral-common parses it and serializes it again.
     """
     from mistral_common.protocol.instruct.tool_calls import Tool
 
     plain = [openai_message(message) for message in messages]
     for message in plain:
         for call in message.get("tool_calls", []):
-            arguments = _spelled_anew(call["function"]["arguments"] or "{}")
+            arguments = _reserialized(call["function"]["arguments"] or "{}")
             call["function"] = call["function"] | {"arguments": arguments}
     if not tools:
         return plain, None
@@ -173,12 +160,14 @@ def template_arguments(
 def why_template_differs(
     messages: Sequence[Message], tools: str | None, *, official: MistralTokenizer
 ) -> str | None:
-    """The reason that an official template says something else than the library; None where it
-    must agree. Control tokens in the text are not looked for here."""
+    """Return why an official template differs from mistral-common; None if it must agree.
+
+    This does not look for control tokens in the texts.
+    """
     version = official.version.value
     is_sentencepiece = _is_sentencepiece(official)
     if is_text(messages):
-        # A SentencePiece tokenizer.json puts the leading space only where there is none yet.
+        # A SentencePiece tokenizer.json adds the leading space only if the text has none.
         begins = (messages[0]["content"] or "").startswith((" ", "▁"))
         return "a text that begins with a space" if is_sentencepiece and begins else None
     last_user = last_question(messages)
@@ -194,24 +183,26 @@ def why_template_differs(
             return "an answer that ends in a space"
         for call in message.get("tool_calls") or ():
             if not _is_json(call["function"]["arguments"] or "{}"):
-                return "tool arguments that are no JSON"
+                return "tool arguments that are not JSON"
     return None
 
 
 def texts_of(messages: Sequence[Message], tools: str | None) -> Iterator[str]:
-    """Every text of a conversation that could spell a control token."""
+    """Yield every text of a conversation that could contain the spelling of a control token."""
     for message in messages:
         yield message.get("content") or ""
         for call in message.get("tool_calls") or ():
             yield call["function"]["name"]
             yield call["function"]["arguments"] or ""
     if tools:
-        yield _spelled_anew(tools)
+        yield _reserialized(tools)
 
 
 def learnable_answers(messages: Sequence[Message], *, version: str) -> list[tuple[bool, bool]]:
-    """The answers of a rendered conversation: whether each may be learned, and whether it is of
-    the last turn. Answers that follow each other are one."""
+    """Return (may be learned, is of the last turn) for each answer of a rendered conversation.
+
+    Consecutive answers are one answer.
+    """
     if is_text(messages):
         return [(True, True)]
     last_user = last_question(messages)
@@ -229,7 +220,7 @@ def learnable_answers(messages: Sequence[Message], *, version: str) -> list[tupl
 
 
 def last_question(messages: Sequence[Message]) -> int:
-    """Place of the last user message; −1 where there is none."""
+    """Return the index of the last user message; −1 if there is none."""
     return max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)
 
 
@@ -242,11 +233,13 @@ def compare(
     decode: Decode,
     to_fix: str,
 ) -> None:
-    """Raise where two renderings differ, showing the first token that does as text.
+    """Compare two renderings.
 
     Args:
-        what: the message's first line.
-        decode: of one token or more, control tokens included.
+        what: first line of the error message.
+        decode: decodes tokens to text, control tokens included.
+    Raises:
+        StageError: they differ; the message shows the first different tokens as text.
     """
     if list(found) == list(expected):
         return
@@ -273,10 +266,10 @@ def _shown(token_ids: Sequence[int], decode: Decode) -> str:
 
 
 def _is_rewritten(tool_result: str | None) -> bool:
-    """Whether the library reads a tool result as a value, and a template as a text.
+    """True if mistral-common parses a tool result as JSON and a template leaves it as text.
 
-    The templates know integers and decimal numbers in Python's spelling alone; nothing at all is
-    an empty object to the library.
+    The templates recognize only integers and decimal numbers in Python's spelling. mistral-common
+    treats an empty result as an empty object.
     """
     if not tool_result:
         return True
@@ -295,7 +288,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _spelled_anew(text: str) -> str:
+def _reserialized(text: str) -> str:
     return json.dumps(json.loads(text), ensure_ascii=False) if _is_json(text) else text
 
 

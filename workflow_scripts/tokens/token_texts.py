@@ -1,7 +1,8 @@
-"""What each token says, where a character's bytes may be spread over several of them.
+"""The text of each token, for tokenizers that may spread a character's bytes over several tokens.
 
-A character without a piece of its own is written in UTF-8 bytes: a token each in SentencePiece, and
-in tekken any cut of them. It is legible only once its last byte is there; until then its bytes are.
+A character that is not in the vocabulary is written as UTF-8 bytes: one token per byte in
+SentencePiece, any grouping of bytes in tekken. It is readable only when its last byte is there;
+until then its bytes are shown.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ class TokenText(NamedTuple):
 
     is_control: bool
     text: str
-    """Control tokens by name; else the characters that end in this token."""
+    """The name of a control token; else the characters whose last byte is in this token."""
     first_bytes: bytes = b""
-    """Those that complete a character begun in the tokens before: the first of `text`, or, where
-    the bytes are no UTF-8, none."""
+    """Bytes that complete a character begun in earlier tokens. The character is the first of
+    `text`; if the bytes are not valid UTF-8 there is none."""
     last_bytes: bytes = b""
-    """Those of a character that is not complete yet."""
+    """Bytes of a character that later tokens complete."""
 
 
 def token_texts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[TokenText]:
-    """The text of each token.
+    """Yield the text of each token.
 
     Args:
         tokenizer: mistral-common's, SentencePiece or tekken.
-        token_ids: of one document, from its start.
+        token_ids: tokens of one document, from its start.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     for token_id in token_ids:
@@ -61,13 +62,13 @@ def token_texts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[Toke
 
 
 def is_control(tokenizer: Tokenizer, token_id: int) -> bool:
-    """Not text; SentencePiece does not count `<unk>` among its control tokens."""
+    """True for a token that is not text; SentencePiece does not mark `<unk>` as a control token."""
     return token_id == tokenizer.unk_id or tokenizer.is_special(token_id)
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The UTF-8 of a token that is text."""
-    from mistral_common.tokens.tokenizers.tekken import is_tekkenizer
+    """Return the UTF-8 bytes of a text token."""
+    from mistral_common.tokens.tokenizers.tekken import is_tekkenizer  # 0.7 s
 
     if is_tekkenizer(tokenizer):
         return tokenizer.id_to_byte_piece(token_id)

@@ -105,9 +105,9 @@ def test_a_damaged_shard_is_named(make_checkpoint, tmp_path, damage):
     shard = sorted(checkpoint.glob("*.safetensors"))[1]
     raw = shard.read_bytes()
     shard.write_bytes(raw[: len(raw) // 2] if damage == "cut" else b"\xff" * 8 + raw[8:])
-    with pytest.raises(StageError, match="a weights file is damaged or cut short") as caught:
+    with pytest.raises(StageError, match="a weights file is damaged or truncated") as caught:
         BaseWeights(checkpoint)
-    assert shard.name in str(caught.value) and "make it again" in str(caught.value)
+    assert shard.name in str(caught.value) and "fetch it or merge again" in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_a_base_whose_shard_is_cut_short_is_not_merged(chain, tmp_path, ends_wit
     message = ends_with_message(
         merge_adapter.main, merging(chain._replace(checkpoint=base), merged)
     )
-    assert ("a weights file is damaged or cut short" if kept else "a file is empty") in message
+    assert ("a weights file is damaged or truncated" if kept else "a file is empty") in message
     assert f"where:    {shard}" in message
     assert not (tmp_path / "out").exists()
 
@@ -123,6 +123,6 @@ def test_a_merged_model_whose_shard_is_cut_short_stops_the_chain(
         + ["--precision", "nf4", "--tokenizer", chain.tokenizer, "--merged", merged]
         + ["--tokens", chain.tokens, "--settings", "{}", "--check", check],
     )
-    assert "a weights file is damaged or cut short" in message and str(shard) in message
+    assert "a weights file is damaged or truncated" in message and str(shard) in message
     assert not check.exists()
     assert shard.stat().st_size == len(raw) - 4

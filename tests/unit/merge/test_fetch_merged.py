@@ -129,10 +129,10 @@ def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):
         (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing: model.layers.1.mlp.up_"),
         (
             lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
-            "not of the mod",
+            "not in the mod",
         ),
         (lambda w: w["model.norm.weight"].fill_(torch.nan), "a weight is not a finite number"),
-        (lambda w: w["model.norm.weight"].zero_(), "a tensor is all zeros"),
+        (lambda w: w["model.norm.weight"].zero_(), "is all zeros"),
     ],
 )
 def test_a_model_with_other_tensors_than_its_config_says_is_refused(
@@ -167,7 +167,7 @@ def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
         (given / "config.json" if damage == "no config" else shard).unlink()
     done = fetch(given)
     assert done.returncode == 1
-    expected = {"half a shard": "a weights file is damaged or cut short"}
+    expected = {"half a shard": "a weights file is damaged or truncated"}
     assert expected.get(damage, "the merged model is not there, or not whole") in done.stderr
     assert not (tmp_path / "merged").exists()
 

@@ -543,7 +543,7 @@ def test_a_failure_within_a_shard_leaves_the_old_folder_as_it_was(
 def test_a_missing_shard_is_a_stage_error(make_checkpoint, uniform_adapter, tokenizer, tmp_path):
     base = make_checkpoint(tmp_path / "base", max_shard_size="600KB")
     next(base.glob("model-00002-*")).unlink()
-    with pytest.raises(StageError, match="the checkpoint is not whole"):
+    with pytest.raises(StageError, match="the checkpoint is incomplete"):
         merge(base, tokenizer, uniform_adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

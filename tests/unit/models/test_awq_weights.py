@@ -15,7 +15,7 @@ INPUTS, OUTPUTS, GROUP = 256, 64, 32
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:
-    """As AutoAWQ does: into a word go, from its lowest bits, outputs 0, 2, 4, 6, 1, 3, 5, 7."""
+    """AutoAWQ's order: outputs 0, 2, 4, 6, 1, 3, 5, 7 of a word, from its lowest bits."""
     eights = numbers.long().reshape(len(numbers), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
     words = sum(eights[:, :, place] << (4 * place) for place in range(8))
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
@@ -28,11 +28,11 @@ def numbers() -> torch.Tensor:
 
 def test_every_number_is_unpacked_to_its_place(numbers):
     assert torch.equal(awq_weights.unpack(pack(numbers)).long(), numbers)
-    assert (pack(numbers) < 0).any()  # the sign of a word is a bit of a number
+    assert (pack(numbers) < 0).any()  # the sign bit of a word belongs to a number
 
 
-def test_it_unpacks_what_the_quantizer_packs(numbers):
-    """auto-round's own layer: a matrix of its numbers, zero 5 and scale 1."""
+def test_unpacking_inverts_the_quantizers_packing(numbers):
+    """auto-round's own layer, with zero point 5 and scale 1."""
     from auto_round.export.export_to_awq.utils import WQLinear_GEMM
 
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
@@ -46,7 +46,7 @@ def test_it_unpacks_what_the_quantizer_packs(numbers):
     assert torch.equal(found, linear.weight.data)
 
 
-def test_a_weight_is_its_groups_scale_times_the_number_less_the_zero(numbers):
+def test_a_weight_is_scale_times_number_minus_zero(numbers):
     generator = torch.Generator().manual_seed(1)
     zeros = torch.randint(0, 16, (INPUTS // GROUP, OUTPUTS), generator=generator)
     scales = torch.rand(zeros.shape, generator=generator).half()
@@ -71,7 +71,7 @@ def test_auto_rounds_own_dequantization_rounds_the_same_weights_to_16_bits(numbe
 
 @pytest.fixture
 def packed_checkpoint(checkpoint, tmp_path):
-    """The tiny Mistral with its first q_proj packed, all else as it was."""
+    """The tiny Mistral with only its first q_proj packed."""
     folder = tmp_path / "packed"
     shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -92,7 +92,7 @@ def set_quantization(folder, **other):
     files.write_json(folder / "config.json", config | {"quantization_config": layout | other})
 
 
-def test_a_packed_model_loads_as_what_its_weights_stand_for(packed_checkpoint, checkpoint):
+def test_a_packed_model_loads_with_dequantized_weights(packed_checkpoint, checkpoint):
     found = load_model(packed_checkpoint, window=8, precision="float32", device="cpu")
     assert found.config.sliding_window == 8 and not hasattr(found.config, "quantization_config")
     plain = dict(load_model(checkpoint, window=8, precision="float32").named_parameters())
@@ -108,7 +108,7 @@ def test_a_packed_model_loads_as_what_its_weights_stand_for(packed_checkpoint, c
     assert found(token_ids).logits.isfinite().all()
 
 
-def test_tied_embeddings_stay_one(make_checkpoint, tmp_path):
+def test_tied_embeddings_stay_tied(make_checkpoint, tmp_path):
     folder = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
     set_quantization(folder)
     model = load_model(folder, window=8, precision="float32", device="cpu")
@@ -117,7 +117,7 @@ def test_tied_embeddings_stay_one(make_checkpoint, tmp_path):
 
 def test_another_layout_is_refused(packed_checkpoint):
     set_quantization(packed_checkpoint, version="gemv")
-    with pytest.raises(StageError, match="packed in a way that is not read") as caught:
+    with pytest.raises(StageError, match="this AWQ layout is not supported") as caught:
         load_model(packed_checkpoint, window=8, precision="float32")
     assert "'version': 'gemv'" in str(caught.value)
     assert str(packed_checkpoint / "config.json") in str(caught.value)
@@ -127,11 +127,11 @@ def test_a_missing_weight_is_named(packed_checkpoint):
     tensors = load_file(packed_checkpoint / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, packed_checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StageError, match="not whole") as caught:
+    with pytest.raises(StageError, match="incomplete") as caught:
         load_model(packed_checkpoint, window=8, precision="float32")
     assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
 
 
-def test_a_packed_model_is_not_quantized_once_more(packed_checkpoint):
-    with pytest.raises(StageError, match="quantized already"):
+def test_a_packed_model_is_not_quantized_again(packed_checkpoint):
+    with pytest.raises(StageError, match="cannot be quantized again"):
         load_model(packed_checkpoint, window=8, precision="nf4")

@@ -25,12 +25,12 @@ from workflow_scripts.models.exhaustion import exhausts_memory, of_loading
         RuntimeError("Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp"),
     ],
 )
-def test_what_says_that_memory_ended(error):
+def test_errors_of_exhausted_memory_are_recognized(error):
     assert exhausts_memory(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("memory")])
-def test_what_does_not(error):
+def test_other_errors_are_not_recognized(error):
     assert not exhausts_memory(error)
 
 
@@ -57,17 +57,17 @@ else:
 
 @pytest.fixture(scope="module")
 def large(make_checkpoint, tmp_path_factory):
-    """100 MB in 16 bits, a layer a quarter of it."""
+    """100 MB in 16 bits, a quarter of it per layer."""
     folder = tmp_path_factory.mktemp("large")
     return make_checkpoint(
         folder / "checkpoint", hidden_size=1024, intermediate_size=3584, num_hidden_layers=4
     )
 
 
-# So much that the file (106 MB) cannot be mapped, and that it can, where about 250 are needed: then
-# a weight's quantization fails, whose error transformers mostly keeps to itself.
+# About 250 MB are needed. With the lower limit the file (106 MB) cannot be mapped; with the higher
+# one a weight's quantization fails, and transformers raises an error that hides the cause.
 @pytest.mark.parametrize("limit_mb", [64, 160])
-def test_memory_that_ends_while_weights_are_loaded_is_told(large, limit_mb):
+def test_memory_that_runs_out_while_loading_is_reported(large, limit_mb):
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(large), str(limit_mb << 20)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
@@ -80,7 +80,7 @@ def test_memory_that_ends_while_weights_are_loaded_is_told(large, limit_mb):
 
 @pytest.fixture(params=[False, True], ids=["", "CI"])
 def weights_logger(request):
-    """A logger of transformers'; with CI=true what it logs goes to the root's handlers too."""
+    """A logger of transformers; with CI=true its records also reach the root's handlers."""
     library = transformers.utils.logging.get_logger("transformers")
     propagates = library.propagate
     library.propagate = request.param
@@ -90,7 +90,7 @@ def weights_logger(request):
 
 @pytest.fixture
 def logged():
-    """What reaches a handler of the root, or of transformers."""
+    """Records that reach a handler of the root logger or of transformers."""
     found: list[str] = []
     handlers = {}
     for name in (None, "transformers"):
@@ -111,7 +111,7 @@ def test_a_table_of_memory_errors_becomes_its_line(weights_logger, logged):
     assert logged == []
 
 
-def test_what_else_is_logged_meanwhile_follows(weights_logger, logged):
+def test_other_records_are_logged_afterwards(weights_logger, logged):
     with pytest.raises(RuntimeError, match="conversion failed"):
         with of_loading():
             weights_logger.warning("a weight has another shape")
@@ -122,7 +122,7 @@ def test_what_else_is_logged_meanwhile_follows(weights_logger, logged):
     assert set(logged) == {"after it"}
 
 
-def test_what_else_fails_in_loading_is_raised_as_it_is(demo_checkpoint, tmp_path):
+def test_other_errors_in_loading_are_raised_unchanged(demo_checkpoint, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(demo_checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -17,7 +17,7 @@ TOKENS = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(
 
 
 def through_nf4(weight):
-    """bitsandbytes' own, in one row: with AVX-512 it errs where rows are no whole blocks."""
+    """bitsandbytes on one flat row: with AVX-512 it errs on rows of partial blocks."""
     packed, state = bitsandbytes.functional.quantize_4bit(
         weight.flatten(), compress_statistics=True, quant_type="nf4"
     )
@@ -36,7 +36,7 @@ def quantized(mixtral):
 
 @pytest.fixture
 def dense(mixtral):
-    """The same model in float32, linear layers and experts through NF4 and back."""
+    """The same model in float32, its linear layers and experts rounded through NF4."""
     model = load_model(mixtral, window=None, precision="float32")
     n_quantized = 0
     with torch.no_grad():
@@ -49,7 +49,7 @@ def dense(mixtral):
 
 
 def logits_and_gradient(model):
-    """And the gradient of what the model reads, through every layer."""
+    """Also return the gradient of the model's input, through every layer."""
     embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits
     (gradient,) = torch.autograd.grad(logits.square().sum(), embedded)
@@ -62,12 +62,12 @@ def assert_close(found, expected, *, share=1e-5):
         torch.testing.assert_close(one, other, rtol=0, atol=bound)
 
 
-def test_quantized_experts_compute_what_they_dequantize_to(quantized, dense):
+def test_quantized_experts_equal_their_dequantized_weights(quantized, dense):
     # Measured 5e-7 of the largest entry.
     assert_close(logits_and_gradient(quantized), logits_and_gradient(dense))
 
 
-def test_quantized_experts_take_half_a_byte_a_weight(quantized, dense):
+def test_quantized_experts_take_half_a_byte_per_weight(quantized, dense):
     kept = quantized.model.layers[0].mlp.experts
     plain = dense.model.layers[0].mlp.experts
     for name in NAMES:
@@ -78,14 +78,14 @@ def test_quantized_experts_take_half_a_byte_a_weight(quantized, dense):
         assert tensor.shape == getattr(plain, name).shape and tensor.dtype == torch.float32
 
 
-def test_a_dense_model_is_left_alone(checkpoint):
+def test_a_dense_model_is_not_changed(checkpoint):
     model = load_model(checkpoint, window=8, precision="nf4")
     quantize_experts(model, torch.device("cpu"))
     assert not any(isinstance(parameter, Nf4Tensor) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_in_nf4_computes_as_what_bitsandbytes_dequantizes(dtype):
+def test_a_tensor_in_nf4_computes_like_bitsandbytes_dequantized_tensor(dtype):
     whole = torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor = torch.nn.Parameter(Nf4Tensor.of(whole), requires_grad=False)
     plain = through_nf4(whole)
@@ -150,8 +150,8 @@ def test_adapters_of_quantized_experts_have_the_gradients_of_the_dense(
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound, msg=name)
 
 
-def test_a_pass_leaves_nothing_behind(quantized, mixtral):
-    """PEFT puts its adapter on the tensors for the time of a pass."""
+def test_a_pass_leaves_no_adapter_on_the_tensors(quantized, mixtral):
+    """PEFT puts its adapter on the tensors during a pass."""
     model = adapted(quantized, mixtral)
     first, gradients = loss_and_gradients(model)
     second, others = loss_and_gradients(model)

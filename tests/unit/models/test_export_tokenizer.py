@@ -13,7 +13,7 @@ def test_help_explains_without_torch(ask_for_help):
     assert imported.isdisjoint({"torch", "transformers"})
 
 
-def test_it_writes_the_five_files_that_ship(run_stage, official_tokenizer, tmp_path):
+def test_it_writes_the_five_exported_files(run_stage, official_tokenizer, tmp_path):
     original = official_tokenizer("v3")
     shutil.copyfile(original, tmp_path / "tokenizer.model.v3")
     done = run_stage(STAGE, "--checkpoint", tmp_path, "--tokenizer", tmp_path / "made")
@@ -44,7 +44,7 @@ def test_a_tekken_file_alone_is_enough(run_stage, official_tokenizer, tmp_path):
     ]
 
 
-def test_the_version_of_the_config_is_used(run_stage, official_tokenizer, tmp_path):
+def test_the_configured_version_is_used(run_stage, official_tokenizer, tmp_path):
     shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model")
     arguments = ["--checkpoint", tmp_path, "--version", "v2", "--tokenizer", tmp_path / "made"]
     done = run_stage(STAGE, *arguments)

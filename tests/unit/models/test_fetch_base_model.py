@@ -45,7 +45,7 @@ SHAPES = {
 }
 WEIGHTS = {name: np.ones(shape, dtype=np.float16) for name, shape in SHAPES.items()}
 FILES["model.safetensors"] = save(WEIGHTS)
-# In the repository, but not wanted: the same weights again, and folders.
+# Files in the repository that are not wanted: the weights in other formats, and folders.
 ALSO_THERE = {
     "consolidated.safetensors": b"weights again",
     "consolidated.safetensors.index.json": b"{}",
@@ -56,7 +56,7 @@ ALSO_THERE = {
 
 @pytest.fixture(scope="module")
 def hub():
-    """Address of a Hub on this machine."""
+    """Address of a local Hub server."""
     commits = {COMMIT: {**FILES, **ALSO_THERE}}
     repositories = {
         "models/owner/model": Repository(commits, names={"v0": COMMIT}),
@@ -124,27 +124,27 @@ def test_a_local_folder_with_half_a_shard_leaves_nothing_behind(fetch, source, t
     shard.write_bytes(shard.read_bytes()[:-4])
     done = fetch(source=str(source))
     assert done.returncode == 1
-    assert "a weights file is damaged or cut short" in done.stderr
+    assert "a weights file is damaged or truncated" in done.stderr
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_local_folder_that_is_not_there_is_said_so(fetch, tmp_path):
+def test_a_missing_local_folder_is_reported(fetch, tmp_path):
     done = fetch(source=str(tmp_path / "nowhere"))
     assert done.returncode == 1
-    for part in ("the local base model is not there", "models.<name>.source", "nowhere is no"):
+    for part in ("the local base model is missing", "models.<name>.source", "is not a folder"):
         assert part in done.stderr
 
 
-def test_settings_that_generate_have_nothing_to_fetch(fetch):
+def test_settings_without_a_source_are_refused(fetch):
     done = fetch(generate={})
     assert done.returncode == 1
-    assert "no model to fetch" in done.stderr
+    assert "no source to fetch from" in done.stderr
 
 
-def test_a_download_brings_what_transformers_reads_and_notes_the_commit(fetch, hub, tmp_path):
+def test_a_download_has_the_files_transformers_reads_and_records_the_commit(fetch, hub, tmp_path):
     done = fetch(source="owner/model", endpoint=hub)
     assert done.returncode == 0, done.stderr
-    assert f"commit={COMMIT}" in done.stderr  # no revision was pinned: a warning says which
+    assert f"commit={COMMIT}" in done.stderr  # no revision was set: a warning names the commit
     checkpoint = tmp_path / "checkpoint"
     fetched = {path.name: path for path in checkpoint.iterdir() if path.is_file()}
     assert set(fetched) == {*FILES, "source.json"}
@@ -168,7 +168,7 @@ def test_a_pinned_commit_is_fetched_without_a_warning(fetch, hub):
         ({"source": "owner/model", "revision": "v9"}, ["no such revision", "found:    v9"]),
     ],
 )
-def test_what_the_hub_refuses_comes_with_a_remedy(fetch, hub, tmp_path, settings, parts):
+def test_each_refusal_of_the_hub_has_a_remedy(fetch, hub, tmp_path, settings, parts):
     done = fetch(**settings, endpoint=hub)
     assert done.returncode == 1
     for part in ("fetch_base_model: ", *parts):
@@ -178,7 +178,7 @@ def test_what_the_hub_refuses_comes_with_a_remedy(fetch, hub, tmp_path, settings
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_a_hub_out_of_reach_is_said_so(fetch, offline):
+def test_an_unreachable_hub_is_reported(fetch, offline):
     done = fetch(source="owner/model", offline=offline)
     assert done.returncode == 1
     parts = ("the Hub cannot be reached", "owner/model", "check the connection", "doctor")

@@ -1,4 +1,4 @@
-"""Against llama.cpp's own package for GGUF, on files that it writes and on the demo's weights."""
+"""Compared with llama.cpp's GGUF package, on files that it writes and on the demo's weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(path, *, tensors=(), kind=gguf.GGMLQuantizationType.F32, **metadata):
     text=st.text(min_size=1), number=st.integers(0, 2**32 - 1), truth=st.booleans(),
     share=st.floats(allow_nan=False), words=st.lists(st.text(), min_size=1),
 )  # fmt: skip
-def test_metadata_is_what_was_written(  # llama.cpp's writer leaves empty texts out
+def test_metadata_reads_back_as_written(  # llama.cpp's writer omits empty texts
     tmp_path_factory, text, number, truth, share, words
 ):
     path = tmp_path_factory.mktemp("gguf") / "file.gguf"
@@ -45,7 +45,7 @@ def test_metadata_is_what_was_written(  # llama.cpp's writer leaves empty texts 
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
-def test_tensors_are_those_of_llama_cpps_reader(tmp_path, kind):
+def test_tensors_equal_those_of_llama_cpps_reader(tmp_path, kind):
     generator = np.random.default_rng(0)
     tensors = [
         (name, generator.normal(size=shape).astype(np.float32))
@@ -59,27 +59,27 @@ def test_tensors_are_those_of_llama_cpps_reader(tmp_path, kind):
         assert np.array_equal(file.read(tensor.name), expected)
 
 
-def test_the_demos_weights_are_those_of_llama_cpps_reader():
+def test_the_demos_weights_equal_those_of_llama_cpps_reader():
     path = smollm2_wheel.unpacked(smollm2_wheel.GGUF)
     file = GgufFile(path)
     tensors = gguf.GGUFReader(path).tensors
     assert [tensor.name for tensor in tensors] == list(file.tensors)
-    for tensor in tensors[:12]:  # of each kind one
+    for tensor in tensors[:12]:  # one of each kind
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(file.read(tensor.name), expected)
 
 
-def test_a_type_that_is_not_read_is_named(tmp_path):
+def test_an_unsupported_type_is_named(tmp_path):
     values = np.ones((2, 64), np.float32)
     kind = gguf.GGMLQuantizationType.Q5_0
     file = GgufFile(write(tmp_path / "file.gguf", tensors=[("a", values)], kind=kind))
-    with pytest.raises(StageError, match="a type that is not read here") as error:
+    with pytest.raises(StageError, match="an unsupported type") as error:
         file.read("a")
     assert "ggml type 6" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"version https://git-lfs" * 5])
-def test_what_is_not_gguf_is_said(tmp_path, content):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path, content):
     path = tmp_path / "file.gguf"
     path.write_bytes(content)
     with pytest.raises(StageError, match="cannot be read as GGUF"):

@@ -9,7 +9,7 @@ from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.kv_cache import kv_cache_bytes
 
 
-def test_a_7b_takes_128_kib_a_token_until_its_window_rolls():
+def test_a_7b_takes_128_kib_per_token_until_its_window_rolls():
     assert kv_cache_bytes(MISTRAL_7B, 1, rolls=False) == 128 * 1024
     assert kv_cache_bytes(MISTRAL_7B, 32_768, rolls=False) == 4 * 2**30
     assert kv_cache_bytes(MISTRAL_7B, 32_768, rolls=True) == 2**29
@@ -22,7 +22,7 @@ def test_layers_without_a_window_keep_all():
 
 
 @pytest.mark.parametrize("n_tokens", [5, 24])
-def test_it_is_what_transformers_holds(checkpoint, n_tokens):
+def test_it_equals_the_size_of_transformers_cache(checkpoint, n_tokens):
     model = load_model(checkpoint, window=None, precision="float32")
     cache = DynamicCache()
     with torch.no_grad():

@@ -19,7 +19,7 @@ def test_help_explains_without_torch(ask_for_help):
     assert imported.isdisjoint({"torch", "transformers"})
 
 
-def test_facts_of_the_demo_are_what_was_asked_for(run_stage, demo_checkpoint, tmp_path):
+def test_facts_of_the_demo_match_its_config(run_stage, demo_checkpoint, tmp_path):
     path = tmp_path / "facts.json"
     done = run_stage(STAGE, "--checkpoint", demo_checkpoint, "--facts", path)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_facts_of_the_demo_are_what_was_asked_for(run_stage, demo_checkpoint, tm
         assert file.size_bytes == len(content)
 
 
-def test_a_missing_window_is_said_aloud(run_stage, demo_checkpoint, tmp_path):
+def test_a_missing_window_is_a_warning(run_stage, demo_checkpoint, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_checkpoint, checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -57,7 +57,7 @@ def test_a_missing_window_is_said_aloud(run_stage, demo_checkpoint, tmp_path):
     assert json.loads((tmp_path / "facts.json").read_text())["sliding_window"] is None
 
 
-def test_stretched_positions_are_asked_for_in_json(run_stage, demo_checkpoint, tmp_path):
+def test_rope_scaling_is_passed_as_json(run_stage, demo_checkpoint, tmp_path):
     plain, scaled = tmp_path / "plain.json", tmp_path / "scaled.json"
     assert run_stage(STAGE, "--checkpoint", demo_checkpoint, "--facts", plain).returncode == 0
     scaling = json.dumps({"type": "yarn", "factor": 4})
@@ -81,17 +81,17 @@ def test_stretched_positions_are_asked_for_in_json(run_stage, demo_checkpoint, t
     assert "attention sees no further" in done.stderr  # the demo's window of 512
 
 
-def test_dynamic_scaling_is_told_where_it_ends(run_stage, demo_checkpoint, tmp_path):
+def test_dynamic_scaling_warns_that_export_fails(run_stage, demo_checkpoint, tmp_path):
     scaling = json.dumps({"type": "dynamic", "factor": 2})
     done = run_stage(
         STAGE, "--checkpoint", demo_checkpoint, "--rope-scaling", scaling, "--facts",
         tmp_path / "facts.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "GGUF has no form of it" in done.stderr
+    assert "GGUF cannot store it" in done.stderr
 
 
-def test_a_scaling_that_cannot_be_is_a_message(run_stage, demo_checkpoint, tmp_path):
+def test_an_impossible_scaling_is_refused(run_stage, demo_checkpoint, tmp_path):
     facts = tmp_path / "facts.json"
     scaling = json.dumps({"type": "yarn", "factor": 0.5})
     done = run_stage(
@@ -108,7 +108,7 @@ def test_a_missing_shard_stops_the_stage(run_stage, demo_checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     done = run_stage(STAGE, "--checkpoint", checkpoint, "--facts", tmp_path / "facts.json")
     assert done.returncode == 1
-    for part in ("read_model_facts: the checkpoint is not whole", "model.safetensors", "where:"):
+    for part in ("read_model_facts: the checkpoint is incomplete", "model.safetensors", "where:"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "facts.json").exists()
@@ -116,7 +116,7 @@ def test_a_missing_shard_stops_the_stage(run_stage, demo_checkpoint, tmp_path):
 
 @pytest.fixture
 def refused(run_stage, tmp_path):
-    """`refused(checkpoint)`: the message, and no facts."""
+    """`refused(checkpoint)` returns the message and checks that no facts were written."""
 
     def run(checkpoint):
         facts = tmp_path / "facts.json"
@@ -170,8 +170,8 @@ def test_rows_are_counted_against_tekken_too(
     assert f"{n_tokens} tokens in tekken.json" in refused(tmp_path / "padded")
 
 
-def test_what_cutting_the_rows_leaves_is_accepted(make_base, run_stage, tmp_path):
-    """The remedy of the message, followed."""
+def test_a_model_with_its_extra_rows_removed_is_accepted(make_base, run_stage, tmp_path):
+    """Follow the remedy in the message."""
     from transformers import AutoModelForCausalLM
 
     grown = make_base(vocab_size=32_770)
@@ -200,7 +200,7 @@ def test_a_base_that_bitsandbytes_quantized_is_refused(make_base, refused, tmp_p
     message = refused(folder)
     for part in ("already quantized", "bitsandbytes, load_in_4bit: True", "method: qlora"):
         assert part in message
-    # The same without the word of its config.
+    # The same weights without quantization_config.
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -208,7 +208,7 @@ def test_a_base_that_bitsandbytes_quantized_is_refused(make_base, refused, tmp_p
     assert "already quantized" in message and "U8" in message
 
 
-def test_a_weight_that_is_no_number_is_refused(make_base, refused):
+def test_a_weight_that_is_not_finite_is_refused(make_base, refused):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -245,9 +245,7 @@ PAGE = "<!DOCTYPE html>\n<html><body>Not found</body></html>"
         ("", "a file is empty"),
     ],
 )
-def test_what_stands_in_for_a_file_of_a_model_is_recognized(
-    make_base, refused, name, content, part
-):
+def test_a_placeholder_for_a_models_file_is_recognized(make_base, refused, name, content, part):
     base = make_base()
     (base / name).write_text(content)
     message = refused(base)
@@ -255,7 +253,7 @@ def test_what_stands_in_for_a_file_of_a_model_is_recognized(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model.v3", "tokenizer.model"])
-def test_half_a_tokenizer_is_a_message(make_base, refused, name):
+def test_half_a_tokenizer_is_refused(make_base, refused, name):
     base = make_base(name)
     content = (base / name).read_bytes()
     (base / name).write_bytes(content[: len(content) // 2])
@@ -263,14 +261,14 @@ def test_half_a_tokenizer_is_a_message(make_base, refused, name):
     assert "the tokenizer file cannot be read" in message and name in message
 
 
-def test_half_a_tekken_is_a_message(make_base, exported_tokenizer, refused):
+def test_half_a_tekken_file_is_refused(make_base, exported_tokenizer, refused):
     base = make_base()
     content = (exported_tokenizer("tekken") / "tekken.json").read_bytes()
     (base / "tekken.json").write_bytes(content[: len(content) // 2])
     assert "the tokenizer file cannot be read" in refused(base)
 
 
-def test_a_tokenizer_json_alone_and_a_pickle_alone_are_refused_with_the_way_out(make_base, refused):
+def test_only_a_tokenizer_json_or_only_a_pickle_is_refused_with_a_remedy(make_base, refused):
     base = make_base()
     (base / "tokenizer.model.v3").rename(base / "tokenizer.json")
     message = refused(base)
@@ -278,4 +276,4 @@ def test_a_tokenizer_json_alone_and_a_pickle_alone_are_refused_with_the_way_out(
     (base / "tokenizer.json").rename(base / "tokenizer.model.v3")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     message = refused(base)
-    assert "the checkpoint is not whole" in message and "pytorch_model.bin is a pickle" in message
+    assert "the checkpoint is incomplete" in message and "pytorch_model.bin is a pickle" in message

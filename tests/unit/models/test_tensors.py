@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.facts import facts_of
-from tests.unit.models.test_checkpoint import MINISTRAL_8B, MISTRAL_7B_V01, MIXTRAL_8X7B, NEMO
+from tests.unit.models.test_checkpoint_files import MINISTRAL_8B, MISTRAL_7B_V01, MIXTRAL_8X7B, NEMO
 from tests.unit.train.mixtral import save_mixtral, tiny_mixtral
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.models import checkpoint as checkpoints, tensors
+from workflow_scripts.models import checkpoint_files, tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -20,16 +20,16 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 @pytest.fixture
 def copy(checkpoint, tmp_path):
-    """A copy of the two-layer Mistral, to be damaged."""
+    """A copy of the two-layer Mistral that a test may damage."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
 def check(folder):
-    checkpoints.check_whole(folder, facts_of(folder))
+    checkpoint_files.check_whole(folder, facts_of(folder))
 
 
 def rewrite(folder, change, name="model.safetensors"):
-    """The weights of a folder after `change`, which may also return others."""
+    """Rewrite a folder's weights after `change`, which may also return new ones."""
     weights = load_file(folder / name)
     weights = change(weights) or weights
     save_file(weights, folder / name, metadata={"format": "pt"})
@@ -52,13 +52,13 @@ def test_names_and_shapes_are_those_of_the_real_models_in_transformers(tmp_path,
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     reference = {
         name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()  # of two tied ones the first
+        for name, parameter in model.named_parameters()  # the first of two tied tensors
     }
     assert tensors.required(facts, fuses_experts=True) == reference
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "ministral", "tied", "float32", "float16"])
-def test_files_that_transformers_saves_are_whole(make_checkpoint, tmp_path, kind):
+def test_files_that_transformers_saves_are_complete(make_checkpoint, tmp_path, kind):
     folder = tmp_path / "saved"
     if kind == "mixtral":
         save_mixtral(folder)
@@ -77,12 +77,12 @@ def test_files_that_transformers_saves_are_whole(make_checkpoint, tmp_path, kind
         make_checkpoint(folder, dtype=kind)
     check(folder)
     facts = facts_of(folder)
-    found = tensors.stored(checkpoints.weight_files(folder))
+    found = tensors.stored(checkpoint_files.weight_files(folder))
     shapes = {name: tensor.shape for name, tensor in found.items()}
     assert shapes == tensors.required(facts)
 
 
-def test_a_mixture_with_fused_experts_is_whole(tmp_path):
+def test_a_mixture_with_fused_experts_is_complete(tmp_path):
     folder = save_mixtral(tmp_path / "saved")
     state = {
         name: parameter.detach().contiguous()
@@ -96,23 +96,21 @@ def test_a_mixture_with_fused_experts_is_whole(tmp_path):
     assert "1 missing: model.layers.1.mlp.experts.down_proj" in refusal(folder)
 
 
-def test_a_sharded_model_is_whole_with_the_same_weights_in_mistrals_layout_beside_it(
-    make_checkpoint, tmp_path
-):
+def test_a_sharded_model_is_complete_next_to_weights_in_mistrals_layout(make_checkpoint, tmp_path):
     folder = make_checkpoint(tmp_path / "sharded", max_shard_size="200KB")
-    assert len(checkpoints.weight_files(folder)) > 2
+    assert len(checkpoint_files.weight_files(folder)) > 2
     save_file({"tok_embeddings.weight": torch.ones(3)}, folder / "consolidated.safetensors")
     check(folder)
 
 
-def test_position_tables_of_old_checkpoints_are_passed_over(copy):
+def test_position_tables_of_old_checkpoints_are_ignored(copy):
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(16).float()}
     rewrite(copy, lambda weights: weights | table)
     check(copy)
-    tensors.check_all_values(checkpoints.weight_files(copy))
+    tensors.check_all_values(checkpoint_files.weight_files(copy))
 
 
-def test_a_tied_model_may_store_its_matrix_twice_but_not_as_the_output_layer_alone(
+def test_a_tied_model_may_store_its_matrix_twice_but_not_only_as_the_output_layer(
     make_checkpoint, tmp_path
 ):
     folder = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
@@ -139,8 +137,8 @@ def test_a_tied_model_with_two_matrices_that_differ_is_refused(make_checkpoint, 
 
     rewrite(folder, differ)
     message = refusal(folder)
-    assert "ties its output layer to its embeddings, yet stores two that differ" in message
-    assert "set tie_word_embeddings to false" in message
+    assert "ties output layer and embeddings, but stores two different tensors" in message
+    assert "set tie_word_embeddings: false" in message
 
 
 @pytest.mark.parametrize(
@@ -154,27 +152,27 @@ def test_a_tied_model_with_two_matrices_that_differ_is_refused(make_checkpoint, 
         ),
         (
             lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(256, 256)}),
-            ["1 not of the model: model.layers.2.mlp.up_proj.weight"],
+            ["1 not in the model: model.layers.2.mlp.up_proj.weight"],
         ),
         (
             lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(256)}),
-            ["1 not of the model: model.layers.0.self_attn.q_proj.bias"],
+            ["1 not in the model: model.layers.0.self_attn.q_proj.bias"],
         ),
         (
             lambda w: {f"module.{name}": weight for name, weight in w.items()},
-            ["21 missing", "21 not of the model: module.lm_head.weight", "… (11 more)"],
+            ["21 missing", "21 not in the model: module.lm_head.weight", "… (11 more)"],
         ),
         (
             lambda w: w.update({Q_PROJ: w[Q_PROJ][:, :128].contiguous()}),
-            [f"1 of another shape: {Q_PROJ} [256, 128], expected [256, 256]"],
+            [f"1 with a wrong shape: {Q_PROJ} [256, 128], expected [256, 256]"],
         ),
         (
             lambda w: w.update({tensors.EMBEDDINGS: w[tensors.EMBEDDINGS][:-1].contiguous()}),
-            [f"{tensors.EMBEDDINGS} [299, 256], expected [300, 256]", "vocab_size must be"],
+            [f"{tensors.EMBEDDINGS} [299, 256], expected [300, 256]", "vocab_size must equal"],
         ),
         (
             lambda w: w.update({f"base_model.model.{Q_PROJ}.lora_A.weight": torch.ones(2, 2)}),
-            ["1 not of the model", "name it as runs.<name>.adapter"],
+            ["1 not in the model", "set it as runs.<name>.adapter"],
         ),
     ],
     ids=[
@@ -185,12 +183,12 @@ def test_a_tied_model_with_two_matrices_that_differ_is_refused(make_checkpoint, 
 def test_tensors_that_the_config_does_not_describe_are_named(copy, change, parts):
     rewrite(copy, change)
     message = refusal(copy)
-    for part in ["does not hold the tensors that its config.json describes", *parts]:
+    for part in ["tensors do not match its config.json", *parts]:
         assert part in message
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32])
-def test_a_tensor_of_a_quantized_type_is_refused_without_a_word_in_config(copy, dtype):
+def test_a_tensor_of_a_quantized_type_is_refused_without_quantization_config(copy, dtype):
     rewrite(copy, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ].to(dtype)}))
     message = refusal(copy)
     for part in ("already quantized", f"found:    {Q_PROJ} ", "F16", "runs.<name>.precision"):
@@ -203,30 +201,30 @@ def test_scales_of_a_quantized_layer_are_recognized(copy):
     assert "already quantized" in refusal(copy)
 
 
-def test_an_index_with_a_stray_single_file_beside_it_is_two_models(make_checkpoint, tmp_path):
+def test_an_index_next_to_a_single_file_is_two_models(make_checkpoint, tmp_path):
     folder = make_checkpoint(tmp_path / "sharded", max_shard_size="200KB")
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     message = refusal(folder)
-    assert "the folder holds two models" in message and "transformers takes the first" in message
+    assert "the folder contains two models" in message and "transformers uses the former" in message
 
 
 def test_a_tensor_in_two_shards_is_refused(make_checkpoint, tmp_path):
     folder = make_checkpoint(tmp_path / "sharded", max_shard_size="200KB")
-    first, second = checkpoints.weight_files(folder)[:2]
+    first, second = checkpoint_files.weight_files(folder)[:2]
     name = next(iter(load_file(second)))
     rewrite(folder, lambda weights: weights | {name: torch.ones(1)}, first.name)
     message = refusal(folder)
-    assert "two shards hold the same tensor" in message and name in message
+    assert "two shards contain the same tensor" in message and name in message
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_no_number_is_found_wherever_it_is(tmp_path, dtype, value):
+def test_a_weight_that_is_not_finite_is_found_at_any_position(tmp_path, dtype, value):
     weight = torch.full((300, 70), torch.finfo(getattr(torch, dtype)).max, dtype=torch.float64)
     weight = weight.to(getattr(torch, dtype))
     shard = tmp_path / "model.safetensors"
     save_file({"ok": weight.clone(), "weight": weight}, shard)
-    tensors.check_all_values([shard])  # the largest numbers are numbers
+    tensors.check_all_values([shard])  # the largest finite numbers pass
     weight[299, 69] = value
     save_file({"ok": torch.ones(1), "weight": weight}, shard)
     with pytest.raises(StageError) as caught:
@@ -244,14 +242,14 @@ def test_the_scan_reads_past_its_first_block(tmp_path, monkeypatch):
         tensors.check_all_values([tmp_path / "model.safetensors"])
 
 
-def test_zeros_are_refused_where_none_can_be(copy):
-    shards = checkpoints.weight_files(copy)
+def test_all_zeros_are_refused_in_embeddings_and_norms(copy):
+    shards = checkpoint_files.weight_files(copy)
     rewrite(copy, lambda weights: weights[Q_PROJ].zero_() is None)
-    tensors.check_all_values(shards)  # as layers that were added by up-scaling
+    tensors.check_all_values(shards)  # as in layers added by depth up-scaling
     rewrite(copy, lambda weights: weights[NORM].zero_() is None)
     with pytest.raises(StageError) as caught:
         tensors.check_all_values(shards)
-    assert "a tensor is all zeros" in str(caught.value) and NORM in str(caught.value)
+    assert "is all zeros" in str(caught.value) and NORM in str(caught.value)
 
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -272,7 +270,7 @@ BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_
 def test_a_quantized_base_is_refused_by_its_config(copy, key, quantization, parts):
     config = json.loads((copy / "config.json").read_text())
     files.write_json(copy / "config.json", config | {key: None})
-    check(copy)  # null says nothing
+    check(copy)  # null means not quantized
     files.write_json(copy / "config.json", config | {key: quantization, "_name_or_path": "o/base"})
     message = refusal(copy)
     for part in ("already quantized", key, "unquantized model in 16 bits", "o/base", *parts):

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from workflow_scripts.demo.stdlib_chats import make_chats
 from workflow_scripts.log import StageError
-from workflow_scripts.models import tokenizer_files
+from workflow_scripts.models import exported_tokenizer, tokenizer_files
 from workflow_scripts.quantize import llama_cpp_source
 
 SENTENCEPIECE = ["v1", "v2", "v3", "v7"]
@@ -38,7 +38,7 @@ NASTY_TEXTS = [
 pieces = st.sampled_from(list(" \t\n▁é日🎉\x00a1.") + ["  ", "    ", "def", " the"])
 texts = (
     st.lists(pieces | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-    .map(lambda parts: "".join(parts).strip())  # as cleaning strips
+    .map(lambda parts: "".join(parts).strip())  # stripped as in cleaning
     .filter(bool)
 )
 turns = st.tuples(texts, texts)
@@ -54,7 +54,7 @@ def messages_of(turns, system=None):
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def renderers(request, exported_tokenizer):
-    """Ids by mistral-common, and by transformers from the files that ship, as a user would."""
+    """Token ids by mistral-common, and by transformers from the exported files."""
     from transformers import AutoTokenizer
 
     folder = exported_tokenizer(request.param)
@@ -72,7 +72,7 @@ def renderers(request, exported_tokenizer):
     return by_mistral, by_transformers
 
 
-def test_shipped_files_give_the_official_ids_on_demo_chats(renderers):
+def test_exported_files_give_the_official_ids_on_demo_chats(renderers):
     by_mistral, by_transformers = renderers
     chats = [chat["messages"] for chat in make_chats(n_conversations=120, seed=1)]
     roles = {tuple(message["role"] for message in messages) for messages in chats}
@@ -82,7 +82,7 @@ def test_shipped_files_give_the_official_ids_on_demo_chats(renderers):
 
 
 @pytest.mark.parametrize("system", [None, "Be  brief.\n\t▁"])
-def test_shipped_files_give_the_official_ids_on_nasty_texts(renderers, system):
+def test_exported_files_give_the_official_ids_on_difficult_texts(renderers, system):
     by_mistral, by_transformers = renderers
     stripped = [text.strip() for text in NASTY_TEXTS]
     for text in stripped:
@@ -95,7 +95,7 @@ def test_shipped_files_give_the_official_ids_on_nasty_texts(renderers, system):
 
 @given(turns=st.lists(turns, min_size=1, max_size=3), system=st.none() | texts)
 @settings(max_examples=60)
-def test_shipped_files_give_the_official_ids_on_any_text(renderers, turns, system):
+def test_exported_files_give_the_official_ids_on_any_text(renderers, turns, system):
     by_mistral, by_transformers = renderers
     messages = messages_of(turns, system)
     assert by_transformers(messages) == by_mistral(messages)
@@ -135,15 +135,15 @@ def test_plain_text_has_the_official_ids_and_decodes_to_itself(exported_tokenize
     official = tokenizer_files.load_mistral_tokenizer(folder, for_training=True)
     for text in NASTY_TEXTS:
         if version != "tekken":
-            text = text.lstrip("▁")  # the one start where tokenizers' Metaspace adds no space
+            text = text.lstrip("▁")  # tokenizers' Metaspace adds no space before it
         ids = shipped(text, add_special_tokens=False).input_ids
         assert ids == official.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
-        # A literal U+2581 is SentencePiece's own space: the one text it cannot give back.
+        # SentencePiece cannot decode a literal U+2581: it is its own space.
         assert shipped.decode(ids) == (text if version == "tekken" else text.replace("▁", " "))
 
 
 @pytest.mark.parametrize(("version", "read"), [("v1", "v1"), ("v3", "v3"), ("v7", "v7")])
-def test_a_bare_tokenizer_model_tells_its_version(official_tokenizer, tmp_path, version, read):
+def test_the_version_of_a_plain_file_is_found(official_tokenizer, tmp_path, version, read):
     bare = tmp_path / "tokenizer.model"
     shutil.copyfile(official_tokenizer(version), bare)
     assert tokenizer_files.tokenizer_version(bare) == read
@@ -156,9 +156,9 @@ def test_a_suffix_decides_the_version(official_tokenizer, tmp_path, version):
     assert tokenizer_files.tokenizer_version(path) == version
 
 
-def test_export_of_a_bare_v1_file_names_its_version(official_tokenizer, tmp_path):
+def test_export_of_a_plain_v1_file_names_its_version(official_tokenizer, tmp_path):
     shutil.copyfile(official_tokenizer("v1"), tmp_path / "tokenizer.model")
-    assert tokenizer_files.export(tmp_path, tmp_path / "tokenizer") == "v1"
+    assert exported_tokenizer.export(tmp_path, tmp_path / "tokenizer") == "v1"
     names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
     assert {"tokenizer.model", "tokenizer.model.v1"} < names
 
@@ -173,7 +173,7 @@ def test_export_of_a_bare_v1_file_names_its_version(official_tokenizer, tmp_path
         (["tokenizer.model.old", "tokenizer.model"], "tokenizer.model"),
     ],
 )
-def test_the_most_telling_tokenizer_file_decides(tmp_path, present, chosen):
+def test_the_tokenizer_file_with_a_version_is_preferred(tmp_path, present, chosen):
     for name in present:
         (tmp_path / name).write_bytes(b"pieces")
     assert tokenizer_files.find_tokenizer(tmp_path).name == chosen
@@ -189,18 +189,18 @@ def test_a_checkpoint_without_a_tokenizer_is_a_stage_error(tmp_path):
 
 @pytest.fixture(scope="module", params=["tekken_240718.json", "tekken_240911.json"])
 def tekken(request, official_tokenizer, tmp_path_factory):
-    """The library's tokenizer of a tekken file, and ours made from the same file."""
+    """mistral-common's tokenizer of a tekken file, and ours made from the same file."""
     path = tmp_path_factory.mktemp("tekken") / "tekken.json"
     shutil.copyfile(official_tokenizer("v3").parent / request.param, path)
     assert tokenizer_files.tokenizer_version(path) == "tekken"
-    return Tekkenizer.from_file(path), tokenizer_files.tekken_to_tokenizer(path)
+    return Tekkenizer.from_file(path), exported_tokenizer.tekken_to_tokenizer(path)
 
 
 def ours_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_tekken_has_every_token_of_its_file_in_its_place(tekken):
+def test_tekken_has_every_token_of_its_file_with_the_same_id(tekken):
     official, ours = tekken
     assert ours.get_vocab_size() == official.n_words
     assert ours.encode("a").ids == [official.bos_id, *official.encode("a", bos=False, eos=False)]
@@ -217,8 +217,8 @@ def test_tekken_splits_and_merges_any_text_as_tiktoken_does(tekken, text):
 
 
 @pytest.mark.parametrize("alphabet", ["a", "ab", "aab ", "=-", " \t\n", "e\u0301é", "日本", "xX1"])
-def test_tekken_merges_runs_of_the_same_as_tiktoken_does(tekken, alphabet):
-    """Where several pairs make one token, the order of merges decides."""
+def test_tekken_merges_repeated_characters_as_tiktoken_does(tekken, alphabet):
+    """If several pairs make the same token, the order of merges decides."""
     official, ours = tekken
     rng = random.Random(0)
     for _ in range(300):
@@ -226,13 +226,13 @@ def test_tekken_merges_runs_of_the_same_as_tiktoken_does(tekken, alphabet):
         assert ours_of(ours, text) == official.encode(text, bos=False, eos=False), text
 
 
-def test_tekken_knows_the_kind_of_every_character(tekken):
-    """The split asks for letters, marks and numbers: two Unicode tables that must be alike."""
+def test_tekken_classifies_every_character_as_tiktoken_does(tekken):
+    """The split matches letters, marks and numbers, so two Unicode tables must agree."""
     official, ours = tekken
     characters = [
         chr(code)
         for code in range(0x32000)
-        # Of long runs of one kind (ideographs, syllables, private use), every sixteenth.
+        # Every sixteenth of long runs of one class (ideographs, syllables, private use).
         if code % 16 == 0 or unicodedata.name(chr(code), "").count("-") == 0
         if not (0xD800 <= code < 0xF900)
         and not unicodedata.name(chr(code), "").startswith("HANGUL")
@@ -245,7 +245,7 @@ def test_tekken_knows_the_kind_of_every_character(tekken):
 
 
 def test_llama_cpp_s_converter_recognizes_tekken(tekken):
-    """It tells pre-tokenizers apart by the hash of the ids of one text."""
+    """The converter identifies pre-tokenizers by a hash of one text's ids."""
     _, ours = tekken
     source = (llama_cpp_source.converter().parent / "conversion" / "base.py").read_text("utf-8")
     text = ast.literal_eval(re.search(r"^ *chktxt = (.*)$", source, re.MULTILINE).group(1))
@@ -254,16 +254,16 @@ def test_llama_cpp_s_converter_recognizes_tekken(tekken):
     assert re.search(r'res = "([^"]*)"', recognized).group(1) == "tekken"
 
 
-def test_byte_characters_are_those_of_byte_level_files():
-    assert sorted(tokenizer_files.byte_characters()) == sorted(ByteLevel.alphabet())
-    assert tokenizer_files.byte_characters()[ord(" ")] == "Ġ"
-    assert tokenizer_files.byte_characters()[ord("a")] == "a"
+def test_byte_characters_match_byte_level_files():
+    assert sorted(exported_tokenizer.byte_characters()) == sorted(ByteLevel.alphabet())
+    assert exported_tokenizer.byte_characters()[ord(" ")] == "Ġ"
+    assert exported_tokenizer.byte_characters()[ord("a")] == "a"
 
 
-def test_the_version_asked_for_decides(official_tokenizer, tmp_path):
+def test_the_requested_version_decides(official_tokenizer, tmp_path):
     shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model")
-    assert tokenizer_files.export(tmp_path, tmp_path / "read") == "v3"
-    assert tokenizer_files.export(tmp_path, tmp_path / "told", "v2") == "v2"
+    assert exported_tokenizer.export(tmp_path, tmp_path / "read") == "v3"
+    assert exported_tokenizer.export(tmp_path, tmp_path / "told", "v2") == "v2"
     official = tokenizer_files.load_mistral_tokenizer(tmp_path / "told", for_training=True)
     assert official.version.value == "v2"
 
@@ -276,7 +276,7 @@ def test_the_version_asked_for_decides(official_tokenizer, tmp_path):
         (["tekken.json", "tokenizer.model"], "tekken", "tekken.json"),
     ],
 )
-def test_the_version_asked_for_chooses_the_file(tmp_path, present, version, chosen):
+def test_the_requested_version_chooses_the_file(tmp_path, present, version, chosen):
     for name in present:
         (tmp_path / name).write_bytes(b"pieces")
     assert tokenizer_files.find_tokenizer(tmp_path, version).name == chosen
@@ -287,20 +287,20 @@ def test_a_file_without_the_control_tokens_of_the_version_is_refused(
     official_tokenizer, tmp_path, version
 ):
     shutil.copyfile(official_tokenizer("v1"), tmp_path / "tokenizer.model")
-    with pytest.raises(StageError, match="cannot be of the version asked for") as caught:
-        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", version)
+    with pytest.raises(StageError, match="does not fit the requested version") as caught:
+        exported_tokenizer.export(tmp_path, tmp_path / "tokenizer", version)
     for part in ("found:    no control token [INST]", version, "models.<name>.tokenizer_version"):
         assert part in str(caught.value)
 
 
-def test_v7_is_refused_where_its_system_prompt_has_no_token(official_tokenizer, tmp_path):
+def test_v7_is_refused_if_its_system_prompt_has_no_token(official_tokenizer, tmp_path):
     shutil.copyfile(official_tokenizer("v3"), tmp_path / "tokenizer.model")
     with pytest.raises(StageError, match=re.escape("no control token [SYSTEM_PROMPT]")):
-        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", "v7")
+        exported_tokenizer.export(tmp_path, tmp_path / "tokenizer", "v7")
 
 
-def test_tekken_cannot_be_asked_of_a_sentencepiece_checkpoint(official_tokenizer, tmp_path):
+def test_tekken_is_refused_for_a_sentencepiece_checkpoint(official_tokenizer, tmp_path):
     shutil.copyfile(official_tokenizer("v3"), tmp_path / "tokenizer.model.v3")
     with pytest.raises(StageError, match="no tokenizer that mistral-common reads") as caught:
-        tokenizer_files.export(tmp_path, tmp_path / "tokenizer", "tekken")
+        exported_tokenizer.export(tmp_path, tmp_path / "tokenizer", "tekken")
     assert "expected: tekken.json" in str(caught.value)

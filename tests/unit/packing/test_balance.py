@@ -24,7 +24,7 @@ shapes = st.fixed_dictionaries(
 
 
 @given(costs=costs_of_any_kind, shape=shapes)
-def test_every_row_is_trained_on_once_an_epoch(costs, shape):
+def test_every_row_is_used_once_per_epoch(costs, shape):
     order = order_rows(costs, **shape)
     step = (shape["micro_batches_per_step"], shape["n_ranks"], shape["rows_per_micro_batch"])
     assert order.shape == (-(-len(costs) // np.prod(step)), *step)
@@ -64,7 +64,7 @@ def spearman(one, other):
 
 @pytest.fixture(scope="module", params=[4096, None], ids=["windowed", "full"])
 def long_rows(request):
-    """Rows of 32,768 tokens of a lognormal mix, and what they cost Mistral 7B."""
+    """Rows of 32,768 tokens from lognormal lengths, and their costs for Mistral 7B."""
     lengths = np.random.default_rng(0).lognormal(np.log(800), 1.5, 300_000).astype(int) + 8
     rows = best_fit(Pieces.whole(lengths.clip(max=32_768)), row_tokens=32_768, seed=0)
     cost = CostModel.of(
@@ -99,7 +99,7 @@ def test_a_step_takes_its_rows_from_a_short_stretch_of_the_random_order(long_row
     assert np.ptp(places, axis=1).max() < len(rows) / 8
 
 
-def test_four_rows_a_rank_of_about_one_cost_need_no_sorting_over_steps():
+def test_four_rows_per_rank_of_similar_cost_need_no_sorting_across_steps():
     costs = np.random.default_rng(0).uniform(0.97, 1.03, 4096)
     order = order_rows(costs, n_ranks=2, micro_batches_per_step=4, rows_per_micro_batch=1, seed=1)
     drawn = np.random.default_rng(1).permutation(4096).reshape(-1, 8)
@@ -108,7 +108,7 @@ def test_four_rows_a_rank_of_about_one_cost_need_no_sorting_over_steps():
     )
 
 
-def test_the_rank_with_the_least_so_far_takes_the_costliest_row():
+def test_the_rank_with_the_lowest_cost_takes_the_most_expensive_row():
     costs = np.array([10, 1, 11, 2])
     for seed in range(10):
         order = order_rows(
@@ -122,17 +122,17 @@ def test_sorted_steps_come_in_random_order():
     shape = {"micro_batches_per_step": 1, "rows_per_micro_batch": 1, "n_ranks": 4}
     order = order_rows(costs, **shape, seed=0, max_imbalance=1.0)
     means = costs[order].mean(axis=(1, 2, 3))
-    assert step_imbalance(costs, order).mean() < 1.01  # sorted as a whole
+    assert step_imbalance(costs, order).mean() < 1.01  # all rows sorted
     assert abs(spearman(means, np.arange(1000))) < 0.1
 
 
-def test_one_rank_takes_the_rows_as_they_were_drawn():
+def test_one_rank_takes_the_rows_in_random_order():
     costs = np.arange(100.0)
     order = order_rows(costs, n_ranks=1, micro_batches_per_step=2, rows_per_micro_batch=1, seed=5)
     assert np.array_equal(order.ravel(), np.random.default_rng(5).permutation(100))
 
 
-def test_padded_micro_batches_hold_rows_of_like_length():
+def test_padded_micro_batches_hold_rows_of_similar_length():
     lengths = np.random.default_rng(0).lognormal(6, 0.8, 4000).astype(int) + 1
 
     def padding(order):

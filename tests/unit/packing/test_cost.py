@@ -24,7 +24,7 @@ SHAPE = MISTRAL_7B.changed(
 
 
 def visible_pairs(length, window):
-    """Counted one by one."""
+    """Count the pairs one by one."""
     return sum(
         key <= query and (window is None or query - key < window)
         for query in range(length)
@@ -50,7 +50,7 @@ def test_attention_pairs_of_the_longest_row_do_not_overflow(window):
     layer_windows=st.lists(windows, min_size=1, max_size=4),
     crosses_documents=st.booleans(),
 )
-def test_a_rows_pairs_are_those_of_its_segments_in_every_layer(
+def test_a_rows_pairs_are_the_sum_over_its_segments_and_layers(
     lengths, layer_windows, crosses_documents
 ):
     rows = best_fit(Pieces.whole(lengths), row_tokens=64, seed=0)
@@ -66,7 +66,7 @@ def test_a_rows_pairs_are_those_of_its_segments_in_every_layer(
 
 
 def counted_flops(n_tokens):
-    """Forward and backward of a real model, frozen, as PyTorch counts them."""
+    """PyTorch's count for the forward and backward pass of a frozen model."""
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
@@ -87,8 +87,8 @@ def counted_flops(n_tokens):
     return counter.get_total_flops()
 
 
-def test_linear_and_output_flops_are_those_pytorch_counts():
-    """Eager attention computes all n² pairs, forward 2 products and backward 4."""
+def test_linear_and_output_flops_match_pytorchs_count():
+    """Eager attention computes all n² pairs: 2 products forward, 4 backward."""
     n_tokens = 48
     cost = CostModel.of(SHAPE)
     dense_attention = 2.0 * (2 + 4) * SHAPE.n_heads * SHAPE.head_dim
@@ -98,15 +98,15 @@ def test_linear_and_output_flops_are_those_pytorch_counts():
     assert counted_flops(n_tokens) == pytest.approx(found, rel=1e-9)
 
 
-def test_of_a_mixtures_experts_the_active_ones_count():
+def test_only_a_mixtures_active_experts_count():
     dense = CostModel.of(SHAPE)
     mixture = CostModel.of(SHAPE.changed(n_experts_per_token=2))
     expert = 4.0 * 3 * SHAPE.hidden_size * SHAPE.intermediate_size * SHAPE.n_layers
     assert mixture.linear_flops_per_token - dense.linear_flops_per_token == expert
 
 
-def test_what_attention_adds_to_mistral_7b_at_32k_tokens():
-    """By hand: 14·4096 operations a pair and layer, 4 a weight and token."""
+def test_share_of_attention_in_mistral_7b_at_32k_tokens():
+    """By hand: 14·4096 operations per pair and layer, 4 per weight and token."""
     facts = MISTRAL_7B.changed(vocabulary_size=32_000)
     n, w, n_weights = 32_768, 4096, 6_979_321_856
     pairs_by_hand = {None: n * (n + 1) / 2, w: w * (w + 1) / 2 + (n - w) * w}

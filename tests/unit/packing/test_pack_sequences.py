@@ -15,7 +15,7 @@ from workflow_scripts.settings import PackingSettings
 from workflow_scripts.tokens.documents import Documents
 
 STAGE = "workflow_scripts.packing.pack_sequences"
-ROW_TOKENS = 768  # a fifth of the chats is longer, and every piece of them has an answer
+ROW_TOKENS = 768  # a fifth of the chats is longer, and each of their pieces has an answer
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_help_explains_without_torch(ask_for_help):
 
 @pytest.mark.parametrize("strategy", ["best_fit", "concatenate", "none"])
 @pytest.mark.parametrize("window", [None, 64])
-def test_the_report_counts_what_the_plan_holds(pack, prepared, strategy, window):
+def test_the_reports_counts_match_the_plan(pack, prepared, strategy, window):
     plan, report = pack(strategy=strategy, row_tokens=ROW_TOKENS, seed=4, window=window)
     documents = Documents(prepared.tokens / "train.arrow")
     lengths = documents.lengths.tolist()
@@ -93,7 +93,7 @@ def test_the_report_counts_what_the_plan_holds(pack, prepared, strategy, window)
     assert 0 < report["attention_flops_fraction"] < 1
 
 
-def test_padding_and_balance_are_those_of_micro_batches_and_ranks(pack):
+def test_padding_and_balance_match_micro_batches_and_ranks(pack):
     plan, report = pack(row_tokens=128)
     assert 0 < report["none_padding_fraction"] < report["none_random_order_padding_fraction"] < 1
     balanced = report["step_imbalance_8_ranks"]
@@ -103,7 +103,7 @@ def test_padding_and_balance_are_those_of_micro_batches_and_ranks(pack):
     assert of_few["step_imbalance_8_ranks"] is None
 
 
-def test_a_weighted_document_is_placed_as_often(prepared, tokenizer_v3, tmp_path):
+def test_a_weighted_document_is_placed_n_copies_times(prepared, tokenizer_v3, tmp_path):
     table = files.read_arrow(prepared.tokens / "train.arrow")
     n_copies = [at % 3 for at in range(len(table))]
     at = table.schema.get_field_index("n_copies")
@@ -146,7 +146,7 @@ def test_the_stage_runs_as_a_rule_starts_it(run_stage, prepared, tokenizer_v3, t
         ),
         (
             {"row_tokens": 16, "long_documents": "drop"},
-            ["nothing is left to pack", "long_documents", "drop", "raise packings.<name>"],
+            ["no documents are left to pack", "long_documents", "drop", "raise packings.<name>"],
         ),
         ({"row_token": 64}, ["row_token: unknown key", "did you mean 'row_tokens'?"]),
     ],

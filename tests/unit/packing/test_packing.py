@@ -30,7 +30,7 @@ def plan(strategy, lengths, row_tokens, seed=0):
 
 
 def naive_best_fit(lengths, row_tokens):
-    """Fill of each row: every document, longest first, into the fullest row that still holds it."""
+    """Fill of each row: each document, longest first, into the fullest row with room."""
     fills = []
     for length in sorted(lengths, reverse=True):
         fitting = [at for at, fill in enumerate(fills) if fill + length <= row_tokens]
@@ -69,14 +69,14 @@ def test_a_seed_decides_the_plan(lengths, row_tokens, seed, strategy):
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-def test_another_seed_is_another_order(strategy):
+def test_another_seed_gives_another_order(strategy):
     lengths = list(range(1, 65))
     plans = [plan(strategy, lengths, 64, seed) for seed in range(5)]
     assert all(one != other for at, one in enumerate(plans) for other in plans[:at])
 
 
 @given(lengths=lengths_of_any_kind, row_tokens=row_lengths, seed=seeds)
-def test_every_document_lies_whole_in_exactly_one_row(lengths, row_tokens, seed):
+def test_every_document_is_whole_in_exactly_one_row(lengths, row_tokens, seed):
     rows = plan("best_fit", lengths, row_tokens, seed)
     placed = Counter(piece for row in rows for piece in row)
     assert placed == Counter(Piece(document, 0, length) for document, length in enumerate(lengths))
@@ -104,15 +104,15 @@ def test_more_documents_than_a_block_are_placed_once_each():
     assert rows.n_tokens.mean() > 99.9
 
 
-def test_rows_of_best_fit_come_shuffled_and_so_do_equally_long_documents():
+def test_best_fit_shuffles_rows_and_documents_of_equal_length():
     lengths = [60] * 50 + [40] * 50 + list(range(1, 21))
     rows = plan("best_fit", lengths, 100)
     n_pieces = [len(row) for row in rows]
-    assert n_pieces != sorted(n_pieces)  # unshuffled, all rows of a long document come first
+    assert n_pieces != sorted(n_pieces)  # without shuffling, rows of one long document come first
     longest = [row[0].document for row in rows if row[0].length == 60]
     assert longest != sorted(longest)
     distances = {row[1].document - row[0].document for row in rows if len(row) == 2}
-    assert len(distances) > 10  # in the order of the file, all would be 50
+    assert len(distances) > 10  # in file order, all would be 50
 
 
 @given(lengths=longer_documents, row_tokens=st.integers(16, 256), seed=seeds)
@@ -124,7 +124,7 @@ def test_concatenate_fills_every_row_but_the_last(lengths, row_tokens, seed):
 
 
 @given(lengths=longer_documents, row_tokens=st.integers(16, 256), seed=seeds)
-def test_concatenate_lays_each_document_out_in_one_stretch(lengths, row_tokens, seed):
+def test_concatenate_keeps_each_documents_tokens_contiguous(lengths, row_tokens, seed):
     rows = plan("concatenate", lengths, row_tokens, seed)
     next_token = {}
     order = []
@@ -137,7 +137,7 @@ def test_concatenate_lays_each_document_out_in_one_stretch(lengths, row_tokens, 
     assert len(changes) == len(set(order))
 
 
-def test_a_row_of_none_holds_one_piece():
+def test_without_packing_a_row_holds_one_piece():
     rows = one_a_row(Pieces.whole([5, 9, 2]), row_tokens=16, seed=0)
     assert sorted(map(tuple, rows)) == [
         (Piece(0, 0, 5),),
@@ -154,7 +154,7 @@ def test_pieces_keep_their_start_and_context_wherever_they_are_placed(lengths, s
         assert Counter(piece for row in rows for piece in row) == Counter(pieces)
 
 
-def test_a_piece_longer_than_a_row_is_our_own_mistake():
+def test_a_piece_longer_than_a_row_fails_an_assertion():
     with pytest.raises(AssertionError, match="longer than a row"):
         best_fit(Pieces.whole([10, 17]), row_tokens=16, seed=0)
 
@@ -182,7 +182,7 @@ def test_rows_are_a_sequence_of_lists_of_pieces(listed):
     assert rows != Rows.of([*listed, [Piece(0, 0, 1)]])
 
 
-def test_the_order_of_documents_in_concatenate_is_that_of_the_seed():
+def test_the_seed_decides_the_order_in_concatenate():
     rows = concatenate(Pieces.whole([4] * 20), row_tokens=16, seed=3)
     order = [piece.document for row in rows for piece in row]
     assert order == np.random.default_rng(3).permutation(20).tolist()

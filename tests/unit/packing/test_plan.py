@@ -45,7 +45,7 @@ def test_a_plan_reads_back_as_written(plan, tmp_path_factory):
         assert np.array_equal(one, other) if isinstance(other, np.ndarray) else one == other, field
 
 
-def test_what_reads_plain_parquet_finds_a_row_of_training_a_row(tmp_path):
+def test_a_parquet_row_is_a_row_of_training(tmp_path):
     rows = [[Piece(4, 0, 9), Piece(2, 16, 7, 3)], [Piece(0, 0, 5)]]
     numbers = np.array([1, 2])
     write_plan(
@@ -56,7 +56,7 @@ def test_what_reads_plain_parquet_finds_a_row_of_training_a_row(tmp_path):
     assert table["n_tokens"].to_pylist() == [16, 5]
 
 
-def test_the_strategy_says_what_attention_and_padding_a_row_gets():
+def test_the_strategy_decides_attention_and_padding():
     nothing = np.zeros(0)
     strategies = ("best_fit", "concatenate", "none")
     plans = [Plan(Rows.of([]), 16, name, nothing, nothing, nothing) for name in strategies]

@@ -17,7 +17,7 @@ positions = st.sets(st.integers(1, 400), max_size=60)
 
 @st.composite
 def cases(draw) -> dict:
-    """Arguments of `split`; a context from one token to half of the row."""
+    """Arguments of `split`, with a context of one token to half a row."""
     row_tokens = draw(st.integers(2, 80))
     return {
         "input_ids": np.arange(draw(st.integers(1, 400))),
@@ -63,7 +63,7 @@ def test_each_piece_begins_with_the_last_tokens_before_its_cut(arguments):
 @example(arguments=case(100, 20, 4, turns=[10, 30], sentences=[20]))
 @example(arguments=case(100, 20, 4, turns=[9, 21], sentences=[14, 15]))
 def test_each_cut_is_the_best_of_all_that_fit(arguments):
-    """Every position that a piece could end at, judged one by one."""
+    """Compare with a search over every position at which a piece could end."""
     n_tokens, row_tokens = len(arguments["input_ids"]), arguments["row_tokens"]
     turns = set(arguments["turn_ends"].tolist())
     sentences = set(arguments["sentence_ends"].tolist())
@@ -93,13 +93,13 @@ def test_a_document_that_fits_is_not_cut():
     assert split(**case(20, 20, 4, turns=[10], sentences=[15])) == ([(0, 20, 0)], [])
 
 
-def test_a_later_piece_has_less_room_by_its_context():
+def test_context_reduces_the_room_of_later_pieces():
     parts, kinds = split(**case(36, 20, 4))
     assert parts == [(0, 20, 0), (16, 20, 4)] and kinds == ["token"]
 
 
 @pytest.mark.parametrize("overlap_tokens", [0, 11])
-def test_a_context_of_nothing_or_of_most_of_a_row_is_refused(overlap_tokens):
+def test_an_empty_context_or_one_of_most_of_a_row_is_refused(overlap_tokens):
     with pytest.raises(ValueError, match=f"overlap_tokens: found {overlap_tokens}, row_tokens 20"):
         split(**case(100, 20, overlap_tokens))
 
@@ -116,7 +116,7 @@ def token_ends(tokenizer) -> TokenEnds:
 
 
 def stretches(tokenizer, input_ids, cuts) -> list[str]:
-    """The text between one cut and the next."""
+    """The texts between cuts."""
     texts = [
         b"" if is_control(tokenizer, token_id) else token_bytes(tokenizer, token_id)
         for token_id in input_ids.tolist()
@@ -140,17 +140,17 @@ def stretches(tokenizer, input_ids, cuts) -> list[str]:
         ["no end at all 1 000.5 and x.y"],
     ],
 )
-def test_sentences_and_lines_of_real_text_end_where_a_reader_would_say(
+def test_sentences_and_lines_of_real_text_end_where_a_reader_expects(
     tokenizer, token_ends, expected
 ):
     input_ids = np.array(tokenizer.encode("".join(expected), bos=False, eos=False))
     found = stretches(tokenizer, input_ids, token_ends.sentence_ends(input_ids))
-    if not is_tekkenizer(tokenizer):  # which puts a space in front
+    if not is_tekkenizer(tokenizer):  # SentencePiece adds a leading space
         found[0] = found[0].removeprefix(" ")
     assert found == expected
 
 
-def test_chats_are_cut_after_answers_and_their_context_is_what_came_before(tokenizer, token_ends):
+def test_chats_are_cut_after_answers_and_context_precedes_the_cut(tokenizer, token_ends):
     """A rendered conversation: every turn ends with EOS, and questions end sentences too."""
     encode = tokenizer.encode
     turns = [

@@ -200,7 +200,7 @@ def test_facts_of_the_page_and_of_each_conversation(preview):
 @pytest.mark.parametrize("strategy", ["best_fit", "concatenate"])
 def test_a_note_marks_every_end_of_a_row_inside_a_conversation(preview, plan_of, strategy):
     _, documents = preview()
-    pieces = fit(documents, PackingSettings(row_tokens=64, overlap_tokens=4)).pieces
+    pieces, _ = fit(documents, PackingSettings(row_tokens=64, overlap_tokens=4))
     if strategy == "concatenate":
         pieces = Pieces.whole(documents.lengths)
     rows = STRATEGIES[strategy](pieces, row_tokens=64, seed=1)

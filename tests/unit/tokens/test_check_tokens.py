@@ -60,12 +60,12 @@ def test_tokens_of_render_chats_pass(check, rendered):
     )
     assert report["n_conversations"] == report["n_documents"] == n_rows > 0
     assert report["n_with_tools"] == 2
-    # One of the two: its tool answers in JSON, which no template writes as the library does.
+    # One of two: its tool result is JSON, which templates and mistral-common write differently.
     assert report["n_compared_with_template"] == n_rows - 1
     assert report["n_compared_with_mistral_common_alone"] == {"a tool result that is JSON": 1}
 
 
-def test_a_sample_is_of_every_split_and_has_the_tools(check):
+def test_a_sample_covers_every_split_and_tool_use(check):
     report = check(n_conversations=9)
     assert report["n_conversations"] in (9, 10, 11)
     assert report["n_with_tools"] > 0
@@ -104,18 +104,19 @@ def test_a_lost_last_token_is_found(check, tokens):
 def test_an_eos_that_is_not_supervised_is_found(check, tokens, answer):
     path = tokens / "train.arrow"
     rows = files.read_arrow(path).to_pylist()
-    # Three answers, so that the last one alone is not what is left.
+    # Three answers, so that the remaining ones are not just the last.
     damaged = next(row for row in rows if len(row["supervised_spans"]) > 4)
-    damaged["supervised_spans"][2 * answer + 1] -= 1  # the end of that answer's span
+    damaged["supervised_spans"][2 * answer + 1] -= 1  # the end of the answer's span
     files.write_arrow(path, pa.Table.from_pylist(rows, schema=documents_schema()))
     with pytest.raises(StageError) as caught:
         check()
-    assert "an answer's closing EOS is not supervised as its weight says" in str(caught.value)
-    assert damaged["id"] in str(caught.value)
+    headline = "the supervision of an answer's closing EOS does not follow the answer's weight"
+    for part in (headline, damaged["id"]):
+        assert part in str(caught.value)
 
 
 def shifted(row, *, starts=0, ends=0):
-    """The first answer's span with its start or end moved."""
+    """Move the start or end of the first answer's span."""
     row["supervised_spans"][0] += starts
     row["supervised_spans"][1] += ends
 
@@ -130,11 +131,11 @@ def shifted(row, *, starts=0, ends=0):
     ids=["the questions too", "from one token before", "from its second token"],
 )
 def test_supervised_tokens_that_are_not_exactly_the_answers_are_found(check, tokens, change):
-    """Every closing EOS is supervised, and yet the questions are learned, or half an answer."""
+    """Every closing EOS is supervised, but so are the questions, or only part of an answer."""
     name = damage(tokens / "train.arrow", change)
-    with pytest.raises(StageError, match="supervised tokens are not exactly an answer") as caught:
+    with pytest.raises(StageError, match="supervised tokens are not exactly one answer") as caught:
         check()
-    for part in (name, "in front of", "expected: from the end of its question to its closing EOS"):
+    for part in (name, " before ", "expected: from the end of its question to its closing EOS"):
         assert part in str(caught.value)
 
 
@@ -168,7 +169,7 @@ def test_the_stage_stops_a_rule_with_a_message(run_stage, rendered, tokenizer_v3
     assert "Traceback" not in done.stderr
 
 
-def test_documents_of_other_conversations_are_found(check, rendered, tokens):
+def test_documents_without_their_conversations_are_found(check, rendered, tokens):
     rows = files.read_arrow(tokens / "test.arrow").to_pylist()
     rows[3]["id"] = "0123456789abcdef"
     files.write_arrow(tokens / "test.arrow", pa.Table.from_pylist(rows, schema=documents_schema()))
@@ -177,8 +178,8 @@ def test_documents_of_other_conversations_are_found(check, rendered, tokens):
     assert "0123456789abcdef" in str(caught.value)
 
 
-def test_a_masked_answer_that_is_learned_is_found(check, tokens):
-    """The training split holds a conversation whose first answer has weight 0."""
+def test_a_masked_answer_that_is_supervised_is_found(check, tokens):
+    """The training split contains a conversation whose first answer has weight 0."""
     path = tokens / "train.arrow"
     rows = files.read_arrow(path).to_pylist()
     masked = next(row for row in rows if row["n_copies"] == 3)
@@ -193,7 +194,7 @@ def test_a_masked_answer_that_is_learned_is_found(check, tokens):
 @given(
     n_documents=st.lists(st.integers(0, 10**6), min_size=3, max_size=3), limit=st.integers(1, 5000)
 )
-def test_every_split_has_its_share_of_the_sample(n_documents, limit):
+def test_every_split_has_a_proportional_share_of_the_sample(n_documents, limit):
     shares = share_out(n_documents, limit)
     assert all(0 <= share <= n for share, n in zip(shares, n_documents, strict=True))
     assert all(share > 0 for share, n in zip(shares, n_documents, strict=True) if n)

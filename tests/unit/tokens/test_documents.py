@@ -38,7 +38,7 @@ def document_rows(draw):
 def test_documents_read_back_as_written(rows, cuts, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "documents.arrow"
     schema = documents_schema()
-    # Several batches, empty ones among them, as a larger file has them.
+    # Several batches, some of them empty, as in a larger file.
     parts = [rows[start:end] for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     table = pa.concat_tables(pa.Table.from_pylist(part, schema=schema) for part in parts)
     files.write_arrow(path, table)
@@ -66,7 +66,7 @@ def test_a_document_past_the_end_is_an_index_error(tmp_path):
 
 
 def test_opening_a_file_reads_no_token(tmp_path):
-    """Tokens stay in the mapped file: only the columns of numbers are copied."""
+    """Tokens stay in the mapped file; only columns of numbers are copied."""
     rows = [
         {
             "id": str(at),
@@ -101,7 +101,7 @@ def test_rejections_stop_a_stage_only_above_the_limit(n_read, n_bad, limit):
         assert len(problems) <= limit * n_read
 
 
-def test_rejections_that_are_not_listed_count_too():
+def test_rejections_beyond_the_listed_ones_are_counted():
     with pytest.raises(StageError, match="30 of 100 conversations"):
         check_rejected(["a: b"], logger, n_rejected=30, n_read=100, limit=0.2, key="limit")
 

@@ -12,7 +12,7 @@ from workflow_scripts import files
 from workflow_scripts.chats.messages import SPLITS
 from workflow_scripts.demo.stdlib_chats import make_chats
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
-from workflow_scripts.tokens import render_chats, token_parity
+from workflow_scripts.tokens import render_chats, rendered_batches, token_parity
 from workflow_scripts.tokens.documents import Documents
 
 STAGE = "workflow_scripts.tokens.render_chats"
@@ -49,7 +49,7 @@ def test_help_explains_without_torch(ask_for_help):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_clean_chat_is_a_document_in_its_place(rendered, tokenizer_v3, split):
+def test_every_clean_chat_is_a_document_in_the_same_order(rendered, tokenizer_v3, split):
     chats = files.read_parquet(rendered.clean / f"{split}.parquet").to_pylist()
     documents = Documents(rendered.tokens / f"{split}.arrow")
     assert documents.ids == [chat["id"] for chat in chats] != []
@@ -73,7 +73,7 @@ def test_every_clean_chat_is_a_document_in_its_place(rendered, tokenizer_v3, spl
         )
 
 
-def test_tool_calls_are_learned_and_tool_results_are_not(render, tokenizer_v3):
+def test_tool_calls_are_supervised_and_tool_results_are_not(render, tokenizer_v3):
     tokens = render([tool_chat("So.", result="the secret")])
     document = Documents(tokens / "train.arrow")[0]
     official = load_mistral_tokenizer(tokenizer_v3, for_training=True)
@@ -82,7 +82,7 @@ def test_tool_calls_are_learned_and_tool_results_are_not(render, tokenizer_v3):
     assert "secret" not in learned and "secret" in official.decode(document.input_ids.tolist())
 
 
-def test_the_last_turn_alone_is_learned_where_the_config_says_so(render):
+def test_only_the_last_turn_is_supervised_if_the_config_says_so(render):
     turns = [
         *({"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}),
         *({"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Second."}),
@@ -94,7 +94,7 @@ def test_the_last_turn_alone_is_learned_where_the_config_says_so(render):
     assert files.read_arrow(tokens / "train.arrow")["supervised_spans"][0][0].as_py() > 10
 
 
-def test_what_cannot_be_rendered_is_rejected_with_its_place_and_reason(render):
+def test_a_conversation_that_cannot_be_rendered_is_rejected_with_place_and_reason(render):
     question = {"role": "user", "content": "What?"}
     masked = {"role": "assistant", "content": "That.", "weight": 0}
     tokens = render(
@@ -142,7 +142,7 @@ def test_the_report_adds_up(rendered):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Two batches and a half of generated chats, some of which cannot be rendered."""
+    """Two and a half batches of generated chats, some of which cannot be rendered."""
     generator = ChatGenerator(seed=3)
     chats = []
     for _ in range(2500):
@@ -173,7 +173,7 @@ def test_columns_are_read_as_to_pylist_reads_them(many):
     table = files.read_parquet(many / "train.parquet").slice(100, 900).combine_chunks()
     column = table["messages"].chunk(0)
     expected = column.to_pylist()
-    found = list(render_chats.read_messages(column))
+    found = list(rendered_batches.read_messages(column))
     assert len(found) == 900
     for messages, of_arrow in zip(found, expected, strict=True):
         assert [{**dict.fromkeys(row), **m} for m, row in zip(messages, of_arrow, strict=True)] == (
@@ -223,8 +223,8 @@ def test_offsets_of_more_than_2_31_tokens_do_not_wrap():
     import numpy as np
 
     lengths = np.array([2**31 - 1, 5], dtype=np.int32)
-    assert render_chats.offsets(lengths, np.int64).tolist() == [0, 2**31 - 1, 2**31 + 4]
-    assert pa.array(render_chats.offsets(lengths, np.int64)).type == pa.int64()
+    assert rendered_batches.offsets(lengths, np.int64).tolist() == [0, 2**31 - 1, 2**31 + 4]
+    assert pa.array(rendered_batches.offsets(lengths, np.int64)).type == pa.int64()
 
 
 def as_sharegpt(chat):
@@ -270,7 +270,7 @@ def test_the_same_chats_in_another_format_have_identical_tokens(
     from workflow_scripts.chats import clean_dataset
 
     chats = make_chats(n_conversations=200, seed=1)
-    if shape is as_prompt_and_completion:  # which has one turn, and no system prompt
+    if shape is as_prompt_and_completion:  # this format has one turn and no system prompt
         turns = [[one for one in chat["messages"] if one["role"] != "system"] for chat in chats]
         chats = [{"messages": messages[:2]} for messages in turns]
     files.write_jsonl(tmp_path / "chats.jsonl", [{"messages": c["messages"]} for c in chats])

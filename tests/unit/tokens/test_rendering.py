@@ -22,7 +22,7 @@ control = st.sampled_from(
 )
 texts = (
     st.lists(plain | control, min_size=1, max_size=3)
-    .map(lambda parts: "".join(parts).strip())  # as cleaning strips
+    .map(lambda parts: "".join(parts).strip())  # stripped as in cleaning
     .filter(bool)
 )
 turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
@@ -38,7 +38,7 @@ def messages_of(turns, system=None):
 
 
 def unsupervised(rendering):
-    """The tokens outside of every span; None stands for each span."""
+    """Tokens outside the spans, with None in place of each span."""
     tokens, at = [], 0
     for start, end in rendering.supervised_spans:
         tokens += [*rendering.input_ids[at:start].tolist(), None]
@@ -58,12 +58,12 @@ def renderer(folder):
 
 @pytest.fixture(scope="module")
 def official(folder):
-    """A second tokenizer, which no renderer listens to."""
+    """A second tokenizer, which no renderer has changed."""
     return load_mistral_tokenizer(folder, for_training=True)
 
 
-def test_ten_thousand_conversations_have_one_rendering(folder, renderer, official):
-    """By the renderer and by mistral-common; every fourth also by the files that ship."""
+def test_ten_thousand_conversations_have_the_reference_tokens(folder, renderer, official):
+    """Compare with mistral-common, and every fourth also with the exported files."""
     from transformers import AutoTokenizer
 
     shipped = AutoTokenizer.from_pretrained(folder)
@@ -96,7 +96,7 @@ def test_ten_thousand_conversations_have_one_rendering(folder, renderer, officia
         by_template = shipped.apply_chat_template(
             arguments[0], tools=arguments[1], tokenize=True, return_dict=False
         )
-        # A reason that explains nothing would hide a difference.
+        # A reason without a real difference would hide errors.
         reason = token_parity.why_template_differs(messages, tools, official=official)
         assert (by_template == expected) == (reason is None), (reason, messages)
         n_by_template += reason is None
@@ -140,14 +140,14 @@ def renderer_of(folder, official, *, last):
 
 @given(text=texts)
 @settings(max_examples=50)
-def test_a_plain_text_stands_between_bos_and_eos_and_is_learned(renderer, official, text):
+def test_a_plain_text_is_between_bos_and_eos_and_is_supervised(renderer, official, text):
     rendering = renderer.render([{"role": "text", "content": text}])
     encoded = official.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
     assert rendering.input_ids.tolist() == [renderer.bos_id, *encoded, renderer.eos_id]
     assert rendering.supervised_spans == [(1, len(encoded) + 2)]
 
 
-def test_a_conversation_of_weight_0_has_nothing_to_learn(renderer):
+def test_a_conversation_of_weight_0_has_no_supervised_token(renderer):
     messages = messages_of([("What?", "That.")])
     messages[1]["weight"] = 0
     with pytest.raises(CannotRender) as caught:
@@ -155,7 +155,7 @@ def test_a_conversation_of_weight_0_has_nothing_to_learn(renderer):
     assert caught.value.reason == "no supervised token"
 
 
-def test_answers_of_different_weight_cannot_be_one(renderer):
+def test_consecutive_answers_of_different_weight_are_refused(renderer):
     messages = [*messages_of([("What?", "That.")]), {"role": "assistant", "content": "So."}]
     assert len(renderer.render(messages).supervised_spans) == 1
     with pytest.raises(CannotRender) as caught:
@@ -163,7 +163,7 @@ def test_answers_of_different_weight_cannot_be_one(renderer):
     assert caught.value.reason == "answers of different weight follow each other"
 
 
-def test_a_renderer_leaves_its_tokenizer_as_it_is(folder, official):
+def test_a_renderer_does_not_change_its_tokenizer(folder, official):
     tokenizer = load_mistral_tokenizer(folder, for_training=True)
     messages = messages_of([("What?", "That.")], "Be brief.")
     Renderer(tokenizer).render(messages)
@@ -172,7 +172,7 @@ def test_a_renderer_leaves_its_tokenizer_as_it_is(folder, official):
     assert tokenizer.decode(found)
 
 
-def test_conversations_without_tools_take_the_short_way():
+def test_conversations_without_tools_are_plain():
     generator = ChatGenerator(seed=1)
     plain = 0
     for _ in range(500):
@@ -205,7 +205,7 @@ def test_spans_decode_to_the_answers_and_end_in_eos(renderer, official, turns, s
 @given(turns=turns, system=systems)
 @settings(max_examples=50)
 def test_every_eos_is_supervised(renderer, turns, system):
-    # Also where a text spells `</s>`: spelled out, it is text.
+    # A text that contains `</s>` stays text.
     rendering = renderer.render(messages_of(turns, system))
     ends = [at + 1 for at, token in enumerate(rendering.input_ids) if token == renderer.eos_id]
     assert ends == [end for _, end in rendering.supervised_spans]
@@ -213,7 +213,7 @@ def test_every_eos_is_supervised(renderer, turns, system):
 
 @given(turns=turns, system=systems, other=texts)
 @settings(max_examples=50)
-def test_what_is_not_supervised_does_not_depend_on_the_answers(renderer, turns, system, other):
+def test_unsupervised_tokens_do_not_depend_on_the_answers(renderer, turns, system, other):
     rendering = renderer.render(messages_of(turns, system))
     replaced = renderer.render(messages_of([(question, other) for question, _ in turns], system))
     assert unsupervised(rendering) == unsupervised(replaced)
@@ -221,7 +221,7 @@ def test_what_is_not_supervised_does_not_depend_on_the_answers(renderer, turns, 
 
 @given(turns=turns, system=systems, other=texts)
 @settings(max_examples=50)
-def test_what_is_supervised_does_not_depend_on_the_questions(renderer, turns, system, other):
+def test_supervised_tokens_do_not_depend_on_the_questions(renderer, turns, system, other):
     def supervised(rendering):
         return [
             rendering.input_ids[start:end].tolist() for start, end in rendering.supervised_spans
@@ -264,14 +264,14 @@ def load_for_inference(folder):
         [{"role": "user", "content": "What?"}, {"role": "assistant", "content": None}],
     ],
 )
-def test_what_mistral_common_refuses_cannot_be_rendered(renderer, messages):
+def test_a_conversation_that_mistral_common_refuses_cannot_be_rendered(renderer, messages):
     with pytest.raises(CannotRender) as caught:
         renderer.render(messages)
     assert caught.value.reason.startswith("mistral-common refuses it (")
     assert caught.value.detail and "\n" not in caught.value.detail
 
 
-def test_a_refused_conversation_leaves_no_trace_in_the_next(renderer):
+def test_a_refused_conversation_does_not_affect_the_next(renderer):
     messages = messages_of([("What?", "That."), ("Why?", "So.")])
     before = renderer.render(messages).input_ids.tolist()
     with pytest.raises(CannotRender):
@@ -286,7 +286,7 @@ gaps = st.lists(st.lists(st.integers(3, 9), max_size=5), min_size=6, max_size=6)
 
 
 @given(answers=answers, gaps=gaps)
-def test_locate_finds_each_answer_where_it_was_put(answers, gaps):
+def test_locate_finds_each_answer(answers, gaps):
     input_ids, expected = [], []
     for gap, answer in zip(gaps, answers, strict=False):
         input_ids += gap

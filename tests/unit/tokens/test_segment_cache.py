@@ -16,11 +16,11 @@ from workflow_scripts.tokens import segment_cache
 from workflow_scripts.tokens.segment_cache import SegmentCache, TextEncoder
 
 VERSIONS = ["v1", "v2", "v3", "v7", "tekken"]
-# Unicode's White_Space, which is \s in tekken's split.
+# Unicode's White_Space, matched by \s in tekken's split.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
-# Python's alone, and what looks like a space and is none.
+# White space in Python only, and characters that look like a space but are not.
 NEARLY_SPACE = "\x1c\x1d\x1e\x1f\u180e\u200b\ufeff\u2060"
 CONTROL = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<0x0A>", "<unk>", "[REF]"]
 PIECES = [
@@ -58,11 +58,11 @@ def test_every_official_tokenizer_is_cut(encoder):
 
 @given(text=texts)
 @settings(max_examples=300)
-def test_any_text_has_the_ids_of_the_whole(encoder, tokenizer, text):
+def test_cutting_a_text_does_not_change_its_ids(encoder, tokenizer, text):
     assert ids(encoder.encode(text)) == tokenizer.encode(text, bos=False, eos=False)
 
 
-def test_many_texts_of_white_space_and_marks_have_the_ids_of_the_whole(encoder, tokenizer):
+def test_cutting_white_space_and_marks_does_not_change_the_ids(encoder, tokenizer):
     rng = random.Random(0)
     for _ in range(10_000):
         share = rng.random()
@@ -75,7 +75,7 @@ def test_many_texts_of_white_space_and_marks_have_the_ids_of_the_whole(encoder, 
 
 @given(text=texts)
 @settings(max_examples=300)
-def test_segments_are_the_text_and_no_character_less(text):
+def test_segments_join_to_the_text(text):
     assert "".join(segment_cache.TEKKEN_SEGMENT.findall(text)) == text
     assert "".join(segment_cache.SENTENCEPIECE_SEGMENT.findall(" " + text)) == " " + text
 
@@ -91,7 +91,7 @@ def test_prose_and_code_are_cut_at_every_word():
     ]
 
 
-def test_python_sees_all_of_unicode_s_white_space():
+def test_python_matches_all_of_unicodes_white_space():
     of_python = {chr(code) for code in range(sys.maxunicode + 1) if re.match(r"\s", chr(code))}
     assert of_python - set(WHITE_SPACE) == set("\x1c\x1d\x1e\x1f")
     assert set(WHITE_SPACE) < of_python
@@ -129,7 +129,7 @@ def normalizing(model, name):
         (normalizing, "remove_extra_whitespaces"),
     ],
 )
-def test_a_sentencepiece_file_that_could_join_over_a_cut_is_not_cut(
+def test_a_sentencepiece_file_that_could_merge_across_a_cut_is_not_cut(
     exported_tokenizer, tmp_path, change, value
 ):
     path = tmp_path / "tokenizer.model.v3"
@@ -154,7 +154,7 @@ segments_of_two_letters = st.lists(st.text(alphabet="ab", max_size=3))
 
 
 @given(texts=st.lists(segments_of_two_letters, max_size=5), max_segments=st.integers(2, 6))
-def test_a_cache_never_holds_more_than_it_may_and_never_changes_an_answer(texts, max_segments):
+def test_a_cache_respects_its_limit_and_returns_correct_ids(texts, max_segments):
     asked = []
 
     def encode(segments):
@@ -170,7 +170,7 @@ def test_a_cache_never_holds_more_than_it_may_and_never_changes_an_answer(texts,
         assert len(asked) == len(set(asked)), "each once"
 
 
-def test_what_is_asked_for_again_outlives_what_is_not():
+def test_segments_in_use_stay_in_the_cache():
     asked = []
 
     def encode(segments):
@@ -185,7 +185,7 @@ def test_what_is_asked_for_again_outlives_what_is_not():
 
 @given(st.lists(texts, max_size=6))
 @settings(max_examples=200)
-def test_texts_at_once_have_the_ids_of_each(encoder, tokenizer, texts):
+def test_texts_encoded_together_have_the_ids_of_each(encoder, tokenizer, texts):
     assert [ids(encoded) for encoded in encoder.encode_all(texts)] == [
         tokenizer.encode(text, bos=False, eos=False) for text in texts
     ]

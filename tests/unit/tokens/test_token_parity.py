@@ -17,7 +17,7 @@ def sample_of(rows, limit):
 
 
 @given(rows=documents, limit=st.integers(1, 250))
-def test_a_sample_has_the_size_asked_for_and_the_longest_document(rows, limit):
+def test_a_sample_has_the_requested_size_and_the_longest_document(rows, limit):
     sample = sample_of(rows, limit)
     assert sample == sorted(set(sample))
     assert len(sample) == min(limit, len(rows))
@@ -27,21 +27,21 @@ def test_a_sample_has_the_size_asked_for_and_the_longest_document(rows, limit):
 
 
 @given(rows=documents, limit=st.integers(10, 250))
-def test_a_sample_holds_a_third_of_documents_with_tools_where_there_are_so_many(rows, limit):
+def test_a_third_of_a_sample_uses_tools_if_the_file_has_enough(rows, limit):
     n_with_tools = sum(tools for _, tools in rows)
     in_sample = sum(rows[index][1] for index in sample_of(rows, limit))
     assert in_sample >= min(n_with_tools, limit // 3)
 
 
 @given(rows=documents)
-def test_no_limit_is_every_document(rows):
+def test_without_a_limit_every_document_is_chosen(rows):
     assert sample_of(rows, None) == list(range(len(rows)))
 
 
 @given(limit=st.integers(10, 100))
 def test_a_sample_is_spread_over_the_file(limit):
     sample = sample_of([(7, False)] * 1000, limit)
-    rest = sample[-(-limit // 10) :]  # the first are the longest, all being equal
+    rest = sample[-(-limit // 10) :]  # all lengths are equal, so the first count as the longest
     gaps = np.diff(rest)
     assert rest[-1] > 1000 - 2 * max(gaps) and max(gaps) <= 2 * min(gaps) + 2
 

@@ -8,13 +8,13 @@ from mistral_common.tokens.tokenizers.tekken import is_tekkenizer
 from workflow_scripts.tokens.token_texts import TokenText, is_control, token_bytes, token_texts
 
 VERSIONS = ["v1", "v2", "v3", "v7", "tekken"]
-hangul = st.characters(min_codepoint=0xAC00, max_codepoint=0xD7A3)  # tekken cuts it anywhere
+hangul = st.characters(min_codepoint=0xAC00, max_codepoint=0xD7A3)  # tekken cuts these at any byte
 texts = st.text(
     st.sampled_from(" \n\t a.é日本שע👩💻\u200d\u202e\x00ʰ<0xF0>습니다했어요")
     | hangul
     | st.characters(codec="utf-8"),
     min_size=1,
-).filter(lambda text: "▁" not in text)  # which is a space to SentencePiece
+).filter(lambda text: "▁" not in text)  # SentencePiece reads it as a space
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -25,7 +25,7 @@ def tokenizer(request, official_tokenizer):
 
 @pytest.fixture(scope="module")
 def fragments(tokenizer) -> list[int]:
-    """Tokens that hold a part of a character."""
+    """Tokens that contain part of a character."""
     return [
         token_id
         for token_id in range(tokenizer.n_words)
@@ -36,7 +36,7 @@ def fragments(tokenizer) -> list[int]:
 
 
 def joined_bytes(found: list[TokenText]) -> bytes:
-    """A character that several tokens share stands in the bytes of all, and once more as text."""
+    """A character split over several tokens is in the bytes of all, and also in one text."""
     return b"".join(
         one.first_bytes + (one.text[1:] if one.first_bytes else one.text).encode() + one.last_bytes
         for one in found
@@ -45,19 +45,19 @@ def joined_bytes(found: list[TokenText]) -> bytes:
 
 @given(text=texts)
 @settings(max_examples=200)
-def test_each_token_says_its_part_and_together_they_say_the_text(tokenizer, text):
+def test_the_texts_of_all_tokens_join_to_the_text(tokenizer, text):
     token_ids = tokenizer.encode(text, bos=False, eos=False)
     found = list(token_texts(tokenizer, token_ids))
     assert len(found) == len(token_ids)
     said = "".join(one.text for one in found)
-    # SentencePiece puts a space in front.
+    # SentencePiece adds a leading space.
     assert said == (text if is_tekkenizer(tokenizer) else " " + text)
     assert joined_bytes(found) == said.encode()
     assert not any(one.is_control for one in found)
 
 
 @given(text=texts, at=st.integers(0, 30))
-def test_what_is_shown_does_not_wait_for_what_follows(tokenizer, text, at):
+def test_a_tokens_text_does_not_depend_on_later_tokens(tokenizer, text, at):
     token_ids = tokenizer.encode(text, bos=False, eos=False)
     assert (
         list(token_texts(tokenizer, token_ids[:at])) == list(token_texts(tokenizer, token_ids))[:at]
@@ -66,7 +66,7 @@ def test_what_is_shown_does_not_wait_for_what_follows(tokenizer, text, at):
 
 @given(choice=st.lists(st.integers(0, 10**6), max_size=12))
 @settings(max_examples=300)
-def test_no_byte_is_lost_of_any_tokens_even_where_they_are_no_text(tokenizer, fragments, choice):
+def test_no_byte_is_lost_even_if_the_tokens_are_not_text(tokenizer, fragments, choice):
     token_ids = [fragments[at % len(fragments)] for at in choice]
     found = list(token_texts(tokenizer, token_ids))
     assert joined_bytes(found) == b"".join(token_bytes(tokenizer, one) for one in token_ids)
@@ -81,7 +81,7 @@ def test_control_tokens_are_named_and_end_a_character(tokenizer):
     assert "𓀀" not in "".join(one.text for one in found[:-1])
 
 
-def test_bytes_that_are_no_character_are_shown_as_bytes_and_spoil_nothing_after(tokenizer):
+def test_invalid_bytes_are_shown_as_bytes_and_do_not_affect_later_tokens(tokenizer):
     (*begun, last) = tokenizer.encode("𓀀", bos=False, eos=False)
     after = tokenizer.encode("a b", bos=False, eos=False)
     alone = list(token_texts(tokenizer, [last, *after]))
