@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from workflow_scripts import files
 from workflow_scripts.handover.origin import Origin
 from workflow_scripts.handover.training import Evaluation, History, TrainingStep
 from workflow_scripts.log import StageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folder: Path) -> None:
@@ -26,8 +26,6 @@ def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folde
         weights: what trained, by parameter name.
         checkpoint: folder of the base model.
     """
-    from safetensors.torch import save_file
-
     source = checkpoint / "source.json"
     name = Origin.read(source).source if source.is_file() else str(checkpoint)
     with files.atomic_folder(folder / ".saved") as saved:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from workflow_scripts.log import StageError
@@ -184,9 +185,7 @@ def _varlen(
     scale: float,
 ) -> Tensor:
     """PyTorch's FlashAttention varlen kernel; shapes as `packed_attention`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = varlen_options(_varlen_parameters(), window=window, scale=scale)
+    options = varlen_options(varlen_parameters(), window=window, scale=scale)
     if "enable_gqa" not in options:
         n_groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(n_groups, dim=1) for part in (key, value))
@@ -199,9 +198,7 @@ def _varlen(
 
 
 @cache
-def _varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
+def varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 

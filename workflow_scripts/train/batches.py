@@ -7,16 +7,15 @@ every segment: a document for `best_fit` and `none`, a whole row for `concatenat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from workflow_scripts.packing.balance import NO_ROW
 from workflow_scripts.packing.packing import Piece, Row, Rows
 from workflow_scripts.tokens.documents import Documents
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 IGNORED = -100
 PADDING = 0  # any token would do: none sees it
@@ -88,8 +87,6 @@ class Collator:
         The first token of a segment has no label, as nothing before it belongs to it, nor has
         carried-over context.
         """
-        import torch
-
         n_longest = max((sum(piece.length for piece in row) for row in rows), default=0)
         tokens, labels, segments = [], [], []
         for row in rows:
@@ -135,6 +132,4 @@ class Collator:
 
 
 def _row(values: Any) -> Tensor:
-    import torch
-
     return torch.from_numpy(values.astype("int64"))[None]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -116,8 +117,6 @@ class BestWeights(TrainerCallback):
             control.should_save = False
 
     def _save(self, model: Any, state: Any) -> None:
-        from safetensors.torch import save_file
-
         weights = trained_weights(model)
         if not state.is_world_process_zero:
             return
@@ -131,8 +130,6 @@ class BestWeights(TrainerCallback):
         Returns:
             The step they are of; None where none were kept.
         """
-        from safetensors.torch import load_file
-
         if not (self._folder / "best.json").is_file():
             return None
         weights = load_file(self._folder / "weights.safetensors")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from workflow_scripts.train.batches import IGNORED
 
@@ -101,8 +102,6 @@ def _load_balancing_loss(
     causal_model: Any, router_logits: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """1 where every expert gets its share, more where some get most. Source: arXiv:2101.03961."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     loss = load_balancing_loss_func(
         router_logits,  # type: ignore[arg-type]  # transformers annotates a tuple of one layer
         causal_model.num_experts,

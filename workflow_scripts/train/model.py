@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from transformers import set_seed
+
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint import default_device, load_model, native_precision
 from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.train import attention, noise
+from workflow_scripts.train.kernels import liger_runs, use_liger
+from workflow_scripts.train.lora import ROUTER, check_mixture, lora_config
+from workflow_scripts.train.loss import sum_loss
+from workflow_scripts.train.projections import fuse
 
 
 def trainable_model(
@@ -20,12 +31,6 @@ def trainable_model(
         facts: the model's.
         kernels: `training.kernels`.
     """
-    from transformers import set_seed
-
-    from workflow_scripts.models.checkpoint import load_model
-    from workflow_scripts.train import attention
-    from workflow_scripts.train.kernels import liger_runs, use_liger
-
     set_seed(recipe.seed)
     base = load_model(
         checkpoint,
@@ -45,8 +50,6 @@ def base_precision(recipe: RecipeSettings) -> Any:
     A full fine-tune keeps float32 weights whatever computes (autocast does, on a GPU): an update
     of 1e-5 is lost in bfloat16's eight bits.
     """
-    from workflow_scripts.models.checkpoint import default_device, native_precision
-
     by_method = {"qlora": "nf4", "lora_int8": "int8", "full": "float32"}
     if recipe.method in by_method:
         return by_method[recipe.method]
@@ -65,13 +68,6 @@ def adapt(base: Any, facts: ModelShape, recipe: RecipeSettings) -> Any:
     Raises:
         StageError: the recipe asks for what this model, or this machine, does not have.
     """
-    import torch
-
-    from workflow_scripts.train import noise
-    from workflow_scripts.train.lora import ROUTER, check_mixture, lora_config
-    from workflow_scripts.train.loss import sum_loss
-    from workflow_scripts.train.projections import fuse
-
     embeddings = base.get_input_embeddings().weight
     dtype = embeddings.dtype
     if recipe.dora and recipe.method == "lora_int8" and embeddings.device.type == "cpu":
@@ -89,8 +85,6 @@ def adapt(base: Any, facts: ModelShape, recipe: RecipeSettings) -> Any:
             if f".{ROUTER}." in name:
                 parameter.requires_grad_(recipe.trains_router)
     else:
-        from peft import get_peft_model
-
         base.requires_grad_(False)
         model = get_peft_model(base, lora_config(recipe, facts))
         for parameter in model.parameters():
@@ -114,8 +108,6 @@ def _join_precisions(base: Any, dtype: Any) -> None:
 
     Float32 embeddings would make every hidden state float32; a float32 router takes no others.
     """
-    from peft.utils.other import ModulesToSaveWrapper
-
     for name, layer in base.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             if name.endswith("embed_tokens"):

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from transformers.optimization import Adafactor
 
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings
@@ -30,15 +32,11 @@ def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Opt
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
     if recipe.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
         # Not torch.optim.Adafactor: that multiplies the rate by the matrix's own size, and LoRA's B
         # begins at zero, so it would learn a thousand times slower.
         return Adafactor(
             groups, lr=recipe.learning_rate, scale_parameter=False, relative_step=False
         )
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
     # Paged where there is a GPU to page from; on a CPU the two are the same.
     is_paged = recipe.optimizer == "adamw_paged_8bit" and torch.cuda.is_available()
     return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, lr=recipe.learning_rate, betas=betas)

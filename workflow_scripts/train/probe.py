@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from workflow_scripts.log import StageError
 from workflow_scripts.packing.plan import Plan
 from workflow_scripts.tokens.documents import Documents
+from workflow_scripts.train.batches import Collator, Segments
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from workflow_scripts.train.batches import Segments
 
 EDGES = 16  # places where the far edge of a window is tried, until one tells
 TO_FIX = "install the versions of requirements.lock: another one changed attention"
@@ -46,8 +46,6 @@ def check_attention(
     Raises:
         StageError: attention is not what the plan and the facts declare.
     """
-    import torch
-
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
     with torch.no_grad(), _without_experts(decoder):
         return {
@@ -58,8 +56,6 @@ def check_attention(
 
 def _check_documents(decoder: Any, documents: Documents, plan: Plan) -> dict[str, int]:
     """Two rows in a micro-batch, the latter half of one document of the first exchanged."""
-    from workflow_scripts.train.batches import Collator
-
     row, other_rows = _probed_rows(plan)
     at = (len(row) - 1) // 2  # a document with others before and behind it, where there is one
     ends = np.cumsum([piece.length for piece in row]).tolist()
@@ -116,8 +112,6 @@ def _check_windows(
     token at a time is exchanged: the last one to see it is a window further, neither more nor less.
     Several places are tried, as a token of little weight may move nothing in 16 bits.
     """
-    import torch
-
     tokens = documents[int(np.argmax(documents.lengths))].input_ids
     windows = dict.fromkeys(layer_windows)
     probed = [window for window in windows if window is None or window < plan.row_tokens]
@@ -172,8 +166,6 @@ def _moved(decoder: Any, batch: Segments, exchanged: slice) -> np.ndarray:
 
 def _hidden_states(decoder: Any, batch: Segments) -> Tensor:
     """(tokens, hidden_size), in front of the output layer."""
-    import torch
-
     inputs = {
         key: value.to(decoder.device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
@@ -188,8 +180,6 @@ def _hidden_states(decoder: Any, batch: Segments) -> Tensor:
 
 
 def _one_segment(tokens: Tensor) -> Segments:
-    import torch
-
     n_tokens = len(tokens)
     bounds = torch.tensor([0, n_tokens], dtype=torch.int32)
     return {
@@ -206,7 +196,6 @@ def _one_segment(tokens: Tensor) -> Segments:
 def _one_layer(decoder: Any, index: int) -> Iterator[None]:
     """Embedding, that layer, final norm. The layers before it hand on what they get, so that it
     keeps its number, by which some models find its window."""
-    import torch
 
     class Passes(torch.nn.Module):
         def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -224,8 +213,6 @@ def _one_layer(decoder: Any, index: int) -> Iterator[None]:
 def _without_experts(decoder: Any) -> Iterator[None]:
     """Experts give nothing. They work token by token, but on groups whose size the other tokens
     decide, and with it the rounding, which may then choose another expert in the next layer."""
-    import torch
-
     hooks = [
         layer.mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
         for layer in decoder.layers

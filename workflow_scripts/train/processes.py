@@ -17,6 +17,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from workflow_scripts import log
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TrainingSettings
@@ -37,18 +39,6 @@ def n_processes() -> int:
 def is_main() -> bool:
     """The one process that writes what all share."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def least(value: int) -> int:
-    """The smallest of every process's value, so that all decide alike."""
-    if n_processes() == 1:
-        return value
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState(cpu=not torch.cuda.is_available())
-    return min(gather_object([value]))
 
 
 def sharding(
@@ -78,8 +68,6 @@ def run(module: str, argv: Sequence[str], training: TrainingSettings) -> None:
     Raises:
         StageError: they failed; their own messages stand above.
     """
-    import psutil
-
     command = launch_command(module, argv, training, os.environ)
     logger.info("launched command=%s", " ".join(command))
     process = subprocess.Popen(

@@ -11,6 +11,8 @@ import types
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import Linear, Linear4bit
 
 
 def fuse(model: Any) -> int:
@@ -33,8 +35,6 @@ def fuse(model: Any) -> int:
 
 def _is_plain(layer: Any) -> bool:
     """One LoRA of A and B alone, on a base that is NF4 or not quantized."""
-    from peft.tuners.lora import Linear, Linear4bit
-
     return (
         isinstance(layer, (Linear, Linear4bit))
         and list(layer.lora_A) == ["default"]
@@ -59,8 +59,6 @@ def _weight(base: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
     return dequantize_4bit(base.weight.data, state).to(dtype)
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.train import train_adapter
+from workflow_scripts.train import train_adapter, training
 
 
 def data_bytes() -> int:
@@ -41,7 +41,7 @@ class Watch(threading.Thread):
 def main() -> None:
     limit_bytes = int(sys.argv[1])
     watch = Watch()
-    train = train_adapter.train
+    train = training.train
 
     def limited(*arguments: object) -> None:
         if limit_bytes:
@@ -51,7 +51,7 @@ def main() -> None:
             watch.start()
         train(*arguments)
 
-    train_adapter.train = limited
+    training.train = limited
     train_adapter.main(sys.argv[2:])
     print(watch.most)
 
