@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if device_type == "cpu" and given not in NO_GPUS:
             logger.warning(
-                "found no GPU that torch can use: CUDA_VISIBLE_DEVICES=%s is not, the CPU is; %s",
+                "torch cannot use the GPU of CUDA_VISIBLE_DEVICES=%s, so the CPU is used; %s",
                 given,
                 log.DOCTOR,
             )

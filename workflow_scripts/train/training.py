@@ -88,9 +88,16 @@ def _try_to_train(
     job: Job, folders: Folders, checkpoints: Checkpoints, layouts: Layouts
 ) -> log.StageError | None:
     """Train; return the refusal if memory ran out."""
+    interruption = Interruption()
     try:
-        with Interruption() as interruption:
-            _train(job, folders, checkpoints, layouts, interruption)
+        with processes.handled_signals(interruption.receive):
+            chosen = fit.choose(
+                layouts,
+                available_bytes=_least(device.available_bytes()),
+                n_steps_down=checkpoints.n_steps_down,
+            )
+            logger.info("laid out %s predicted_bytes=%d", chosen.setup, chosen.peak)
+            _train(job, folders, checkpoints, chosen, interruption)
     except (RuntimeError, MemoryError) as error:
         if not exhausts_memory(error):
             raise
@@ -106,16 +113,10 @@ def _train(
     job: Job,
     folders: Folders,
     checkpoints: Checkpoints,
-    layouts: Layouts,
+    chosen: Candidate,
     interruption: Interruption,
 ) -> None:
-    """From the newest checkpoint, or from the start, to the adapter's files."""
-    chosen = fit.choose(
-        layouts,
-        available_bytes=_least(device.available_bytes()),
-        n_steps_down=checkpoints.n_steps_down,
-    )
-    logger.info("laid out %s predicted_bytes=%d", chosen.setup, chosen.peak)
+    """Train from the newest checkpoint, or from the start, and write the adapter's files."""
     model = _checked_model(job, folders.base, chosen)
     tokens_per_step = float(job.plan.rows.n_tokens.mean()) * job.recipe.rows_per_step
     progress = Progress(tokens_per_step=tokens_per_step)

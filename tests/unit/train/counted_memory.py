@@ -48,7 +48,8 @@ def model_of(folder, facts, recipe, *, precision="nf4", fuses=True):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are still alive, and the most of them."""
+    """Counts the bytes of all storages that operations created and that are still in use, and their
+    peak."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ from workflow_scripts.train.memory.shape import Shape
 
 @pytest.fixture(scope="module")
 def checkpoint_of(make_checkpoint, tmp_path_factory):
-    """`checkpoint_of(facts)`: random weights of that shape."""
+    """`checkpoint_of(facts)`: a checkpoint of that shape with random weights."""
 
     def make(facts):
         options = config_of(facts).to_dict()
@@ -56,8 +56,8 @@ def predicted_bytes(shape, *, n_tokens, setup):
 
 
 def kept_bytes(model, batch):
-    """Of a forward pass, what is kept for the backward pass; without the model's own tensors, and
-    without what outlives nothing but a temporary graph (DoRA's norms)."""
+    """Bytes that a forward pass keeps for the backward pass, without the model's own tensors and
+    without tensors of a temporary graph (DoRA's norms)."""
     own = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         state = getattr(module, "quant_state", None)
@@ -101,7 +101,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_autograd_keeps_is_what_the_formulas_say(name, checkpoint_of):
+def test_autograd_keeps_the_bytes_of_the_formulas(name, checkpoint_of):
     facts, options = LAYERS[name]
     options = dict(options)
     fuses = options.pop("fuses", True)
@@ -112,12 +112,12 @@ def test_what_autograd_keeps_is_what_the_formulas_say(name, checkpoint_of):
     shape = Shape(facts, recipe, compute_bytes=4, is_cuda=False, has_liger=False, fuses=fuses)
     predicted = predicted_bytes(shape, n_tokens=n_tokens, setup=setup_of(1, 0, False))
     found = kept_bytes(model, batch_of(n_tokens))
-    # Measured: 0.1 % apart; with a window 1.1 %, its masks.
+    # Measured: 0.1 % apart; with a window 1.1 %, because of its masks.
     assert found == pytest.approx(predicted, rel=0.03)
 
 
 @pytest.mark.parametrize("n_again", [1, 2])
-def test_a_checkpointed_layer_keeps_its_input_alone(n_again, checkpoint_of):
+def test_a_checkpointed_layer_keeps_only_its_input(n_again, checkpoint_of):
     recipe = RecipeSettings()
     model = model_of(checkpoint_of(TINY), TINY, recipe)
     save_less(model, n_checkpointed_layers=n_again)

@@ -1,4 +1,4 @@
-"""Which layout is chosen, and what a refusal advises."""
+"""The choice of a layout, and the advice of a refusal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chosen(available_gb, *, n_steps_down=0, **options):
 
 
 @pytest.mark.parametrize("row_tokens", [4096, 8192, 32_768])
-def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_tokens):
+def test_the_chosen_layout_fits_and_more_memory_never_chooses_a_slower_one(row_tokens):
     times = []
     for available in MEMORY_GB:
         try:
@@ -67,14 +67,14 @@ def test_offloading_is_chosen_only_where_nothing_else_fits():
     assert with_offload
 
 
-def test_the_settings_that_are_given_are_kept():
+def test_explicit_settings_are_kept():
     training = TrainingSettings(
         rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
     )
     assert chosen(80, training=training).setup == setup_of(2, 7, False)
 
 
-def test_memory_gb_goes_before_what_is_free():
+def test_memory_gb_takes_precedence_over_free_memory():
     training = TrainingSettings(kernels="torch", memory_gb=12)
     assert chosen(80, training=training) == chosen(12)
 
@@ -134,17 +134,17 @@ def test_a_refusal_shows_the_parts_and_the_limit():
 
 
 @pytest.mark.parametrize(("rows", "n_gpus", "nearest"), [(8, 3, "6 or 9"), (2, 4, "4")])
-def test_a_step_that_cannot_be_shared_out_names_the_nearest(rows, n_gpus, nearest):
+def test_the_error_for_an_indivisible_step_names_the_nearest_numbers(rows, n_gpus, nearest):
     with pytest.raises(StageError, match=f"rows_per_step: {nearest}$"):
         chosen(80, recipe=RecipeSettings(rows_per_step=rows), n_gpus=n_gpus)
 
 
-def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
+def test_the_error_for_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
     with pytest.raises(StageError, match="one of 1, 2, 4"):
         chosen(80, training=TrainingSettings(rows_per_micro_batch=3), n_gpus=2)
 
 
-def test_fsdp2_shares_what_ddp_repeats():
+def test_fsdp2_shards_what_ddp_replicates():
     ddp, fsdp = (
         predict(
             on_gpu(training=TrainingSettings(parallelism=name), n_gpus=4), setup_of(1, 32, False)
@@ -156,7 +156,7 @@ def test_fsdp2_shares_what_ddp_repeats():
     assert fsdp.peak < ddp.peak
 
 
-def test_evaluation_counts_where_it_takes_more_than_training():
+def test_evaluation_counts_if_it_takes_more_than_training():
     facts = MISTRAL_7B.changed(sliding_window=None)
     longest, known, never = (
         predict(on_gpu(row_tokens=1024, facts=facts, **options), setup_of(1, 32, False))
@@ -169,7 +169,7 @@ def test_evaluation_counts_where_it_takes_more_than_training():
     assert longest.evaluation > known.evaluation >= never.evaluation == 0
 
 
-def test_what_ran_out_is_told_with_what_takes_less():
+def test_the_error_for_exhausted_memory_names_what_takes_less():
     run = PlannedRun(
         TINY.changed(n_layers=16, layer_windows=[None] * 16),
         RecipeSettings(evaluations=0, rows_per_step=4),
@@ -184,7 +184,7 @@ def test_what_ran_out_is_told_with_what_takes_less():
         assert part in str(error)
 
 
-def test_the_table_marks_what_is_chosen():
+def test_the_table_marks_the_chosen_layout():
     found = chosen(24)
     text = fit.table(Layouts.of(on_gpu()), available_bytes=24 * GB, chosen=found)
     (line,) = [line for line in text.splitlines() if line.endswith("chosen")]

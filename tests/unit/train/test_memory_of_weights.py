@@ -17,7 +17,7 @@ from workflow_scripts.train.memory.shape import PlannedRun
 
 
 def own_bytes(model):
-    """Of the frozen base: parameters and quantization states."""
+    """Bytes of the frozen base: parameters and quantization states."""
     total = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "original_module" in name:
@@ -93,5 +93,5 @@ def test_the_optimizer_keeps_the_bytes_predicted(kind, name, checkpoint, facts):
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and key not in ("step", "qmap1", "qmap2")
     ]
-    # Adafactor's state holds nothing else; AdamW counts its steps in a number apart.
+    # Adafactor's state holds only these tensors; AdamW also has a step counter.
     assert sum(kept) == prediction.optimizer_bytes(shape)

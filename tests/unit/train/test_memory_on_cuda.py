@@ -56,7 +56,7 @@ def fake_parameter(parameter, module):
 
 
 def model_without_numbers(facts, recipe, *, fuses):
-    """In bfloat16 and NF4, on no device yet; `put_on_fake_device` does that."""
+    """A model in bfloat16 and NF4 without a device; `put_on_fake_device` gives it one."""
     quantizer = AutoHfQuantizer.from_config(
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -93,7 +93,7 @@ def put_on_fake_device(model):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Types and kernels as on a GPU; PEFT asks autocast's state of CUDA."""
+    """Types and kernels as on a GPU; PEFT reads autocast's state for CUDA."""
     monkeypatch.setattr(attention, "_kernel_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", loss.CUDA_CHUNK_ELEMENTS)
     torch.set_autocast_enabled("cuda", True)
@@ -114,7 +114,7 @@ def fake_batch(n_tokens):
 
 
 def fake_peak(facts, recipe, *, n_tokens, setup, fuses=True):
-    """Most bytes alive in the second of two micro-batches, and those of the weights."""
+    """Peak bytes in the second of two micro-batches, and bytes of the weights."""
     model = model_without_numbers(facts, recipe, fuses=fuses)
     save_less(
         model,
@@ -159,7 +159,7 @@ def test_the_peak_of_a_7b_on_a_gpu_is_predicted_to_the_allocation(name, as_on_cu
     found, weights = fake_peak(facts, recipe, n_tokens=n_tokens, setup=setup, fuses=fuses)
     shape = Shape(facts, recipe, compute_bytes=2, is_cuda=True, has_liger=False, fuses=fuses)
     parts = prediction.predict_shape(shape, n_tokens=n_tokens, setup=setup)
-    # Exact but for the rotary frequencies, 512 bytes.
+    # Exact except for the rotary frequencies, 512 bytes.
     assert 0 <= weights - parts.base_weights - parts.adapter <= 1024
     # No optimizer ran, and cuBLAS has no workspace on fake tensors.
     predicted = parts.peak - parts.optimizer - prediction.CUDA_WORKSPACE
@@ -190,7 +190,7 @@ def test_the_peak_of_an_evaluation_is_predicted(fuses, as_on_cuda):
 
 
 def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda, monkeypatch):
-    """torch 2.11, which has no `enable_gqa`."""
+    """As in torch 2.11, which has no `enable_gqa`."""
     names = attention.varlen_parameters() - {"enable_gqa"}
     monkeypatch.setattr(attention, "varlen_parameters", lambda: names)
     facts = MISTRAL_7B.changed(n_layers=2)
@@ -204,8 +204,8 @@ def test_the_varlen_kernel_without_grouped_heads_keeps_repeated_keys(as_on_cuda,
 
 
 def test_liger_keeps_less_and_nothing_more(as_on_cuda):
-    """Its kernels do not run here; by their source they keep the norm's input as it came, gate and
-    up: 2·h·2 and f·2 bytes a token less in a layer. tests/gpu measures it."""
+    """Its kernels do not run here. According to their source they keep the norm's input as it came,
+    gate and up: 2·h·2 + f·2 bytes per token less in each layer. tests/gpu measures it."""
     plain = Shape(MISTRAL_7B, RecipeSettings(), compute_bytes=2, is_cuda=True, has_liger=False)
     with_liger = dataclasses.replace(plain, has_liger=True)
     less = sum(prediction.kept_by_layer(plain).values())

@@ -45,7 +45,7 @@ def choose(layouts: Layouts, *, available_bytes: int, n_steps_down: int = 0) -> 
             "training does not fit into the memory",
             where="training, recipes.<name>, packings.<name>.row_tokens",
             found=f"at least {gigabytes(smallest.peak)} ({_largest(smallest.parts_bytes)})",
-            expected=f"at most {gigabytes(limit)}, {MARGIN:.0%} of the memory being left free",
+            expected=f"at most {gigabytes(limit)}, with {MARGIN:.0%} of the memory left free",
             to_fix="\n".join(
                 [_advice(layouts, limit), *layouts.table_rows(chosen=None, limit=limit)]
             ),
@@ -66,7 +66,7 @@ def table(layouts: Layouts, *, available_bytes: int, chosen: Candidate | None = 
     limit = usable_bytes(run.training, available_bytes)
     title = (
         f"memory of training, GB: rows of {run.row_tokens} tokens, {run.n_gpus} GPU(s), at most"
-        f" {limit / 1e9:.2f} to be used"
+        f" {limit / 1e9:.2f} may be used"
     )
     return "\n".join([title, *layouts.table_rows(chosen=chosen, limit=limit)])
 
@@ -89,13 +89,13 @@ def refusal(layouts: Layouts, *, n_steps_down: int, error: str) -> StageError:
     return StageError(
         "the memory ran out",
         where="training",
-        found=f"{error}; predicted were {gigabytes(parts.peak)} ({_largest(parts)})",
-        expected=f"a layout that fits beside whatever else uses the {gigabytes(total)}",
+        found=f"{error}; predicted: {gigabytes(parts.peak)} ({_largest(parts)})",
+        expected=f"a layout that fits into {gigabytes(total)} along with its other users",
         to_fix="\n".join(
             [
                 _advice(layouts, limit)
                 if layouts.smallest.peak > limit
-                else f"training.memory_gb: {limit / 1e9:.3g}, and leave the rest `auto`",
+                else f"set training.memory_gb: {limit / 1e9:.3g}, and leave the rest `auto`",
                 *layouts.table_rows(chosen=chosen, limit=usable),
             ]
         ),

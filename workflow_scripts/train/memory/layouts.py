@@ -128,7 +128,7 @@ def _micro_batch_rows(run: PlannedRun) -> list[int]:
     if rest:
         nearest = [n * n_gpus for n in (n_rows, n_rows + 1) if n]
         raise StageError(
-            "the rows of a step cannot be shared out over the GPUs",
+            "the rows of a step cannot be divided over the GPUs",
             where="recipes.<name>.rows_per_step, training.gpus × training.nodes",
             found=f"{rows_per_step} rows over {n_gpus} GPUs",
             expected=f"a multiple of {n_gpus}",
@@ -140,9 +140,9 @@ def _micro_batch_rows(run: PlannedRun) -> list[int]:
         return divisors
     if rows not in divisors:
         raise StageError(
-            "a step has no whole number of such micro-batches",
+            "the rows of a step cannot be divided into such micro-batches",
             where="training.rows_per_micro_batch",
-            found=f"{rows}, of {n_rows} rows a step on each GPU",
+            found=f"{rows}, with {n_rows} rows per step on each GPU",
             expected="one of " + ", ".join(map(str, divisors)),
         )
     return [rows]
