@@ -7,7 +7,7 @@ and attention does not cross its bounds. A segment is a document for the strateg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -36,9 +36,6 @@ class PlannedRows:
 
     def __getitem__(self, index: int) -> Row:
         return [] if index == NO_ROW else self._rows[index]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
 
 
 class Segments(TypedDict):

@@ -56,7 +56,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step; None if there is none."""
-        return max(self._all(), key=_step, default=None)
+        return max(self.folder.glob(f"{PREFIX}*"), key=_step, default=None)
 
     @contextmanager
     def writing(self, step: int, *, is_main: bool = True, wait: Any = None) -> Iterator[Path]:
@@ -89,7 +89,7 @@ class Checkpoints:
 
     def keep_newest(self, n_kept: int) -> None:
         """Remove all but the newest `n_kept`."""
-        for path in sorted(self._all(), key=_step)[:-n_kept]:
+        for path in sorted(self.folder.glob(f"{PREFIX}*"), key=_step)[:-n_kept]:
             shutil.rmtree(path)
 
     @property
@@ -105,9 +105,6 @@ class Checkpoints:
     def remove(self) -> None:
         """Remove all checkpoints of the run: once finished it has nothing to resume."""
         shutil.rmtree(self.folder)
-
-    def _all(self) -> list[Path]:
-        return list(self.folder.glob(f"{PREFIX}*"))
 
 
 def all_steps_down(folder: Path) -> int:

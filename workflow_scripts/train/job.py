@@ -13,7 +13,7 @@ from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.tokens.documents import Documents
 from workflow_scripts.train.memory import device
 from workflow_scripts.train.memory.shape import DeviceType, PlannedRun
-from workflow_scripts.train.validation import longest_row
+from workflow_scripts.train.validation import validation_rows
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ def planned_run(
     """
     longest = None
     if validation is not None:
-        longest = longest_row(
+        rows = validation_rows(
             validation,
             facts,
             row_tokens=row_tokens,
             n_conversations=recipe.validation_conversations,
         )
+        longest = int(rows.n_tokens.max(initial=1))
     return PlannedRun(
         facts,
         recipe,

@@ -116,9 +116,11 @@ def launch_command(
     """
     # torchrun and the workers inherit that the signals are ignored, so torchrun stays. The workers
     # then install handlers.
-    torchrun = ["env", "--ignore-signal=TERM", "--ignore-signal=INT"]
-    torchrun += [sys.executable, "-m", "torch.distributed.run"]
-    torchrun += ["--nproc-per-node", str(training.gpus), "--signals-to-handle", "SIGUSR2"]
+    torchrun = [
+        *("env", "--ignore-signal=TERM", "--ignore-signal=INT"),
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nproc-per-node", str(training.gpus), "--signals-to-handle", "SIGUSR2"),
+    ]
     program = ["--module", module, *argv]
     if training.nodes == 1:
         # --standalone chooses a free port, so that two jobs on one machine do not collide.
@@ -134,12 +136,14 @@ def launch_command(
         )
     # A different port for each job, as two jobs may share a node.
     port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
-    meeting = ["--nnodes", str(training.nodes), "--rdzv-backend", "c10d"]
-    meeting += ["--rdzv-endpoint", f"{_address(hosts[0])}:{port}"]
-    meeting += ["--rdzv-id", environment["SLURM_JOB_ID"]]
-    spread = ["srun", "--nodes", str(training.nodes), "--ntasks-per-node", "1"]
-    spread.append("--kill-on-bad-exit")
-    return [*spread, *torchrun, *meeting, *program]
+    return [
+        *("srun", "--nodes", str(training.nodes), "--ntasks-per-node", "1", "--kill-on-bad-exit"),
+        *torchrun,
+        *("--nnodes", str(training.nodes), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"{_address(hosts[0])}:{port}"),
+        *("--rdzv-id", environment["SLURM_JOB_ID"]),
+        *program,
+    ]
 
 
 def _hosts(environment: Mapping[str, str]) -> list[str]:

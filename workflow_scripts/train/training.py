@@ -16,7 +16,6 @@ from workflow_scripts import log
 from workflow_scripts.handover.training import Candidate, TrainingManifest
 from workflow_scripts.models.checkpoint import default_device, native_precision
 from workflow_scripts.models.exhaustion import exhausts_memory
-from workflow_scripts.settings import TrainingSettings
 from workflow_scripts.train import processes
 from workflow_scripts.train.activations import save_less
 from workflow_scripts.train.adapter_files import read_history, save_adapter
@@ -65,7 +64,12 @@ def train(job: Job, folders: Folders) -> None:
     # The model can be freed only here: the traceback of the error kept it alive.
     gc.collect()
     torch.cuda.empty_cache()
-    if checkpoints.n_steps_down or not _leaves_choice(job.training):
+    leaves_choice = "auto" in (
+        job.training.rows_per_micro_batch,
+        job.training.gradient_checkpointing,
+        job.training.offload_activations,
+    )
+    if checkpoints.n_steps_down or not leaves_choice:
         raise refusal
     logger.warning("%s", refusal)
     checkpoints.step_down()
@@ -74,14 +78,6 @@ def train(job: Job, folders: Folders) -> None:
     refusal = _try_to_train(job, folders, checkpoints, layouts)
     if refusal:
         raise refusal
-
-
-def _leaves_choice(training: TrainingSettings) -> bool:
-    return "auto" in (
-        training.rows_per_micro_batch,
-        training.gradient_checkpointing,
-        training.offload_activations,
-    )
 
 
 def _try_to_train(

@@ -37,17 +37,3 @@ def validation_rows(
     )
     longest = int(pieces.length.max(initial=0))
     return best_fit(pieces, row_tokens=max(row_tokens, longest), seed=0)
-
-
-def longest_row(
-    validation: Documents,
-    facts: ModelShape,
-    *,
-    row_tokens: int,
-    n_conversations: int | None = None,
-) -> int:
-    """Tokens in the longest of the validation rows."""
-    rows = validation_rows(
-        validation, facts, row_tokens=row_tokens, n_conversations=n_conversations
-    )
-    return int(rows.n_tokens.max(initial=1))

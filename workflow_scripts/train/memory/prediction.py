@@ -168,7 +168,6 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
     # of a base that is not quantized.
     from_peft = recipe.method == "lora" and not shape.is_fused
     is_cast_apart = c < 4 and (shape.state_bytes > c or from_peft)
-    inputs = 0.0
     if recipe.dropout and not shape.is_full:
         mask = 1 if shape.is_cuda else c
         inputs = sum(matrix.n_in * (c + mask) for matrix in adapted)
@@ -178,11 +177,13 @@ def kept_by_layer(shape: Shape) -> dict[str, float]:
             # The input of o is attention's output: 16-bit, no cast, and counted under attention.
             inputs -= query * c
     else:
-        inputs += h * c * bool(names & {"q_proj", "k_proj", "v_proj"})
-        inputs += h * c * bool(names & {"gate_proj", "up_proj"})
-        inputs += facts.intermediate_size * c * ("down_proj" in names)
-        # Attention by segment joins its outputs, which is a second copy.
-        inputs += query * c * ("o_proj" in names and not shape.is_cuda)
+        inputs = c * (
+            h * bool(names & {"q_proj", "k_proj", "v_proj"})
+            + h * bool(names & {"gate_proj", "up_proj"})
+            + facts.intermediate_size * ("down_proj" in names)
+            # Attention by segment joins its outputs, which is a second copy.
+            + query * ("o_proj" in names and not shape.is_cuda)
+        )
     keys = query if shape.expands_keys else kv
     kept = {
         "norms": 2.0 * norm_bytes(shape),
