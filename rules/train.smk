@@ -1,6 +1,6 @@
 rule check_recipe:
-    """Gate: ranks and targets of a recipe fit a model. It stops the others by being early, as soon as
-    facts are known: as an input of theirs it would train anew."""
+    """Gate: ranks and targets of a recipe fit a model. Runs as soon as the facts are known, to stop a
+    build early. It is not an input of other rules, as its changes would start training again."""
     input:
         facts="results/models/{model}/facts.json",
     output:
@@ -26,7 +26,7 @@ rule check_recipe:
 
 
 rule plan_memory:
-    """Gate: the run fits into the GPU's memory, or the nearest settings that do are named."""
+    """Gate: training fits into the GPU's memory; else the error names the nearest settings that do."""
     input:
         facts=BUILD.of_run("results/models/{model}/facts.json"),
         plan=BUILD.of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
@@ -41,12 +41,12 @@ rule plan_memory:
     conda:
         "../envs/train.yaml"
     resources:
-        gpu=RESOURCES.gpus_of_a_node,  # training's other nodes are like it
+        gpu=RESOURCES.gpus_of_a_node,  # the other nodes of training have the same
         mem_mb=growing(4_000),
         runtime=growing(10),  # minutes
     params:
         recipe=PARAMS.recipe,
-        # Made of the resources, so that Snakemake runs nothing again when it changes.
+        # Derived from the resources: a change of it does not make Snakemake run anything again.
         training=lambda wildcards, resources: PARAMS.training(resources),
         output_version=output_version("train/plan_memory"),
     shell:
@@ -57,14 +57,14 @@ rule plan_memory:
 
 
 rule train_adapter:
-    """An adapter, over the rows of the plan; resumes from its own checkpoints, which are no output."""
+    """Train an adapter on the rows of the plan. Resumes from its checkpoints, which are not outputs."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         facts=BUILD.of_run("results/models/{model}/facts.json"),
         train=BUILD.of_run("results/data/{dataset}/{model}/tokens/train.arrow"),
         validation=BUILD.of_run("results/data/{dataset}/{model}/tokens/validation.arrow"),
         plan=BUILD.of_run("results/data/{dataset}/{model}/{packing}/plan.parquet"),
-        memory_plan="results/runs/{run}/memory_plan.json",  # gate, read by none
+        memory_plan="results/runs/{run}/memory_plan.json",  # gate, not read
     output:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -83,8 +83,8 @@ rule train_adapter:
         **RESOURCES.several_nodes(),
         gpu=RESOURCES.gpus_of_training,
         nodes=CONFIG.training.nodes,
-        mem_mb=memory_of_models(CONFIG.training.gpus),  # of a node, with a process a GPU
-        runtime=1440,  # minutes; the next attempt goes on from the checkpoints
+        mem_mb=memory_of_models(CONFIG.training.gpus),  # per node, with one process per GPU
+        runtime=1440,  # minutes; the next attempt continues from the checkpoints
     params:
         settings=PARAMS.recipe,
         # As above.
@@ -93,7 +93,7 @@ rule train_adapter:
         adapter=subpath(output.adapter, parent=True),
         output_version=output_version("train/train_adapter"),
     shell:
-        # exec: a shell between would die of the TERM that training saves itself on.
+        # exec: a shell in between would be killed by the TERM on which training saves its state.
         "exec python -m workflow_scripts.take_gpus {resources.gpu}"
         " python -m workflow_scripts.train.train_adapter --checkpoint {input.checkpoint:q}"
         " --facts {input.facts:q} --tokens {params.tokens:q} --plan {input.plan:q}"

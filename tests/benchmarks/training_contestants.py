@@ -238,12 +238,13 @@ def checkpointed_layers(job: Any) -> int:
     import torch
 
     from workflow_scripts.train.memory import device, fit
+    from workflow_scripts.train.memory.layouts import Layouts
 
-    setup, _ = fit.choose(
-        job.planned_run(n_gpus=1),
+    chosen = fit.choose(
+        Layouts.of(job.planned_run(n_gpus=1)),
         available_bytes=device.available_bytes() + torch.cuda.memory_reserved(),
     )
-    return setup.n_checkpointed_layers
+    return chosen.n_checkpointed_layers
 
 
 def peer_attention(peer: Peer, wanted: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What the CUDA tests share. A body that can runs on the CPU too, so that it keeps working."""
+"""Fixtures of the CUDA tests. Tests that can also run on the CPU, so that they keep working."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def cuda() -> str:
-    """For what only a GPU has."""
+    """The CUDA device, for tests that need one."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
     return "cuda"

@@ -1,5 +1,5 @@
-"""Packed attention in bfloat16: its error against float32 may be no more than 1.5 times that of the
-same documents alone, in bfloat16, through PyTorch's SDPA."""
+"""Packed attention in bfloat16: its error may be at most 1.5 times that of PyTorch's SDPA on each
+document alone in bfloat16, both compared with float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MinistralConfig, MistralConfig
 
 from workflow_scripts.train import attention
 
-# Of one token, below, at and above the windows, and of many of them.
+# Lengths of one token, below, at and above the windows, and of many windows.
 LENGTHS = [1, 8, 9, 64, 300, 3, 65]
 N_TOKENS = sum(LENGTHS)
 BOUNDS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
@@ -30,7 +30,7 @@ CONFIGS = {
     "window 8": MistralConfig(**SHAPE, sliding_window=8),
     "window 64": MistralConfig(**SHAPE, sliding_window=64),
     "no window": MistralConfig(**SHAPE, sliding_window=None),
-    # As Nemo: the heads together are not as wide as the model.
+    # As in Nemo: the heads together are narrower than the model.
     "explicit head_dim": MistralConfig(**SHAPE, sliding_window=None, head_dim=32),
     "interleaved": MinistralConfig(
         **SHAPE,
@@ -42,7 +42,7 @@ CONFIGS = {
 
 
 def random_parts(device, n_kv_heads, *, n_tokens=N_TOKENS):
-    """Query, key and value of 8 heads of 64, bfloat16."""
+    """Query, key and value of 8 heads of width 64, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(1, n_heads, n_tokens, 64, generator=generator).to(device, torch.bfloat16)
@@ -67,7 +67,7 @@ def packed(query, key, value, window, *, lengths=LENGTHS):
 
 
 def alone(query, key, value, window):
-    """Each document by itself, under a mask of its own."""
+    """Each document alone, with its own mask."""
     outputs = []
     for parts in zip(*(part.split(LENGTHS, dim=2) for part in (query, key, value)), strict=True):
         position = torch.arange(parts[0].shape[2], device=query.device)
@@ -102,7 +102,7 @@ def test_attention_and_its_gradients_are_as_exact_as_documents_alone(device, n_k
 
 
 def test_a_float32_query_of_a_16_bit_model_goes_through_the_kernel(cuda):
-    """QLoRA's norms are float32, and so are the queries made behind them."""
+    """Float32 norms or adapters give float32 queries."""
     parts = random_parts(cuda, 2)
     found = packed(*(part.float() for part in parts), 64)
     assert found.dtype == torch.float32
@@ -110,7 +110,7 @@ def test_a_float32_query_of_a_16_bit_model_goes_through_the_kernel(cuda):
 
 
 def test_a_long_row_needs_no_mask(cuda):
-    """32,768 tokens: as a mask of single bytes the row alone would be 1 GiB."""
+    """A mask of one byte per pair of 32,768 tokens would take 1 GiB."""
     lengths = [20_000, 12_000, 768]
     parts = [part.requires_grad_() for part in random_parts(cuda, 2, n_tokens=sum(lengths))]
     torch.cuda.reset_peak_memory_stats()
@@ -120,7 +120,7 @@ def test_a_long_row_needs_no_mask(cuda):
 
 
 def logits_and_gradients(config, weights, dtype, name, batches, device):
-    """Logits of all documents, and the gradient of all parameters, as one vector each."""
+    """Logits of all documents and the gradient of all parameters, each as one vector."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
     model.load_state_dict(weights)
     model.to(device)
@@ -135,7 +135,7 @@ def logits_and_gradients(config, weights, dtype, name, batches, device):
 def test_a_model_on_a_packed_row_is_as_exact_as_on_documents_alone(device, name):
     config = CONFIGS[name]
     torch.manual_seed(0)
-    # Rounded once: both precisions begin with the same weights.
+    # Rounded first, so that both precisions begin with the same weights.
     weights = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     documents = [torch.randint(0, 128, (1, length), device=device) for length in LENGTHS]
     single = [{"input_ids": document} for document in documents]

@@ -1,4 +1,4 @@
-"""The start-up probe on the model that trains, on this machine's device: bit for bit."""
+"""The attention probe on the model that trains, on this machine's device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """NF4 on this device, with a fresh adapter."""
+    """A model in NF4 on this device, with a new adapter."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     config = MistralConfig(
@@ -64,7 +64,7 @@ def model(tmp_path_factory):
 
 def plan(strategy):
     rows = STRATEGIES[strategy](Pieces.whole(LENGTHS), row_tokens=300, seed=0)
-    costs = np.zeros(len(rows))  # the probe asks for none
+    costs = np.zeros(len(rows))  # the probe does not use them
     return Plan(rows, 300, strategy, costs, costs, costs)
 
 

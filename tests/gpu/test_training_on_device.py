@@ -1,7 +1,7 @@
 """Training as it runs on a GPU: 16-bit arithmetic, kernels, memory, and no waiting for the CPU.
 
-Bodies that can run on the CPU do, under bfloat16 autocast there. Tolerances of the GPU are what is
-expected of bfloat16's 8 bits; none has been measured on one yet.
+Tests that can run on the CPU do so under bfloat16 autocast. Tolerances for the GPU are expectations
+from bfloat16's 8 bits; none has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def checkpoint(tmp_path_factory):
 
 
 def model_of(checkpoint, device, *, has_liger=False):
-    """NF4 with an adapter of which no matrix is zero, the same numbers on every device."""
+    """A model in NF4, its adapter without zero matrices; the same values on every device."""
     base = load_model(
         checkpoint,
         window=WINDOW,
@@ -117,7 +117,7 @@ def autocast(device):
 
 
 def loss_and_gradients(model, batch, context):
-    """The loss of a supervised token, and the adapter's gradients by name, float32 on the CPU."""
+    """Loss per supervised token, and the adapter's gradients by name, in float32 on the CPU."""
     with context:
         loss = model(**batch).loss / len(batch["predicting"])
     loss.backward()
@@ -146,14 +146,14 @@ def reference(checkpoint, documents):
     return loss_and_gradients(model, row_of(documents, "cpu"), nullcontext())
 
 
-def test_a_step_in_bfloat16_is_the_float32_step_but_for_rounding(
+def test_a_step_in_bfloat16_equals_the_float32_step_up_to_rounding(
     device, checkpoint, documents, reference
 ):
     found = loss_and_gradients(
         model_of(checkpoint, device), row_of(documents, device), autocast(device)
     )
-    # A CPU's autocast: 2.3e-4 of the loss, 3.4e-5 of the norm, 2.2e-2 of the gradients. A GPU's
-    # base and norms are bfloat16 as well: more is expected, and not measured yet.
+    # Measured under autocast on a CPU: loss 2.3e-4, norm 3.4e-5, gradients 2.2e-2. On a GPU base
+    # and norms are bfloat16 too: more is expected, and not measured yet.
     assert found[0] == pytest.approx(reference[0], rel=2e-3)
     assert norm_of(found[1]) == pytest.approx(norm_of(reference[1]), rel=2e-2)
     assert difference(found[1], reference[1]) < 0.1
@@ -167,20 +167,20 @@ def test_every_matrix_of_the_adapter_gets_a_gradient(device, checkpoint, documen
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_keeping_less_changes_no_number(device, checkpoint, documents, layout):
+def test_keeping_less_does_not_change_the_result(device, checkpoint, documents, layout):
     batch = row_of(documents, device)
     expected = loss_and_gradients(model_of(checkpoint, device), batch, autocast(device))
     model = model_of(checkpoint, device)
     save_less(model, **LAYOUTS[layout])
     found = loss_and_gradients(model, batch, autocast(device))
     assert found[0] == expected[0]
-    # On a CPU the same bits. A GPU's attention adds in an order of its own each time; expected
+    # Bit-identical on a CPU. Attention on a GPU sums in a different order each time: expected
     # within bfloat16's rounding, not measured yet.
     assert difference(found[1], expected[1]) <= (0 if device == "cpu" else 0.01)
 
 
 def test_less_is_kept_with_every_layout(cuda, checkpoint, tmp_path):
-    # Long enough that what layers keep is most of the memory.
+    # Long enough that activations are most of the memory.
     long = documents_of(tmp_path / "t.arrow", [4_000] * 4, vocabulary=512)
     batch = row_of(long, cuda)
     peaks = []
@@ -195,14 +195,14 @@ def test_less_is_kept_with_every_layout(cuda, checkpoint, tmp_path):
     assert all(after < before for before, after in zip(peaks, peaks[1:], strict=False)), peaks
 
 
-def test_ligers_kernels_are_pytorchs_but_for_rounding(cuda, checkpoint, documents):
+def test_ligers_kernels_equal_pytorchs_up_to_rounding(cuda, checkpoint, documents):
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
     batch = row_of(documents, cuda)
     expected = loss_and_gradients(model_of(checkpoint, cuda), batch, autocast(cuda))
     model = model_of(checkpoint, cuda, has_liger=True)
     found = loss_and_gradients(model, batch, autocast(cuda))
-    # Expected of bfloat16, not measured yet.
+    # Expected for bfloat16, not measured yet.
     assert found[0] == pytest.approx(expected[0], rel=2e-3)
     assert difference(found[1], expected[1]) < 0.05
 
@@ -212,7 +212,7 @@ def test_a_micro_batch_never_waits_for_the_gpu(cuda, checkpoint, documents, layo
     batch = row_of(documents, cuda)
     model = model_of(checkpoint, cuda)
     save_less(model, **(LAYOUTS[layout] if layout else {"n_checkpointed_layers": 0}))
-    for mode in ("default", "error"):  # first to warm up
+    for mode in ("default", "error"):  # the first warms up
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with autocast(cuda):
@@ -236,7 +236,7 @@ def test_every_optimizer_takes_a_step_along_the_gradient(device, checkpoint, doc
 
 
 def peak_of_a_7b(cuda, folder, *, row_tokens, setup):
-    """Most bytes of two steps of QLoRA at rank 32 on one row, as the allocator counts them."""
+    """Peak bytes of two steps of QLoRA at rank 32 on one row, by the allocator's count."""
     from tests.benchmarks.model_shapes import CONFIGS, shape_of
     from tests.benchmarks.random_models import random_base
     from workflow_scripts.train.kernels import liger_runs
@@ -257,7 +257,7 @@ def peak_of_a_7b(cuda, folder, *, row_tokens, setup):
     optimizer = optimization.optimizer(model, RECIPE_OF_7B)
     batch = row_of(documents, cuda)
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # the second has the optimizer's state from the start
+    for _ in range(2):  # the second starts with the optimizer's state
         _, gradients = loss_and_gradients(model, batch, autocast(cuda))
         optimizer.step()
         optimizer.zero_grad()
@@ -272,7 +272,7 @@ RECIPE_OF_7B = RecipeSettings(rank=32, alpha=64, evaluations=0)
     ("row_tokens", "offloads", "limit"), [(4_096, False, 8 * GB), (32_768, True, 16 * GB)]
 )
 def test_a_row_of_mistral_7b_fits(cuda, tmp_path, row_tokens, offloads, limit):
-    """Every layer checkpointed."""
+    """With every layer checkpointed."""
     if torch.cuda.mem_get_info()[0] < limit + 4 * GB:
         pytest.skip("not enough free memory on this GPU")
     setup = setup_of(1, 32, offloads)

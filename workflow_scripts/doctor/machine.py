@@ -23,7 +23,7 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
     Args:
         gpu_bytes: free of the smallest GPU here; None without one.
     """
-    from workflow_scripts.train.memory.device import available_ram_bytes
+    from workflow_scripts.train.memory.ram import available_ram_bytes
 
     ram = available_ram_bytes()
     weights = wanted.weight_bytes.values()

@@ -261,27 +261,30 @@ def probe_memory(question: MemoryQuestion) -> Memory:
     from workflow_scripts.handover.facts import ModelShape
     from workflow_scripts.log import StageError
     from workflow_scripts.settings import RecipeSettings, TrainingSettings
-    from workflow_scripts.train.memory import fit, layouts
+    from workflow_scripts.train.memory import fit
+    from workflow_scripts.train.memory.layouts import Layouts
     from workflow_scripts.train.memory.shape import PlannedRun
 
-    run = PlannedRun(
-        ModelShape.model_validate(question["shape"]),
-        RecipeSettings.model_validate(question["recipe"]),
-        TrainingSettings.model_validate(question["training"]),
-        row_tokens=question["row_tokens"],
-        device_type=question["device_type"],
-        n_gpus=question["n_gpus"],
+    layouts = Layouts.of(
+        PlannedRun(
+            ModelShape.model_validate(question["shape"]),
+            RecipeSettings.model_validate(question["recipe"]),
+            TrainingSettings.model_validate(question["training"]),
+            row_tokens=question["row_tokens"],
+            device_type=question["device_type"],
+            n_gpus=question["n_gpus"],
+        )
     )
-    least = min(candidate.peak for candidate in layouts.candidates(run)) / (1 - fit.MARGIN)
+    least = layouts.smallest.peak / (1 - fit.MARGIN)
     available = question["available_bytes"]
     if available is None:
         return Memory(round(least))
     try:
-        _, parts = fit.choose(run, available_bytes=available)
+        chosen = fit.choose(layouts, available_bytes=available)
     except StageError as error:
         refusal = str(error.parts["to fix"]).splitlines()[0]
         return Memory(round(least), refusal=refusal)
-    return Memory(round(least), peak_bytes=parts.peak)
+    return Memory(round(least), peak_bytes=chosen.peak)
 
 
 def _error_of(call: Callable[[], object]) -> str | None:

@@ -102,8 +102,8 @@ def available_bytes() -> int:
     """Memory that is free where llama.cpp puts its weights."""
     import llama_cpp
 
-    from workflow_scripts.train.memory import device
+    from workflow_scripts.train.memory import device, ram
 
     if llama_cpp.llama_supports_gpu_offload():
         return device.available_bytes()
-    return device.available_ram_bytes()
+    return ram.available_ram_bytes()

@@ -1,8 +1,8 @@
-"""What the forward pass keeps for the backward pass: all, or so little that a long row fits.
+"""Activations that the forward pass keeps for the backward pass, reduced so that long rows fit.
 
-Checkpointing keeps a layer's input alone and computes the rest again (arXiv:1604.06174), up to half
-more arithmetic with a frozen base; so only as many layers do it as memory asks for. Offloading
-moves what is kept to the CPU's memory, and back one layer ahead of its use.
+Checkpointing keeps only a layer's input and recomputes the rest (arXiv:1604.06174). With a frozen
+base this costs up to half more arithmetic, so only as many layers do it as memory requires.
+Offloading moves what is kept to the CPU's memory and copies it back one layer before it is used.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ OFFLOADED_ELEMENTS = 1 << 12
 
 
 def save_less(model: Any, *, n_checkpointed_layers: int, offloads: bool = False) -> None:
-    """Checkpoint so many layers, evenly spread; no number that comes out changes.
+    """Checkpoint some of the layers, evenly spread; results do not change.
 
     Args:
         model: a causal language model, with or without PEFT's adapter.
-        n_checkpointed_layers: 0 is none.
-        offloads: what a checkpointed layer keeps, its input, goes to the CPU's memory.
+        offloads: the input that a checkpointed layer keeps goes to the CPU's memory.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = base.model.layers
     store = OffloadedTensors() if offloads else None
     for index, layer in enumerate(layers):
-        # Bresenham's line: at each layer as near to the wanted share as can be.
+        # Bresenham's line: after each layer, the share so far is as close as it can be.
         before, after = (n * n_checkpointed_layers // len(layers) for n in (index, index + 1))
         if after > before:
             layer.forward = _checkpointed(layer, store)
 
 
 def _checkpointed(layer: torch.nn.Module, store: OffloadedTensors | None) -> Callable[..., Any]:
-    """A layer's forward pass that keeps its input alone."""
+    """A layer's forward pass that keeps only its input."""
     forward = layer.forward
-    # Reading the random state waits for the GPU, layer by layer; only dropout needs it.
+    # Saving the random state waits for the GPU at every layer; only dropout needs it.
     draws = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in layer.modules())
 
     def checkpointed(*inputs: Any, **options: Any) -> Any:
@@ -56,10 +55,10 @@ def _checkpointed(layer: torch.nn.Module, store: OffloadedTensors | None) -> Cal
 
 
 class OffloadedTensors:
-    """Saved tensors in pinned memory of the CPU, copied while the GPU computes.
+    """Saved tensors in the CPU's pinned memory, copied while the GPU computes.
 
-    Tensors come back in the reverse order of their going, so each one that is asked for starts the
-    copy of the one before it.
+    The backward pass needs them in reverse order, so a request for one starts the copy of the one
+    before it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +66,7 @@ class OffloadedTensors:
         self._stream: Any = None
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """Send a tensor away; small ones and parameters stay."""
+        """Offload a tensor; small tensors and parameters stay where they are."""
         if tensor.numel() < OFFLOADED_ELEMENTS or isinstance(tensor, torch.nn.Parameter):
             return tensor
         if self._stream is None and tensor.is_cuda:
@@ -79,7 +78,7 @@ class OffloadedTensors:
     def unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Offloaded):
             return packed
-        # A pass whose graph was dropped leaves its tensors behind those of this one.
+        # Tensors of a forward pass whose graph was dropped may be on top of the stack.
         while self._away and self._away.pop() is not packed:
             pass
         if self._away:
@@ -88,7 +87,7 @@ class OffloadedTensors:
 
 
 class _Offloaded:
-    """One tensor, on its way there, away, or on its way back."""
+    """One tensor that is being copied to the CPU, is there, or is being copied back."""
 
     def __init__(self, tensor: torch.Tensor, stream: Any) -> None:
         self._device = tensor.device
@@ -101,24 +100,24 @@ class _Offloaded:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._kept.copy_(tensor.detach(), non_blocking=True)
-        # The allocator must not give its memory away before it has been read.
+        # The allocator must not reuse the tensor's memory before the copy has read it.
         tensor.record_stream(stream)
 
     def fetch(self) -> None:
-        """Start the copy back."""
+        """Start the copy back to the GPU."""
         if self._fetched is not None:
             return
         if self._stream is None:
             self._fetched = self._kept
             return
-        # Memory of the computing stream, so that freeing it is that stream's affair.
+        # Allocated on the computing stream, which is the one that will free it.
         self._fetched = torch.empty(self._kept.shape, dtype=self._kept.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._fetched.copy_(self._kept, non_blocking=True)
 
     def take(self) -> torch.Tensor:
-        """The tensor, when the computing stream may read it."""
+        """Return the tensor once the computing stream may read it."""
         self.fetch()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -1,41 +1,39 @@
-"""What a finished run leaves: the adapter, or every weight of a full fine-tune, and its history."""
+"""Outputs of a finished run: the adapter, or every weight of a full fine-tune, and the history."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from workflow_scripts import files
 from workflow_scripts.handover.origin import Origin
 from workflow_scripts.handover.training import Evaluation, History, TrainingStep
 from workflow_scripts.log import StageError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folder: Path) -> None:
-    """The adapter alone, as PEFT loads it; its base is named by where it came from.
+    """Write the adapter as PEFT loads it, with the origin of the base as the base's name.
 
     A full fine-tune has no adapter: its `adapter_model.safetensors` holds every weight under the
     model's own names, and `adapter_config.json` says so.
 
     Args:
-        weights: what trained, by parameter name.
+        weights: the weights that trained, by parameter name.
         checkpoint: folder of the base model.
     """
-    from safetensors.torch import save_file
-
     source = checkpoint / "source.json"
     name = Origin.read(source).source if source.is_file() else str(checkpoint)
     with files.atomic_folder(folder / ".saved") as saved:
         if hasattr(model, "peft_config"):
             for config in model.peft_config.values():
                 config.base_model_name_or_path = name
-            # Embeddings are never a target. Left to itself PEFT asks the Hub for the base's config
-            # to see whether they were resized, and warns where there is no network.
+            # Embeddings are never a target. By default PEFT asks the Hub for the base's config to
+            # see whether they were resized, and warns if there is no network.
             model.save_pretrained(str(saved), state_dict=weights, save_embedding_layers=False)
         else:
             save_file(weights, saved / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -47,9 +45,9 @@ def save_adapter(model: Any, weights: dict[str, Tensor], checkpoint: Path, folde
 
 
 def read_history(
-    log_history: list[dict[str, Any]],  # untyped: what transformers logs, under names of its own
+    log_history: list[dict[str, Any]],  # untyped: transformers' log
 ) -> History:
-    """The steps and the evaluations of the Trainer's log.
+    """Read the steps and the evaluations from the Trainer's log.
 
     Raises:
         StageError: a loss or gradient norm is not finite, or every gradient was zero.

@@ -1,8 +1,8 @@
-"""Attention over a packed row: same segment ∩ causal ∩ window, without ever making the row's mask.
+"""Attention over a packed row: same segment ∩ causal ∩ window, without building the row's mask.
 
-A micro-batch is one flat row of tokens; `cu_seq_lens` say where its segments begin and end.
-PyTorch's varlen kernel takes them as they are; where it does not run (a CPU, float32, a GPU older
-than Ampere) each segment goes through SDPA by itself, which is exactly equal. Either way memory
+A micro-batch is one flat row of tokens; `cu_seq_lens` gives the bounds of its segments, which
+PyTorch's varlen kernel takes directly. Where the kernel does not run (a CPU, float32, a GPU older
+than Ampere), each segment goes through SDPA separately, which computes the same. Either way memory
 grows with the tokens and time with tokens × window.
 """
 
@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from workflow_scripts.log import StageError
@@ -21,20 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "tramontane_packed"
-# Queries that share one band of keys. Forward and backward of one document of 4,096 tokens, window
+# Queries per band of keys. Forward and backward of one document of 4,096 tokens, window
 # 512, a CPU thread: 230 ms with 64, 197 with 128, 246 with 256, 390 with 512; window 8: 45, 60, 96.
 BAND_QUERIES = 128
 
 
 def register() -> str:
-    """Make the packed attention known to transformers.
+    """Register the packed attention with transformers.
 
-    The mask function beside it hands on a mask that hides tokens, for `packed_attention` to refuse,
-    and makes none else. Without one transformers would drop such a mask and say nothing.
+    The mask function that is registered with it passes on a mask that hides tokens, which
+    `packed_attention` then refuses. Without one, transformers would silently drop the mask.
 
     Returns:
         The name for `attn_implementation`.
     """
+    # Not at the top: the doctor tries this attention where transformers may be missing.
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
@@ -63,15 +65,15 @@ def packed_attention(
         module: the layer, for its model's dtype.
         query: (1, heads, tokens, head_dim).
         key: (1, kv_heads, tokens, head_dim), as is `value`.
-        attention_mask: None; the segments say all.
+        attention_mask: must be None; the segments replace it.
         scaling: factor on the scores.
-        cu_seq_lens_q: (segments + 1,) int32, first token of each segment and the end of the last.
+        cu_seq_lens_q: (segments + 1,) int32, the first token of each segment and the row's end.
         max_length_q: tokens of the longest segment.
         sliding_window: keys a query of this layer sees, itself included; None is full causal.
     Returns:
-        (1, tokens, heads, head_dim), and None for the weights, which are never made.
+        (1, tokens, heads, head_dim), and None for the attention weights.
     Raises:
-        ValueError: a mask was given, the batch is not flat, or dropout is wanted.
+        ValueError: a mask or dropout was given, or the batch is not one flat row.
     """
     if attention_mask is not None or query.shape[0] != 1 or dropout:
         raise ValueError(
@@ -94,7 +96,7 @@ def packed_attention(
     return output.to(query.dtype), None
 
 
-# Compiled, every new packing would be a new graph.
+# If compiled, every new packing would be compiled again.
 @torch.compiler.disable
 def by_segment(
     query: Tensor,
@@ -105,10 +107,10 @@ def by_segment(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Each segment through SDPA alone; shapes as `packed_attention`."""
-    # Split, not sliced: a slice's gradient is as long as the row. Grouped key heads, not repeated
-    # ones: a fifth faster with windows. One call for all segments of a length would save a tenth
-    # at 32 segments of 128 tokens; the lengths of chats differ.
+    """Run each segment through SDPA; shapes as in `packed_attention`."""
+    # Split, not sliced: the gradient of a slice is as long as the row. Grouped key heads, not
+    # repeated ones: a fifth faster with windows. One call for all segments of equal length would
+    # save a tenth at 32 segments of 128 tokens, but the lengths of chats differ.
     lengths = cu_seq_lens.diff().tolist()
     segments = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = [
@@ -123,17 +125,17 @@ def by_segment(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None
 ) -> Tensor:
-    """SDPA with grouped key heads, causal where no mask is given."""
+    """SDPA with grouped key heads; causal if no mask is given."""
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, *, window: int, scale: float) -> Tensor:
-    """One segment longer than the window; shapes as SDPA.
+    """Attention of one segment longer than the window; shapes as in SDPA.
 
-    A window of queries sees causally. The others go `BAND_QUERIES` at a time, as a batch, each with
-    its own stretch of keys, so that one small mask serves them all.
+    The first `window` queries need only a causal mask. The others form a batch of bands of
+    `BAND_QUERIES` queries, each with its own stretch of keys, so that one small mask serves all.
     """
     first = _attend(query[:, :, :window], key[:, :, :window], value[:, :, :window], scale=scale)
     n_keys = BAND_QUERIES + window - 1
@@ -159,10 +161,10 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, *, window: int, scale: fl
 
 
 def _kernel_dtype(module: Any, query: Tensor) -> torch.dtype | None:
-    """What the varlen kernel shall compute in; None where it does not run.
+    """Type that the varlen kernel is to compute in; None where it does not run.
 
-    It takes 16-bit alone. QLoRA's norms and adapters are float32, so its queries come as float32,
-    though the model computes in 16-bit.
+    The kernel takes only 16-bit types. Queries may arrive as float32 from float32 norms or
+    adapters although the model computes in 16 bits.
     """
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
         return None
@@ -183,15 +185,13 @@ def _varlen(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """PyTorch's FlashAttention varlen kernel; shapes as `packed_attention`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = varlen_options(_varlen_parameters(), window=window, scale=scale)
+    """PyTorch's FlashAttention varlen kernel; shapes as in `packed_attention`."""
+    options = varlen_options(varlen_parameters(), window=window, scale=scale)
     if "enable_gqa" not in options:
         n_groups = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(n_groups, dim=1) for part in (key, value))
     query, key, value = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-    # A tuple only where more than the output is asked for.
+    # A tuple only if more than the output is requested.
     output: Any = varlen_attn(
         query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options
     )
@@ -199,9 +199,8 @@ def _varlen(
 
 
 @cache
-def _varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
+def varlen_parameters() -> frozenset[str]:
+    """Names of the parameters of this torch's `varlen_attn`."""
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -210,7 +209,7 @@ class VarlenOptions(TypedDict):
 
     scale: float
     window_size: tuple[int, int]
-    """Keys to the left and to the right of the query's own; −1 is all of them."""
+    """Keys seen to the left and to the right of the query's own position; −1 is all of them."""
     enable_gqa: NotRequired[bool]
 
 
@@ -220,11 +219,11 @@ def varlen_options(
     """Keyword arguments of `varlen_attn`.
 
     Args:
-        parameters: names in its signature, which grew: torch 2.11 `scale` and `window_size`,
-            2.12 `enable_gqa`.
+        parameters: names in its signature; torch 2.11 added `scale` and `window_size`, 2.12
+            `enable_gqa`.
         window: keys a query sees, itself included; None is full causal.
     Raises:
-        StageError: this torch's kernel knows no window.
+        StageError: the kernel of this torch has no window.
     """
     if "window_size" not in parameters:
         raise StageError(

@@ -1,30 +1,32 @@
-"""Micro-batches: rows of a plan laid out flat, their tokens read from the mapped documents.
+"""Micro-batches: rows of a plan as one flat row, with tokens read from memory-mapped documents.
 
-A micro-batch is one sequence of all its rows' tokens. Positions restart at 0 and attention stops at
-every segment: a document for `best_fit` and `none`, a whole row for `concatenate`.
+A micro-batch is one sequence of all tokens of its rows. Positions restart at 0 at every segment,
+and attention does not cross its bounds. A segment is a document for the strategies `best_fit` and
+`none`, a whole row for `concatenate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from workflow_scripts.packing.balance import NO_ROW
 from workflow_scripts.packing.packing import Piece, Row, Rows
 from workflow_scripts.tokens.documents import Documents
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 IGNORED = -100
-PADDING = 0  # any token would do: none sees it
+PADDING = 0  # any token would do: no other token sees it
 
 
 class PlannedRows:
-    """The rows of a plan as a dataset: an item is the row's pieces, its tokens are the
-    collator's. `NO_ROW` is a row without pieces."""
+    """The rows of a plan as a dataset of pieces, to which the collator adds the tokens.
+
+    The item `NO_ROW` is a row without pieces.
+    """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -35,12 +37,9 @@ class PlannedRows:
     def __getitem__(self, index: int) -> Row:
         return [] if index == NO_ROW else self._rows[index]
 
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
 
 class Segments(TypedDict):
-    """Tokens of one flat row, and where attention ends, as the model takes them."""
+    """Tokens of one flat row and the bounds of its segments, as the model takes them."""
 
     input_ids: Tensor
     """(1, tokens)."""
@@ -58,18 +57,18 @@ class Batch(Segments):
     """A micro-batch of training."""
 
     labels: Tensor
-    """(1, tokens): the token to predict *at* its position (transformers shifts by one)."""
+    """(1, tokens): the token to predict, at its own position (transformers shifts by one)."""
     predicting: Tensor
-    """(supervised,): the positions in front of a label."""
+    """(supervised tokens,): the position before each label."""
 
 
 class Collator:
-    """Rows to one flat micro-batch.
+    """Joins rows into one flat micro-batch.
 
     Args:
-        documents: what the rows' pieces point to.
-        crosses_documents: attention runs on over the documents of a row.
-        pads_rows: each row is padded to the longest of the micro-batch.
+        documents: the documents that the pieces of the rows refer to.
+        crosses_documents: attention crosses the documents of a row.
+        pads_rows: each row is padded to the length of the longest in the micro-batch.
     """
 
     def __init__(
@@ -82,14 +81,12 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """The batch as the model takes it.
 
-        Padding is a segment of its own: no token sees it, and it has no label. A micro-batch of no
-        piece at all is one such token, so that a process without a row takes part in the step.
+        Padding forms separate segments without labels, which no other token sees. A micro-batch
+        without pieces is one padding token, so that a process without a row takes part in the step.
 
-        The first token of a segment has no label, as nothing before it belongs to it, nor has
-        carried-over context.
+        The first token of a segment has no label, because no token of its segment precedes it.
+        Carried-over context has none either.
         """
-        import torch
-
         n_longest = max((sum(piece.length for piece in row) for row in rows), default=0)
         tokens, labels, segments = [], [], []
         for row in rows:
@@ -114,7 +111,7 @@ class Collator:
             "input_ids": _row(np.concatenate(tokens)),
             "position_ids": _row(np.concatenate([np.arange(length) for length in segments])),
             "labels": _row(flat_labels),
-            # Found here, as looking for them on the GPU would make the CPU wait.
+            # Computed here: on the GPU the CPU would have to wait for it.
             "predicting": _row(np.flatnonzero(flat_labels[1:] != IGNORED))[0],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
@@ -130,11 +127,9 @@ class Collator:
         labels = np.where(document.is_supervised[stretch], tokens, IGNORED)
         labels[: piece.n_context] = IGNORED
         if piece.n_context and piece.start:
-            tokens[0] = document.input_ids[0]  # BOS, which every text begins with
+            tokens[0] = document.input_ids[0]  # BOS: every document begins with it
         return tokens, labels
 
 
 def _row(values: Any) -> Tensor:
-    import torch
-
     return torch.from_numpy(values.astype("int64"))[None]

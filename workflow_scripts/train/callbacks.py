@@ -1,4 +1,4 @@
-"""What watches a training run: its pace, its best weights, and the signals that end it early."""
+"""Callbacks of a training run: its pace, its best weights, and signals that end it early."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -20,11 +21,11 @@ logger = log.stage_logger("train_adapter")
 
 
 class Progress(TrainerCallback):
-    """Seconds of each optimizer step, without evaluations and checkpoints; and how far it is: a bar
-    on a terminal, else a line every 30 s.
+    """Measures the seconds of each optimizer step, without evaluations and checkpoints, and reports
+    progress: a bar on a terminal, in a log file a line every 30 s.
 
     Args:
-        tokens_per_step: on average.
+        tokens_per_step: mean over the plan.
     """
 
     def __init__(self, *, tokens_per_step: float) -> None:
@@ -75,22 +76,23 @@ class Progress(TrainerCallback):
             self._bar.close()
 
     def tokens_per_second(self) -> float | None:
-        """Of the whole run; None before a step was measured."""
-        # The first step pays for warming up; a run of one step has no other.
+        """Mean over the run; None before a step was measured."""
+        # The first step includes warming up, so it counts only if it is the only one.
         seconds = list(self.seconds.values())
         measured = seconds[1:] or seconds
         return len(measured) * self._tokens_per_step / sum(measured) if measured else None
 
 
 class BestWeights(TrainerCallback):
-    """Keeps the weights of the lowest validation loss, and stops where it no longer falls.
+    """Keeps the weights of the lowest validation loss, and stops when the loss no longer falls.
 
-    The weights lie beside the checkpoints, so that a run that is resumed still has them.
+    The weights are stored next to the checkpoints, so that a resumed run still has them.
 
     Args:
-        folder: of the run's checkpoints.
-        patience: evaluations in a row without a lower loss before training stops; None is never.
+        folder: the run's checkpoints.
         keeps: the best weights are kept.
+        patience: training stops after this many evaluations in a row without a lower loss; None:
+            it never does.
     """
 
     def __init__(self, folder: Path, *, keeps: bool, patience: int | None) -> None:
@@ -112,12 +114,10 @@ class BestWeights(TrainerCallback):
             )  # fmt: skip
             self.has_stopped = True
             control.should_training_stop = True
-            # Resumed from here, training would go on.
+            # A run resumed from a checkpoint of this step would train on.
             control.should_save = False
 
     def _save(self, model: Any, state: Any) -> None:
-        from safetensors.torch import save_file
-
         weights = trained_weights(model)
         if not state.is_world_process_zero:
             return
@@ -126,13 +126,11 @@ class BestWeights(TrainerCallback):
             files.write_json(folder / "best.json", {"step": state.global_step})
 
     def restore(self, model: Any) -> int | None:
-        """Put the best weights back.
+        """Load the best weights into the model.
 
         Returns:
-            The step they are of; None where none were kept.
+            The step that they are from; None if none were kept.
         """
-        from safetensors.torch import load_file
-
         if not (self._folder / "best.json").is_file():
             return None
         weights = load_file(self._folder / "weights.safetensors")
@@ -144,7 +142,7 @@ class BestWeights(TrainerCallback):
 
 
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters that train, whole and on the CPU; every process of a sharded model calls."""
+    """The weights that train, whole and on the CPU; all processes of a sharded model must call."""
     return {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu().contiguous()
         for name, p in model.named_parameters()
@@ -153,39 +151,28 @@ def trained_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 class Interruption(TrainerCallback):
-    """A signal to end (Slurm's time limit, Ctrl-C) finishes the step, saves a checkpoint and stops;
-    a second one ends the process at once. It listens within its `with` block."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    """After a signal to end (Slurm's time limit, Ctrl-C), finishes the step, saves a checkpoint and
+    stops."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
-        # A worker of torchrun is started deaf to these, so from here on, not from the first step.
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
+    def receive(self, number: int, _: Any) -> None:
+        """Handle a signal; a second one ends the process at once."""
         if self.received:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
-        # One write, as a signal may come in the middle of a log line.
-        os.write(2, f"received {self.received}: the step is finished and saved\n".encode())
+        # A single write: the signal may arrive while a log line is being written.
+        os.write(2, f"received {self.received}: finishing and saving the step\n".encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._agreed(args.device):
-            # An evaluation that is due comes first: the resumed run must not miss it.
+            # An evaluation that is due still runs first: the resumed run would skip it.
             control.should_save = True
             control.should_training_stop = True
 
     def _agreed(self, device: torch.device) -> bool:
-        """Whether any process was told to end: all of them stop at the same step."""
+        """True if any process received a signal, so that all stop at the same step."""
         if not torch.distributed.is_initialized():
             return self.received is not None
         told = torch.tensor(int(self.received is not None), device=device)

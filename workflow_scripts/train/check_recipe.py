@@ -1,7 +1,7 @@
-"""Gate: a recipe can be used on a model, as soon as the model's facts are known.
+"""Gate: check that a recipe fits a model, as soon as the model's facts are known.
 
-Ranks, target modules and settings of experts depend on the model, so the config alone cannot say
-whether they are right; here they are judged before chats are rendered and packed.
+Ranks, target modules and settings for experts depend on the model, so they cannot be checked from
+the config alone. This checks them before chats are rendered and packed.
 
 python -m workflow_scripts.train.check_recipe --facts facts.json --recipe '{"rank": 32}'
     --name mistral-lora --check recipe_check.json
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--facts", type=Path, required=True, help="model facts")
     parser.add_argument("--recipe", required=True, help="JSON of `recipes.<name>`")
-    parser.add_argument("--name", default="<name>", help="of the recipe, for messages")
+    parser.add_argument("--name", default="<name>", help="the recipe's name, for messages")
     parser.add_argument("--check", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     recipe = settings_from_json(RecipeSettings, arguments.recipe)

@@ -1,8 +1,8 @@
-"""Checkpoints to resume from: whole or not there, and of this very run.
+"""Checkpoints to resume from: complete or absent, and never those of another run.
 
-A checkpoint is written under another name, flushed to the disk and renamed, so that one which has
-its name is complete, whatever killed the process or filled the disk. The folder they lie in is
-named by a fingerprint of all that decides the result; a run never resumes from another's.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. One that has its
+final name is complete even if the process was killed or the disk was full. The folder is named by a
+fingerprint of everything that decides the result, so a run never resumes from another run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: of all runs of this name; the checkpoints lie in a folder of it.
-        identity: all that decides the result.
+        folder: checkpoints of all runs of this name; those of this run get a subfolder.
+        identity: everything that decides the result.
     """
 
     def __init__(self, folder: Path, identity: RunIdentity) -> None:
@@ -36,8 +36,10 @@ class Checkpoints:
         self._siblings = folder
 
     def open(self) -> None:
-        """Make the folder; take away what a killed process left half written; say which other runs
-        left checkpoints beside, and in what they differ."""
+        """Make the folder, and remove what a killed process left incomplete.
+
+        Logs which other runs of this name have checkpoints, and which settings differ.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*"):
             logger.warning("removed an incomplete checkpoint path=%s", path)
@@ -46,24 +48,24 @@ class Checkpoints:
         for other in sorted(self._siblings.glob("*/identity.json")):
             if other.parent != self.folder:
                 logger.warning(
-                    "started afresh beside checkpoints of other settings, which can be removed:"
+                    "started from scratch; checkpoints of other settings can be removed:"
                     " path=%s differs_in=%s",
                     other.parent,
                     ", ".join(differences(files.read_json(other), self._identity)),
                 )
 
     def newest(self) -> Path | None:
-        """The checkpoint of the latest step; None where there is none."""
-        return max(self._all(), key=_step, default=None)
+        """The checkpoint of the latest step; None if there is none."""
+        return max(self.folder.glob(f"{PREFIX}*"), key=_step, default=None)
 
     @contextmanager
     def writing(self, step: int, *, is_main: bool = True, wait: Any = None) -> Iterator[Path]:
-        """A folder to write `checkpoint-<step>` in, which has its place after the block.
+        """A folder to write `checkpoint-<step>` into; after the block it is moved into place.
 
         Args:
             step: optimizer steps taken.
             is_main: this process makes and moves the folder; the others write into it.
-            wait: a barrier between processes that share the folder; None for a single one.
+            wait: a barrier between the processes that share the folder; None for one process.
         """
         wait = wait or (lambda: None)
         staged = self.folder / ".writing"
@@ -77,7 +79,7 @@ class Checkpoints:
             if is_main:
                 written, target = staged / f"{PREFIX}{step}", self.folder / f"{PREFIX}{step}"
                 _flush(written)
-                # A run that resumed from an older checkpoint may come by here again.
+                # A run resumed from an older checkpoint may have written this step before.
                 shutil.rmtree(target, ignore_errors=True)
                 written.replace(target)
         finally:
@@ -86,30 +88,27 @@ class Checkpoints:
         wait()
 
     def keep_newest(self, n_kept: int) -> None:
-        """Remove all but the newest so many."""
-        for path in sorted(self._all(), key=_step)[:-n_kept]:
+        """Remove all but the newest `n_kept`."""
+        for path in sorted(self.folder.glob(f"{PREFIX}*"), key=_step)[:-n_kept]:
             shutil.rmtree(path)
 
     @property
     def n_steps_down(self) -> int:
-        """How often this run had to make do with less memory."""
+        """How often this run ran out of memory and went on with a smaller layout."""
         path = self.folder / STEPS_DOWN
         return files.read_json(path)["n_steps_down"] if path.is_file() else 0
 
     def step_down(self) -> None:
-        """Remember, for this start and the next ones, that memory ran out."""
+        """Record that memory ran out, for this start and later ones."""
         files.write_json(self.folder / STEPS_DOWN, {"n_steps_down": self.n_steps_down + 1})
 
     def remove(self) -> None:
-        """A finished run has nothing to resume; a forced one starts over."""
+        """Remove all checkpoints of the run: once finished it has nothing to resume."""
         shutil.rmtree(self.folder)
-
-    def _all(self) -> list[Path]:
-        return list(self.folder.glob(f"{PREFIX}*"))
 
 
 def all_steps_down(folder: Path) -> int:
-    """How often the runs of this name stepped down, together."""
+    """Sum of `n_steps_down` over all runs of this name."""
     return sum(files.read_json(path)["n_steps_down"] for path in folder.glob(f"*/{STEPS_DOWN}"))
 
 
@@ -118,7 +117,7 @@ def differences(
     other: Mapping[str, Any],  # untyped: the same
     path: str = "",
 ) -> list[str]:
-    """`key: value → value` of every leaf that differs."""
+    """List `key: value → value` for every leaf that differs."""
     lines = []
     for key in dict.fromkeys([*one, *other]):
         first, second = one.get(key), other.get(key)
@@ -139,7 +138,7 @@ def _step(path: Path) -> int:
 
 
 def _flush(folder: Path) -> None:
-    """Wait for the disk: the new name must not stand for what is still on its way there."""
+    """Flush a folder to the disk, so that its final name cannot refer to unwritten data."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

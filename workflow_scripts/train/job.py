@@ -1,4 +1,4 @@
-"""What a training run is given: settings, model facts, plan, documents; and what identifies it."""
+"""The input of a training: settings, model facts, plan and documents, and the run's identity."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from workflow_scripts import files
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.training import RunIdentity
-from workflow_scripts.models.checkpoint import default_device
 from workflow_scripts.packing.plan import Plan, read_plan
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.tokens.documents import Documents
-from workflow_scripts.train.memory.shape import PlannedRun
-from workflow_scripts.train.validation import longest_row
+from workflow_scripts.train.memory import device
+from workflow_scripts.train.memory.shape import DeviceType, PlannedRun
+from workflow_scripts.train.validation import validation_rows
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Job:
     recipe: RecipeSettings
     training: TrainingSettings
     facts: ModelShape
-    """As the model trains: without its window where the recipe does not honour it."""
+    """The model as it trains: without its window where the recipe does not honour it."""
     plan: Plan
     train: Documents
     validation: Documents
@@ -40,7 +40,7 @@ class Job:
         training: TrainingSettings,
         output_version: int,
     ) -> Job:
-        """From the files of the stages before.
+        """Read the files of the earlier stages.
 
         Args:
             tokens: folder of render_chats.
@@ -48,12 +48,10 @@ class Job:
         """
         train, validation = tokens / "train.arrow", tokens / "validation.arrow"
         model = Facts.read(facts)
-        if not recipe.honours_window:
-            model = model.without_window()
         return cls(
             recipe=recipe,
             training=training,
-            facts=model,
+            facts=model if recipe.honours_window else model.without_window(),
             plan=read_plan(plan),
             train=Documents(train),
             validation=Documents(validation),
@@ -69,19 +67,49 @@ class Job:
         )
 
     def planned_run(self, *, n_gpus: int) -> PlannedRun:
-        """As `plan_memory` sees it, on the kind of device that this process computes on."""
-        row_tokens = self.plan.longest_row
-        return PlannedRun(
+        """The run as `plan_memory` sees it, on the device of this process."""
+        return planned_run(
             self.facts,
             self.recipe,
             self.training,
-            row_tokens=row_tokens,
-            device_type="cuda" if default_device().type == "cuda" else "cpu",
+            row_tokens=self.plan.longest_row,
+            validation=self.validation,
+            device_type=device.kind(),
             n_gpus=n_gpus,
-            longest_evaluation=longest_row(
-                self.validation,
-                self.facts,
-                row_tokens=row_tokens,
-                n_conversations=self.recipe.validation_conversations,
-            ),
         )
+
+
+def planned_run(
+    facts: ModelShape,
+    recipe: RecipeSettings,
+    training: TrainingSettings,
+    *,
+    row_tokens: int,
+    validation: Documents | None,
+    device_type: DeviceType,
+    n_gpus: int,
+) -> PlannedRun:
+    """The run whose memory is planned.
+
+    Args:
+        row_tokens: length of the longest row of training.
+        validation: documents of the validation split; None assumes the longest possible rows.
+    """
+    longest = None
+    if validation is not None:
+        rows = validation_rows(
+            validation,
+            facts,
+            row_tokens=row_tokens,
+            n_conversations=recipe.validation_conversations,
+        )
+        longest = int(rows.n_tokens.max(initial=1))
+    return PlannedRun(
+        facts,
+        recipe,
+        training,
+        row_tokens=row_tokens,
+        device_type=device_type,
+        n_gpus=n_gpus,
+        longest_evaluation=longest,
+    )

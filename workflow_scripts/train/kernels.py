@@ -1,8 +1,8 @@
-"""Kernels of the layers' small operations: Liger's in Triton where they run, else PyTorch's.
+"""Kernels of a layer's small operations: Liger's in Triton where they run, else PyTorch's.
 
-RMSNorm, RoPE and SwiGLU are a tenth of the arithmetic's time and half of the activations that are
-kept: Liger's versions (arXiv:2410.10989) keep their inputs alone. The loss is our own, the
-attention too, so of Liger nothing else is used.
+RMSNorm, RoPE and SwiGLU take a tenth of the time of the matrix products and keep half of the
+activations. Liger's versions (arXiv:2410.10989) keep only their inputs. Loss and attention are
+Tramontane's own, so nothing else of Liger is used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ logger = log.stage_logger("kernels")
 
 
 def liger_runs(wanted: str) -> bool:
-    """Whether Liger's kernels are used.
+    """True if Liger's kernels are used.
 
     Args:
         wanted: `training.kernels`: auto, liger or torch.
     Raises:
-        StageError: they are asked for and cannot run.
+        StageError: the setting requires them and they cannot run.
     """
     if wanted == "torch":
         return False
@@ -50,8 +50,9 @@ def use_liger(model: Any) -> None:
     """Put Liger's RMSNorm, RoPE and SwiGLU into a loaded Mistral or Mixtral.
 
     Args:
-        model: of transformers, before PEFT wraps its layers.
+        model: transformers' model, before PEFT wraps its layers.
     """
+    # An optional package.
     from liger_kernel.transformers import monkey_patch
 
     kind = model.config.model_type
@@ -62,7 +63,7 @@ def use_liger(model: Any) -> None:
     apply(
         rope=True,
         rms_norm=True,
-        swiglu=kind == "mistral",  # experts go through transformers' grouped products
+        swiglu=kind == "mistral",  # experts run in transformers' grouped products
         cross_entropy=False,
         fused_linear_cross_entropy=False,
         model=model,

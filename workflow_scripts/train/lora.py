@@ -1,11 +1,11 @@
-"""The adapter's shape: LoRA on every linear layer, with a rank of its own for k and v where asked.
+"""The adapter's shape: LoRA on every linear layer, if requested with a separate rank for k and v.
 
 In grouped-query attention k and v project to `n_kv_heads · head_dim`, a quarter of q in Mistral
-7B. Whether they want less rank is a hypothesis that the report measures, not a fact.
+7B. That they need less rank is a hypothesis that the report measures.
 
-A mixture's experts are two tensors for all of them, its router a bare matrix; each has a setting of
-its own. PEFT 0.21's `all-linear` would adapt both, as with transformers 4, the experts'
-first half at twice the rank.
+A mixture keeps all its experts in two tensors and its router in a bare matrix; each has a separate
+setting. PEFT 0.21's `all-linear` would adapt both, as with transformers 4, and gate and up of the
+experts at twice the rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int, name: str 
     """Rank of k and v: the recipe's number, the uniform rank, or rank × kv heads ÷ heads.
 
     Args:
-        name: of the recipe, for the message.
+        name: the recipe's name, for the message.
     Raises:
         StageError: `matched` does not give an integer.
     """
@@ -55,14 +55,14 @@ def kv_rank(recipe: RecipeSettings, *, n_heads: int, n_kv_heads: int, name: str 
 
 
 def check_recipe(recipe: RecipeSettings, facts: ModelShape, *, name: str = "<name>") -> None:
-    """A recipe can be used on a model; no weight is needed to say so.
+    """Check that a recipe fits a model; this needs no weights.
 
     Args:
-        facts: the model's, for its heads and experts.
-        name: of the recipe, for the messages.
+        facts: the model's facts, for its heads and experts.
+        name: the recipe's name, for the messages.
     Raises:
-        StageError: `kv_rank: matched` gives no integer, a target is not a module of the model, or a
-            mixture's setting meets a dense model.
+        StageError: `kv_rank: matched` does not give an integer, a target is not a module of the
+            model, or a setting for experts meets a dense model.
     """
     check_mixture(recipe, facts)
     if recipe.method == "full":
@@ -74,14 +74,15 @@ def check_recipe(recipe: RecipeSettings, facts: ModelShape, *, name: str = "<nam
 def lora_config(recipe: RecipeSettings, facts: ModelShape) -> LoraConfig:
     """PEFT's config of the recipe's adapter.
 
-    Where k and v have a rank of their own, so have they an alpha: PEFT would keep the alpha, and
-    their scale, alpha ÷ rank (rsLoRA: ÷ √rank), would grow.
+    If k and v have a separate rank, they get a matching alpha. PEFT would keep the alpha, and their
+    scale, alpha ÷ rank (rsLoRA: ÷ √rank), would grow.
 
     Args:
-        facts: the model's, for its heads and experts.
+        facts: the model's facts, for its heads and experts.
     Raises:
-        StageError: a target is no module of the model, or a mixture's setting meets a dense model.
+        StageError: as `check_recipe`.
     """
+    # Not at the top: it takes seconds, and check_recipe does without.
     from peft import LoraConfig, TaskType
 
     check_mixture(recipe, facts)
@@ -101,7 +102,7 @@ def lora_config(recipe: RecipeSettings, facts: ModelShape) -> LoraConfig:
         target_modules=targets,
         target_parameters=list(EXPERTS) if recipe.adapts_experts else None,
         modules_to_save=whole or None,
-        # One matrix in two places stays one.
+        # Tied embeddings stay tied.
         ensure_weight_tying=bool(facts.ties_embeddings and recipe.modules_to_save),
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -116,11 +117,11 @@ def lora_config(recipe: RecipeSettings, facts: ModelShape) -> LoraConfig:
 def target_modules(recipe: RecipeSettings, facts: ModelShape) -> list[str]:
     """The recipe's targets as PEFT takes them, each the end of a module's dotted name.
 
-    The output layer is none of them: its loss is made without calling it, so an adapter of it
-    would do nothing; `modules_to_save` trains it.
+    The output layer cannot be a target: the loss reads its weight without calling it, so an
+    adapter there would have no effect. `modules_to_save` trains it.
 
     Raises:
-        StageError: a name that no adaptable module ends with.
+        StageError: no linear layer has a name that ends with one of the targets.
     """
     in_layer = ATTENTION if facts.n_experts else ATTENTION + MLP
     if recipe.target_modules == "all-linear":
@@ -132,11 +133,12 @@ def target_modules(recipe: RecipeSettings, facts: ModelShape) -> list[str]:
         if not any(f".{name}".endswith(f".{target}") for name in names)
     ]
     if unknown:
+        adaptable = ", ".join(name.split(".")[-1] for name in in_layer)
         raise StageError(
-            "a target of the adapter is no linear layer of the model",
+            "a target of the adapter is not a linear layer of the model",
             where="recipes.<name>.target_modules",
             found=", ".join(unknown),
-            expected="all-linear, or of " + ", ".join(name.split(".")[-1] for name in in_layer),
+            expected=f"all-linear, or some of {adaptable}",
             to_fix="embed_tokens and lm_head belong in `modules_to_save`, a mixture's experts and"
             " router in `adapts_experts` and `trains_router`",
         )
@@ -144,18 +146,18 @@ def target_modules(recipe: RecipeSettings, facts: ModelShape) -> list[str]:
 
 
 def check_mixture(recipe: RecipeSettings, facts: ModelShape) -> None:
-    """Settings of experts want a model that has some.
+    """Check that settings for experts meet a model with experts.
 
     Raises:
-        StageError: naming those that a dense model cannot have.
+        StageError: the model is dense; the message names the settings.
     """
     names = ("adapts_experts", "trains_router", "router_loss_coefficient")
     found = [name for name in names if getattr(recipe, name)]
     if found and not facts.n_experts:
         raise StageError(
-            "the recipe speaks of experts, and the model has none",
+            "the recipe has settings for experts, but the model has no experts",
             where="recipes.<name>",
             found=", ".join(f"{name}: {getattr(recipe, name)}" for name in found),
-            expected="these settings for a mixture of experts alone (Mixtral)",
-            to_fix="leave them out, or name another recipe for this run",
+            expected="these settings only for a mixture of experts (Mixtral)",
+            to_fix="remove them, or choose another recipe for this run",
         )

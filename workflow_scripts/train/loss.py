@@ -1,9 +1,9 @@
-"""Cross-entropy through the output layer, without ever holding the logits of a whole micro-batch.
+"""Cross-entropy through the output layer, without holding the logits of a whole micro-batch.
 
-Logits of 32k tokens × 131k words would be 16 GiB in float32. Here they are made a chunk of tokens
-at a time, turned into the loss and the gradients of the hidden states (and of the output layer's
-weight, where it trains) at once, and dropped, so that a chunk's logits are all that exists. After
-the fused linear cross-entropy of Liger kernels, arXiv:2410.10989 §3.2.
+Logits of 32k tokens × 131k vocabulary entries would take 16 GiB in float32. Here they are computed
+for one chunk of tokens at a time, turned at once into the loss and the gradients of the hidden
+states (and of the output layer's weight, if it trains), and dropped. After the fused linear
+cross-entropy of Liger kernels, arXiv:2410.10989 §3.2.
 """
 
 from __future__ import annotations
@@ -12,56 +12,56 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from workflow_scripts.train.batches import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of a chunk on a CPU: 16 MiB in float32. Below 32 MiB glibc keeps the block for the next
-# chunk instead of returning it to the system, whose fresh pages cost more than the products
-# (measured on 2 CPU cores).
+# Logits of a chunk on a CPU: 16 MiB in float32. Below 32 MiB glibc reuses the block for the next
+# chunk; fresh pages from the system would cost more time than the products (measured on 2 CPU
+# cores).
 CHUNK_ELEMENTS = 4 * 1024 * 1024
-# On a GPU 256 MiB: 2048 tokens of 32k words, which keeps the matrix units busy.
+# On a GPU 256 MiB: 2048 tokens × 32k vocabulary entries, which keeps the matrix units busy.
 CUDA_CHUNK_ELEMENTS = 64 * 1024 * 1024
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Negative log-likelihood of `targets`, summed, nats; equal to cross-entropy of `hidden @
+    """Negative log-likelihood of `targets`, summed, in nats: the cross-entropy of `hidden @
     weight.T`.
 
-    The products are in autocast's type where it is on, else in the weight's; all sums are float32.
-    The price: gradients are made in the forward pass, so a second derivative does not exist, and a
-    weight that trains has its gradient twice for a moment.
+    The products use autocast's type if it is on, else the weight's; all sums are float32. The cost:
+    the forward pass computes the gradients, so there is no second derivative, and the gradient of a
+    weight that trains briefly exists twice.
 
     Args:
-        hidden: (tokens, hidden_size), what the output layer reads.
+        hidden: (tokens, hidden_size), input of the output layer.
         weight: (vocabulary, hidden_size), the output layer's, frozen or not.
-        targets: (tokens,) int64, each the token to predict.
+        targets: (tokens,) int64, the token to predict at each position.
     Returns:
-        A float32 scalar; its gradient reaches `hidden`, and `weight` where that wants one.
+        A float32 scalar, differentiable in `hidden` and `weight`.
     """
     return _SummedCrossEntropy.apply(hidden, weight, targets)
 
 
 def sum_loss(causal_model: PreTrainedModel, *, router_loss_coefficient: float = 0.0) -> None:
-    """Make a causal model's forward pass return the summed loss wherever it is given labels.
+    """Make a causal model's forward pass return the summed loss when it is given labels.
 
-    It is the forward pass that does it, as what shards or replicates a model (DDP, FSDP) listens
-    there. Logits are made at supervised positions alone, which leaves out a third of the output
-    layer's work on the demo's chats.
+    The loss is part of the forward pass because DDP and FSDP attach to that. Logits are computed
+    only at supervised positions, which saves a third of the output layer's work on the demo's
+    chats.
 
     Args:
-        causal_model: with `model` and `lm_head`, which PEFT may have replaced by a copy that
-            trains. Its `forward` is replaced; the new one takes a batch of `Collator` and returns
-            `loss`, in nats, and no logits. `predicting`, (supervised tokens,) int64, the positions
-            in front of each supervised token, is looked up where it is not given; on a GPU that
-            waits for all that was queued before.
-        router_loss_coefficient: above 0, training adds so many times the mixture's load-balancing
-            loss for each supervised token, so that a step's loss, divided by its supervised tokens,
-            has the mean over them.
+        causal_model: a model with `model` and `lm_head` (PEFT may have replaced `lm_head` by a copy
+            that trains). Its `forward` is replaced. The new one takes a batch of `Collator` and
+            returns `loss`, in nats, without logits. If the batch lacks `predicting`, the positions
+            are searched for, which on a GPU waits for all queued work.
+        router_loss_coefficient: if above 0, training adds this multiple of the mixture's
+            load-balancing loss once per supervised token, so that dividing a step's loss by its
+            supervised tokens leaves their mean.
     """
     plain_forward = causal_model.forward
 
@@ -75,11 +75,11 @@ def sum_loss(causal_model: PreTrainedModel, *, router_loss_coefficient: float = 
         options |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if labels is None:
             return plain_forward(**options)
-        # A validation loss is of the tokens alone.
+        # A validation loss contains no load-balancing loss.
         is_balanced = router_loss_coefficient > 0 and causal_model.training
         if is_balanced:
             options["output_router_logits"] = True
-        # With a cache transformers would look for boundaries and a mask of its own.
+        # With a cache transformers would derive segments and a mask itself.
         outputs = causal_model.model(**options | {"use_cache": False})
         if predicting is None:
             predicting = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
@@ -100,15 +100,13 @@ def sum_loss(causal_model: PreTrainedModel, *, router_loss_coefficient: float = 
 def _load_balancing_loss(
     causal_model: Any, router_logits: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """1 where every expert gets its share, more where some get most. Source: arXiv:2101.03961."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
+    """1 if tokens are spread evenly over the experts, more if not. Source: arXiv:2101.03961."""
     loss = load_balancing_loss_func(
         router_logits,  # type: ignore[arg-type]  # transformers annotates a tuple of one layer
         causal_model.num_experts,
         causal_model.num_experts_per_tok,
     )
-    assert isinstance(loss, torch.Tensor)  # 0 only where no logits are given
+    assert isinstance(loss, torch.Tensor)  # an int only if no logits are given
     return loss
 
 

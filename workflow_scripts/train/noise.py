@@ -1,7 +1,7 @@
-"""NEFTune on packed rows: uniform noise on the embeddings of training, a document at a time.
+"""NEFTune on packed rows: uniform noise on the embeddings, scaled for each document separately.
 
-The noise of a token is ±alpha ÷ √(L·d), L tokens of its document, d the hidden size. With L from
-the batch's shape a row of many documents would count as one, and have less noise than each alone.
+The noise is at most alpha ÷ √(L·d), with L the tokens of the document and d the hidden size. Taking
+L from the batch's shape would treat a row as one long document, with too little noise.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def add_noise(decoder: PreTrainedModel, *, alpha: float) -> None:
-    """Noise on what the decoder embeds, in training mode alone.
+    """Add noise to the decoder's embeddings, in training mode only.
 
-    The random state decides the noise: who puts the state back (resuming, the attention probe)
-    gets the same again.
+    The noise depends on the random state: restoring the state (resuming, the attention probe)
+    reproduces it.
 
     Args:
-        decoder: whose forward pass is given `cu_seq_lens_q`, (segments + 1,), of one flat row.
+        decoder: its forward pass must be given `cu_seq_lens_q`, (segments + 1,), of one flat row.
     Source: arXiv:2310.05914 §3.
     """
     bounds: list[torch.Tensor] = []
@@ -29,7 +29,7 @@ def add_noise(decoder: PreTrainedModel, *, alpha: float) -> None:
     def remember_segments(
         _: Any,
         __: Any,
-        options: dict[str, Any],  # untyped: of any forward pass, as torch hands them over
+        options: dict[str, Any],  # untyped: keyword arguments of any forward pass
     ) -> None:
         bounds[:] = [options["cu_seq_lens_q"]] if decoder.training else []
 
@@ -38,7 +38,7 @@ def add_noise(decoder: PreTrainedModel, *, alpha: float) -> None:
             return embedded
         (of_row,) = bounds
         lengths = of_row.to(embedded.device).diff()
-        # The number is known beforehand, so the GPU need not be asked.
+        # With `output_size` torch need not wait for the GPU.
         of_tokens = lengths.repeat_interleave(lengths, output_size=embedded.shape[1])
         size = alpha * (of_tokens.float() * embedded.shape[2]).rsqrt()
         return embedded + torch.empty_like(embedded).uniform_(-1, 1).mul_(size[None, :, None])

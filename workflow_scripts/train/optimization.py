@@ -1,4 +1,4 @@
-"""What turns gradients into weights: the recipe's optimizer, and its learning rate by step."""
+"""The recipe's optimizer, and its learning rate by step."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import math
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from transformers.optimization import Adafactor
 
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings
 
 ADAM_BETA1 = 0.9
-# By PEFT's names; what LoRA+ speeds up. DoRA's magnitudes scale the product, as B does.
+# PEFT's names of the parameters that LoRA+ trains faster. DoRA's magnitudes scale the product, as B
+# does.
 LORAPLUS_PARTS = ("lora_B", "lora_magnitude_vector")
 
 
 def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all that trains.
+    """The recipe's optimizer over all weights that train.
 
-    AdamW with 8-bit state keeps 2 bytes a weight where AdamW keeps 8; tensors below 4096 weights
-    stay in 32 bits. Adafactor keeps a row and a column of each matrix.
+    AdamW with 8-bit state keeps 2 bytes per weight instead of 8; tensors below 4096 weights keep a
+    32-bit state. Adafactor keeps one row and one column per matrix.
 
     Raises:
         StageError: nothing trains.
@@ -30,16 +33,12 @@ def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Opt
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
     if recipe.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        # Not torch.optim.Adafactor: that multiplies the rate by the matrix's own size, and LoRA's B
-        # begins at zero, so it would learn a thousand times slower.
+        # torch.optim.Adafactor multiplies the rate by the size of the matrix's values. LoRA's B
+        # begins at zero and would learn a thousand times slower.
         return Adafactor(
             groups, lr=recipe.learning_rate, scale_parameter=False, relative_step=False
         )
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-    # Paged where there is a GPU to page from; on a CPU the two are the same.
+    # Without a GPU there is nothing to page from.
     is_paged = recipe.optimizer == "adamw_paged_8bit" and torch.cuda.is_available()
     return (PagedAdamW8bit if is_paged else AdamW8bit)(groups, lr=recipe.learning_rate, betas=betas)
 
@@ -47,12 +46,12 @@ def optimizer(model: torch.nn.Module, recipe: RecipeSettings) -> torch.optim.Opt
 def parameter_groups(
     model: torch.nn.Module, recipe: RecipeSettings
 ) -> list[dict[str, Any]]:  # untyped: as torch's optimizers take them
-    """What trains, by learning rate and weight decay.
+    """Group the weights that train by learning rate and weight decay.
 
-    Norms and other vectors have no decay: it would pull a scale to 0, not simplify a matrix.
+    Norms and other vectors have no decay, which would only pull a scale to 0.
 
     Returns:
-        Groups of an optimizer: `params`, `lr`, `weight_decay`; in the model's order.
+        Groups for an optimizer: `params`, `lr`, `weight_decay`, in the model's order.
     Raises:
         StageError: nothing trains.
     """
@@ -75,7 +74,7 @@ def parameter_groups(
 def scheduler(
     optimizer: torch.optim.Optimizer, recipe: RecipeSettings, n_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The recipe's learning rate, to be stepped once an optimizer step.
+    """The recipe's learning rate; `step()` is called once per optimizer step.
 
     Args:
         n_steps: optimizer steps of the whole run.
@@ -94,10 +93,10 @@ def rate_share(step: int, *, schedule: str, n_steps: int, n_warmup: int, n_decay
     """Learning rate of a step ÷ the recipe's.
 
     Args:
-        step: from 0; the rate is 0 there where there is a warm-up.
-        n_warmup: steps in which the rate rises, in a line.
-        n_decay: `wsd`: the last steps, in which it falls to 0, in a line.
-    Source: `wsd`: arXiv:2405.18392 §3, the line in place of arXiv:2404.06395's exponential.
+        step: from 0; with a warm-up the rate of step 0 is 0.
+        n_warmup: steps in which the rate rises linearly.
+        n_decay: last steps of `wsd`, in which the rate falls linearly to 0.
+    Source: `wsd`: arXiv:2405.18392 §3, linear instead of the exponential of arXiv:2404.06395.
     """
     if step < n_warmup:
         return step / n_warmup

@@ -1,10 +1,10 @@
-"""The probe before the first step: on the real model, is attention what the plan declares?
+"""The probe before the first step: is attention on the real model what the plan declares?
 
-Silent leaks between packed documents are this field's commonest damage (a mask that is dropped, a
-cache that is on, a kernel that is swapped). So tokens of one packed document are exchanged, and
-what moves must be what the plan's strategy says, to the last bit: the shapes stay the same, so a
-token that sees none of the exchanged ones is computed alike. No tolerance, and no second
-implementation to compare with.
+Attention that leaks between packed documents is a common and silent error (a mask is dropped, a
+cache is on, a kernel is swapped). The probe exchanges tokens of one packed document and checks that
+exactly those hidden states change that the plan's strategy allows. The shapes stay the same, so a
+token that sees none of the exchanged ones is computed to the same bits: the probe needs neither a
+tolerance nor a second implementation.
 """
 
 from __future__ import annotations
@@ -14,40 +14,38 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from workflow_scripts.log import StageError
 from workflow_scripts.packing.plan import Plan
 from workflow_scripts.tokens.documents import Documents
+from workflow_scripts.train.batches import Collator, Segments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from workflow_scripts.train.batches import Segments
-
-EDGES = 16  # places where the far edge of a window is tried, until one tells
-TO_FIX = "install the versions of requirements.lock: another one changed attention"
+EDGES = 16  # places at most where the far edge of a window is tested
+TO_FIX = "install the versions of requirements.lock: another version changed attention"
 
 
 def check_attention(
     model: Any, documents: Documents, plan: Plan, layer_windows: Sequence[int | None]
 ) -> dict[str, int]:
-    """Exchange tokens, and see what moves: documents in the whole model, windows in one layer.
+    """Exchange tokens and check what moves: documents in the whole model, windows in one layer.
 
-    Hidden states in front of the output layer stand for the logits, which are made of them token by
-    token. The model is left as it was, its mode and the random state included.
+    A token moves if its hidden state before the output layer changes; logits are computed from that
+    token by token. The model, its mode and the random state are left as they were.
 
     Args:
         model: a causal language model, with or without PEFT's adapter, in any mode.
-        layer_windows: keys a query of each layer sees, itself included (facts.json); None is full
-            causal.
+        layer_windows: keys that a query of each layer sees, itself included (facts.json); None is
+            full causal.
     Returns:
-        What was probed: tokens of the micro-batch, exchanged and moved; windows seen, and windows
-        that no row is long enough to tell.
+        Counts for the log: tokens of the micro-batch, exchanged and moved; windows that were
+        tested, and windows that are longer than the rows.
     Raises:
         StageError: attention is not what the plan and the facts declare.
     """
-    import torch
-
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).model
     with torch.no_grad(), _without_experts(decoder):
         return {
@@ -57,11 +55,9 @@ def check_attention(
 
 
 def _check_documents(decoder: Any, documents: Documents, plan: Plan) -> dict[str, int]:
-    """Two rows in a micro-batch, the latter half of one document of the first exchanged."""
-    from workflow_scripts.train.batches import Collator
-
+    """Exchange the second half of one document in a micro-batch of two rows."""
     row, other_rows = _probed_rows(plan)
-    at = (len(row) - 1) // 2  # a document with others before and behind it, where there is one
+    at = (len(row) - 1) // 2  # a document between others, if the row has three
     ends = np.cumsum([piece.length for piece in row]).tolist()
     start, end = ends[at] - row[at].length, ends[at]
     exchanged = slice((start + end) // 2, end)
@@ -77,18 +73,18 @@ def _check_documents(decoder: Any, documents: Documents, plan: Plan) -> dict[str
         raise StageError(
             "attention is not what the plan declares",
             where=where,
-            found=f"{len(outside)} tokens moved before it or out of its reach",
+            found=f"{len(outside)} tokens moved that must not see them",
             expected=f"none (strategy {plan.strategy})",
             to_fix=TO_FIX,
         )
     if not moved[exchanged].any():
-        raise StageError("the model does not see its tokens", where=where, found="nothing moved")
+        raise StageError("the model does not see its input", where=where, found="nothing moved")
     if plan.crosses_documents and at + 1 < len(row) and not moved[end : ends[at + 1]].any():
         raise StageError(
             "attention is not what the plan declares",
             where=where,
-            found="nothing moved in the document behind it",
-            expected=f"all that follows in the row sees it (strategy {plan.strategy})",
+            found="nothing moved in the next document",
+            expected=f"every later document of the row sees it (strategy {plan.strategy})",
             to_fix=TO_FIX,
         )
     return {
@@ -99,7 +95,7 @@ def _check_documents(decoder: Any, documents: Documents, plan: Plan) -> dict[str
 
 
 def _probed_rows(plan: Plan) -> tuple[list[Any], list[list[Any]]]:
-    """The shortest row of several documents, else of any; and another row, where there is one."""
+    """The shortest row of several documents, else the shortest row; and another row, if any."""
     by_length = np.argsort(plan.rows.n_tokens, kind="stable")
     has_several = np.diff(plan.rows.first_piece)[by_length] > 1
     first = int(np.argmax(has_several))
@@ -110,14 +106,12 @@ def _probed_rows(plan: Plan) -> tuple[list[Any], list[list[Any]]]:
 def _check_windows(
     decoder: Any, documents: Documents, plan: Plan, layer_windows: Sequence[int | None]
 ) -> dict[str, int]:
-    """The first layer of each window by itself: how far back the tokens of a segment see directly.
+    """Test how far back tokens see, in the first layer of each window alone.
 
-    The segment is two windows long: the last token must see nothing of the older one. Then one
-    token at a time is exchanged: the last one to see it is a window further, neither more nor less.
+    The segment is two windows long, and its last token must not see the first of them. Then single
+    tokens are exchanged: the last token to see one must be exactly the window's length away.
     Several places are tried, as a token of little weight may move nothing in 16 bits.
     """
-    import torch
-
     tokens = documents[int(np.argmax(documents.lengths))].input_ids
     windows = dict.fromkeys(layer_windows)
     probed = [window for window in windows if window is None or window < plan.row_tokens]
@@ -154,15 +148,15 @@ def _check_windows(
 
 
 def _places(oldest: int) -> list[int]:
-    """Tokens to exchange one by one, spread over those that the last token of the segment does not
-    see and the oldest that it does."""
+    """Tokens to exchange one by one: spread evenly from the segment's first token to the oldest one
+    that its last token sees."""
     return sorted({oldest * number // (EDGES - 1) for number in range(EDGES)}, reverse=True)
 
 
 def _moved(decoder: Any, batch: Segments, exchanged: slice) -> np.ndarray:
-    """(tokens,) bool: hidden states that are not the same bits with other tokens in that place."""
+    """(tokens,) bool: hidden states whose bits change when tokens are exchanged."""
     tokens = batch["input_ids"].clone()
-    # The next token of the vocabulary: another one for sure.
+    # The next token of the vocabulary is certainly a different one.
     tokens[:, exchanged] += 1
     tokens %= decoder.config.vocab_size
     other: Segments = {**batch, "input_ids": tokens}
@@ -171,15 +165,13 @@ def _moved(decoder: Any, batch: Segments, exchanged: slice) -> np.ndarray:
 
 
 def _hidden_states(decoder: Any, batch: Segments) -> Tensor:
-    """(tokens, hidden_size), in front of the output layer."""
-    import torch
-
+    """Hidden states before the output layer, (tokens, hidden_size)."""
     inputs = {
         key: value.to(decoder.device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
         if key != "labels"
     }
-    # The state of random numbers is put back each time: dropout falls alike, and training's too.
+    # The random state is restored each time, so dropout is the same and training is not affected.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         hidden = decoder(**inputs, use_cache=False).last_hidden_state[0]
     if not torch.isfinite(hidden).all():
@@ -188,8 +180,6 @@ def _hidden_states(decoder: Any, batch: Segments) -> Tensor:
 
 
 def _one_segment(tokens: Tensor) -> Segments:
-    import torch
-
     n_tokens = len(tokens)
     bounds = torch.tensor([0, n_tokens], dtype=torch.int32)
     return {
@@ -204,9 +194,11 @@ def _one_segment(tokens: Tensor) -> Segments:
 
 @contextmanager
 def _one_layer(decoder: Any, index: int) -> Iterator[None]:
-    """Embedding, that layer, final norm. The layers before it hand on what they get, so that it
-    keeps its number, by which some models find its window."""
-    import torch
+    """Reduce the decoder to embedding, one layer and final norm.
+
+    The layers before it pass their input on, so that it keeps its index, by which some models find
+    its window.
+    """
 
     class Passes(torch.nn.Module):
         def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -222,10 +214,11 @@ def _one_layer(decoder: Any, index: int) -> Iterator[None]:
 
 @contextmanager
 def _without_experts(decoder: Any) -> Iterator[None]:
-    """Experts give nothing. They work token by token, but on groups whose size the other tokens
-    decide, and with it the rounding, which may then choose another expert in the next layer."""
-    import torch
+    """Let experts return zeros.
 
+    Experts work token by token, but in groups whose size depends on the other tokens. The size
+    changes the rounding, which may lead the next layer to choose another expert.
+    """
     hooks = [
         layer.mlp.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
         for layer in decoder.layers

@@ -1,8 +1,8 @@
-"""Several GPUs: torchrun started from what the job was given, and signals handed on to it.
+"""Training on several GPUs: starts torchrun for the job's GPUs and passes signals on to it.
 
-One process a GPU. On one node torchrun finds its own port; on several, under Slurm, `srun` starts
-one torchrun a node and the first node of the allocation is the meeting point. Without a GPU the
-processes speak over gloo on the CPU.
+One process per GPU. On one node torchrun chooses a port; on several, under Slurm, `srun` starts one
+torchrun per node, and they meet at the first node of the allocation. Without GPUs the processes
+communicate with gloo on the CPU.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from workflow_scripts import log
 from workflow_scripts.log import StageError
@@ -25,36 +27,24 @@ logger = log.stage_logger("processes")
 
 
 def is_worker() -> bool:
-    """This process was started by torchrun."""
+    """True in a process that torchrun started."""
     return "LOCAL_RANK" in os.environ
 
 
 def n_processes() -> int:
-    """Processes that train together, this one included."""
+    """Number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """The one process that writes what all share."""
+    """True in the one process that writes shared files."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def least(value: int) -> int:
-    """The smallest of every process's value, so that all decide alike."""
-    if n_processes() == 1:
-        return value
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState(cpu=not torch.cuda.is_available())
-    return min(gather_object([value]))
 
 
 def sharding(
     training: TrainingSettings, model: Any
 ) -> dict[str, Any]:  # untyped: arguments of transformers
-    """transformers' arguments for weights that are shared out (FSDP2); none for DDP."""
+    """transformers' arguments for sharded weights (FSDP2); none for DDP."""
     if training.parallelism == "ddp" or n_processes() == 1:
         return {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -70,42 +60,47 @@ def sharding(
 
 
 def run(module: str, argv: Sequence[str], training: TrainingSettings) -> None:
-    """Run a program in one process a GPU, and wait for it.
+    """Run a program in one process per GPU, and wait for it.
 
-    A signal to end goes to the workers alone: torchrun itself would give them 30 s, and a step of
-    long rows takes longer.
+    A signal to end is passed on to the workers only: torchrun would give them 30 s, but a step of
+    long rows may take longer.
 
     Raises:
-        StageError: they failed; their own messages stand above.
+        StageError: the processes failed; their own messages are above.
     """
-    import psutil
-
     command = launch_command(module, argv, training, os.environ)
     logger.info("launched command=%s", " ".join(command))
     process = subprocess.Popen(
         command,
         start_new_session=True,
-        # One thread a process where there is no GPU: torchrun's own default, without its warning.
+        # One thread per process: torchrun's default, set here to avoid its warning.
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
 
     def hand_on(number: int, _: FrameType | None) -> None:
-        # torchrun gives each worker a session of its own: a signal to its group would reach none.
+        # torchrun starts each worker in a new session, so a signal to its group reaches no worker.
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled_signals(hand_on):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if code:
         raise StageError(
-            "training did not end well",
-            found=f"exit code {code} of torchrun; the first error stands above",
+            "training failed",
+            found=f"exit code {code} of torchrun; the first error is above",
         )
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that end a job with `handler` within the block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def launch_command(
@@ -115,42 +110,47 @@ def launch_command(
 
     Args:
         module: name of the program's module.
-        environment: variables, for the number of Slurm's job.
+        environment: environment variables, for the number of the Slurm job.
     Raises:
-        StageError: more nodes are asked for than Slurm gave.
+        StageError: Slurm allocated fewer nodes than `training.nodes`.
     """
-    # Ignored signals are inherited: by torchrun, which stays, and by the workers, whose own
-    # handlers replace it.
-    torchrun = ["env", "--ignore-signal=TERM", "--ignore-signal=INT"]
-    torchrun += [sys.executable, "-m", "torch.distributed.run"]
-    torchrun += ["--nproc-per-node", str(training.gpus), "--signals-to-handle", "SIGUSR2"]
+    # torchrun and the workers inherit that the signals are ignored, so torchrun stays. The workers
+    # then install handlers.
+    torchrun = [
+        *("env", "--ignore-signal=TERM", "--ignore-signal=INT"),
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nproc-per-node", str(training.gpus), "--signals-to-handle", "SIGUSR2"),
+    ]
     program = ["--module", module, *argv]
     if training.nodes == 1:
-        # --standalone: a free port of its own, so that two jobs on a machine do not meet.
+        # --standalone chooses a free port, so that two jobs on one machine do not collide.
         return [*torchrun, "--standalone", *program]
     hosts = _hosts(environment)
     if len(hosts) < training.nodes:
         raise StageError(
-            "there are not as many nodes as training asks for",
+            "the job has fewer nodes than training needs",
             where="training.nodes",
-            found=f"{len(hosts)} ({', '.join(hosts) or 'not a job of Slurm'})",
+            found=f"{len(hosts)} ({', '.join(hosts) or 'not a Slurm job'})",
             expected=training.nodes,
-            to_fix="run under profiles/slurm-sharded, whose jobs ask for them; or set nodes: 1",
+            to_fix="run with profiles/slurm-sharded, which requests them, or set nodes: 1",
         )
-    # Two jobs that share a node must not meet.
+    # A different port for each job, as two jobs may share a node.
     port = 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
-    meeting = ["--nnodes", str(training.nodes), "--rdzv-backend", "c10d"]
-    meeting += ["--rdzv-endpoint", f"{_address(hosts[0])}:{port}"]
-    meeting += ["--rdzv-id", environment["SLURM_JOB_ID"]]
-    spread = ["srun", "--nodes", str(training.nodes), "--ntasks-per-node", "1"]
-    spread.append("--kill-on-bad-exit")
-    return [*spread, *torchrun, *meeting, *program]
+    return [
+        *("srun", "--nodes", str(training.nodes), "--ntasks-per-node", "1", "--kill-on-bad-exit"),
+        *torchrun,
+        *("--nnodes", str(training.nodes), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"{_address(hosts[0])}:{port}"),
+        *("--rdzv-id", environment["SLURM_JOB_ID"]),
+        *program,
+    ]
 
 
 def _hosts(environment: Mapping[str, str]) -> list[str]:
-    """Nodes of the Slurm job that this runs in, the first one first; none outside of one.
+    """Nodes of this Slurm job, in order; none outside a Slurm job.
 
-    Slurm is asked, as its Snakemake executor leaves a job no variable but the job's number.
+    Slurm is queried because Snakemake's Slurm executor leaves only the job's number in the
+    environment.
     """
     if "SLURM_JOB_ID" not in environment:
         return []
@@ -160,7 +160,7 @@ def _hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def _address(host: str) -> str:
-    """Where other nodes reach a node: Slurm's name of it need not be one of the network."""
+    """Address at which other nodes reach a node; its name in Slurm may not be a host name."""
     found = re.search(r"\bNodeAddr=(\S+)", _answer("scontrol", "show", "node", host))
     return found[1] if found else host
 

@@ -1,8 +1,8 @@
 """A linear layer with its adapter as one operation: y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ, and its gradients.
 
-PEFT adds the adapter's product to the base's in four passes over the output, which is as wide as
-the layer; here it is accumulated by the product that makes it, forward and backward. Kept for the
-backward pass are x and x·Aᵀ, in the type that computes.
+PEFT adds the adapter's product to the base's in four passes over the output. Here the matrix
+product accumulates into it directly, forward and backward. The backward pass keeps x and x·Aᵀ in
+the type of the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import types
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import Linear, Linear4bit
 
 
 def fuse(model: Any) -> int:
-    """Let every plain LoRA layer of a PEFT model run as one operation; no number changes but by
+    """Make every plain LoRA layer of a PEFT model run as one operation; results change only by
     rounding.
 
-    Left to PEFT: dropout, DoRA, experts, 8-bit bases, and layers whose adapter is switched off or
+    PEFT still runs dropout, DoRA, experts and 8-bit bases, and layers whose adapter is disabled or
     merged at the time.
 
     Returns:
-        How many layers were fused.
+        Number of layers that were fused.
     """
     n_fused = 0
     for layer in model.modules():
@@ -32,9 +34,7 @@ def fuse(model: Any) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    """One LoRA of A and B alone, on a base that is NF4 or not quantized."""
-    from peft.tuners.lora import Linear, Linear4bit
-
+    """True if a layer has one LoRA of just A and B, on a base in NF4 or not quantized."""
     return (
         isinstance(layer, (Linear, Linear4bit))
         and list(layer.lora_A) == ["default"]
@@ -55,12 +55,10 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _weight(base: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """(out, in), of a layer that is quantized or not."""
+    """Weight of a base layer, (out, in), dequantized if needed."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
     return dequantize_4bit(base.weight.data, state).to(dtype)
 
 
@@ -95,7 +93,7 @@ class _AdaptedProjection(torch.autograd.Function):
             of_up = (of_y.T @ compressed).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
             of_down = of_compressed.T @ states if ctx.needs_input_grad[1] else None
             of_x = None
-            # Nothing before the first layer trains.
+            # The input of the first layer needs no gradient.
             if ctx.needs_input_grad[0]:
                 of_x = of_y @ _weight(ctx.base, dtype)
                 of_x.addmm_(of_compressed, down.to(dtype))

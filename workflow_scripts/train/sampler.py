@@ -1,6 +1,6 @@
-"""The sampler: in which order the rows of a plan are trained on, and by which process.
+"""The sampler: the order in which rows of a plan are trained on, and on which process.
 
-It knows what the plan cannot: how many processes there are, and how many micro-batches a step has.
+Both depend on the number of processes and of micro-batches per step, which the plan does not know.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from workflow_scripts.packing.plan import Plan
 
 
 class StepSampler(Sampler[int]):
-    """Indices of rows, epoch by epoch, of all processes.
+    """Indices of rows for all processes, one epoch per iteration.
 
-    Laid out as accelerate shares batches out, in turn to each process; −1 is no row, which fills
-    the last step of an epoch up, so that no process is left without a partner and no row is
+    In the order in which accelerate deals batches to the processes. The last step of an epoch is
+    filled up with −1, which stands for no row, so that every process takes part in it and no row is
     trained on twice.
 
     Args:
-        plan: its rows and their costs.
-        n_ranks: processes.
-        seed: with the epoch it decides the order.
+        plan: the rows and their costs.
+        n_ranks: number of processes.
+        seed: decides the order, together with the epoch.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class StepSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the next iteration; the Trainer calls it, also where it resumes."""
+        """Set the epoch of the next iteration; the Trainer calls this, also when it resumes."""
         self._epoch = epoch
 
     def order(self) -> np.ndarray:
-        """(steps, micro-batches, ranks, rows) of the epoch, as `balance.order_rows`."""
+        """Row indices of the epoch, (steps, micro-batches, ranks, rows): `balance.order_rows`."""
         return order_rows(
             self._plan.training_flops,
             **self._shape,
@@ -64,7 +64,7 @@ class StepSampler(Sampler[int]):
 
     @property
     def n_steps(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return math.ceil(len(self._plan.rows) / math.prod(self._shape.values()))
 
     def __len__(self) -> int:

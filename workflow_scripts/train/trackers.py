@@ -1,4 +1,4 @@
-"""Where curves go while a run trains: TensorBoard's files, Weights & Biases, MLflow."""
+"""Trackers that record curves while a run trains: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from workflow_scripts.log import StageError
 from workflow_scripts.settings import TrainingSettings
 
 
-def trackers_ready(training: TrainingSettings, *, name: str, curves: Path | None) -> list[str]:
-    """Names of the trackers for transformers, their environment set; TensorBoard needs `curves`.
+def trackers_ready(training: TrainingSettings, *, curves: Path | None) -> list[str]:
+    """Set the trackers' environment variables, and return their names for transformers.
 
+    Args:
+        curves: folder for TensorBoard; None leaves TensorBoard out.
     Raises:
         StageError: a tracker's package is not installed.
     """
@@ -25,7 +27,7 @@ def trackers_ready(training: TrainingSettings, *, name: str, curves: Path | None
                 "a tracker is not installed",
                 where="training.trackers",
                 found=tracker,
-                to_fix=f"pip install {tracker}, or leave it out",
+                to_fix=f"pip install {tracker}, or remove it from training.trackers",
             )
     if curves is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(curves)

@@ -1,5 +1,4 @@
-"""transformers' Trainer with the loss of packed rows: a mean over supervised tokens, whole step at
-once.
+"""transformers' Trainer for packed rows, with the loss as a mean over a step's supervised tokens.
 
 Packing must not change the objective: the loss is the sum over supervised tokens divided by their
 number in the whole optimizer step, over all accumulated micro-batches and processes.
@@ -21,7 +20,7 @@ from workflow_scripts import log
 from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import compute_dtype, default_device
 from workflow_scripts.packing.balance import NO_ROW
-from workflow_scripts.settings import RecipeSettings
+from workflow_scripts.settings import RecipeSettings, TrainingSettings
 from workflow_scripts.train import optimization, processes
 from workflow_scripts.train.batches import IGNORED, Collator, PlannedRows
 from workflow_scripts.train.checkpoints import Checkpoints
@@ -34,18 +33,18 @@ logger = log.stage_logger("train_adapter")
 
 
 class PackedTrainer(Trainer):
-    """Trainer for flat micro-batches of packed rows, of a model that `sums_loss`.
+    """Trainer for flat micro-batches of packed rows; the model sums its loss (`loss.sum_loss`).
 
     Args:
         recipe: for the optimizer and its schedule.
-        sampler: of the training rows.
-        eval_collator: where the validation rows keep to other rules than the training rows.
+        sampler: order of the training rows.
+        eval_collator: collator of the validation rows.
         checkpoints: where to save.
-        n_kept: newest checkpoints kept.
+        n_kept: number of newest checkpoints to keep.
     """
 
     model: torch.nn.Module
-    eval_dataset: Any  # transformers allows several; here it is one, of rows
+    eval_dataset: Any  # transformers allows several; here it is one dataset of rows
 
     def __init__(
         self,
@@ -83,8 +82,11 @@ class PackedTrainer(Trainer):
         return self.lr_scheduler
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """transformers takes a step before it looks whether all are taken: a run that was killed
-        between its last checkpoint and its adapter would have one too many."""
+        """Run an epoch unless all steps are taken.
+
+        transformers takes a step before it checks that, so a run killed between its last checkpoint
+        and its adapter would take one step too many.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -93,14 +95,14 @@ class PackedTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],  # untyped: of the model, as transformers hands them over
+        inputs: dict[str, Any],  # untyped: the model's inputs, as transformers passes them
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Sum over this micro-batch ÷ supervised tokens of the whole step."""
         assert num_items_in_batch is not None and not return_outputs
         loss = model(**inputs).loss / num_items_in_batch
-        # Gradients are averaged over processes afterwards; the count is already of all of them.
+        # The gradients are averaged over processes later, but the count already covers all of them.
         return loss * self.accelerator.num_processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -108,7 +110,7 @@ class PackedTrainer(Trainer):
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
         n_rows, n_processes = len(self.eval_dataset), self.args.world_size
-        # Every process takes as many turns: a sharded model is whole only while all compute.
+        # Every process takes the same number of turns: a sharded model needs them all to compute.
         turns = [*range(n_rows), *[NO_ROW] * (-n_rows % n_processes)]
         mine = turns[self.args.process_index :: n_processes]
         rows = DataLoader(self.eval_dataset, sampler=mine, collate_fn=self._eval_collator)
@@ -130,8 +132,11 @@ class PackedTrainer(Trainer):
         return self._save_to
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """transformers writes in place; here the checkpoint appears when it is whole. One that
-        cannot be written, on a full disk, costs a line in the log and not the run."""
+        """Save a checkpoint that appears only when it is complete; transformers writes in place.
+
+        If it cannot be written, for example on a full disk, the error is logged and training goes
+        on.
+        """
         step = self.state.global_step
         wait = self.accelerator.wait_for_everyone if self.args.world_size > 1 else None
         try:
@@ -140,7 +145,7 @@ class PackedTrainer(Trainer):
             ) as folder:
                 self._save_to = str(folder)
                 super()._save_checkpoint(model, trial)
-        # A full disk is an OSError to Python, a RuntimeError to torch.save, else a StageError.
+        # A full disk raises OSError in Python, RuntimeError in torch.save, StageError in `files`.
         except (OSError, RuntimeError, SafetensorError, StageError) as error:
             if self.args.world_size > 1:
                 raise
@@ -163,11 +168,12 @@ def make_trainer(
     name: str = "run",
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """The Trainer of one run; validation rows keep documents whole and apart whatever the
-    recipe packs.
+    """The Trainer of one run.
+
+    Validation rows never mix documents, however the training rows are packed.
 
     Raises:
-        StageError: a step's rows cannot be shared out evenly.
+        StageError: the rows of a step cannot be divided evenly.
     """
     recipe, training, plan = job.recipe, job.training, job.plan
     n_micro_batches = micro_batches_per_step(recipe, rows_per_micro_batch)
@@ -181,39 +187,9 @@ def make_trainer(
     n_steps = math.ceil(sampler.n_steps * recipe.epochs)
     if recipe.max_steps is not None:
         n_steps = min(n_steps, recipe.max_steps)
-    validates = recipe.evaluations > 0 and len(job.validation) > 0
-    device = default_device()
-    dtype = compute_dtype(device)
-    trackers = trackers_ready(training, name=name, curves=curves)
-    trainer = PackedTrainer(
-        model=model,
-        recipe=recipe,
-        args=TrainingArguments(
-            output_dir=str(checkpoints.folder),
-            run_name=name,
-            max_steps=n_steps,
-            per_device_train_batch_size=rows_per_micro_batch,
-            gradient_accumulation_steps=n_micro_batches,
-            learning_rate=recipe.learning_rate,
-            max_grad_norm=recipe.max_gradient_norm,
-            use_cpu=device.type == "cpu",
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # it would wait for the GPU at every micro-batch
-            eval_strategy="steps" if validates else "no",
-            eval_steps=math.ceil(n_steps / recipe.evaluations) if validates else None,
-            save_steps=training.checkpoint_steps,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # every matrix of the adapter is used
-            report_to=trackers,
-            seed=recipe.seed,
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            **processes.sharding(training, model),
-        ),
-        train_dataset=PlannedRows(plan.rows),
-        eval_dataset=PlannedRows(
+    validation = None
+    if recipe.evaluations > 0 and len(job.validation) > 0:
+        validation = PlannedRows(
             validation_rows(
                 job.validation,
                 job.facts,
@@ -221,8 +197,24 @@ def make_trainer(
                 n_conversations=recipe.validation_conversations,
             )
         )
-        if validates
-        else None,
+    trainer = PackedTrainer(
+        model=model,
+        recipe=recipe,
+        args=_arguments(
+            recipe,
+            training,
+            output_dir=str(checkpoints.folder),
+            run_name=name,
+            max_steps=n_steps,
+            per_device_train_batch_size=rows_per_micro_batch,
+            gradient_accumulation_steps=n_micro_batches,
+            eval_strategy="no" if validation is None else "steps",
+            eval_steps=None if validation is None else math.ceil(n_steps / recipe.evaluations),
+            report_to=trackers_ready(training, curves=curves),
+            **processes.sharding(training, model),
+        ),
+        train_dataset=PlannedRows(plan.rows),
+        eval_dataset=validation,
         sampler=sampler,
         checkpoints=checkpoints,
         n_kept=training.checkpoints_kept,
@@ -237,20 +229,44 @@ def make_trainer(
     return trainer
 
 
+def _arguments(
+    recipe: RecipeSettings, training: TrainingSettings, **options: Any
+) -> TrainingArguments:
+    """transformers' arguments: `options`, and those that depend on the settings alone."""
+    device = default_device()
+    dtype = compute_dtype(device)
+    return TrainingArguments(
+        **options,
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_gradient_norm,
+        use_cpu=device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would wait for the GPU at every micro-batch
+        save_steps=training.checkpoint_steps,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every matrix of the adapter is used
+        seed=recipe.seed,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+
+
 def micro_batches_per_step(recipe: RecipeSettings, rows_per_micro_batch: int) -> int:
-    """Passes of each process in one optimizer step.
+    """Micro-batches of each process in one optimizer step.
 
     Raises:
-        StageError: a step's rows cannot be shared out evenly.
+        StageError: the rows of a step cannot be divided evenly.
     """
     at_once = rows_per_micro_batch * processes.n_processes()
     n_micro_batches, rest = divmod(recipe.rows_per_step, at_once)
     if rest or not n_micro_batches:
         raise StageError(
-            "the rows of a step cannot be shared out evenly",
+            "the rows of a step cannot be divided evenly over processes and micro-batches",
             where="recipes.<name>.rows_per_step",
             found=f"{recipe.rows_per_step} rows for {processes.n_processes()} processes ×"
-            f" {rows_per_micro_batch} rows of a micro-batch",
+            f" {rows_per_micro_batch} rows per micro-batch",
             expected=f"a multiple of {at_once}, such as"
             f" {max(1, round(recipe.rows_per_step / at_once)) * at_once}",
         )

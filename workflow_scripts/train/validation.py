@@ -1,7 +1,8 @@
-"""The validation loss of training: on the tokens that `evaluate_perplexity` would score.
+"""Rows for the validation loss of training, with the tokens that `evaluate_perplexity` scores.
 
-Documents are cut as the chain cuts them and packed whole and apart, whatever the recipe does to
-those of training, so the loss here and the perplexity there are one number.
+Documents are cut into the pieces that the chain scores. The pieces are packed whole and attention
+does not cross them, whatever the recipe does in training, so the loss here and the perplexity there
+agree.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ def validation_rows(
     """Rows of whole pieces; every supervised token counts once.
 
     Args:
-        facts: the model's, for its window and context.
-        row_tokens: length of a row of training; a row here is longer where a piece is.
-        n_conversations: the first so many; None is all.
+        facts: the model's facts, for its window and context.
+        row_tokens: length of a row of training; rows here are as long as the longest piece if that
+            is longer.
+        n_conversations: use only the first `n_conversations`; None uses all.
     """
     piece_tokens = comparable_tokens(facts, None)
     n_documents = len(validation) if n_conversations is None else n_conversations
@@ -35,17 +37,3 @@ def validation_rows(
     )
     longest = int(pieces.length.max(initial=0))
     return best_fit(pieces, row_tokens=max(row_tokens, longest), seed=0)
-
-
-def longest_row(
-    validation: Documents,
-    facts: ModelShape,
-    *,
-    row_tokens: int,
-    n_conversations: int | None = None,
-) -> int:
-    """Tokens of the longest of these rows."""
-    rows = validation_rows(
-        validation, facts, row_tokens=row_tokens, n_conversations=n_conversations
-    )
-    return int(rows.n_tokens.max(initial=1))

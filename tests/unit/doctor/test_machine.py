@@ -43,7 +43,8 @@ def test_a_7b_fits_a_gpu_of_24_gb_and_not_one_of_4(wanted, mistral_7b):
 
 
 def test_without_a_gpu_it_is_said_how_large_one_must_be(wanted, mistral_7b):
-    from workflow_scripts.train.memory import fit, layouts
+    from workflow_scripts.train.memory import fit
+    from workflow_scripts.train.memory.layouts import Layouts
     from workflow_scripts.train.memory.shape import PlannedRun
 
     config = wanted(model_overlay(str(mistral_7b)))
@@ -52,7 +53,7 @@ def test_without_a_gpu_it_is_said_how_large_one_must_be(wanted, mistral_7b):
     run = PlannedRun(
         config.shapes["m"], recipe, config.config.training, row_tokens=4096, device_type="cuda"
     )
-    least = min(one.peak for one in layouts.candidates(run)) / (1 - fit.MARGIN)
+    least = Layouts.of(run).smallest.peak / (1 - fit.MARGIN)
     assert found["memory, r"].status == "ok"
     assert f"at least {least / 1e9:.1f} GB of a GPU" in found["memory, r"].found
 

@@ -1,4 +1,4 @@
-"""A tiny model, documents and a plan on disk, as `train_adapter` is handed them."""
+"""A tiny model, documents and a plan on disk, as input of `train_adapter`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
     plan: Path
 
     def arguments(self, recipe: dict[str, Any], folder: Path, **training: Any) -> list[str]:
-        """Checkpoints, curves and the adapter go into `folder`."""
+        """Command line that writes checkpoints, curves and the adapter into `folder`."""
         paths = ["--checkpoint", self.checkpoint, "--facts", self.facts, "--tokens", self.tokens]
         paths += ["--plan", self.plan, "--resume-from", folder / "resume"]
         paths += ["--curves", folder / "curves", "--adapter", folder / "adapter"]
@@ -48,10 +48,10 @@ class Prepared(NamedTuple):
         return [*map(str, paths), *texts]
 
     def start(self, recipe: dict[str, Any], folder: Path, **training: Any) -> subprocess.Popen:
-        """The program in a process of its own, its log in `folder/log`."""
+        """Start the program in a separate process, with its log in `folder/log`."""
         command = [sys.executable, "-m", MODULE, *self.arguments(recipe, folder, **training)]
         folder.mkdir(parents=True, exist_ok=True)
-        # A group of its own, as a signal to it must not reach the tests.
+        # A separate process group, as a signal to it must not reach the tests.
         with (folder / "log").open("ab") as stream:
             return subprocess.Popen(
                 command, cwd=REPOSITORY, stdout=stream, stderr=stream, start_new_session=True,
@@ -59,14 +59,14 @@ class Prepared(NamedTuple):
             )  # fmt: skip
 
     def run(self, recipe: dict[str, Any], folder: Path, **training: Any) -> Run:
-        """To its end, which must be a good one."""
+        """Run the program; it must succeed."""
         process = self.start(recipe, folder, **training)
         assert process.wait(timeout=300) == 0, (folder / "log").read_text()
         return Run.read(folder)
 
 
 class Run(NamedTuple):
-    """What a run left."""
+    """Outputs of a run."""
 
     folder: Path
     manifest: TrainingManifest

@@ -1,4 +1,4 @@
-"""A training job made of what a test has at hand."""
+"""Training jobs and trainers from a test's facts, plan and documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_job(
     validation: Documents | None = None,
     **training: Any,
 ) -> Job:
-    """The documents are those of validation too, where no others are given."""
+    """A job; the documents are also those of validation unless others are given."""
     return Job(
         recipe=recipe,
         training=TrainingSettings(trackers=[], **training),
@@ -39,7 +39,7 @@ def make_job(
 def trainer_of(
     model: Any, job: Job, folder: Path, *, rows_per_micro_batch: int = 1, **options: Any
 ) -> Any:
-    """The product's trainer, its checkpoints in `folder`."""
+    """The product's trainer, with checkpoints in `folder`."""
     return make_trainer(
         model,
         job,

@@ -1,9 +1,9 @@
-"""`train_adapter` in a process whose memory ends.
+"""`train_adapter` in a process with limited memory.
 
 python -m tests.unit.train.limited_memory LIMIT_BYTES [options of train_adapter]
 
-Linux gives it LIMIT_BYTES beyond what it has when training begins; with 0 as much as it asks for,
-and how much that was is printed.
+Linux allows it LIMIT_BYTES beyond what it has when training begins. With 0 there is no limit, and
+the memory that it took is printed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import time
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.train import train_adapter
+from workflow_scripts.train import train_adapter, training
 
 
 def data_bytes() -> int:
-    """Private memory that is mapped: what RLIMIT_DATA counts."""
+    """Mapped private memory, as RLIMIT_DATA counts it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmData:")[2].split()[0]) * 1024
 
 
 class Watch(threading.Thread):
-    """The most that is mapped beyond what was when it started."""
+    """Measures the most memory mapped since its start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -41,7 +41,7 @@ class Watch(threading.Thread):
 def main() -> None:
     limit_bytes = int(sys.argv[1])
     watch = Watch()
-    train = train_adapter.train
+    train = training.train
 
     def limited(*arguments: object) -> None:
         if limit_bytes:
@@ -51,7 +51,7 @@ def main() -> None:
             watch.start()
         train(*arguments)
 
-    train_adapter.train = limited
+    training.train = limited
     train_adapter.main(sys.argv[2:])
     print(watch.most)
 

@@ -1,4 +1,4 @@
-"""A tiny Mixtral with random weights: two layers, four experts, two of them a token."""
+"""A tiny Mixtral with random weights: two layers, four experts, two experts per token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiny_mixtral(*, seed: int = 0, **config: Any) -> Any:
         "num_local_experts": N_EXPERTS,
         "num_experts_per_tok": 2,
         "max_position_embeddings": 512,
-        "initializer_range": 0.1,  # so that the router has its favourites
+        "initializer_range": 0.1,  # so that the router prefers some experts
         "bos_token_id": 1,
         "eos_token_id": 2,
     }

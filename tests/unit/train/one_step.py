@@ -1,6 +1,6 @@
-"""One evaluation and one optimizer step through the product's own trainer, to a file.
+"""Writes the result of one evaluation and one optimizer step of the product's trainer to a file.
 
-Started by torchrun where several processes share the step:
+Started by torchrun if several processes share the step:
 python -m torch.distributed.run --nproc-per-node 2 tests/unit/train/one_step.py …
 """
 
@@ -23,7 +23,7 @@ from workflow_scripts.train.model import trainable_model
 
 
 class Gradients(TrainerCallback):
-    """The gradients that the optimizer gets."""
+    """Keeps the gradients that the optimizer gets."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, torch.Tensor] = {}
@@ -45,7 +45,7 @@ def take_step(
     rows_per_micro_batch: int,
     folder: Path,
 ) -> dict[str, torch.Tensor]:
-    """Gradients by parameter, `loss` and `eval_loss`; no matrix of the adapter is zero."""
+    """Gradients by parameter, `loss` and `eval_loss`, with no matrix of the adapter zero."""
     settings = RecipeSettings(max_steps=1, evaluations=1, max_gradient_norm=1e9, rank=8, **recipe)
     shape = Facts.read(facts)
     model = trainable_model(checkpoint, shape, settings)

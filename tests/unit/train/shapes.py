@@ -1,4 +1,4 @@
-"""A small model, beside Mistral 7B."""
+"""Mistral 7B and a small model, and layouts."""
 
 from tests.facts import MISTRAL_7B
 from workflow_scripts.handover.training import Setup

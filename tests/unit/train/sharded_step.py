@@ -1,4 +1,4 @@
-"""Loss and gradients of a sharded model (FSDP2), each process with a row of its own, to a file.
+"""Writes loss and gradients of a sharded model (FSDP2) to a file; each process has another row.
 
 Started by torchrun: python -m torch.distributed.run --nproc-per-node 2 -m
 tests.unit.train.sharded_step …
@@ -24,7 +24,7 @@ from workflow_scripts.train.loss import sum_loss
 
 
 def adapted(checkpoint: Path) -> torch.nn.Module:
-    """A float32 base with an adapter, no matrix of it zero; the same in every process."""
+    """A float32 base with an adapter without zero matrices, the same in every process."""
     from peft import LoraConfig, get_peft_model
 
     base = load_model(checkpoint, window=8, precision="float32", attention=attention.register())
@@ -39,7 +39,7 @@ def adapted(checkpoint: Path) -> torch.nn.Module:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Whole gradients of the adapter, wherever their parts lie."""
+    """Gradients of the adapter, gathered from all processes."""
     return {
         name: (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
         for name, grad in ((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)

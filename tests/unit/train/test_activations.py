@@ -72,18 +72,18 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("n_layers", [1, 2, 5])
-def test_loss_and_gradients_are_the_same_bits_with_less_kept(deep, batch, n_layers, offloads):
+def test_keeping_less_leaves_loss_and_gradients_bit_identical(deep, batch, n_layers, offloads):
     expected = step(model_of(deep), batch)
     model = model_of(deep)
     activations.save_less(model, n_checkpointed_layers=n_layers, offloads=offloads)
     found = step(model, batch)
     assert_same(found, expected)
-    # A layer's input is a 30th of what it keeps: the saving grows with the layers.
+    # A layer's input is 1/30 of what it keeps, so the saving grows with the layers.
     share = found[2] / expected[2]
     assert share < 1 - 0.15 * n_layers, share
 
 
-def test_dropout_falls_alike_when_a_layer_is_computed_again(deep, batch):
+def test_a_recomputed_layer_has_the_same_dropout(deep, batch):
     recipe = RECIPE.model_copy(update={"dropout": 0.5})
     expected = step(model_of(deep, recipe), batch)
     plain = step(model_of(deep), batch)
@@ -94,7 +94,7 @@ def test_dropout_falls_alike_when_a_layer_is_computed_again(deep, batch):
 
 
 @pytest.mark.parametrize("n_layers", range(6))
-def test_checkpointed_layers_are_as_many_as_asked_and_evenly_spread(deep, n_layers):
+def test_the_requested_number_of_layers_is_checkpointed_and_evenly_spread(deep, n_layers):
     model = model_of(deep)
     plain = type(model.get_base_model().model.layers[0]).forward
     activations.save_less(model, n_checkpointed_layers=n_layers)
@@ -105,11 +105,11 @@ def test_checkpointed_layers_are_as_many_as_asked_and_evenly_spread(deep, n_laye
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_an_evaluation_keeps_and_computes_nothing_twice(deep, batch):
+def test_an_evaluation_recomputes_nothing(deep, batch):
     model = model_of(deep)
     calls = []
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(
-        lambda *_: calls.append(1)  # computing again ends as soon as nothing more is needed
+        lambda *_: calls.append(1)  # recomputation stops as soon as it has what is needed
     )
     activations.save_less(model, n_checkpointed_layers=5)
     model.eval()
@@ -121,8 +121,8 @@ def test_an_evaluation_keeps_and_computes_nothing_twice(deep, batch):
     assert len(calls) == 3  # forward, and again in the backward pass
 
 
-def test_tensors_come_back_though_a_pass_before_was_dropped(deep, batch):
-    """Of an evaluation with gradients, say: its tensors must not be taken for others."""
+def test_tensors_come_back_after_an_earlier_pass_was_dropped(deep, batch):
+    """For example an evaluation with gradients: its tensors must not be mistaken for others."""
     expected = step(model_of(deep), batch)
     model = model_of(deep)
     activations.save_less(model, n_checkpointed_layers=5, offloads=True)

@@ -21,8 +21,8 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.train import attention
 
-# Below, at and above the window of 8; a document of one token; the longest last and in between; one
-# of several bands.
+# Lengths below, at and above the window of 8; one token; the longest document last and in between;
+# one document of several bands.
 LENGTHS = [3, 8, 9, 20, 1, 7, 300, 17]
 # Relative to the reference's largest value; measured 3e-6 at most, logits and gradients.
 TOLERANCE = 1e-5
@@ -41,7 +41,7 @@ CONFIGS = {
     "window 8": MistralConfig(**SHAPE, sliding_window=8),
     "window 1": MistralConfig(**SHAPE, sliding_window=1),
     "no window": MistralConfig(**SHAPE, sliding_window=None),
-    # As Nemo: the heads together are not as wide as the model.
+    # As in Nemo: the heads together are narrower than the model.
     "explicit head_dim": MistralConfig(**SHAPE, sliding_window=None, head_dim=16),
     "Mixtral": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=8),
     "Ministral, interleaved": MinistralConfig(
@@ -80,7 +80,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def directions():
-    """Fixed random weights of the logits: a scalar whose gradient is as general as any."""
+    """Fixed random weights for the logits, which give a scalar with a general gradient."""
     return torch.randn(sum(LENGTHS), 300, generator=torch.Generator().manual_seed(2))
 
 
@@ -104,7 +104,7 @@ def assert_same(model, found, expected, directions):
     assert_close(found, expected)
     found_gradients = gradients(model, (found * directions).sum())
     for name, gradient in gradients(model, (expected * directions).sum()).items():
-        # With a window of 1 scores do not matter.
+        # With a window of 1 the scores have no effect.
         assert gradient.abs().max() > 0 or model.config.sliding_window == 1, name
         if gradient.abs().max() > 0:
             assert_close(found_gradients[name], gradient)
@@ -136,7 +136,7 @@ def test_one_segment_over_all_documents_equals_the_plain_model_on_the_row(
 
 
 def test_a_compiled_model_computes_the_same(documents, directions):
-    """Forward and backward as traced, run without generated code; the packing changes between."""
+    """Traced forward and backward, run without generated code; the packing changes in between."""
     config = MistralConfig(**SHAPE | {"num_hidden_layers": 1}, sliding_window=8)
     model = random_model(config)
     counter = CompileCounterWithBackend("aot_eager")
@@ -166,7 +166,7 @@ def dense_attention(query, key, value, lengths, *, window, scale):
 @settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 12), max_size=5),
-    # A band is 128 queries: no whole one behind the window, one, one and a rest.
+    # A band is 128 queries. Beyond the window: less than a band, one band, a band and a rest.
     long=st.integers(1, 200),
     window=st.one_of(st.none(), st.integers(1, 14), st.integers(15, 210)),
     n_kv_heads=st.sampled_from([1, 2, 4]),
@@ -191,7 +191,7 @@ def test_segments_equal_a_dense_mask(lengths, long, window, n_kv_heads, seed):
     doubles = [part.detach().double().requires_grad_() for part in parts]
     expected = dense_attention(*doubles, lengths, window=window, scale=0.3)
     assert weights is None
-    # Measured at most 1e-6 and, of the gradients, 3e-6.
+    # Measured: at most 1e-6, for gradients 3e-6.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     direction = torch.randn(found.shape, generator=generator)
     pairs = zip(
@@ -205,7 +205,7 @@ def test_segments_equal_a_dense_mask(lengths, long, window, n_kv_heads, seed):
 
 @pytest.mark.parametrize("n_tokens", [10, 150, 300])
 def test_a_token_beyond_the_window_changes_nothing_through_one_layer(n_tokens):
-    """Window 4: the last query sees itself and 3 before it."""
+    """Window 4: the last query sees itself and the 3 tokens before it."""
     query, key, value = (torch.randn(1, heads, n_tokens, 16) for heads in (4, 2, 2))
     options = {"window": 4, "scale": 0.25}
     bounds = torch.tensor([0, n_tokens], dtype=torch.int32)
@@ -218,7 +218,7 @@ def test_a_token_beyond_the_window_changes_nothing_through_one_layer(n_tokens):
 
 
 def test_memory_grows_with_the_window_and_not_with_the_square_of_the_document():
-    """Largest tensor made on the way, forward and backward, in elements."""
+    """Measured by the largest tensor that forward and backward create, in elements."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         n_elements = 0
@@ -264,8 +264,8 @@ def test_a_mask_a_batch_or_dropout_is_refused(batch, mask, dropout, found):
 
 
 def test_an_all_ones_mask_changes_nothing_and_one_that_hides_a_token_is_refused(model, documents):
-    """The first is how packed documents leak elsewhere; the second must not be dropped in silence,
-    as transformers does for an attention that has no mask function."""
+    """Elsewhere an all-ones mask makes packed documents leak. A mask that hides a token must not be
+    dropped silently, as transformers does for an attention without a mask function."""
     batch = flat_batch(documents)
     mask = torch.ones_like(batch["input_ids"])
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_an_all_ones_mask_changes_nothing_and_one_that_hides_a_token_is_refused(
             model(**batch, attention_mask=mask, use_cache=False)
 
 
-def test_transformers_has_nothing_to_warn_of(checkpoint, documents, caplog):
+def test_transformers_logs_no_warning(checkpoint, documents, caplog):
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -299,19 +299,19 @@ def test_the_installed_kernel_takes_the_arguments(window, expected):
     assert bound.arguments["enable_gqa"] is True
 
 
-# Of the published versions, beyond query, key, value, cu_seq_q, cu_seq_k, max_q, max_k.
+# Parameters of the published versions after query, key, value, cu_seq_q, cu_seq_k, max_q, max_k.
 TORCH_2_10 = frozenset({"is_causal", "return_aux"})
 TORCH_2_11 = frozenset({"return_aux", "scale", "window_size"})
 TORCH_2_12 = TORCH_2_11 | {"enable_gqa", "seqused_k", "block_table", "num_splits"}
 
 
 @pytest.mark.parametrize("parameters", [TORCH_2_11, TORCH_2_12], ids=["2.11", "2.12"])
-def test_older_kernels_get_no_argument_they_do_not_have(parameters):
+def test_older_kernels_get_only_arguments_that_they_have(parameters):
     options = attention.varlen_options(parameters, window=8, scale=0.5)
     assert options.keys() == parameters & {"scale", "window_size", "enable_gqa"}
 
 
-def test_a_kernel_without_a_window_ends_with_the_version_to_install():
+def test_the_error_for_a_kernel_without_a_window_names_the_version_to_install():
     with pytest.raises(StageError) as caught:
         attention.varlen_options(TORCH_2_10, window=None, scale=0.5)
     for part in ("without window_size", "torch 2.11 or newer", "requirements.lock"):
@@ -319,7 +319,7 @@ def test_a_kernel_without_a_window_ends_with_the_version_to_install():
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-def test_the_kernel_gets_the_shapes_it_wants(n_kv_heads):
+def test_the_kernel_gets_the_shapes_it_needs(n_kv_heads):
     """PyTorch's own function on tensors without content: forward and backward."""
     query, key, value = (
         torch.empty(1, 30, heads, 16, dtype=torch.bfloat16, device="meta").transpose(1, 2)

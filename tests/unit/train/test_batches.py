@@ -46,9 +46,7 @@ def test_whole_documents_make_the_batch_of_transformers_own_flattening_collator(
 
 
 @given(row_tokens=st.integers(30, 60), seed=st.integers(0, 1000), crosses=st.booleans())
-def test_every_token_is_laid_out_once_with_the_label_of_its_span(
-    documents, row_tokens, seed, crosses
-):
+def test_every_token_appears_once_with_the_label_of_its_span(documents, row_tokens, seed, crosses):
     rows = planned("concatenate" if crosses else "best_fit", row_tokens, seed)
     batch = Collator(documents, crosses_documents=crosses)(rows)
     starts = set(batch["cu_seq_lens_q"].tolist()[:-1])
@@ -90,9 +88,7 @@ def test_a_documents_label_crosses_into_the_next_only_where_attention_does(
     assert joined == [[IGNORED, 6, 7, 8, 9, 10, 11, 12]]
 
 
-def test_carried_over_context_is_seen_and_not_learned_and_begins_with_bos(
-    write_documents, tmp_path
-):
+def test_carried_over_context_has_no_labels_and_begins_with_bos(write_documents, tmp_path):
     documents = write_documents(tmp_path / "t.arrow", [[1, *range(10, 20)]], [[(1, 11)]])
     row = [Piece(0, 4, 6, n_context=2)]
     batch = Collator(documents, crosses_documents=False)([row])
@@ -101,7 +97,7 @@ def test_carried_over_context_is_seen_and_not_learned_and_begins_with_bos(
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_padding_is_a_segment_without_labels_behind_each_shorter_row(documents):
+def test_padding_is_a_segment_without_labels_after_each_shorter_row(documents):
     rows = [[Piece(1, 0, 5)], [Piece(0, 0, 12)], [Piece(4, 0, 7), Piece(5, 0, 2)]]
     padded = Collator(documents, crosses_documents=False, pads_rows=True)(rows)
     flat = Collator(documents, crosses_documents=False)(rows)
@@ -114,7 +110,7 @@ def test_padding_is_a_segment_without_labels_behind_each_shorter_row(documents):
         assert torch.equal(padded[key][0, ~is_padding], flat[key][0])
 
 
-def test_a_micro_batch_without_a_row_is_one_token_without_a_label(documents):
+def test_a_micro_batch_without_rows_is_one_token_without_a_label(documents):
     for rows in ([[]], [[], []]):
         batch = Collator(documents, crosses_documents=True, pads_rows=True)(rows)
         assert batch["input_ids"].shape == (1, 1)

@@ -10,7 +10,7 @@ STAGE = "workflow_scripts.train.check_recipe"
 
 @pytest.fixture
 def arguments(facts, as_json, tmp_path):
-    """`arguments(facts={…}, **recipe)`: the stage's."""
+    """`arguments(heads={…}, **recipe)`: the stage's command line."""
 
     def make(*, heads: dict | None = None, **recipe):
         facts.changed(**(heads or {})).write(tmp_path / "facts.json")
@@ -32,11 +32,11 @@ NINE_HEADS = {"n_heads": 9, "n_kv_heads": 3}
             ["matched gives 5.33 for k and v; choose a rank divisible by 3", "15 or 18"],
         ),
         ({}, {"rank": 2, "kv_rank": "matched"}, ["gives 0.50", "divisible by 4", "as 4 would"]),
-        ({}, {"target_modules": ["w_proj"]}, ["no linear layer of the model", "w_proj"]),
-        ({}, {"adapts_experts": True}, ["speaks of experts"]),
+        ({}, {"target_modules": ["w_proj"]}, ["not a linear layer of the model", "w_proj"]),
+        ({}, {"adapts_experts": True}, ["settings for experts"]),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(
+def test_a_recipe_that_does_not_fit_the_model_is_refused(
     arguments, ends_with_message, tmp_path, heads, recipe, parts
 ):
     message = ends_with_message(check_recipe.main, arguments(heads=heads, **recipe))
@@ -58,7 +58,7 @@ def test_what_does_not_fit_the_model_is_refused(
         ({}, {"rank": 32, "kv_rank": "matched"}),
     ],
 )
-def test_what_fits_passes(arguments, run_stage, tmp_path, heads, recipe):
+def test_a_recipe_that_fits_passes(arguments, run_stage, tmp_path, heads, recipe):
     done = run_stage(STAGE, *arguments(heads=heads, **recipe))
     assert done.returncode == 0, done.stderr
     assert files.read_json(tmp_path / "check.json")["recipe"]["rank"] == recipe["rank"]

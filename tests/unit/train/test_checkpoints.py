@@ -25,7 +25,7 @@ def write(checkpoints, step):
         (folder / f"checkpoint-{step}" / "weights").write_text(str(step))
 
 
-def test_the_newest_is_the_latest_step_and_not_the_last_in_the_alphabet(checkpoints):
+def test_the_newest_checkpoint_is_of_the_latest_step_and_not_last_in_the_alphabet(checkpoints):
     assert checkpoints.newest() is None
     for step in (9, 10, 100):
         write(checkpoints, step)
@@ -35,7 +35,7 @@ def test_the_newest_is_the_latest_step_and_not_the_last_in_the_alphabet(checkpoi
     assert names == {"checkpoint-10", "checkpoint-100"}
 
 
-def test_what_failed_while_it_was_written_is_not_there_and_the_one_before_is(checkpoints):
+def test_a_checkpoint_whose_writing_failed_is_absent_and_the_previous_one_is_kept(checkpoints):
     write(checkpoints, 1)
     with pytest.raises(OSError, match="full"), checkpoints.writing(2) as folder:
         (folder / "checkpoint-2").mkdir()
@@ -45,14 +45,14 @@ def test_what_failed_while_it_was_written_is_not_there_and_the_one_before_is(che
     assert {path.name for path in checkpoints.folder.iterdir()} == {"checkpoint-1", "identity.json"}
 
 
-def test_a_checkpoint_is_seen_only_when_it_is_whole(checkpoints):
+def test_a_checkpoint_appears_only_when_it_is_complete(checkpoints):
     with checkpoints.writing(3) as folder:
         (folder / "checkpoint-3").mkdir()
         assert checkpoints.newest() is None
     assert checkpoints.newest().name == "checkpoint-3"
 
 
-def test_what_a_killed_process_left_half_written_is_removed(checkpoints, caplog):
+def test_an_incomplete_checkpoint_of_a_killed_process_is_removed(checkpoints, caplog):
     (checkpoints.folder / ".writing" / "checkpoint-5").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
         checkpoints.open()
@@ -60,7 +60,7 @@ def test_what_a_killed_process_left_half_written_is_removed(checkpoints, caplog)
     assert checkpoints.newest() is None and not (checkpoints.folder / ".writing").exists()
 
 
-def test_a_step_written_twice_is_the_later_one(checkpoints):
+def test_a_step_written_twice_keeps_the_later_checkpoint(checkpoints):
     write(checkpoints, 4)
     with checkpoints.writing(4) as folder:
         (folder / "checkpoint-4").mkdir()
@@ -68,7 +68,7 @@ def test_a_step_written_twice_is_the_later_one(checkpoints):
     assert (checkpoints.newest() / "weights").read_text() == "again"
 
 
-def test_other_settings_start_afresh_and_say_what_differs(checkpoints, tmp_path, caplog):
+def test_other_settings_start_from_scratch_and_log_what_differs(checkpoints, tmp_path, caplog):
     write(checkpoints, 7)
     other = identity_of(recipe=RecipeSettings(learning_rate=2e-4, rank=8), plan="b" * 64)
     afresh = Checkpoints(tmp_path / "run", other)
@@ -85,7 +85,7 @@ def test_other_settings_start_afresh_and_say_what_differs(checkpoints, tmp_path,
     assert not caplog.text
 
 
-def test_differences_are_of_leaves_on_either_side():
+def test_differences_include_leaves_of_either_side():
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "d": 3}}) == [
         "a.d: None → 3",
         "c: 2 → None",

@@ -18,7 +18,7 @@ def mixtral_facts(tmp_path_factory):
 
 
 def adapted_layers(checkpoint, facts, recipe):
-    """name → layer of every module that PEFT adapted, as PEFT itself built it."""
+    """Every layer that PEFT adapted, by name, as PEFT built it."""
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -38,7 +38,7 @@ def adapted_layers(checkpoint, facts, recipe):
 @pytest.mark.parametrize(
     ("setting", "expected"), [("uniform", 16), ("matched", 4), (6, 6), (16, 16), (32, 32)]
 )
-def test_k_and_v_get_their_rank_and_every_module_the_same_scale(
+def test_k_and_v_get_their_rank_and_all_modules_have_the_same_scale(
     checkpoint, facts, setting, expected, rslora, scale
 ):
     recipe = RecipeSettings(rank=16, alpha=40, kv_rank=setting, rslora=rslora)
@@ -50,7 +50,7 @@ def test_k_and_v_get_their_rank_and_every_module_the_same_scale(
         assert layer.scaling["default"] == pytest.approx(scale, rel=1e-12), name
 
 
-def test_every_linear_layer_but_the_output_is_adapted(checkpoint, facts):
+def test_every_linear_layer_except_the_output_is_adapted(checkpoint, facts):
     model = load_model(checkpoint, window=None, precision="float32")
     linear = {n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     layers = adapted_layers(checkpoint, facts, RecipeSettings(rank=8, alpha=8))
@@ -58,7 +58,7 @@ def test_every_linear_layer_but_the_output_is_adapted(checkpoint, facts):
     assert len(layers) == 2 * 7
 
 
-def test_a_fresh_adapter_changes_no_logit(checkpoint, facts):
+def test_a_new_adapter_changes_no_logit(checkpoint, facts):
     from peft import get_peft_model
 
     model = load_model(checkpoint, window=8, precision="float32")
@@ -71,7 +71,7 @@ def test_a_fresh_adapter_changes_no_logit(checkpoint, facts):
 
 
 @given(n_heads=st.integers(1, 64), n_kv_heads=st.integers(1, 16), rank=st.integers(1, 256))
-def test_the_matched_rank_is_the_same_budget_a_head_or_an_error(n_heads, n_kv_heads, rank):
+def test_the_matched_rank_gives_each_head_the_same_budget_or_an_error(n_heads, n_kv_heads, rank):
     recipe = RecipeSettings(rank=rank, kv_rank="matched")
     if rank * n_kv_heads % n_heads == 0:
         found = kv_rank(recipe, n_heads=n_heads, n_kv_heads=n_kv_heads)
@@ -79,7 +79,7 @@ def test_the_matched_rank_is_the_same_budget_a_head_or_an_error(n_heads, n_kv_he
         return
     with pytest.raises(StageError) as caught:
         kv_rank(recipe, n_heads=n_heads, n_kv_heads=n_kv_heads)
-    # What the message says would do, does; and so do the ranks that it names.
+    # The ranks that the message names do work.
     divisor = int(caught.value.what.rpartition(" ")[2])
     named = [int(word) for word in caught.value.parts["expected"].split() if word.isdigit()]
     assert named and all(one % divisor == 0 for one in named)
@@ -88,7 +88,7 @@ def test_the_matched_rank_is_the_same_budget_a_head_or_an_error(n_heads, n_kv_he
         assert kv_rank(better, n_heads=n_heads, n_kv_heads=n_kv_heads) >= 1
 
 
-def test_a_matched_rank_that_is_no_integer_says_what_would_be(facts):
+def test_the_error_for_a_fractional_matched_rank_names_ranks_that_work(facts):
     with pytest.raises(StageError) as caught:
         lora_config(RecipeSettings(rank=18, kv_rank="matched"), facts)
     for part in (
@@ -107,18 +107,18 @@ def test_a_matched_rank_that_is_no_integer_says_what_would_be(facts):
         (["self_attn.o_proj", "mlp.down_proj"], {"self_attn.o_proj", "mlp.down_proj"}),
     ],
 )
-def test_the_targets_of_a_list_are_adapted_and_no_others(checkpoint, facts, targets, found):
+def test_exactly_the_listed_targets_are_adapted(checkpoint, facts, targets, found):
     layers = adapted_layers(checkpoint, facts, RecipeSettings(rank=8, target_modules=targets))
     assert layers.keys() == {f"model.layers.{at}.{name}" for at in (0, 1) for name in found}
 
 
-def test_a_target_may_be_one_layers(checkpoint, facts):
+def test_a_target_may_name_a_single_layer(checkpoint, facts):
     recipe = RecipeSettings(rank=8, target_modules=["layers.1.mlp.up_proj"])
     assert adapted_layers(checkpoint, facts, recipe).keys() == {"model.layers.1.mlp.up_proj"}
 
 
 @pytest.mark.parametrize("target", ["qproj", "proj", "lm_head", "embed_tokens", "layers.2.q_proj"])
-def test_a_target_that_is_no_module_says_which_there_are(facts, target):
+def test_the_error_for_an_unknown_target_lists_the_modules(facts, target):
     with pytest.raises(StageError) as caught:
         lora_config(RecipeSettings(target_modules=["q_proj", target]), facts)
     message = str(caught.value)
@@ -129,7 +129,7 @@ def test_a_target_that_is_no_module_says_which_there_are(facts, target):
 def test_a_mixture_has_no_mlp_to_name(mixtral_facts):
     with pytest.raises(StageError, match="up_proj") as caught:
         lora_config(RecipeSettings(target_modules=["q_proj", "up_proj"]), mixtral_facts)
-    assert "all-linear, or of q_proj, k_proj, v_proj, o_proj\n" in str(caught.value)
+    assert "all-linear, or some of q_proj, k_proj, v_proj, o_proj\n" in str(caught.value)
     assert "adapts_experts" in str(caught.value)
 
 
@@ -140,15 +140,15 @@ def test_dropout_and_dora_reach_every_adapted_layer(checkpoint, facts):
         assert layer.use_dora["default"], name
 
 
-def test_of_a_mixture_attention_alone_is_adapted_unless_asked(mixtral_facts):
-    """PEFT 0.21's own `all-linear` takes experts and router too."""
+def test_by_default_only_attention_of_a_mixture_is_adapted(mixtral_facts):
+    """PEFT 0.21's `all-linear` would adapt experts and router too."""
     layers = adapted_layers(None, mixtral_facts, RecipeSettings(rank=8))
     assert {name.split(".", 3)[3] for name in layers} == {
         f"self_attn.{part}_proj" for part in "qkvo"
     }
 
 
-def test_experts_are_adapted_when_asked_each_with_the_rank_and_the_scale(mixtral_facts):
+def test_adapted_experts_each_have_the_rank_and_the_scale(mixtral_facts):
     recipe = RecipeSettings(rank=8, alpha=24, kv_rank="matched", adapts_experts=True)
     layers = adapted_layers(None, mixtral_facts, recipe)
     experts = {name: layer for name, layer in layers.items() if ".mlp.experts" in name}
@@ -167,7 +167,7 @@ def test_experts_are_adapted_when_asked_each_with_the_rank_and_the_scale(mixtral
     "settings",
     [{"adapts_experts": True}, {"trains_router": True}, {"router_loss_coefficient": 0.01}],
 )
-def test_a_setting_of_experts_is_refused_of_a_dense_model(facts, settings):
+def test_a_setting_for_experts_is_refused_for_a_dense_model(facts, settings):
     with pytest.raises(StageError, match=next(iter(settings))) as caught:
         lora_config(RecipeSettings(**settings), facts)
     assert "recipes.<name>" in str(caught.value)

@@ -31,7 +31,7 @@ def test_loss_and_gradient_equal_cross_entropy_in_float32(n_tokens):
     reference = cross_entropy((hidden @ weight.T).double(), targets, reduction="sum")
     (expected,) = torch.autograd.grad(reference / 7, hidden)
     assert loss.dtype == torch.float32
-    # Measured 3e-7, against sums in float64.
+    # Measured 3e-7, compared with sums in float64.
     torch.testing.assert_close(loss.double(), reference, rtol=3e-6, atol=0)
     # Measured 8e-6 of the largest entry.
     bound = 4e-5 * expected.abs().max().item()
@@ -46,14 +46,14 @@ def test_loss_and_gradient_equal_cross_entropy_in_bfloat16(n_tokens):
     reference = cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
     (expected,) = torch.autograd.grad(reference, hidden)
     assert found.dtype == torch.bfloat16
-    # The same bfloat16 logits on both sides: only the sum's order differs.
+    # Both sides have the same bfloat16 logits and differ only in the order of the sum.
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
     # One rounding to bfloat16 is 2⁻⁸ = 0.004; measured 0.004 of the largest entry.
     bound = 0.012 * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
-def test_hidden_states_of_another_type_than_the_weight_get_a_gradient_of_their_own_type():
+def test_hidden_states_get_a_gradient_of_their_own_type_and_not_the_weights():
     hidden, weight, targets = example(5, weight_dtype=torch.bfloat16)
     loss = summed_cross_entropy(hidden, weight, targets)
     (found,) = torch.autograd.grad(loss, hidden)
@@ -64,7 +64,8 @@ def test_hidden_states_of_another_type_than_the_weight_get_a_gradient_of_their_o
 
 
 def test_the_chunk_changes_nothing():
-    """131,072 words make chunks of 32 tokens: 33 tokens are two, and equal 33 times one."""
+    """With 131,072 vocabulary entries a chunk is 32 tokens: 33 tokens are two chunks, and equal the
+    sum over single tokens."""
     hidden, weight, targets = example(33, vocabulary=131_072)
     whole = summed_cross_entropy(hidden, weight, targets)
     parts = [
@@ -81,7 +82,7 @@ def test_a_micro_batch_without_supervised_tokens_has_no_loss_and_a_zero_gradient
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
-def test_without_a_gradient_to_make_the_loss_is_the_same():
+def test_the_loss_is_the_same_without_gradients():
     hidden, weight, targets = example(6)
     with torch.no_grad():
         found = summed_cross_entropy(hidden, weight, targets)
@@ -105,7 +106,7 @@ def test_an_output_layer_that_trains_gets_the_gradient_of_cross_entropy(n_tokens
 
 
 def test_a_bfloat16_output_layer_sums_its_gradient_in_float32():
-    """Two chunks and more; a sum in bfloat16 would lose what each adds."""
+    """More than two chunks: a sum in bfloat16 would lose their contributions."""
     hidden, weight, targets = example(2 * CHUNK_TOKENS + 3, dtype=torch.bfloat16)
     loss = summed_cross_entropy(hidden, weight.requires_grad_(), targets)
     (found,) = torch.autograd.grad(loss, weight)
@@ -113,7 +114,7 @@ def test_a_bfloat16_output_layer_sums_its_gradient_in_float32():
         cross_entropy(hidden.float() @ weight.float().T, targets, reduction="sum"), weight
     )
     assert found.dtype == torch.bfloat16
-    # Measured 0.004 of the largest entry: bfloat16 logits' gradients, rounded once more at the end.
+    # Measured 0.004 of the largest entry: gradients of bfloat16 logits, rounded again at the end.
     bound = 0.012 * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
@@ -132,7 +133,7 @@ def test_autocast_decides_the_type_of_the_products_and_not_of_the_gradients():
 
 
 def test_logits_of_the_whole_micro_batch_are_never_held(run_python):
-    """16,384 tokens × 32,768 words would be 2 GiB in float32 for the logits alone."""
+    """Logits of 16,384 tokens × 32,768 vocabulary entries alone would take 2 GiB in float32."""
     done = run_python(
         "import resource, torch\n"
         "from workflow_scripts.train.loss import summed_cross_entropy\n"
@@ -158,7 +159,7 @@ def model_and_batch(checkpoint):
     return model, {"input_ids": tokens, "labels": labels}
 
 
-def test_the_models_forward_pass_sums_the_loss_of_its_labels(model_and_batch):
+def test_the_models_forward_pass_returns_the_summed_loss_of_its_labels(model_and_batch):
     model, batch = model_and_batch
     logits = model(batch["input_ids"], use_cache=False).logits
     wanted = batch["labels"][0, 1:]
@@ -169,7 +170,7 @@ def test_the_models_forward_pass_sums_the_loss_of_its_labels(model_and_batch):
     assert found.logits is None
 
 
-def test_without_labels_the_model_gives_logits_as_before(model_and_batch):
+def test_without_labels_the_model_returns_logits_as_before(model_and_batch):
     model, batch = model_and_batch
     expected = model(batch["input_ids"], use_cache=False).logits
     sum_loss(model)
@@ -186,7 +187,7 @@ def test_a_batch_without_a_label_has_no_loss_and_gradients_of_zero(model_and_bat
     assert torch.equal(embedded.grad, torch.zeros_like(embedded))
 
 
-def test_predicting_positions_that_are_given_are_the_ones_used(model_and_batch):
+def test_given_predicting_positions_are_used(model_and_batch):
     model, batch = model_and_batch
     sum_loss(model)
     expected = model(**batch).loss
@@ -199,7 +200,7 @@ def test_predicting_positions_that_are_given_are_the_ones_used(model_and_batch):
 def test_an_output_layer_that_trains_gets_the_gradients_of_the_plain_model(
     make_checkpoint, tmp_path, model_and_batch, is_tied
 ):
-    """Tied to the embeddings it is one matrix, which learns from both its places."""
+    """If tied to the embeddings, it is one matrix that learns from both uses."""
     from workflow_scripts.models.checkpoint import load_model
 
     _, batch = model_and_batch
@@ -250,7 +251,7 @@ def mixture_and_batch():
 
 
 def imbalance(model, tokens):
-    """Experts × Σ over experts of (choices of it a token) × (its mean probability), all layers."""
+    """Experts × Σ over experts of (its choices per token) × (its mean probability), all layers."""
     router_logits = torch.cat(
         model(tokens, use_cache=False, output_router_logits=True).router_logits
     )
@@ -269,7 +270,7 @@ def test_the_router_loss_counts_once_for_each_supervised_token(mixture_and_batch
     of_imbalance = imbalance(model, batch["input_ids"])
     gates = [layer.mlp.gate.weight for layer in model.model.layers]
     expected_gradients = torch.autograd.grad(of_imbalance, gates)
-    assert of_imbalance > 2  # balanced, two experts a token come to 2
+    assert of_imbalance > 2  # if balanced, two experts per token give 2
 
     sum_loss(model)
     plain = model(**batch).loss
@@ -278,14 +279,14 @@ def test_the_router_loss_counts_once_for_each_supervised_token(mixture_and_batch
     found = model(**batch).loss
     gradients = torch.autograd.grad(found, gates)
     added = (found - plain) / n_tokens
-    # Measured 2e-6: a difference of two losses of 200 nats.
+    # Measured 2e-6, as the difference of two losses of 200 nats.
     torch.testing.assert_close(added, 0.5 * of_imbalance.float(), rtol=2e-5, atol=0)
     for ours, without, of_gate in zip(gradients, plain_gradients, expected_gradients, strict=True):
         bound = 1e-4 * float(of_gate.abs().max())
         torch.testing.assert_close((ours - without) / n_tokens, 0.5 * of_gate, rtol=0, atol=bound)
 
 
-def test_a_validation_loss_is_of_the_tokens_alone(mixture_and_batch):
+def test_a_validation_loss_contains_no_router_loss(mixture_and_batch):
     model, batch = mixture_and_batch
     model.eval()
     sum_loss(model)
@@ -294,8 +295,8 @@ def test_a_validation_loss_is_of_the_tokens_alone(mixture_and_batch):
     assert torch.equal(model(**batch).loss, expected)
 
 
-def test_the_router_loss_passes_activation_checkpointing(mixture_and_batch):
-    """Router logits are recorded in layers that the backward pass runs again."""
+def test_the_router_loss_works_with_activation_checkpointing(mixture_and_batch):
+    """Router logits are recorded in layers that the backward pass recomputes."""
     model, batch = mixture_and_batch
     sum_loss(model, router_loss_coefficient=0.5)
 

@@ -1,4 +1,4 @@
-"""Which layout is chosen, and what a refusal advises."""
+"""The choice of a layout, and the advice of a refusal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from tests.unit.train.shapes import MISTRAL_7B, TINY, setup_of
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
-from workflow_scripts.train.memory import fit, layouts
+from workflow_scripts.train.memory import fit
+from workflow_scripts.train.memory.layouts import Layouts
 from workflow_scripts.train.memory.prediction import predict
 from workflow_scripts.train.memory.shape import PlannedRun
 
@@ -30,27 +31,24 @@ def on_gpu(*, row_tokens=4096, training=None, recipe=None, facts=MISTRAL_7B, **o
 
 def chosen(available_gb, *, n_steps_down=0, **options):
     return fit.choose(
-        on_gpu(**options), available_bytes=int(available_gb * GB), n_steps_down=n_steps_down
+        Layouts.of(on_gpu(**options)),
+        available_bytes=int(available_gb * GB),
+        n_steps_down=n_steps_down,
     )
 
 
-def time_of(setup, row_tokens):
-    n_tokens = setup.rows_per_micro_batch * row_tokens
-    return layouts.flops_per_token(on_gpu().shape, n_tokens=n_tokens, setup=setup)
-
-
 @pytest.mark.parametrize("row_tokens", [4096, 8192, 32_768])
-def test_more_memory_never_chooses_a_slower_layout_and_what_is_chosen_fits(row_tokens):
+def test_the_chosen_layout_fits_and_more_memory_never_chooses_a_slower_one(row_tokens):
     times = []
     for available in MEMORY_GB:
         try:
-            setup, parts = chosen(available, row_tokens=row_tokens)
+            found = chosen(available, row_tokens=row_tokens)
         except StageError:
             assert not times, "less memory was enough"
             continue
-        assert parts.peak <= available * GB * (1 - fit.MARGIN)
-        assert parts.peak == sum(parts.by_name().values())
-        times.append(time_of(setup, row_tokens))
+        assert found.peak <= available * GB * (1 - fit.MARGIN)
+        assert found.peak == sum(found.parts_bytes.by_name().values())
+        times.append(found.flops_per_token)
     assert times and times == sorted(times, reverse=True)
 
 
@@ -58,10 +56,10 @@ def test_offloading_is_chosen_only_where_nothing_else_fits():
     with_offload = []
     for available in range(10, 40):
         try:
-            setup, _ = chosen(available, row_tokens=32_768)
+            found = chosen(available, row_tokens=32_768)
         except StageError:
             continue
-        if setup.offloads_activations:
+        if found.offloads_activations:
             without = TrainingSettings(kernels="torch", offload_activations=False)
             with pytest.raises(StageError):
                 chosen(available, row_tokens=32_768, training=without)
@@ -69,20 +67,20 @@ def test_offloading_is_chosen_only_where_nothing_else_fits():
     assert with_offload
 
 
-def test_the_settings_that_are_given_are_kept():
+def test_explicit_settings_are_kept():
     training = TrainingSettings(
         rows_per_micro_batch=2, gradient_checkpointing=7, offload_activations=False
     )
-    assert chosen(80, training=training)[0] == setup_of(2, 7, False)
+    assert chosen(80, training=training).setup == setup_of(2, 7, False)
 
 
-def test_memory_gb_goes_before_what_is_free():
+def test_memory_gb_takes_precedence_over_free_memory():
     training = TrainingSettings(kernels="torch", memory_gb=12)
     assert chosen(80, training=training) == chosen(12)
 
 
 def test_each_step_down_takes_clearly_less():
-    peaks = [chosen(40, n_steps_down=n)[1].peak for n in range(4)]
+    peaks = [chosen(40, n_steps_down=n).peak for n in range(4)]
     assert all(
         after <= fit.STEP_DOWN * before for before, after in zip(peaks, peaks[1:], strict=False)
     )
@@ -136,17 +134,17 @@ def test_a_refusal_shows_the_parts_and_the_limit():
 
 
 @pytest.mark.parametrize(("rows", "n_gpus", "nearest"), [(8, 3, "6 or 9"), (2, 4, "4")])
-def test_a_step_that_cannot_be_shared_out_names_the_nearest(rows, n_gpus, nearest):
+def test_the_error_for_an_indivisible_step_names_the_nearest_numbers(rows, n_gpus, nearest):
     with pytest.raises(StageError, match=f"rows_per_step: {nearest}$"):
         chosen(80, recipe=RecipeSettings(rows_per_step=rows), n_gpus=n_gpus)
 
 
-def test_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
+def test_the_error_for_a_micro_batch_that_does_not_divide_the_step_names_those_that_do():
     with pytest.raises(StageError, match="one of 1, 2, 4"):
         chosen(80, training=TrainingSettings(rows_per_micro_batch=3), n_gpus=2)
 
 
-def test_fsdp2_shares_what_ddp_repeats():
+def test_fsdp2_shards_what_ddp_replicates():
     ddp, fsdp = (
         predict(
             on_gpu(training=TrainingSettings(parallelism=name), n_gpus=4), setup_of(1, 32, False)
@@ -158,7 +156,7 @@ def test_fsdp2_shares_what_ddp_repeats():
     assert fsdp.peak < ddp.peak
 
 
-def test_evaluation_counts_where_it_takes_more_than_training():
+def test_evaluation_counts_if_it_takes_more_than_training():
     facts = MISTRAL_7B.changed(sliding_window=None)
     longest, known, never = (
         predict(on_gpu(row_tokens=1024, facts=facts, **options), setup_of(1, 32, False))
@@ -171,7 +169,7 @@ def test_evaluation_counts_where_it_takes_more_than_training():
     assert longest.evaluation > known.evaluation >= never.evaluation == 0
 
 
-def test_what_ran_out_is_told_with_what_takes_less():
+def test_the_error_for_exhausted_memory_names_what_takes_less():
     run = PlannedRun(
         TINY.changed(n_layers=16, layer_windows=[None] * 16),
         RecipeSettings(evaluations=0, rows_per_step=4),
@@ -179,16 +177,18 @@ def test_what_ran_out_is_told_with_what_takes_less():
         row_tokens=16_384,
         device_type="cpu",
     )
-    error = fit.refusal(run, n_steps_down=0, error="DefaultCPUAllocator: can't allocate memory")
+    error = fit.refusal(
+        Layouts.of(run), n_steps_down=0, error="DefaultCPUAllocator: can't allocate memory"
+    )
     for part in ("the memory ran out", "can't allocate memory", "training.memory_gb: ", "peak"):
         assert part in str(error)
 
 
-def test_the_table_marks_what_is_chosen():
-    setup, _ = chosen(24)
-    text = fit.table(on_gpu(), available_bytes=24 * GB, chosen=setup)
+def test_the_table_marks_the_chosen_layout():
+    found = chosen(24)
+    text = fit.table(Layouts.of(on_gpu()), available_bytes=24 * GB, chosen=found)
     (line,) = [line for line in text.splitlines() if line.endswith("chosen")]
-    assert line.split()[:2] == [str(setup.rows_per_micro_batch), str(setup.n_checkpointed_layers)]
+    assert line.split()[:2] == [str(found.rows_per_micro_batch), str(found.n_checkpointed_layers)]
     assert "too large" in text
 
 
@@ -208,6 +208,6 @@ def test_the_demo_is_never_refused_on_24_gb():
         row_tokens=2560,
         device_type="cpu",
     )
-    setup, parts = fit.choose(run, available_bytes=24 * GB)
-    assert not setup.offloads_activations and setup.n_checkpointed_layers == 0
-    assert parts.peak < 6 * GB
+    found = fit.choose(Layouts.of(run), available_bytes=24 * GB)
+    assert not found.offloads_activations and found.n_checkpointed_layers == 0
+    assert found.peak < 6 * GB

@@ -38,9 +38,9 @@ def mixtral(tmp_path_factory):
 
 
 def trained_step(model, batch, *, rate=0.1):
-    """What a step of plain gradient descent moved, by name."""
+    """Changes of the parameters in steps of plain gradient descent, by name."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    # B is zero, so A's gradient is: a step of both takes two.
+    # B is zero, so A's gradient is zero in the first step; two steps move both.
     for _ in range(2):
         model.zero_grad()
         model.train()(**batch).loss.backward()
@@ -70,23 +70,23 @@ def test_a_step_moves_the_adapter_and_nothing_else(checkpoint, facts, batch, met
     assert len(moved) == n_adapted * (3 if settings.get("dora") else 2)
 
 
-def test_dora_on_8_bits_says_that_it_wants_a_gpu(checkpoint, facts):
-    with pytest.raises(StageError, match="wants a CUDA GPU"):
+def test_dora_on_8_bits_is_refused_without_a_gpu(checkpoint, facts):
+    with pytest.raises(StageError, match="needs a CUDA GPU"):
         trainable_model(checkpoint, facts, RecipeSettings(method="lora_int8", dora=True))
 
 
 @pytest.mark.parametrize(
     ("method", "kind"), [("qlora", torch.uint8), ("lora_int8", torch.int8), ("lora", torch.float32)]
 )
-def test_the_method_decides_what_holds_the_base(checkpoint, facts, method, kind):
+def test_the_method_decides_the_precision_of_the_base(checkpoint, facts, method, kind):
     model = trainable_model(checkpoint, facts, RecipeSettings(method=method, rank=8))
     layer = model.get_base_model().model.layers[0]
     assert layer.mlp.up_proj.base_layer.weight.dtype == kind
     assert layer.input_layernorm.weight.dtype == torch.float32  # on a CPU
 
 
-def test_of_a_16_bit_base_what_trains_alone_is_float32(checkpoint, facts, batch):
-    """As on a GPU: norms, embeddings and output layer stay as they are, and so do hidden states."""
+def test_on_a_16_bit_base_only_what_trains_is_float32(checkpoint, facts, batch):
+    """As on a GPU: norms, embeddings, output layer and hidden states stay in 16 bits."""
     base = load_model(checkpoint, window=8, precision="bfloat16")
     recipe = RecipeSettings(
         method="lora", rank=8, dora=True, modules_to_save=["embed_tokens", "lm_head"]
@@ -133,7 +133,7 @@ def test_a_full_fine_tune_moves_every_weight_in_float32(checkpoint, facts, batch
 
 
 def saved_and_read(model, facts, checkpoint, folder, batch):
-    """Logits of the adapter as it trained, and of the same from its files on a fresh base."""
+    """Logits of the trained adapter, and of the adapter loaded from its files onto a new base."""
     options = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
         expected = model.eval()(**options, use_cache=False).logits
@@ -162,7 +162,7 @@ def saved_and_read(model, facts, checkpoint, folder, batch):
     ],
     ids=["dora", "rslora", "whole layers"],
 )
-def test_an_adapter_from_its_files_is_the_one_that_trained(
+def test_an_adapter_loaded_from_its_files_equals_the_trained_one(
     checkpoint, facts, batch, tmp_path, settings
 ):
     model = trainable_model(checkpoint, facts, RecipeSettings(method="lora", rank=8, **settings))
@@ -174,7 +174,7 @@ def test_an_adapter_from_its_files_is_the_one_that_trained(
 @pytest.mark.parametrize("trains_router", [False, True])
 @pytest.mark.parametrize("adapts_experts", [False, True])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_of_a_mixture_experts_and_router_learn_only_when_asked(
+def test_experts_and_router_of_a_mixture_learn_only_on_request(
     mixtral, batch, tmp_path, adapts_experts, trains_router, method
 ):
     facts = facts_of(mixtral)
@@ -197,8 +197,8 @@ def test_of_a_mixture_experts_and_router_learn_only_when_asked(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # measured 0
 
 
-def test_the_delta_of_an_expert_is_its_own_product(mixtral, batch):
-    """Against experts written out, with the delta added to the weights of each."""
+def test_the_delta_of_each_expert_is_the_product_of_its_own_factors(mixtral, batch):
+    """Compared with experts written out, with each delta added to the expert's weights."""
     facts = facts_of(mixtral)
     recipe = RecipeSettings(method="lora", rank=8, alpha=24, adapts_experts=True)
     model = trainable_model(mixtral, facts, recipe)
@@ -211,7 +211,7 @@ def test_the_delta_of_an_expert_is_its_own_product(mixtral, batch):
         weights[name] = getattr(experts, name).detach().clone()
         a, b = (part["default"].weight.detach() for part in (wrapper.lora_A, wrapper.lora_B))
         for expert in range(N_EXPERTS):
-            # A's rows expert by expert; B's columns rank by rank, as PEFT lays them out.
+            # PEFT orders A's rows by expert and B's columns by rank.
             own_a, own_b = a[expert * 8 : expert * 8 + 8], b[:, expert::N_EXPERTS]
             weights[name][expert] += 24 / 8 * own_b @ own_a
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +231,7 @@ def test_the_delta_of_an_expert_is_its_own_product(mixtral, batch):
 
 
 @pytest.mark.parametrize("trains_router", [False, True])
-def test_a_full_fine_tune_of_a_mixture_leaves_the_router_unless_asked(
+def test_a_full_fine_tune_of_a_mixture_trains_the_router_only_on_request(
     mixtral, batch, trains_router
 ):
     recipe = RecipeSettings(method="full", trains_router=trains_router)
@@ -255,7 +255,7 @@ def test_a_16_bit_mixture_takes_a_float32_router_with_and_without_autocast(mixtr
             assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
-def test_a_full_fine_tune_too_refuses_a_mixtures_settings_of_a_dense_model(checkpoint, facts):
+def test_a_full_fine_tune_refuses_settings_for_experts_on_a_dense_model(checkpoint, facts):
     with pytest.raises(StageError, match="trains_router"):
         trainable_model(checkpoint, facts, RecipeSettings(method="full", trains_router=True))
 
@@ -263,7 +263,7 @@ def test_a_full_fine_tune_too_refuses_a_mixtures_settings_of_a_dense_model(check
 def test_a_mixture_in_nf4_takes_the_same_step_on_two_processes(
     mixtral, write_facts, random_documents, plan_of, tmp_path
 ):
-    """Experts in NF4 cannot be written to, and DDP would begin by sending them round."""
+    """DDP would first broadcast the experts, but tensors in NF4 cannot receive them."""
     lengths = [30, 5, 19, 8]
     random_documents(tmp_path / "train.arrow", lengths)
     rows = [[Piece(number, 0, lengths[number]) for number in row] for row in ([0], [1, 2], [3])]

@@ -23,7 +23,7 @@ def documents(random_documents, tmp_path):
 
 @pytest.fixture
 def noisy(checkpoint, facts):
-    """`noisy(**settings)`: an adapted model with noise, and what its first layer is handed."""
+    """`noisy(**settings)`: an adapted model with noise, and the inputs of its first layer."""
 
     def make(**settings):
         recipe = RecipeSettings(method="lora", rank=8, neftune_alpha=ALPHA, **settings)
@@ -39,7 +39,7 @@ def noisy(checkpoint, facts):
 
 
 def noise_of(model, handed, batch):
-    """(tokens, hidden_size): what the first layer gets less what the tokens' embeddings are."""
+    """(tokens, hidden_size): the first layer's input minus the tokens' embeddings."""
     handed.clear()
     model(**batch)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_documents_noise_is_bounded_by_its_own_length(noisy, documents):
     for part, length in zip(noise.split(LENGTHS), LENGTHS, strict=True):
         bound = ALPHA / (length * part.shape[1]) ** 0.5
         assert 0.98 * bound < part.abs().max() <= 1.0001 * bound
-        # Uniform: its variance is a third of the bound's square. 1280 numbers at the least.
+        # Uniform noise: its variance is a third of the bound's square. At least 1280 numbers.
         assert part.var() == pytest.approx(bound**2 / 3, rel=0.1)
         assert abs(part.mean()) < 0.1 * bound
 
@@ -67,13 +67,13 @@ def test_a_packed_documents_noise_is_as_large_as_that_of_the_document_alone(nois
     packed = noise_of(model, handed, collate([ROW])).split(LENGTHS)
     for piece, part in zip(ROW, packed, strict=True):
         alone = noise_of(model, handed, collate([[piece]]))
-        # Standard deviations of 1280 uniform numbers and more; one row as one document would make
-        # them 7 times smaller for the shortest.
+        # Standard deviations of at least 1280 uniform numbers. If the row counted as one document,
+        # the shortest document's would be 7 times smaller.
         assert part.std() == pytest.approx(float(alone.std()), rel=0.1)
 
 
 @pytest.mark.parametrize("whole", [[], ["embed_tokens"]])
-def test_there_is_noise_in_training_and_none_in_evaluation(noisy, documents, whole):
+def test_noise_is_added_in_training_and_not_in_evaluation(noisy, documents, whole):
     model, handed = noisy(modules_to_save=whole)
     batch = Collator(documents, crosses_documents=False)([ROW])
     model.eval()

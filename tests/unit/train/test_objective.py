@@ -1,4 +1,4 @@
-"""Loss and gradients of a step are those of its documents, however they are packed and shared."""
+"""Loss and gradients of a step do not depend on how its documents are packed and divided."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workflow_scripts.train.batches import Collator
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTHS = [40, 9, 23, 3, 31, 12, 6, 17, 28, 14]
 N_ROWS = {"best_fit": 5, "none": 10, "concatenate": 5}
-# Of the largest entry of a matrix; measured 2e-6.
+# Relative to the largest entry of a matrix; measured 2e-6.
 TOLERANCE = 1e-5
 
 
@@ -67,7 +67,7 @@ def one_document_a_micro_batch(prepared, tmp_path_factory):
 
 
 def largest_difference(found, expected):
-    """Of losses and gradients, relative to the largest entry of each."""
+    """Greatest difference of losses and gradients, relative to the largest entry of each."""
     assert found.keys() == expected.keys()
     assert sum("lora" in name for name in found) == 28
     assert all(part.abs().max() > 0 for part in expected.values())
@@ -102,7 +102,7 @@ def test_a_step_is_the_same_however_its_rows_are_grouped(
 def test_a_step_is_the_same_on_two_processes(
     prepared, one_document_a_micro_batch, tmp_path, strategy, rows, micro_batches
 ):
-    """One and two places stay empty, so the processes do not even have the same number of rows."""
+    """One or two places stay empty, so the processes have different numbers of rows."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "tests.unit.train.one_step"]
     for name, path in prepared.paths(strategy, tmp_path).items():
@@ -118,7 +118,7 @@ def test_a_step_is_the_same_on_two_processes(
 
 
 def test_a_sharded_model_has_the_loss_and_gradients_of_the_whole(prepared, tmp_path):
-    """FSDP2 over two processes, each with its rows, against the model whole with all of them."""
+    """FSDP2 on two processes, each with its rows, compared with the whole model on all rows."""
     paths = prepared.paths("best_fit", tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "tests.unit.train.sharded_step"]
@@ -140,7 +140,7 @@ def test_a_sharded_model_has_the_loss_and_gradients_of_the_whole(prepared, tmp_p
 def test_attention_across_documents_is_another_objective(
     prepared, one_document_a_micro_batch, tmp_path
 ):
-    """The comparison can see a leak, in gradients and loss alike."""
+    """The comparison detects a leak, in the gradients and in the loss."""
     paths = prepared.paths("concatenate", tmp_path)
     found = one_step.take_step(**paths, **layout(1, 5))
     assert largest_difference(found, one_document_a_micro_batch) > 0.05
@@ -150,7 +150,7 @@ def test_attention_across_documents_is_another_objective(
 def test_a_mean_of_means_would_be_another_objective(
     prepared, one_document_a_micro_batch, plan_of, tmp_path
 ):
-    """Rows differ in supervised tokens: weighing each row alike is not the same step."""
+    """Rows have different numbers of supervised tokens, so equal weights would change the step."""
     steps = []
     for number, row in enumerate(read_plan(prepared.plans / "best_fit.parquet").rows):
         path = tmp_path / f"row-{number}.parquet"

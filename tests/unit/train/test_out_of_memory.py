@@ -1,4 +1,4 @@
-"""Memory that really ends while a run trains: it steps down once, or says what to do."""
+"""Memory that really runs out in training: the run steps down once, or says what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from workflow_scripts.packing.plan import write_plan
 
 N_LAYERS, ROW_TOKENS = 8, 2048
 RECIPE = {"rank": 8, "rows_per_step": 1, "max_steps": 2, "evaluations": 0, "keeps_best": False}
-# Large tensors go back to the system when they are freed, as on a GPU. With CI=true transformers
-# logs to the root's handlers too.
+# Freed large tensors are returned to the system, as on a GPU. With CI=true transformers also logs
+# to the root's handlers.
 ENVIRONMENT = {
     "CI": "true",
     "OMP_NUM_THREADS": "1",
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 def long_rows(
     make_checkpoint, write_facts, random_documents, plan_of, tmp_path_factory
 ) -> Prepared:
-    """What its layers keep is most of what training takes."""
+    """Rows so long that activations are most of the memory of training."""
     folder = tmp_path_factory.mktemp("long rows")
     checkpoint = make_checkpoint(
         folder / "checkpoint", num_hidden_layers=N_LAYERS, intermediate_size=768,
@@ -46,7 +46,7 @@ def long_rows(
 
 
 def train(prepared, folder, limit_bytes, **training) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
+    """Exit code and output."""
     command = [sys.executable, "-m", "tests.unit.train.limited_memory", str(limit_bytes)]
     done = subprocess.run(
         [*command, *prepared.arguments(RECIPE, folder, **training)],
@@ -59,14 +59,14 @@ def train(prepared, folder, limit_bytes, **training) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def unlimited(long_rows, tmp_path_factory) -> tuple[Run, int]:
-    """A run with all memory, and how much it took."""
+    """A run without a limit, and the memory it took."""
     folder = tmp_path_factory.mktemp("unlimited")
     code, text = train(long_rows, folder, 0)
     assert code == 0, text
     return Run.read(folder), int(text.splitlines()[0])
 
 
-def test_a_run_steps_down_once_and_ends_as_it_would_have(unlimited, long_rows, tmp_path):
+def test_a_run_steps_down_once_and_ends_with_the_same_result(unlimited, long_rows, tmp_path):
     whole, took_bytes = unlimited
     assert whole.manifest.n_checkpointed_layers == 0
     code, text = train(long_rows, tmp_path, int(0.9 * took_bytes))
@@ -79,9 +79,9 @@ def test_a_run_steps_down_once_and_ends_as_it_would_have(unlimited, long_rows, t
     assert list((tmp_path / "resume").iterdir()) == []
 
 
-def test_the_second_time_it_ends_with_what_takes_less(unlimited, long_rows, tmp_path):
+def test_the_second_time_it_ends_with_settings_that_take_less(unlimited, long_rows, tmp_path):
     _, took_bytes = unlimited
-    code, text = train(long_rows, tmp_path, int(0.5 * took_bytes))
+    code, text = train(long_rows, tmp_path, int(0.25 * took_bytes))
     assert code == 1
     assert text.count("the memory ran out") == 2
     assert_says_what_to_do(text)
@@ -104,7 +104,7 @@ def test_settings_that_leave_no_choice_are_kept(unlimited, long_rows, tmp_path):
 
 def assert_says_what_to_do(text):
     assert "Traceback" not in text
-    # In the words of the allocator, or of the system where the weights could not be mapped again.
+    # From the allocator, or from the system if the weights could not be mapped again.
     assert "DefaultCPUAllocator" in text or "Cannot allocate memory" in text, text
-    for part in ("predicted were", "to fix:", "rows  recomputed  offloads"):
+    for part in ("predicted: ", "to fix:", "rows  recomputed  offloads"):
         assert part in text, text

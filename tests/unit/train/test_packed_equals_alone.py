@@ -1,7 +1,7 @@
-"""A packed document is the document alone: logits and gradients, over generated packs.
+"""Logits and gradients of a packed document equal those of the document alone, for generated packs.
 
-The reference is transformers' eager attention on one document at a time; packed, the documents go
-through the strategies, the collator and the attention that train.
+The reference is transformers' eager attention on one document at a time. The packed documents go
+through the same strategies, collator and attention as in training.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from workflow_scripts.train import attention
 from workflow_scripts.train.batches import Collator
 
 ROW_TOKENS = 200
-# Relative to the largest entry: of the logits, of each matrix's gradient.
+# Relative to the largest entry of the logits, and of each matrix's gradient.
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def documents(random_documents, tmp_path_factory):
-    """One of each length: document 0 has one token."""
+    """One document of each length; document 0 has one token."""
     path = tmp_path_factory.mktemp("tokens") / "train.arrow"
     return random_documents(path, range(1, ROW_TOKENS + 1))
 
 
 @pytest.fixture(scope="module")
 def adapted(make_checkpoint, tmp_path_factory):
-    """`adapted(window, n_kv_heads)`: an adapted model of 8 heads, made once; no matrix is zero."""
+    """`adapted(window, n_kv_heads)`: an adapted model of 8 heads, cached; no matrix is zero."""
 
     @cache
     def make(window, n_kv_heads):
@@ -88,7 +88,7 @@ def packed_logits(model, documents, rows, strategy, rows_per_micro_batch):
 
 
 def lone_logits(model, documents, rows):
-    """Logits of each piece's tokens, the document run by itself."""
+    """Logits of each piece's tokens when its document runs alone."""
     for piece in (piece for row in rows for piece in row):
         tokens = torch.from_numpy(documents[piece.document].input_ids.astype("int64"))
         logits = model(tokens[None], use_cache=False).logits[0]
@@ -96,7 +96,7 @@ def lone_logits(model, documents, rows):
 
 
 def logits_and_gradients(model, logits_of_pieces):
-    """Gradients of a random weighting of all logits: a scalar as general as any."""
+    """Gradients of a random weighting of all logits."""
     generator = torch.Generator().manual_seed(2)
     model.zero_grad()
     logits, total = [], torch.zeros(())
@@ -123,10 +123,10 @@ def differences(
     checkpointing=None,
     packed_window=...,
 ):
-    """Greatest difference of logits and of gradients, packed against alone, relative.
+    """Greatest relative difference of logits and of gradients between packed and alone.
 
     Args:
-        packed_window: another window than the model's, for the packed run.
+        packed_window: window of the packed run, if not the model's.
     """
     pieces = Pieces.whole(documents.lengths).take(np.array(lengths) - 1)
     rows = list(STRATEGIES[strategy](pieces, row_tokens=ROW_TOKENS, seed=seed))
@@ -148,7 +148,7 @@ def differences(
     assert len(expected_gradients) == 28
     largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     of_gradients = [
-        # Of a window of 1 the gradient of q and k is 0.
+        # With a window of 1 the gradients of q and k are 0.
         float((found_gradients[name] - gradient).abs().max() / (gradient.abs().max() or largest))
         for name, gradient in expected_gradients.items()
     ]
@@ -160,7 +160,7 @@ def differences(
 @pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
 @settings(max_examples=4)
 @given(
-    # Shorter than the window of 8, equal to it, one more, and many times longer.
+    # Shorter than the window of 8, equal to it, one token longer, and many times longer.
     lengths=st.lists(st.one_of(st.integers(1, 40), st.sampled_from([7, 8, 9, 200])), max_size=6),
     long=st.integers(20, 200),
     strategy=st.sampled_from(["best_fit", "none"]),
@@ -196,7 +196,7 @@ def test_packed_documents_equal_each_alone(
 @pytest.mark.parametrize("n_kv_heads", [8, 2, 1], ids=["GQA 1", "GQA 4", "GQA 8"])
 @pytest.mark.parametrize("window", [8, None])
 def test_a_leak_between_documents_shows(adapted, documents, window, n_kv_heads):
-    """The same comparison on the layout whose documents do see each other."""
+    """The same comparison with documents that see each other."""
     of_logits, of_gradients = differences(
         adapted(window, n_kv_heads), documents, [30, 12, 50, 9], strategy="concatenate"
     )
@@ -223,8 +223,8 @@ def test_a_wrong_window_shows(adapted, documents, window, packed_window):
 @pytest.mark.parametrize(
     ("checkpointing", "n_calls"), [(None, 1), ("non-reentrant", 2), ("reentrant", 2)]
 )
-def test_checkpointing_runs_a_layer_again(adapted, documents, checkpointing, n_calls):
-    """Else the comparisons above would say nothing about it."""
+def test_checkpointing_recomputes_a_layer(adapted, documents, checkpointing, n_calls):
+    """Otherwise the comparisons above would not test it."""
     model = adapted(8, 2)
     calls = []
     base = model.get_base_model()

@@ -1,4 +1,4 @@
-"""The command as a user types it: for a plan of this machine, and for a GPU that is not here."""
+"""The command as a user types it: for a plan on this machine, and for a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_plan_of_a_run_on_this_machine(prepared, tmp_path):
     plan = MemoryPlan.read(written)
     assert plan.device == "cpu" and plan.n_gpus == 1
     assert 200 <= plan.row_tokens <= 256
-    assert plan.evaluation_tokens == plan.row_tokens  # those of validation are shorter
+    assert plan.evaluation_tokens == plan.row_tokens  # validation rows are shorter
     assert plan.rows_per_micro_batch in (1, 2)
     assert plan.predicted_peak_memory_bytes <= plan.usable_bytes < plan.available_bytes
     chosen = setup_of(
@@ -42,7 +42,7 @@ def test_the_plan_of_a_run_on_this_machine(prepared, tmp_path):
 
 @pytest.mark.parametrize("memory_gb", [8, 12, 16, 24, 40, 48, 80])
 def test_a_7b_is_planned_for_gpus_that_are_not_here(memory_gb, facts_of_7b, tmp_path, caplog):
-    """QLoRA of rank 32 on rows of 4,096 tokens: all of them hold it, the smaller ones slower."""
+    """QLoRA of rank 32 on rows of 4,096 tokens fits all of them; smaller ones are slower."""
     written = tmp_path / "memory_plan.json"
     with caplog.at_level("INFO"):
         plan_memory.main(
@@ -61,7 +61,7 @@ def test_a_7b_is_planned_for_gpus_that_are_not_here(memory_gb, facts_of_7b, tmp_
     )
 
 
-def test_what_does_not_fit_ends_with_settings_that_do(facts_of_7b, tmp_path):
+def test_a_run_that_does_not_fit_ends_with_settings_that_do(facts_of_7b, tmp_path):
     written = tmp_path / "memory_plan.json"
     with pytest.raises(StageError, match="does not fit") as refused:
         plan_memory.main(
@@ -73,7 +73,7 @@ def test_what_does_not_fit_ends_with_settings_that_do(facts_of_7b, tmp_path):
     plan_memory.main(["--facts", str(facts_of_7b), "--row-tokens", tokens, "--memory-gb", "8"])
 
 
-def test_memory_gb_of_the_command_goes_before_that_of_the_settings(facts_of_7b, tmp_path):
+def test_memory_gb_of_the_command_takes_precedence_over_the_settings(facts_of_7b, tmp_path):
     written = tmp_path / "memory_plan.json"
     plan_memory.main(
         ["--facts", str(facts_of_7b), "--row-tokens", "4096", "--memory-gb", "24"]
@@ -88,7 +88,7 @@ def test_help_starts_without_torch(ask_for_help):
     assert not {"torch", "transformers", "peft"} & imported
 
 
-def test_a_gpu_that_was_given_and_is_not_used_is_told(prepared, monkeypatch, caplog):
+def test_a_given_gpu_that_is_not_used_is_logged(prepared, monkeypatch, caplog):
     import torch
 
     if torch.cuda.is_available():
@@ -96,7 +96,7 @@ def test_a_gpu_that_was_given_and_is_not_used_is_told(prepared, monkeypatch, cap
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     arguments = ["--facts", str(prepared.facts), "--plan", str(prepared.plan)]
     plan_memory.main(arguments)
-    assert "CUDA_VISIBLE_DEVICES=0 is not, the CPU is" in caplog.text
+    assert "CUDA_VISIBLE_DEVICES=0, so the CPU is used" in caplog.text
     assert "workflow_scripts.doctor" in caplog.text
     caplog.clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -35,7 +35,7 @@ SHAPE = {
     "sliding_window": 8,
     "initializer_range": 0.15,
 }
-OUTSIDE = ("attention is not what the plan declares", "tokens moved before it or out of its reach")
+OUTSIDE = ("attention is not what the plan declares", "tokens moved that must not see them")
 BEYOND = ("a layer's window is not the model's", "it sees tokens 8 or more back")
 TO_FIX = "requirements.lock"
 
@@ -46,7 +46,7 @@ def documents(random_documents, tmp_path_factory):
 
 
 def plan_of(rows, strategy, row_tokens):
-    costs = np.zeros(len(rows))  # the probe asks for none
+    costs = np.zeros(len(rows))  # the probe does not use them
     return Plan(rows, row_tokens, strategy, costs, costs, costs)
 
 
@@ -57,7 +57,7 @@ def packed(strategy, *, row_tokens=40):
 
 @pytest.fixture
 def load(checkpoint):
-    """`load(window=8, attention=None)`: the tiny Mistral; the packed attention if no other."""
+    """`load(window=8, implementation=None)`: the tiny Mistral, by default with packed attention."""
 
     def model(*, window=8, implementation=None):
         name = implementation or attention.register()
@@ -68,8 +68,8 @@ def load(checkpoint):
 
 @pytest.fixture
 def load_with(load):
-    """`load_with(function)`: the tiny Mistral with an attention that gets the call's arguments and
-    may change them before it calls the packed one."""
+    """`load_with(function)`: the tiny Mistral; the function may change the arguments of the packed
+    attention."""
 
     def model(change):
         def changed(module, query, key, value, mask, **options):
@@ -96,7 +96,7 @@ def test_the_model_that_trains_passes_and_is_left_as_it_was(
     assert found["n_windows"] == 1 and found["n_windows_beyond_rows"] == 0
     if strategy == "none":
         assert found["n_tokens"] == 2 * 5  # of 3 and 5 tokens, padded
-    # Every exchanged token moves: the next tokens of the vocabulary have other embeddings.
+    # Every exchanged token moves, because its embedding changes.
     assert 0 < found["n_exchanged_tokens"] <= found["n_moved_tokens"] < found["n_tokens"]
     assert model.training == is_training
     assert list(model.get_base_model().model.layers) == layers
@@ -105,7 +105,7 @@ def test_the_model_that_trains_passes_and_is_left_as_it_was(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_dropout_falls_alike_both_times(load, documents, strategy):
+def test_dropout_is_the_same_in_both_passes(load, documents, strategy):
     config = LoraConfig(r=8, lora_dropout=0.5, target_modules="all-linear")
     model = get_peft_model(load(), config).train()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_transformers_own_packed_attention_passes(load, documents, strategy):
 
 @pytest.mark.parametrize("strategy", ["best_fit", "none", "concatenate"])
 def test_attention_over_the_whole_micro_batch_stops_the_stage(load_with, documents, strategy):
-    """What a trainer does that does not hand the boundaries on."""
+    """As in a trainer that does not pass the segments' bounds on."""
 
     def whole(query, options):
         n_tokens = query.shape[2]
@@ -136,8 +136,8 @@ def test_attention_over_the_whole_micro_batch_stops_the_stage(load_with, documen
 
 
 @pytest.mark.parametrize("leak", ["attention_mask", "use_cache"])
-def test_transformers_attention_that_lost_the_boundaries_stops_the_stage(load, documents, leak):
-    """Its sdpa finds documents by their positions, until it gets a mask or a cache."""
+def test_transformers_attention_without_the_bounds_stops_the_stage(load, documents, leak):
+    """Its sdpa finds documents by their positions, unless it gets a mask or a cache."""
     model = load(implementation="sdpa")
     plain_forward = model.model.forward
 
@@ -151,7 +151,7 @@ def test_transformers_attention_that_lost_the_boundaries_stops_the_stage(load, d
     assert all(part in str(caught.value) for part in (*OUTSIDE, TO_FIX))
 
 
-def test_attention_to_what_comes_after_stops_the_stage(load, documents):
+def test_attention_to_later_tokens_stops_the_stage(load, documents):
     def both_ways(module, query, key, value, mask, *, cu_seq_lens_q, scaling, **_):
         outputs = [
             torch.nn.functional.scaled_dot_product_attention(*parts, scale=scaling, enable_gqa=True)
@@ -180,7 +180,7 @@ def test_a_concatenating_plan_whose_documents_are_kept_apart_stops_the_stage(loa
 
     with pytest.raises(StageError) as caught:
         check_attention(load_with(apart), documents, plan, WINDOWS)
-    for part in (OUTSIDE[0], "nothing moved in the document behind it", "sees it", TO_FIX):
+    for part in (OUTSIDE[0], "nothing moved in the next document", "sees it", TO_FIX):
         assert part in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_a_concatenating_plan_whose_documents_are_kept_apart_stops_the_stage(loa
         (9, 8, "it sees tokens 8 or more back", "sliding_window 8"),
         (None, 8, "it sees tokens 8 or more back", "sliding_window 8"),
         (7, 8, "it does not see the token 7 back", "sliding_window 8"),
-        # The trap of MistralConfig, which fills in a window where config.json has none.
+        # MistralConfig fills in a window if config.json has none.
         (20, None, "it sees none of the first 16 tokens", "sliding_window null"),
     ],
     ids=["one too wide", "dropped", "one too narrow", "forced"],
@@ -226,7 +226,7 @@ def test_every_window_of_an_interleaved_model_is_probed_in_its_layer(documents, 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_mixture_of_experts_passes_and_its_experts_are_back(documents, strategy):
+def test_a_mixture_of_experts_passes_and_keeps_its_experts(documents, strategy):
     model = random_model(MixtralConfig(**SHAPE, num_local_experts=8)).train()
     tokens = torch.arange(3, 23)[None]
     model.set_attn_implementation("eager")
@@ -256,8 +256,8 @@ def test_rows_of_one_document_are_probed_two_at_a_time(load, load_with, document
 
 
 @pytest.mark.parametrize(("row_tokens", "n_beyond"), [(8, 1), (9, 0)])
-def test_a_window_that_no_row_is_longer_than_is_counted(load, documents, row_tokens, n_beyond):
-    """And a plan of one document has none that could see another."""
+def test_a_window_that_no_row_exceeds_is_counted(load, documents, row_tokens, n_beyond):
+    """The plan has one document, which no other could see."""
     plan = plan_of(Rows.of([[Piece(2, 0, row_tokens)]]), "best_fit", row_tokens)
     found = check_attention(load(), documents, plan, WINDOWS)
     assert found["n_tokens"] == row_tokens

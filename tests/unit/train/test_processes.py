@@ -20,8 +20,8 @@ SHARED = {**RECIPE, "rows_per_step": 4, "max_steps": 6, "evaluations": 3}
 
 @pytest.fixture(scope="module")
 def alike(prepared, random_documents, plan_of, tmp_path_factory):
-    """The same job on rows of one cost: so they share their steps however many processes there are.
-    The last step of an epoch has two rows for four places."""
+    """The same job with rows of equal cost, so that a step has the same rows on one or two
+    processes. The last step of an epoch has two rows for four places."""
     folder = tmp_path_factory.mktemp("alike")
     lengths = [64] * 20
     random_documents(folder / "train.arrow", lengths)
@@ -46,7 +46,7 @@ def test_two_processes_have_the_loss_curve_of_one(alike, alone, tmp_path, parall
         assert len(measured) == len(of_alone) > 2
         for one, other in zip(measured, of_alone, strict=True):
             for key, value in other:
-                # Measured 2e-6 of the losses; the norms' sums are grouped anew.
+                # Measured 2e-6 for the losses; the norms sum in another order.
                 rel = 1e-5 if "loss" in key else 1e-4
                 assert getattr(one, key) == pytest.approx(value, rel=rel), key
     expected, weights = alone.weights(), found.weights()
@@ -80,7 +80,7 @@ def test_rows_that_two_processes_cannot_share_stop_before_training(alike, tmp_pa
     assert "rows_per_step" in text and "multiple" in text
 
 
-def test_one_node_finds_its_own_port():
+def test_on_one_node_torchrun_chooses_the_port():
     command = launch_command("a.program", ["--x", "1"], TrainingSettings(gpus=4), {})
     assert "--standalone" in command and command[command.index("--nproc-per-node") + 1] == "4"
     assert command[-4:] == ["--module", "a.program", "--x", "1"]
@@ -88,7 +88,7 @@ def test_one_node_finds_its_own_port():
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Slurm's commands as they answer in job 40123, which has two nodes, and in 40124, of one."""
+    """Stand-ins for Slurm's commands in job 40123, of two nodes, and job 40124, of one node."""
 
     def answer(command, script):
         program = tmp_path / command
@@ -106,7 +106,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_several_nodes_meet_at_the_first_of_the_allocation(slurm):
+def test_several_nodes_meet_at_the_first_node_of_the_allocation(slurm):
     settings = TrainingSettings(gpus=8, nodes=2)
     command = launch_command("a.program", [], settings, {"SLURM_JOB_ID": "40123"})
     assert command[:3] == ["srun", "--nodes", "2"]
@@ -115,7 +115,7 @@ def test_several_nodes_meet_at_the_first_of_the_allocation(slurm):
 
 
 @pytest.mark.parametrize("environment", [{"SLURM_JOB_ID": "40124"}, {}])
-def test_fewer_nodes_than_asked_for_is_a_stage_error(slurm, environment):
-    with pytest.raises(StageError, match="not as many nodes") as caught:
+def test_fewer_nodes_than_training_needs_is_a_stage_error(slurm, environment):
+    with pytest.raises(StageError, match="fewer nodes than") as caught:
         launch_command("a.program", [], TrainingSettings(nodes=2), environment)
     assert "training.nodes" in str(caught.value)

@@ -54,16 +54,16 @@ def largest_difference(found, expected):
 
 @pytest.mark.parametrize("precision", ["nf4", "float32"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_loss_and_gradients_are_pefts(checkpoint, facts, batch, precision, rslora):
+def test_loss_and_gradients_equal_pefts(checkpoint, facts, batch, precision, rslora):
     options = {"precision": precision, "rslora": rslora}
     expected, _ = model_of(checkpoint, facts, fused=False, **options)
     found, n_fused = model_of(checkpoint, facts, fused=True, **options)
     assert n_fused == 14  # seven projections in each of two layers
-    # Measured 1e-6: the same products, summed in another order.
+    # Measured 1e-6: the products are the same but are summed in another order.
     assert largest_difference(step(found, batch), step(expected, batch)) < 1e-5
 
 
-def test_in_bfloat16_the_fused_step_is_as_near_to_float32_as_pefts(checkpoint, facts, batch):
+def test_in_bfloat16_the_fused_step_is_as_close_to_float32_as_pefts(checkpoint, facts, batch):
     exact = step(model_of(checkpoint, facts, fused=False)[0], batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         peft = step(model_of(checkpoint, facts, fused=False)[0], batch)
@@ -98,11 +98,11 @@ def test_less_is_kept_for_the_backward_pass(checkpoint, facts, batch):
 @pytest.mark.parametrize(
     "recipe", [{"dropout": 0.1}, {"dora": True}, {"precision": "int8"}], ids=str
 )
-def test_what_is_not_plain_is_left_to_peft(checkpoint, facts, recipe):
+def test_layers_that_are_not_plain_are_left_to_peft(checkpoint, facts, recipe):
     assert model_of(checkpoint, facts, fused=True, **recipe)[1] == 0
 
 
-def test_an_adapter_that_is_switched_off_is_off(checkpoint, facts, batch):
+def test_a_disabled_adapter_has_no_effect(checkpoint, facts, batch):
     model, _ = model_of(checkpoint, facts, fused=True)
     with torch.no_grad():
         on = model(**batch).loss

@@ -1,8 +1,8 @@
-"""One QLoRA step through the product's trainer is one written out by hand.
+"""One QLoRA step through the product's trainer equals a step written out by hand.
 
 The reference is plain PyTorch in float32: the base's files quantized and dequantized by
 bitsandbytes, every layer in its formulas, one document at a time under a dense mask, clipping and
-AdamW as in their papers. No transformers, no PEFT, no packing, none of the project's training code.
+AdamW as in their papers. It uses no transformers, PEFT, packing or training code of the project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workflow_scripts.settings import RecipeSettings
 from workflow_scripts.train.model import trainable_model
 
 LENGTHS = [30, 5, 19, 8, 9, 2, 40, 13]
-# Four rows, two micro-batches; documents shorter and longer than the window of 8.
+# Four rows in two micro-batches; documents shorter and longer than the window of 8.
 ROWS = [[0, 1], [2, 3, 5], [6], [7, 4]]
 RECIPE = RecipeSettings(
     rank=8,
@@ -38,7 +38,7 @@ RECIPE = RecipeSettings(
     rows_per_step=4,
     evaluations=0,
 )
-SCALE = 16 / 8  # of k and v too: alpha 4, rank 2
+SCALE = 16 / 8  # for k and v too: alpha 4, rank 2
 
 
 class Step(NamedTuple):
@@ -67,7 +67,7 @@ def documents(random_documents, tmp_path):
 
 @pytest.fixture
 def product(checkpoint, facts, documents, plan_of, tmp_path):
-    """`product(changed_facts={…}, **settings)`: what the product's trainer does."""
+    """`product(changed_facts={…}, **settings)`: the step of the product's trainer."""
 
     def step(*, changed_facts=(), **settings):
         recipe = RECIPE.model_copy(update=settings)
@@ -99,7 +99,7 @@ def product(checkpoint, facts, documents, plan_of, tmp_path):
 
 
 def nf4_base(checkpoint):
-    """The file's tensors in float32, linear layers through NF4 and back."""
+    """The file's tensors in float32, linear layers quantized to NF4 and dequantized."""
     base = {}
     for name, weight in load_file(checkpoint / "model.safetensors").items():
         weight = weight.float()
@@ -118,8 +118,8 @@ def rms_norm(hidden, weight, epsilon):
 
 
 def rotated(heads, theta):
-    """(heads, tokens, head_dim); arXiv:2104.09864, pairs a half apart: (x, y) turns by an angle of
-    its token and pair."""
+    """(heads, tokens, head_dim); arXiv:2104.09864. The numbers of a pair (x, y) are half the width
+    apart; the pair is rotated by an angle that depends on token and pair."""
     half = heads.shape[-1] // 2
     speeds = theta ** (-torch.arange(half) / half)
     angles = torch.arange(heads.shape[1])[:, None] * speeds
@@ -129,7 +129,7 @@ def rotated(heads, theta):
 
 
 def document_logits(tokens, base, adapter, config):
-    """(tokens, vocabulary) of one document alone."""
+    """Logits of one document alone, (tokens, vocabulary)."""
     n_heads, n_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config["hidden_size"] // n_heads
     back = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))
@@ -180,7 +180,7 @@ def reference_step(checkpoint, documents, before):
     loss = nats / n_supervised
     loss.backward()
     norm = math.sqrt(sum(float(w.grad.double().square().sum()) for w in adapter.values()))
-    assert norm > 2 * RECIPE.max_gradient_norm  # clipping takes part
+    assert norm > 2 * RECIPE.max_gradient_norm  # gradients are clipped
     gradients, after = {}, {}
     for name, weight in adapter.items():
         gradient = weight.grad * RECIPE.max_gradient_norm / norm
@@ -199,15 +199,15 @@ class Difference(NamedTuple):
     gradient_norm: float
     """Relative."""
     gradients: float
-    """Of the largest entry of its matrix, the worst matrix."""
+    """Relative to the largest entry of the matrix; the worst matrix."""
     weights: float
     """The worst weight."""
     way: float
-    """Of the way a matrix went in the step, the worst matrix."""
+    """Relative to how far the matrix moved in the step; the worst matrix."""
 
 
-# Measured 1.4e-6, 6e-8, 1.7e-6, 4.2e-6, 4.6e-4. AdamW's first step is a sign: where a gradient is
-# near rounding, a weight's way is too, so the bound of the way is wider.
+# Measured 1.4e-6, 6e-8, 1.7e-6, 4.2e-6, 4.6e-4. AdamW's first step is the gradient's sign, which
+# rounding decides if the gradient is tiny; so the last bound is wider.
 TOLERANCE = Difference(loss=1e-5, gradient_norm=1e-5, gradients=1e-5, weights=1e-5, way=2e-3)
 
 
@@ -261,7 +261,7 @@ def test_one_qlora_step_equals_the_step_written_by_hand(product, checkpoint, doc
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
-def test_another_step_is_seen_to_differ(product, checkpoint, documents, settings, seen_in):
+def test_the_comparison_detects_another_step(product, checkpoint, documents, settings, seen_in):
     found = product(**settings)
     measured = difference(found, reference_step(checkpoint, documents, found.before))
     assert getattr(measured, seen_in) > 2 * getattr(TOLERANCE, seen_in), measured

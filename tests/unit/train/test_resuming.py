@@ -1,4 +1,4 @@
-"""A run that is ended early, whenever and however, goes on and ends where it would have ended."""
+"""A run that is ended early, whenever and however, resumes and ends with the same result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.train.conftest import N_STEPS, RECIPE, Run
 
 
 def wait_for(process, folder, happened):
-    """Until `happened()`, looked at often; the process must still run."""
+    """Poll until `happened()`; the process must still run."""
     deadline = time.monotonic() + 120
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
@@ -26,7 +26,7 @@ def assert_same_ending(found: Run, whole: Run):
     expected, weights = whole.weights(), found.weights()
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Measured 0: the same arithmetic.
+        # Measured 0: the arithmetic is the same.
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
     for split in ("train", "validation"):
         measured, of_whole = getattr(found.history, split), getattr(whole.history, split)
@@ -70,8 +70,8 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint(prepared, whole_run, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_end_saves_first_and_says_how_to_go_on(prepared, whole_run, tmp_path, number):
-    """No periodic checkpoint is due: what is there was saved for the signal."""
+def test_a_signal_to_end_saves_first_and_says_how_to_resume(prepared, whole_run, tmp_path, number):
+    """No periodic checkpoint is due, so the one that exists was saved because of the signal."""
     process = prepared.start(RECIPE, tmp_path, checkpoint_steps=1000)
     wait_for(process, tmp_path, lambda: "probed attention" in (tmp_path / "log").read_text())
     process.send_signal(number)
@@ -88,7 +88,7 @@ def test_a_signal_to_end_saves_first_and_says_how_to_go_on(prepared, whole_run, 
 
 
 def test_a_signal_in_the_last_step_keeps_what_a_second_start_needs(prepared, tmp_path):
-    """A batch system counts a job that it told to end as failed; Snakemake deletes its files."""
+    """A batch system counts a job that it ended as failed, and Snakemake deletes its outputs."""
     recipe = {**RECIPE, "max_steps": 1, "evaluations": 1}
     process = prepared.start(recipe, tmp_path, checkpoint_steps=1000)
     wait_for(process, tmp_path, lambda: "probed attention" in (tmp_path / "log").read_text())
@@ -107,7 +107,7 @@ def test_a_signal_in_the_last_step_keeps_what_a_second_start_needs(prepared, tmp
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(prepared, whole_run, tmp_path):
-    """The system refuses files as large as the optimizer's state; the adapter is half as large."""
+    """The system refuses files as large as the optimizer's state; the adapter is half that size."""
     process = prepared.start(RECIPE, tmp_path)
     wait_for(process, tmp_path, lambda: bool(checkpoint_steps(tmp_path)))
     process.kill()
@@ -139,7 +139,7 @@ def prepared_command(prepared, folder):
     return [sys.executable, "-m", MODULE, *prepared.arguments(RECIPE, folder)]
 
 
-def test_another_recipe_starts_afresh_and_says_so(prepared, tmp_path):
+def test_another_recipe_starts_from_scratch_and_logs_it(prepared, tmp_path):
     process = prepared.start(RECIPE, tmp_path)
     wait_for(process, tmp_path, lambda: bool(checkpoint_steps(tmp_path)))
     process.kill()
@@ -147,12 +147,12 @@ def test_another_recipe_starts_afresh_and_says_so(prepared, tmp_path):
     left = {path.name for path in (tmp_path / "resume").iterdir()}
     found = prepared.run({**RECIPE, "learning_rate": 0.02}, tmp_path)
     assert found.manifest.resumed is False
-    assert "started afresh" in found.log and "recipe.learning_rate: 0.01 → 0.02" in found.log
+    assert "started from scratch" in found.log and "recipe.learning_rate: 0.01 → 0.02" in found.log
     assert {path.name for path in (tmp_path / "resume").iterdir()} == left
 
 
-def test_how_a_run_is_laid_out_may_change_when_it_resumes(prepared, tmp_path):
-    """Another GPU may hold other micro-batches: the step, its rows and its loss stay."""
+def test_the_layout_may_change_when_a_run_resumes(prepared, tmp_path):
+    """Another GPU may hold other micro-batches; the step, its rows and its loss are the same."""
     recipe = {**RECIPE, "rows_per_step": 2}
     whole = prepared.run(recipe, tmp_path / "whole", rows_per_micro_batch=2)
     folder = tmp_path / "laid out anew"
@@ -167,11 +167,11 @@ def test_how_a_run_is_laid_out_may_change_when_it_resumes(prepared, tmp_path):
     for one, other in zip(resumed.history.train, whole.history.train, strict=True):
         assert one.model_dump() == pytest.approx(
             other.model_dump(), rel=1e-4
-        )  # measured 1e-6; the sums are grouped anew
+        )  # measured 1e-6; the sums run in another order
 
 
 def test_the_best_weights_survive_a_kill(prepared, tmp_path):
-    """The rate is so high that the loss rises after its lowest: the best is not the last."""
+    """The rate is so high that the loss rises again: the best weights are not the last."""
     recipe = {**RECIPE, "keeps_best": True, "evaluations": 5, "learning_rate": 0.1}
     whole = prepared.run(recipe, tmp_path / "whole")
     losses = [entry.loss_nats_per_token for entry in whole.history.validation]

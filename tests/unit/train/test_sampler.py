@@ -23,7 +23,7 @@ def sampler_of(plan, *, n_ranks=3, seed=0):
     return StepSampler(plan, n_ranks=n_ranks, seed=seed, **SHAPE)
 
 
-def test_accelerate_gives_each_process_the_rows_that_were_meant_for_it(plan):
+def test_accelerate_gives_each_process_the_rows_intended_for_it(plan):
     from accelerate.data_loader import BatchSamplerShard
 
     sampler = sampler_of(plan)
@@ -34,7 +34,7 @@ def test_accelerate_gives_each_process_the_rows_that_were_meant_for_it(plan):
         assert np.array_equal(np.reshape(found, (-1, 2, 2)), order[:, :, rank])
 
 
-def test_an_epoch_has_every_row_once_and_fills_its_last_step_up(plan):
+def test_an_epoch_has_every_row_once_and_fills_up_its_last_step(plan):
     sampler = sampler_of(plan)
     counts = Counter(sampler)
     assert counts.pop(NO_ROW) == 108 - 101

@@ -51,7 +51,7 @@ def test_the_history_has_every_step_and_a_gradient_in_each(whole_run):
         assert entry.model_dump().keys() == {"step", "loss_nats_per_token", "perplexity"}
 
 
-def test_the_manifest_says_what_was_done(whole_run, prepared):
+def test_the_manifest_describes_the_run(whole_run, prepared):
     manifest = whole_run.manifest
     assert manifest.n_steps == N_STEPS
     assert manifest.resumed is False
@@ -127,7 +127,7 @@ def test_the_number_of_steps_follows_from_rows_and_epochs(
     assert trainer.args.max_steps == expected
 
 
-def test_rows_that_cannot_be_shared_out_name_what_would_do(
+def test_the_error_for_indivisible_rows_names_a_number_that_works(
     checkpoint, facts, random_documents, plan_of, tmp_path
 ):
     from workflow_scripts.models.checkpoint import load_model
@@ -137,7 +137,7 @@ def test_rows_that_cannot_be_shared_out_name_what_would_do(
     plan = plan_of([[Piece(n, 0, 6)] for n in range(5)], row_tokens=16)
     job = jobs.make_job(facts, plan, documents, RecipeSettings(rows_per_step=8))
     model = load_model(checkpoint, window=8, precision="float32")
-    with pytest.raises(StageError, match="shared out evenly") as caught:
+    with pytest.raises(StageError, match="divided evenly") as caught:
         jobs.trainer_of(model, job, tmp_path / "run", rows_per_micro_batch=3)
     assert "8 rows for 1 processes × 3 rows" in str(caught.value)
     assert "such as 9" in str(caught.value)
@@ -150,10 +150,10 @@ def test_help_starts_without_torch(ask_for_help):
     assert not imported & {"torch", "transformers", "peft"}
 
 
-def test_the_validation_loss_of_training_is_evaluate_perplexitys(
+def test_the_validation_loss_of_training_equals_evaluate_perplexity(
     whole_run, prepared, tmp_path, random_documents
 ):
-    """At the last step, of the adapter that was written, on the same supervised tokens."""
+    """At the last step, for the written adapter, on the same supervised tokens."""
     from workflow_scripts.evaluate import evaluate_perplexity
 
     scores = tmp_path / "scores.json"
@@ -176,7 +176,7 @@ def test_the_validation_loss_of_training_is_evaluate_perplexitys(
 
 
 @pytest.mark.parametrize("honours_window", [True, False])
-def test_a_window_that_is_not_honoured_is_not_there_in_training(prepared, tmp_path, honours_window):
+def test_a_window_that_is_not_honoured_is_absent_in_training(prepared, tmp_path, honours_window):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     n_rows = len(read_plan(prepared.plan).rows)

@@ -16,7 +16,7 @@ from workflow_scripts.train.lora import lora_config
 from workflow_scripts.train.model import trainable_model
 
 LENGTHS = [5, 30, 8, 19, 9, 2]
-# Two rows of documents; their supervised tokens differ in number (about 19 and 12).
+# Two rows with different numbers of supervised tokens (about 19 and 12).
 ROWS = [[Piece(1, 0, 30), Piece(0, 0, 5)], [Piece(3, 0, 19), Piece(2, 0, 8), Piece(5, 0, 2)]]
 RECIPE = RecipeSettings(rank=8, alpha=16, kv_rank="matched", evaluations=0, rows_per_step=1)
 
@@ -28,7 +28,7 @@ def documents(random_documents, tmp_path_factory):
 
 @pytest.fixture
 def trained(checkpoint, facts):
-    """The model as it trains, NF4 base and adapter, no matrix of the adapter zero."""
+    """The model as it trains: NF4 base and adapter, with no matrix of the adapter zero."""
     model = trainable_model(checkpoint, facts, RECIPE)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -40,8 +40,8 @@ def trained(checkpoint, facts):
 
 @pytest.fixture
 def reference(trained, checkpoint, facts):
-    """The same adapter on dense float32 layers that hold what bitsandbytes dequantizes; eager
-    attention. No kernel of NF4 and no packing takes part."""
+    """The same adapter on float32 layers with the weights that bitsandbytes dequantizes, with eager
+    attention: no NF4 kernel and no packing."""
     import bitsandbytes
     from peft import get_peft_model
 
@@ -68,7 +68,7 @@ def reference(trained, checkpoint, facts):
 
 
 def loss_one_document_at_a_time(model, documents, rows=ROWS):
-    """Summed over supervised tokens (a document's first has no predictor), and their number."""
+    """Loss summed over supervised tokens (except a document's first), and their number."""
     total, n_tokens = torch.zeros(()), 0
     for document in (documents[piece.document] for row in rows for piece in row):
         tokens = torch.tensor(document.input_ids.astype("int64"))
@@ -113,7 +113,7 @@ def test_packed_gradients_equal_one_document_at_a_time(trained, reference, docum
     )
 
 
-def test_an_evaluation_in_between_leaves_the_gradients_whole(trained, reference, documents):
+def test_gradients_are_complete_after_an_evaluation(trained, reference, documents):
     """bitsandbytes 0.50 repacks NF4 layers at the first forward pass in eval mode (CPUs with
     AVX512-BF16), and no gradient passes a repacked layer."""
     trained.eval()
@@ -136,7 +136,7 @@ def trainer_of(plan_of, facts):
         rows_per_micro_batch=1,
     ):  # fmt: skip
         plan = plan_of(rows, row_tokens=40, strategy=strategy)
-        # Pieces of validation as long as the documents; the model's own window stays.
+        # Without a window validation pieces are whole documents; the model keeps its window.
         facts_of_job = facts.changed(**{"sliding_window": None})
         job = jobs.make_job(facts_of_job, plan, train, recipe, validation=validation)
         progress = Progress(tokens_per_step=40)
@@ -155,7 +155,7 @@ def test_a_step_takes_the_mean_over_all_supervised_tokens_of_its_micro_batches(
     by_row = [loss_one_document_at_a_time(reference, documents, [row]) for row in ROWS]
     token_mean = expected_loss.item() / n_tokens
     mean_of_means = sum(loss.item() / n for loss, n in by_row) / 2
-    assert abs(token_mean - mean_of_means) > 1e-3  # else this test could not tell them apart
+    assert abs(token_mean - mean_of_means) > 1e-3  # otherwise the test could not tell them apart
     gradients = adapter_gradients(reference, expected_loss / n_tokens)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
 
@@ -184,7 +184,7 @@ def test_validation_loss_is_the_mean_over_tokens_of_whole_documents(
 ):
     validation = random_documents(tmp_path / "validation.arrow", [25, 4, 11, 7], seed=5)
     recipe = RECIPE.model_copy(update={"evaluations": 1})
-    # The train plan runs over documents; validation keeps them apart whatever it does.
+    # The train plan crosses documents; validation never does.
     trainer, _ = trainer_of(
         trained, recipe, ROWS, documents, validation, tmp_path / "run", strategy="concatenate"
     )

@@ -5,124 +5,116 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from workflow_scripts.handover.training import Candidate, MemoryParts, Setup
+from workflow_scripts.handover.training import Candidate, MemoryParts
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TrainingSettings
 from workflow_scripts.train.memory import device
-from workflow_scripts.train.memory.layouts import candidates, fastest, table_rows
+from workflow_scripts.train.memory.layouts import Layouts
 from workflow_scripts.train.memory.shape import PlannedRun
 
-# Share of the available bytes left alone: the allocator's gaps between blocks of unequal size.
+# Fraction of the available memory that is left free: the allocator's gaps between blocks of
+# unequal size.
 MARGIN = 0.06
-# A step down after an out-of-memory asks for this share of what was predicted.
+# After an out-of-memory error the next layout may take this fraction of the one that ran out.
 STEP_DOWN = 0.85
-ROW_STEP_TOKENS = 64  # of a suggested row length
+ROW_STEP_TOKENS = 64  # a suggested row length is a multiple of it
 Changes = Mapping[str, int | bool | str]  # values of settings, by key
 
 
-def choose(
-    run: PlannedRun, *, available_bytes: int, n_steps_down: int = 0
-) -> tuple[Setup, MemoryParts]:
-    """The fastest layout that fits, what is `auto` filled in, and its bytes by part.
+def choose(layouts: Layouts, *, available_bytes: int, n_steps_down: int = 0) -> Candidate:
+    """The fastest layout that fits.
 
     Args:
-        available_bytes: of one GPU; `training.memory_gb` goes before it.
-        n_steps_down: how often a run met an out-of-memory: each time a layout that takes clearly
-            less.
+        available_bytes: memory of one GPU; `training.memory_gb` takes precedence.
+        n_steps_down: out-of-memory errors that the run has met; each one asks for a layout that
+            takes clearly less.
     Raises:
-        StageError: none fits; with the nearest settings that do, or the table.
+        StageError: no layout fits; the message names the nearest settings that do.
     """
-    found = candidates(run)
-    limit = usable_bytes(run.training, available_bytes)
-    chosen = fastest(found, limit)
+    limit = usable_bytes(layouts.run.training, available_bytes)
+    chosen, smallest = layouts.fastest(limit), layouts.smallest
     for _ in range(n_steps_down):
         if chosen is None:
             break
         limit = STEP_DOWN * chosen.peak
-        smallest = min(found, key=lambda one: one.peak)
         if limit < smallest.peak < chosen.peak:
-            limit = smallest.peak  # less than asked for, but less
-        chosen = fastest(found, limit)
+            limit = smallest.peak  # not much less, but less
+        chosen = layouts.fastest(limit)
     if chosen is None:
-        raise _no_fit(run, found, limit)
-    return chosen.setup, chosen.parts_bytes
+        raise StageError(
+            "training does not fit into the memory",
+            where="training, recipes.<name>, packings.<name>.row_tokens",
+            found=f"at least {gigabytes(smallest.peak)} ({_largest(smallest.parts_bytes)})",
+            expected=f"at most {gigabytes(limit)}, with {MARGIN:.0%} of the memory left free",
+            to_fix="\n".join(
+                [_advice(layouts, limit), *layouts.table_rows(chosen=None, limit=limit)]
+            ),
+        )
+    return chosen
 
 
 def usable_bytes(training: TrainingSettings, available: int) -> float:
-    """What the planner counts on: `training.memory_gb` or what is available, less the margin."""
+    """Memory that the planner counts on: `training.memory_gb`, else what is available, less the
+    margin."""
     total = available if training.memory_gb is None else training.memory_gb * 1e9
     return total * (1 - MARGIN)
 
 
-def table(run: PlannedRun, *, available_bytes: int, chosen: Setup | None = None) -> str:
-    """What is printed: layouts with their parts in GB, which fit, which is chosen.
-
-    Args:
-        chosen: of `choose`; None where none fits.
-    """
+def table(layouts: Layouts, *, available_bytes: int, chosen: Candidate | None = None) -> str:
+    """The table of layouts for the log: parts in GB, which fit, which one is chosen."""
+    run = layouts.run
     limit = usable_bytes(run.training, available_bytes)
     title = (
         f"memory of training, GB: rows of {run.row_tokens} tokens, {run.n_gpus} GPU(s), at most"
-        f" {limit / 1e9:.2f} to be used"
+        f" {limit / 1e9:.2f} may be used"
     )
-    return "\n".join([title, *table_rows(candidates(run), chosen=chosen, limit=limit)])
+    return "\n".join([title, *layouts.table_rows(chosen=chosen, limit=limit)])
 
 
-def refusal(run: PlannedRun, *, n_steps_down: int, error: str) -> StageError:
-    """What to say when memory ran out while training: what was planned, and what takes less.
+def refusal(layouts: Layouts, *, n_steps_down: int, error: str) -> StageError:
+    """The message for memory that ran out while training: what was planned, and what takes less.
 
     Args:
-        n_steps_down: as in `choose`, of the layout that ran out.
+        n_steps_down: as in `choose`, for the layout that ran out.
         error: the allocator's message.
     """
     total = device.total_bytes()
-    found = candidates(run)
     try:
-        setup, parts = choose(run, available_bytes=total, n_steps_down=n_steps_down)
-    except StageError:  # what ran out was planned for more than there is now
-        setup, parts = None, min(found, key=lambda one: one.peak).parts_bytes
+        chosen = choose(layouts, available_bytes=total, n_steps_down=n_steps_down)
+    except StageError:  # the layout that ran out was planned for more memory than there is now
+        chosen = None
+    parts = (chosen or layouts.smallest).parts_bytes
     limit = STEP_DOWN * parts.peak
+    usable = usable_bytes(layouts.run.training, total)
     return StageError(
         "the memory ran out",
         where="training",
-        found=f"{error}; predicted were {gigabytes(parts.peak)} ({_largest(parts)})",
-        expected=f"a layout that fits beside whatever else uses the {gigabytes(total)}",
+        found=f"{error}; predicted: {gigabytes(parts.peak)} ({_largest(parts)})",
+        expected=f"a layout that fits into {gigabytes(total)} along with its other users",
         to_fix="\n".join(
             [
-                _advice(run, found, limit)
-                if min(one.peak for one in found) > limit
-                else f"training.memory_gb: {limit / 1e9:.3g}, and leave the rest `auto`",
-                *table_rows(found, chosen=setup, limit=usable_bytes(run.training, total)),
+                _advice(layouts, limit)
+                if layouts.smallest.peak > limit
+                else f"set training.memory_gb: {limit / 1e9:.3g}, and leave the rest `auto`",
+                *layouts.table_rows(chosen=chosen, limit=usable),
             ]
         ),
     )
 
 
-def _no_fit(run: PlannedRun, found: list[Candidate], limit: float) -> StageError:
-    """Why nothing fits, and the changes of the settings that would make it fit."""
-    least = min(found, key=lambda one: one.peak)
-    return StageError(
-        "training does not fit into the memory",
-        where="training, recipes.<name>, packings.<name>.row_tokens",
-        found=f"at least {gigabytes(least.peak)} ({_largest(least.parts_bytes)})",
-        expected=f"at most {gigabytes(limit)}, {MARGIN:.0%} of the memory being left free",
-        to_fix="\n".join(
-            [_advice(run, found, limit), *table_rows(found, chosen=None, limit=limit)]
-        ),
-    )
-
-
-def _advice(run: PlannedRun, found: list[Candidate], limit: float) -> str:
-    changes = remedies(run, limit)
+def _advice(layouts: Layouts, limit: float) -> str:
+    changes = remedies(layouts.run, limit)
     if changes:
         return "set one of: " + "; ".join(changes)
-    least = min(one.peak for one in found)
-    return f"a GPU with {gigabytes(least / (1 - MARGIN))} free, or a smaller model"
+    return f"a GPU with {gigabytes(layouts.smallest.peak / (1 - MARGIN))} free, or a smaller model"
 
 
 def remedies(run: PlannedRun, limit: float) -> list[str]:
-    """Changes of the settings after which a layout is predicted to fit: the ones that change
-    nothing learned first. Single ones; all that spare memory together where none is enough."""
+    """Changes of the settings after which a layout is predicted to fit.
+
+    Changes of `training` come first, as they do not alter what is learned: single ones, or all of
+    them together where no single one is enough. Changes of the recipe and the rows come after.
+    """
     frugal = _frugal_training(run)
     found = [text for changed, text in frugal if _fits(_with(run, training=changed), limit)]
     together = {key: value for changed, _ in frugal for key, value in changed.items()}
@@ -162,7 +154,7 @@ def remedies(run: PlannedRun, limit: float) -> list[str]:
 
 
 def _frugal_training(run: PlannedRun) -> list[tuple[Changes, str]]:
-    """Changes of `training` that spare memory and that the settings forbid as they are."""
+    """Changes of `training` that save memory and that the present settings rule out."""
     wanted: list[tuple[Changes, str]] = [
         ({"rows_per_micro_batch": 1}, "training.rows_per_micro_batch: 1"),
         ({"gradient_checkpointing": "full"}, "training.gradient_checkpointing: full"),
@@ -181,12 +173,9 @@ def _frugal_training(run: PlannedRun) -> list[tuple[Changes, str]]:
 
 
 def _with(
-    run: PlannedRun,
-    *,
-    training: Changes | None = None,
-    recipe: Changes | None = None,
+    run: PlannedRun, *, training: Changes | None = None, recipe: Changes | None = None
 ) -> PlannedRun:
-    """With settings changed."""
+    """The run with settings changed."""
     return dataclasses.replace(
         run,
         training=run.training.model_copy(update=training),
@@ -196,13 +185,14 @@ def _with(
 
 def _fits(run: PlannedRun, limit: float) -> bool:
     try:
-        return min(one.peak for one in candidates(run)) <= limit
-    except StageError:  # `kv_rank: matched` has no whole number at this rank
+        return Layouts.of(run).smallest.peak <= limit
+    except StageError:  # `kv_rank: matched` gives no integer at this rank
         return False
 
 
 def _longest_row(run: PlannedRun, limit: float) -> int | None:
-    """Most tokens a row, in steps, below those of `run`; None where not even one step fits."""
+    """Longest row, in tokens, that fits and is shorter than the run's; None if even one step of
+    `ROW_STEP_TOKENS` does not fit."""
     low, high = 0, (run.row_tokens - 1) // ROW_STEP_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
@@ -212,7 +202,7 @@ def _longest_row(run: PlannedRun, limit: float) -> int | None:
 
 
 def gigabytes(n_bytes: float) -> str:
-    """`12.3 GB`, of 10⁹ bytes as `training.memory_gb`."""
+    """`12.3 GB`, in units of 10⁹ bytes, as `training.memory_gb`."""
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes < 1e10 else f"{n_bytes / 1e9:.1f} GB"
 
 

@@ -1,13 +1,17 @@
-"""A model under a recipe on a kind of device: what every formula of memory asks for."""
+"""A model under a recipe on a kind of device: the input of the memory formulas."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal
 
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.settings import RecipeSettings, TrainingSettings
+from workflow_scripts.train import attention
 from workflow_scripts.train.lora import ATTENTION, MLP, kv_rank, target_modules
 
 DeviceType = Literal["cuda", "cpu"]
@@ -21,23 +25,24 @@ class Matrix:
     n_in: int
     n_out: int
     rank: int
-    """0 where it has none."""
+    """0 without an adapter."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model under a recipe on a kind of device: what every formula below asks for."""
+    """A model under a recipe on a kind of device."""
 
     facts: ModelShape
     recipe: RecipeSettings
     compute_bytes: int
     is_cuda: bool
-    """Attention by the varlen kernel; dropout keeps a mask of single bytes."""
+    """Attention runs in the varlen kernel, and dropout keeps a mask of one byte per number."""
     has_liger: bool
     expands_keys: bool = False
-    """`varlen_attn` without `enable_gqa` (torch 2.11) is given keys repeated for every head."""
+    """Keys are repeated for every query head, as `varlen_attn` needs without `enable_gqa` (torch
+    2.11)."""
     fuses: bool = True
-    """Plain LoRA runs as one operation (`projections.py`), else as PEFT has it."""
+    """Plain LoRA runs as one operation (`projections.py`), not as in PEFT."""
 
     @property
     def hidden(self) -> int:
@@ -65,14 +70,19 @@ class Shape:
         )
 
     @property
+    def active_width(self) -> int:
+        """Feed-forward width that a token passes through: all experts chosen for it together."""
+        return self.facts.intermediate_size * (self.facts.n_experts_per_token or 1)
+
+    @property
     def state_bytes(self) -> int:
-        """Of a hidden state's number: float32 where float32 embeddings or DoRA's float32 magnitudes
-        make it so, else as computed."""
+        """Bytes of a number of the hidden states: 4 where float32 embeddings or DoRA's float32
+        magnitudes make them float32, else `compute_bytes`."""
         return 4 if self.is_full or self.recipe.dora else self.compute_bytes
 
     @cached_property
     def matrices(self) -> list[Matrix]:
-        """Those of one layer, experts left out."""
+        """The linear layers of one decoder layer, without experts."""
         facts = self.facts
         feed_forward = facts.intermediate_size
         widths = {
@@ -102,93 +112,82 @@ class Shape:
         ]
 
     def expert_weights(self) -> list[int]:
-        """Of the two tensors that hold all experts of a layer; none in a dense model."""
+        """Weights in each of the two tensors that hold a layer's experts; none in a dense model."""
         size = (self.facts.n_experts or 0) * self.hidden * self.facts.intermediate_size
         return [2 * size, size] if size else []
 
     @cached_property
-    def trained(self) -> dict[tuple[int, ...], int]:
-        """How many tensors of each shape train beside a frozen base, or all of them for `full`."""
+    def trained(self) -> Counter[tuple[int, ...]]:
+        """Number of tensors that train, by shape."""
         facts, recipe = self.facts, self.recipe
-        n_layers, n_experts = facts.n_layers, facts.n_experts or 0
-        feed_forward, vocabulary = facts.intermediate_size, facts.vocabulary_size
-        found: dict[tuple[int, ...], int] = {}
-
-        def add(size: tuple[int, ...], n: int = n_layers) -> None:
-            found[size] = found.get(size, 0) + n
-
+        n_experts = facts.n_experts or 0
+        feed_forward, table = facts.intermediate_size, (facts.vocabulary_size, self.hidden)
+        in_layer: list[tuple[int, ...]] = []
         for matrix in self.matrices:
             if self.is_full:
-                add((matrix.n_out, matrix.n_in))
+                in_layer.append((matrix.n_out, matrix.n_in))
             elif matrix.rank:
-                add((matrix.rank, matrix.n_in))
-                add((matrix.n_out, matrix.rank))
+                in_layer += [(matrix.rank, matrix.n_in), (matrix.n_out, matrix.rank)]
                 if recipe.dora:
-                    add((matrix.n_out,))
-        if self.is_full:
-            add((vocabulary, self.hidden), 1 if facts.ties_embeddings else 2)
-            add((self.hidden,), 2 * n_layers + 1)
-            if n_experts:
-                add((n_experts, 2 * feed_forward, self.hidden))
-                add((n_experts, self.hidden, feed_forward))
-        elif recipe.adapts_experts and n_experts:
-            for n_in, n_out in ((self.hidden, 2 * feed_forward), (feed_forward, self.hidden)):
-                add((recipe.rank * n_experts, n_in))
-                add((n_out, recipe.rank * n_experts))
+                    in_layer.append((matrix.n_out,))
+        experts = ((self.hidden, 2 * feed_forward), (feed_forward, self.hidden))
+        if n_experts and self.is_full:
+            in_layer += [(n_experts, n_out, n_in) for n_in, n_out in experts]
+        elif n_experts and recipe.adapts_experts:
+            rank = recipe.rank * n_experts
+            in_layer += [size for n_in, n_out in experts for size in ((rank, n_in), (n_out, rank))]
         if n_experts and recipe.trains_router:
-            add((n_experts, self.hidden))
-        for _ in recipe.modules_to_save:
-            add((vocabulary, self.hidden), 1)
+            in_layer.append((n_experts, self.hidden))
+        found = Counter(in_layer * facts.n_layers)
+        if self.is_full:
+            found[table] += 1 if facts.ties_embeddings else 2
+            found[(self.hidden,)] += 2 * facts.n_layers + 1
+        if recipe.modules_to_save:
+            found[table] += len(recipe.modules_to_save)
         return found
+
+    @cached_property
+    def n_trained(self) -> int:
+        """Number of weights that train."""
+        return sum(n * math.prod(size) for size, n in self.trained.items())
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is to be trained, with which settings, on what."""
+    """A model with the settings and the device that it is to be trained with."""
 
     facts: ModelShape
-    """Of read_model_facts."""
     recipe: RecipeSettings
     training: TrainingSettings
     row_tokens: int
-    """Of the longest row of training."""
+    """Length of the longest row of training."""
     device_type: DeviceType
     n_gpus: int = 1
-    """Of all nodes."""
+    """GPUs of all nodes."""
     longest_evaluation: int | None = None
-    """Tokens of the longest row of the validation loss; None is the longest there can be."""
+    """Tokens in the longest validation row; None stands for the longest possible."""
 
     @property
     def evaluation_tokens(self) -> int:
-        """Longest row that is evaluated, as `validation.py` packs them; 0 where none is."""
+        """Tokens in the longest row that is evaluated (`validation.py`); 0 without evaluations."""
         longest = self.longest_evaluation or self.facts.served_context_tokens
         return max(self.row_tokens, longest) if self.recipe.evaluations else 0
 
     @cached_property
     def shape(self) -> Shape:
-        """What runs on this kind of device: 16-bit arithmetic and the varlen kernel on CUDA."""
+        """The model as it runs on the device: on CUDA in 16 bits and with the varlen kernel."""
         is_cuda = self.device_type == "cuda"
+        has_liger = (
+            is_cuda
+            and self.facts.model_type == "mistral"
+            and self.training.kernels != "torch"
+            and (self.training.kernels == "liger" or importlib.util.find_spec("liger_kernel"))
+        )
         return Shape(
             self.facts,
             self.recipe,
             compute_bytes=2 if is_cuda else 4,
             is_cuda=is_cuda,
-            has_liger=is_cuda and _liger_is_used(self.training, self.facts),
-            expands_keys=is_cuda and not _varlen_groups_heads(),
+            has_liger=bool(has_liger),
+            expands_keys=is_cuda and "enable_gqa" not in attention.varlen_parameters(),
         )
-
-
-def _liger_is_used(training: TrainingSettings, facts: ModelShape) -> bool:
-    if training.kernels == "torch" or facts.model_type != "mistral":
-        return False
-    import importlib.util
-
-    return training.kernels == "liger" or importlib.util.find_spec("liger_kernel") is not None
-
-
-@cache
-def _varlen_groups_heads() -> bool:
-    from importlib import metadata
-
-    major, minor = metadata.version("torch").split(".")[:2]
-    return (int(major), int(minor)) >= (2, 12)
