@@ -1,5 +1,5 @@
 rule fetch_adapter:
-    """An adapter of the user's (`runs.<name>.adapter`), by a copy, once it is known to fit its base."""
+    """Copy a user's adapter (`runs.<name>.adapter`), after a check that it fits its base."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         given=lambda wildcards: USER_FILES.of_beginning(wildcards.run),
@@ -29,7 +29,7 @@ rule fetch_adapter:
 
 
 rule fetch_merged:
-    """A fine-tuned model of the user's (`runs.<name>.merged`): a local folder by links, or the Hub."""
+    """Link to a user's fine-tuned model (`runs.<name>.merged`), or download it from the Hub."""
     input:
         facts=BUILD.of_run("results/models/{model}/facts.json"),
         tokenizer=BUILD.of_run("results/models/{model}/tokenizer"),
@@ -58,7 +58,7 @@ rule fetch_merged:
 
 
 rule choose_merge_base:
-    """Which weights the adapter is merged into, for `merge_base: auto`: both are scored."""
+    """Choose the weights to merge the adapter into, for `merge_base: auto`: score both."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         facts=BUILD.of_run("results/models/{model}/facts.json"),
@@ -90,7 +90,7 @@ rule choose_merge_base:
 
 
 rule merge_adapter:
-    """Base + adapter in 16 bits, tensor by tensor; a folder that plain from_pretrained loads."""
+    """Add the adapter to its base in 16 bits; plain from_pretrained loads the folder."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         facts=BUILD.of_run("results/models/{model}/facts.json"),
@@ -123,7 +123,7 @@ rule merge_adapter:
 
 
 rule check_merged:
-    """Gate: merged = base + adapter, and no worse than the adapter on the base it was trained on."""
+    """Gate: merged = base + adapter, and no worse than the adapter on its base in training."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         facts=BUILD.of_run("results/models/{model}/facts.json"),
@@ -163,7 +163,7 @@ rule check_merged:
 
 
 use rule check_merged as check_fetched_merged with:
-    # A model merged elsewhere: its folder, and that it computes.
+    # A model merged elsewhere: check the folder, and that the model computes finite numbers.
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         facts=BUILD.of_run("results/models/{model}/facts.json"),

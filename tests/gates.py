@@ -1,4 +1,4 @@
-"""What the gates of an export measured, in tests that read it."""
+"""Reports of the export gates, for tests that read them."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ DEQUANTIZED = MergeBaseChoice(
         perplexity=5.0625, kl_divergence_nats=0.00045, top1_agreement_fraction=0.99
     ),
 )
-"""A choice that fell on the base that training saw."""
+"""A choice of the base that training saw."""

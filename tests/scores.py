@@ -1,4 +1,4 @@
-"""Scores of links that tests make or name."""
+"""Scores of links, for tests that read them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def loss_of(perplexity: float) -> Loss:
 
 
 def scores_of(perplexity: float, **more: object) -> Scores:
-    """Scores of a link whose parts are all as good as the whole.
+    """Scores of a link whose parts all have the loss of the whole.
 
     Args:
         more: other values of `Scores`.

@@ -6,7 +6,6 @@ output: `python -m pytest tests/demo/test_merge_gate.py -rP`.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tests.demo.conftest import BASE, DTYPES, RESULTS
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.merge import check_merged, exact_merge, merge_adapter
+from workflow_scripts.merge import exact_merge, merge_adapter, merge_base as merge_bases
 from workflow_scripts.merge.live_adapter import LiveAdapter
+from workflow_scripts.merge.stored_tensors import StoredTensors
 from workflow_scripts.settings import MergeGateSettings
 
 FACTS = RESULTS / "models" / "demo" / "facts.json"
@@ -95,12 +95,10 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path, dtype: str, *, is_sa
 
 def judged(
     base: Path, adapter: Path, merged: Path, *, precision: str = "nf4", merge_base: str = "original"
-) -> check_merged.ExactResult:
+) -> exact_merge.ExactResult:
     """The exact half of the gate, as the gate calls it."""
-    arguments = argparse.Namespace(
-        checkpoint=base, adapter=adapter, merged=merged, precision=precision, merge_base=merge_base
-    )
-    return check_merged.compared_exactly(arguments)
+    base_name = merge_bases.chosen(merge_base)
+    return exact_merge.check(merged, base, adapter, base_name, has_two_bases=precision == "nf4")
 
 
 def with_config(adapter: Path, folder: Path, **changed: Any) -> Path:
@@ -186,7 +184,7 @@ def test_k_and_v_without_their_alpha_pattern_are_named(merge, refused, tmp_path)
 
 def test_one_projection_left_out_is_named(bases, merge, refused):
     name = f"{LAYER}.self_attn.k_proj.weight"
-    original = exact_merge.Files(bases["bfloat16"]).whole(name).clone()
+    original = StoredTensors(bases["bfloat16"]).whole(name).clone()
     merged = edited(merge(ADAPTERS["mistral"]), lambda tensors: tensors.update({name: original}))
     assert f"1 of 272 tensors: {name}: is the base's" in refused(merged)
 

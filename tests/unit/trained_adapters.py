@@ -1,4 +1,4 @@
-"""Adapters of every kind that training makes, with no matrix of them zero; a GGUF of a mixture;
+"""Fixtures: adapters of every kind of training, without a zero matrix; a GGUF of a mixture;
 importance matrices by llama.cpp's own tool."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from workflow_scripts.settings import RecipeSettings
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory) -> Callable[..., Path]:
-    """`train(checkpoint, **recipe)`: the folder that a run of this recipe leaves, its weights moved
-    at random."""
+    """`train(checkpoint, **recipe)`: the folder that such a run writes, with weights moved at
+    random."""
 
     def make(checkpoint: Path, **recipe: object) -> Path:
         import torch
@@ -57,7 +57,7 @@ def train(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def mixtral_gguf(tokenizer_v3, write_facts, tmp_path_factory) -> Path:
-    """F16 GGUF of a tiny Mixtral, its facts beside it as facts.json."""
+    """F16 GGUF of a tiny Mixtral, next to its facts.json."""
     import torch
 
     from workflow_scripts.quantize import convert_gguf
@@ -79,7 +79,7 @@ def mixtral_gguf(tokenizer_v3, write_facts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imatrix_of(llama_tool, text, tmp_path_factory) -> Callable[[Path], Path]:
-    """`imatrix_of(gguf)`: by llama.cpp's own llama-imatrix, four chunks of 256 of the text."""
+    """`imatrix_of(gguf)`: by llama.cpp's own llama-imatrix, from four chunks of 256 tokens."""
 
     @cache
     def compute(gguf: Path) -> Path:

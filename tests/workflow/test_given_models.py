@@ -95,8 +95,8 @@ def test_a_changed_adapter_is_fetched_again(built: Path, given: tuple[Path, Path
 @pytest.mark.parametrize(
     ("beginning", "message"),
     [
-        ({"adapter": "./nowhere"}, "runs.lora: the adapter is not there, or not whole"),
-        ({"merged": "./nowhere"}, "runs.lora: the merged model is not there, or not whole"),
+        ({"adapter": "./nowhere"}, "runs.lora: the adapter is missing or incomplete"),
+        ({"merged": "./nowhere"}, "runs.lora: the merged model is missing or incomplete"),
     ],
 )
 def test_what_is_not_there_stops_before_the_first_job(workflow, tmp_path, beginning, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflow_scripts.handover.facts import ModelShape
-from workflow_scripts.scoring.transformers_model import measured_precision
+from workflow_scripts.scoring.precision import measured_precision
 
 if TYPE_CHECKING:
     from workflow_scripts.scoring.transformers_model import TransformersModel

@@ -1,50 +1,38 @@
-"""What training left on disk: for each weight it changes, how the new one is made of the base's.
+"""The result of training on disk: for each weight it changes, how to compute the merged weight.
 
 - LoRA, as PEFT saves it: W + s·B·A, s = alpha ÷ rank (arXiv:2106.09685) or alpha ÷ √rank
-  (rsLoRA, arXiv:2312.03732); rank and alpha of a module are those of the first pattern that matches
-  the end of its name, as in PEFT.
-- DoRA (arXiv:2402.09353): the same sum, each of its rows scaled to the length that was trained.
-- A mixture's experts: one A and one B for all experts of a layer, ranks of A stacked expert by
-  expert, those of B interleaved (PEFT 0.21, `ParamWrapper`).
-- Whole tensors: layers that trained beside the adapter (`modules_to_save`), embeddings resized for
-  new tokens, and all of them where `method: full` trained the model itself.
+  (rsLoRA, arXiv:2312.03732); the first pattern that matches the end of a module's name gives its
+  rank and alpha, as in PEFT.
+- DoRA (arXiv:2402.09353): the same sum, each row scaled to the length that was trained.
+- The experts of a mixture: one A and one B for all experts of a layer, the ranks of A stacked
+  expert by expert, those of B interleaved (PEFT 0.21, `ParamWrapper`).
+- Whole tensors: layers that were trained next to the adapter (`modules_to_save`), embeddings
+  resized for new tokens, and every weight where `method: full` trained the model itself.
 
 All arithmetic is float32.
 """
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from workflow_scripts import files, log
+from workflow_scripts import log
 from workflow_scripts.log import StageError
+from workflow_scripts.merge.adapter_config import EMBEDDINGS, AdapterConfig
 from workflow_scripts.merge.tensor_names import Part
 from workflow_scripts.models import tensors
 
 PREFIX = "base_model.model."
-# Modules that PEFT takes for linear layers; a mixture's experts and router are parameters.
-LINEAR = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj|lm_head"
-)
-EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
-# What changes the arithmetic and is not built here: refuse it rather than merge it wrongly.
-UNSUPPORTED = (
-    "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora",
-    "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config",
-)  # fmt: skip
-# Initializations that also change the base: B·A alone is not the difference to it.
-PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva")
+FETCH_AGAIN = "fetch the adapter again, or save it again with PEFT"
 
 
 class Factors(NamedTuple):
-    """Where A and B of one parameter are, and by which name PEFT finds their rank and alpha."""
+    """Where the file holds A and B of a parameter, and the name by which PEFT finds their rank."""
 
     stem: str
     pattern_name: str
@@ -62,88 +50,64 @@ class Adapter:
     """Merged weights, by the names of the model's parameters.
 
     Attributes:
-        targets: parameters it changes.
-        whole: those of them whose new weight it holds.
-        magnitudes: those of them that DoRA gave the length of each row.
-        keeps_ties: embeddings that are the output layer too trained as one.
+        config: its adapter_config.json.
+        targets: parameters that it changes.
+        whole: those of them that it holds as whole tensors, which take the base's place.
+        magnitudes: those of them whose rows DoRA scales to a trained length.
+        keeps_ties: embeddings that are also the output layer were trained as one.
     Args:
         folder: adapter_config.json and adapter_model.safetensors.
     Raises:
-        StageError: it is neither LoRA nor a full fine-tune, has parts that are not merged here, or
-            its file is damaged or lacks half of a pair.
+        StageError: it is neither a LoRA nor a full fine-tune, has parts that are not merged here,
+            or its file is damaged or lacks half of a pair.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config = files.read_json(folder / "adapter_config.json")
+        self.config = AdapterConfig(folder / "adapter_config.json")
         self._path = folder / "adapter_model.safetensors"
-        is_full = self._config.get("method") == "full"
-        if not is_full:
-            _check_config(self._config, folder / "adapter_config.json")
-        self._is_full = is_full
-        headers = tensors.stored([self._path])
-        tensors.check_types(headers)
-        self._check_pairs(headers)
+        self._headers = tensors.stored([self._path])
+        tensors.check_types(self._headers)
         self._tensors = safe_open(self._path, framework="pt")
-        stored = set(self._tensors.keys())
-        self._factors = {} if is_full else self._find_factors(stored)
-        factored = {
-            f"{factors.stem}.{name}"
-            for factors in self._factors.values()
-            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-        }
-        self._whole: dict[str, str] = {
-            name if is_full else name.removeprefix(PREFIX): name
-            for name in stored - factored
-            if is_full or self._is_saved_module(name)
-        }
-        unknown = stored - factored - set(self._whole.values())
-        if unknown:
-            raise StageError(
-                "the adapter holds tensors that are not merged here",
-                where=self._path,
-                found=", ".join(sorted(unknown)[:10]),
-                expected="lora_A, lora_B, lora_magnitude_vector, embeddings, or a module of"
-                " modules_to_save",
+        self._factors: dict[str, Factors] = {}
+        if self.config.is_full:
+            self._whole = {name: name for name in self._headers}
+        else:
+            stems = sorted(
+                name.removesuffix(".lora_A.weight")
+                for name in self._headers
+                if name.endswith(".lora_A.weight")
             )
+            self._check_pairs(stems)
+            self._find_factors(stems)
+            self._whole = self._find_whole()
         self.targets: set[str] = self._factors.keys() | self._whole.keys()
         self.whole: set[str] = set(self._whole)
         self.magnitudes: set[str] = {
             name
             for name, factors in self._factors.items()
-            if f"{factors.stem}.lora_magnitude_vector" in stored
+            if f"{factors.stem}.lora_magnitude_vector" in self._headers
         }
-        self.keeps_ties: bool = (
-            is_full
-            or bool(self._config.get("ensure_weight_tying"))
-            # Saved because they were resized; of `modules_to_save` each may have trained apart.
-            or (EMBEDDINGS <= self._whole.keys() and not self._config.get("modules_to_save"))
+        # Embeddings saved because they were resized are tied; of `modules_to_save` each may have
+        # been trained apart.
+        self.keeps_ties: bool = self.config.keeps_ties or (
+            EMBEDDINGS <= self.whole and not self.config.saves_modules()
         )
         self._own = _OfThread()
-        for factors in self._factors.values():
-            self._check_rank(factors, headers)
-
-    def scale(self, name: str) -> float:
-        """alpha ÷ rank, or alpha ÷ √rank, of a module (or an expert parameter) by its full
-        name."""
-        alpha = _matching(self._config.get("alpha_pattern"), name, self._config["lora_alpha"])
-        rank = self._rank(name)
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def scale_of(self, part: Part) -> float:
-        """`scale` of a parameter."""
-        return self.scale(self._factors[part.parameter].pattern_name)
+        """alpha ÷ rank, or alpha ÷ √rank, of a parameter."""
+        return self.config.scale(self._factors[part.parameter].pattern_name)
 
     def n_experts(self, parameter: str) -> int:
-        """How many experts a fused parameter's A is stacked of."""
+        """Number of experts whose ranks are stacked in a fused parameter's A."""
         stem, name = self._factors[parameter]
-        shape = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()
-        return shape[0] // self._rank(name)
+        return self._headers[f"{stem}.lora_A.weight"].shape[0] // self.config.rank(name)
 
     def delta(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
-        """(rows, in) float32: s·B·A of a parameter, or of the part of it.
+        """(rows, in) float32: s·B·A of a part.
 
-        In memory of the adapter's own, valid until the thread asks for the next: new memory for
-        each would cost more than the product, as the kernel clears it page by page.
+        Valid until the thread's next call: the memory is reused, because the kernel clears new
+        memory page by page, which would take longer than the product.
         """
         down, up = self.factors(part)
         up = up[rows]
@@ -154,17 +118,13 @@ class Adapter:
         torch.mm(up, down, out=product)
         return product.mul_(self.scale_of(part))
 
-    def replaces(self, part: Part) -> bool:
-        """Whether the part trained whole, and takes the base's place."""
-        return part.parameter in self._whole
-
     def merged(self, part: Part, base: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of a weight that the adapter adds to, float32, valid until the thread asks for the
-        next.
+        """Merged rows of a weight to which the adapter adds, float32; valid until the thread's next
+        call.
 
         Args:
-            part: one of `targets`, or a part of it, whose shape was checked.
-            base: these rows of its weight in the base model; only read.
+            part: one of `targets`, or a part of one, whose shape was checked.
+            base: these rows in the base model; not written to.
         """
         weight = self.delta(part, rows).add_(base)
         if part.parameter not in self.magnitudes:
@@ -174,34 +134,43 @@ class Adapter:
         return (self._tensors.get_tensor(magnitude)[rows].float() / length)[:, None] * weight
 
     def shape(self, part: Part) -> tuple[int, ...]:
-        """What the part's weight must have in the base, but that embeddings may have grown.
+        """Shape that the part's weight must have in the base, except that embeddings may have
+        grown.
 
         Raises:
-            StageError: the adapter has fewer experts than the part's.
+            StageError: the adapter has too few experts.
         """
         if part.parameter in self._whole:
-            shape = self._tensors.get_slice(self._whole[part.parameter]).get_shape()
+            shape = self._headers[self._whole[part.parameter]].shape
             if part.expert is None:
-                return tuple(shape)
+                return shape
             n_experts, n_rows, n_columns = shape
         else:
-            stem = self._factors[part.parameter].stem
-            n_rows = self._tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0]
-            n_columns = self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()[1]
+            n_rows, n_columns = self._outer_shape(self._factors[part.parameter].stem)
             n_experts = self.n_experts(part.parameter)
         if part.expert is not None and part.expert >= n_experts:
             raise self._misfit(part, f"{n_experts} experts", f"expert {part.expert}")
         return (n_rows if part.half is None else n_rows // 2, n_columns)
 
+    def _outer_shape(self, stem: str) -> tuple[int, int]:
+        """Shape of B·A."""
+        up, down = (self._headers[f"{stem}.lora_{letter}.weight"].shape for letter in "BA")
+        return up[0], down[1]
+
     def check_complete(self, parameters: set[str]) -> None:
-        """Every module that the adapter's config names is in its file, in every layer.
+        """Check that the file holds every module that the config names, in every layer.
 
         Args:
-            parameters: of the base.
+            parameters: of the base model.
         Raises:
             StageError: naming the first ten that are missing.
         """
-        missing = sorted(self._named(parameters) - self.targets)
+        if self.config.is_full:
+            tied = EMBEDDINGS if EMBEDDINGS & self.targets else set()
+            named = {name for name in parameters - tied if not tensors.is_position_table(name)}
+        else:
+            named = {name for name in parameters if self.config.names(name)}
+        missing = sorted(named - self.targets)
         if missing:
             shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
             raise StageError(
@@ -209,123 +178,82 @@ class Adapter:
                 where=self._path,
                 found=f"nothing for {len(missing)}: {shown}",
                 expected="every weight of the base"
-                if self._is_full
+                if self.config.is_full
                 else "target_modules,"
                 " target_parameters and modules_to_save in every layer of layers_to_transform",
-                to_fix="fetch the adapter again, or save it again with PEFT: file and config must"
-                " belong together",
+                to_fix=f"{FETCH_AGAIN}: file and config must belong together",
             )
 
-    def _named(self, parameters: set[str]) -> set[str]:
-        """Those of the base's parameters that the adapter's config names.
-
-        Source: PEFT 0.21, `check_target_module_exists` in tuners/tuners_utils.py.
+    def _check_pairs(self, stems: list[str]) -> None:
         """
-        if self._is_full:
-            tied = EMBEDDINGS if EMBEDDINGS & self.targets else set()
-            return {name for name in parameters - tied if not tensors.is_position_table(name)}
-        config = self._config
-        layers = config.get("layers_to_transform")
-        layers = [layers] if isinstance(layers, int) else layers
-        named = set()
-        for name in parameters:
-            module = name.removesuffix(".weight")
-            if _is_of(module, config.get("modules_to_save")):
-                named.add(name)
-            if any(name.endswith(f".{target}") for target in config.get("target_parameters") or []):
-                named.add(name)
-            linear = LINEAR.fullmatch(module)
-            if linear is None or _is_of(module, config.get("exclude_modules")):
-                continue
-            if layers and linear["layer"] and int(linear["layer"]) not in layers:
-                continue
-            targets = config.get("target_modules")
-            is_every = targets == "all-linear" and module != "lm_head"
-            if is_every or _is_of(module, targets):
-                named.add(name)
-        return named
-
-    def _check_pairs(self, headers: dict[str, tensors.Stored]) -> None:
-        """Every A has its B, and with DoRA its magnitudes.
-
         Raises:
-            StageError: naming the first ten that are missing.
+            StageError: an A has no B, or with DoRA no magnitudes; names the first ten.
         """
-        stems = [
-            name.removesuffix(".lora_A.weight")
-            for name in headers
-            if name.endswith(".lora_A.weight")
-        ]
-        needed = ["lora_B.weight"]
-        if self._config.get("use_dora"):
-            needed.append("lora_magnitude_vector")
-        missing = sorted(
-            f"{stem}.{name}" for stem in stems for name in needed if f"{stem}.{name}" not in headers
-        )
+        needed = ["lora_B.weight"] + ["lora_magnitude_vector"] * self.config.uses_dora
+        wanted = {f"{stem}.{name}" for stem in stems for name in needed}
+        missing = sorted(wanted - self._headers.keys())
         if missing:
             raise StageError(
-                "the adapter is not whole",
+                "the adapter is not complete",
                 where=self._path,
                 found=f"no {', '.join(missing[:10])}",
                 expected="lora_A and lora_B of every module, with DoRA its magnitudes too",
-                to_fix="fetch the adapter again, or save it again with PEFT",
+                to_fix=FETCH_AGAIN,
             )
 
-    def _check_rank(self, factors: Factors, headers: dict[str, tensors.Stored]) -> None:
+    def _check_rank(self, factors: Factors) -> None:
         """
         Raises:
-            StageError: A and B have not the rank that the adapter's config says, or DoRA's
+            StageError: A and B do not have the rank that the adapter's config says, or DoRA's
                 magnitudes are not one per row.
         """
         stem = factors.stem
         where = f"{self._path}, {stem}"
-        down, up = (headers[f"{stem}.lora_{name}.weight"].shape for name in "AB")
-        rank = self._rank(factors.pattern_name)
-        # Of a mixture's experts all are stacked.
+        down, up = (self._headers[f"{stem}.lora_{name}.weight"].shape for name in "AB")
+        rank = self.config.rank(factors.pattern_name)
+        # The experts of a mixture are stacked.
         n_stacked = down[0] // rank if ".experts" in stem else 1
         if (len(down), len(up)) != (2, 2) or not down[0] == up[1] == rank * n_stacked:
             raise StageError(
-                "the adapter's matrices have another rank than its adapter_config.json says",
+                "the adapter's matrices do not have the rank that its adapter_config.json says",
                 where=where,
                 found=f"A {list(down)}, B {list(up)}",
                 expected=f"rank {rank}: A [{rank}, in], B [out, {rank}]",
                 to_fix="take file and config from the same adapter: its scale is alpha ÷ rank",
             )
-        magnitudes = headers.get(f"{stem}.lora_magnitude_vector")
+        magnitudes = self._headers.get(f"{stem}.lora_magnitude_vector")
         if magnitudes is not None and magnitudes.shape != (up[0],):
             raise StageError(
-                "the adapter has another number of magnitudes than rows",
+                "the adapter does not have one magnitude per row",
                 where=where,
                 found=list(magnitudes.shape),
                 expected=[up[0]],
-                to_fix="fetch the adapter again, or save it again with PEFT",
+                to_fix=FETCH_AGAIN,
             )
 
     def check_shape(self, part: Part, base: tuple[int, ...]) -> None:
         """
+        Args:
+            base: shape of the part in the base model.
         Raises:
-            StageError: the part has another shape in the base.
+            StageError: the adapter's shape is another.
         """
         found = self.shape(part)
-        has_grown = (
-            part.parameter in EMBEDDINGS and found[0] > base[0] and found[1:] == tuple(base[1:])
-        )
-        if found != tuple(base) and not has_grown:
-            raise self._misfit(part, found, tuple(base))
+        has_grown = part.parameter in EMBEDDINGS and found[0] > base[0] and found[1:] == base[1:]
+        if found != base and not has_grown:
+            raise self._misfit(part, found, base)
 
     @property
     def vocabulary_size(self) -> int | None:
-        """Rows of embeddings that trained, or were saved, whole; None where none were.
+        """Rows of the embeddings that the adapter holds whole; None where it holds none.
 
         Raises:
             StageError: embeddings and output layer differ.
         """
-        sizes = {
-            name: self.shape(Part(name))[0] for name in sorted(EMBEDDINGS & self._whole.keys())
-        }
+        sizes = {name: self.shape(Part(name))[0] for name in sorted(EMBEDDINGS & self.whole)}
         if len(set(sizes.values())) > 1:
             raise StageError(
-                "the adapter's embeddings and its output layer have not the same rows",
+                "the adapter's embeddings and its output layer differ in their number of rows",
                 where=self._path,
                 found=log.fields(sizes),
                 expected="one size of the vocabulary",
@@ -333,14 +261,14 @@ class Adapter:
         return next(iter(sizes.values()), None)
 
     def factors(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) of a part, float32; of the last one asked for, kept."""
+        """A (rank, in) and B (out, rank) of a part, float32; each thread keeps the last pair."""
         if self._own.part == part:
             return self._own.factors
         stem, name = self._factors[part.parameter]
         down = self._tensors.get_tensor(f"{stem}.lora_A.weight").float()
         up = self._tensors.get_tensor(f"{stem}.lora_B.weight").float()
         if part.expert is not None:
-            rank = self._rank(name)
+            rank = self.config.rank(name)
             first = part.expert * rank
             down = down[first : first + rank]
             up = up.reshape(len(up), rank, -1)[:, :, part.expert]
@@ -349,11 +277,9 @@ class Adapter:
         self._own.part, self._own.factors = part, (down, up)
         return down, up
 
-    def _rank(self, name: str) -> int:
-        return _matching(self._config.get("rank_pattern"), name, self._config["r"])
-
     def stored(self, part: Part, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of what trained whole, read alone: the experts of a layer are gigabytes."""
+        """Rows of a part that was trained whole; no others are read, as the experts of a layer are
+        gigabytes."""
         tensor = self._tensors.get_slice(self._whole[part.parameter])
         if part.expert is None:
             return tensor[rows]
@@ -362,55 +288,56 @@ class Adapter:
         offset = (part.half or 0) * (n_rows // 2)
         return tensor[part.expert, offset + first : offset + end]
 
-    def _is_saved_module(self, name: str) -> bool:
-        """Of `modules_to_save`, or embeddings: PEFT saves these by itself once they have been
-        resized."""
-        if name.removeprefix(PREFIX) in EMBEDDINGS:
-            return True
-        module = name.removeprefix(PREFIX).removesuffix(".weight")
-        saved = self._config.get("modules_to_save") or []
-        if saved and self._config.get("ensure_weight_tying"):
-            saved = [*saved, "embed_tokens", "lm_head"]  # PEFT names one of the two, stores both
-        return any(module == name or module.endswith(f".{name}") for name in saved)
+    def _find_whole(self) -> dict[str, str]:
+        """Parameter → tensor of the file that takes its place.
 
-    def _find_factors(self, stored: set[str]) -> dict[str, Factors]:
-        """A and B by the parameter they change."""
-        found: dict[str, Factors] = {}
+        Raises:
+            StageError: naming tensors that belong neither to A and B nor to `modules_to_save`.
+        """
+        factored = {
+            f"{factors.stem}.{name}"
+            for factors in self._factors.values()
+            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        }
+        others = {name.removeprefix(PREFIX): name for name in self._headers.keys() - factored}
+        unknown = sorted(others[name] for name in others if not self.config.names_whole(name))
+        if unknown:
+            raise StageError(
+                "the adapter holds tensors that are not merged here",
+                where=self._path,
+                found=", ".join(unknown[:10]),
+                expected="lora_A, lora_B, lora_magnitude_vector, embeddings, or a module of"
+                " modules_to_save",
+            )
+        return others
+
+    def _find_factors(self, stems: list[str]) -> None:
+        """Find A and B of each parameter, and check their rank."""
         experts: dict[str, list[str]] = {}
-        for name in sorted(stored):
-            if not name.endswith(".lora_A.weight"):
-                continue
-            stem = name.removesuffix(".lora_A.weight")
+        for stem in stems:
             module = stem.removeprefix(PREFIX).replace(".base_layer", "")
             if module.endswith(".mlp.experts"):
                 experts.setdefault(module, []).append(stem)
-            elif module.endswith(".mlp.gate"):  # the router: no module of PEFT's, a parameter
-                found[f"{module}.weight"] = Factors(stem, f"{module}.weight")
             else:
-                found[f"{module}.weight"] = Factors(stem, module)
-        for module, stems in experts.items():
-            for fused, stem in zip(self._fused(stems), stems, strict=True):
-                found[f"{module}.{fused}"] = Factors(stem, f"{module}.{fused}")
-        return found
+                # PEFT adapts the router as a parameter, all others as modules.
+                name = f"{module}.weight" if module.endswith(".mlp.gate") else module
+                self._factors[f"{module}.weight"] = Factors(stem, name)
+        for module, pairs in experts.items():
+            for fused, stem in zip(self._fused(pairs), pairs, strict=True):
+                self._factors[f"{module}.{fused}"] = Factors(stem, f"{module}.{fused}")
+        for factors in self._factors.values():
+            self._check_rank(factors)
 
     def _fused(self, stems: list[str]) -> list[str]:
-        """Which of a layer's two expert parameters each A and B belongs to.
+        """Names of the expert parameters that the pairs of A and B of a layer belong to.
 
-        PEFT wraps one parameter around the other and keeps no name of them; but the way down takes
-        what half of gate_up_proj's rows give.
+        PEFT nests one parameter's pair in the other's and does not store their names. Shapes tell
+        them apart: the input of down_proj is half as wide as the output of gate_up_proj.
         """
-        named = {
-            target.rpartition(".")[2] for target in self._config.get("target_parameters") or []
-        } & {"gate_up_proj", "down_proj"}
+        named = self.config.expert_targets()
         if len(stems) == len(named) == 1:
             return list(named)
-        shapes = [
-            (
-                self._tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0],
-                self._tensors.get_slice(f"{stem}.lora_A.weight").get_shape()[1],
-            )
-            for stem in stems
-        ]
+        shapes = [self._outer_shape(stem) for stem in stems]
         for order in (["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]):
             shape = dict(zip(order, shapes, strict=False))
             if len(stems) == 2 and shape["gate_up_proj"] == (
@@ -419,7 +346,7 @@ class Adapter:
             ):
                 return order
         raise StageError(
-            "the adapter's experts have shapes that fit no mixture",
+            "the adapter's experts do not have the shapes of a mixture",
             where=f"{self._path}, {stems[0]}",
             found=shapes,
             expected="(2 · ffn, hidden) and (hidden, ffn)",
@@ -433,48 +360,3 @@ class Adapter:
             expected=f"{expected}, as in the base",
             to_fix="take the model that the adapter was trained on",
         )
-
-
-def _is_of(module: str, wanted: str | list[str] | None) -> bool:
-    """Whether PEFT takes a module for one that a config names: by the end of its name, or by a
-    pattern of all of it."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in wanted or [])
-
-
-def _check_config(config: dict[str, Any], path: Path) -> None:  # untyped: PEFT's JSON
-    if config.get("peft_type") != "LORA":
-        raise StageError(
-            "the adapter is no LoRA",
-            where=path,
-            found=config.get("peft_type"),
-            expected="LORA, or method: full",
-        )
-    used = [key for key in UNSUPPORTED if config.get(key)]
-    used += [
-        f"{key}: {value}"
-        for key, value, known in (
-            ("bias", config.get("bias", "none"), ("none",)),
-            ("init_lora_weights", config.get("init_lora_weights", True), PLAIN_INITIALIZATIONS),
-        )
-        if value not in known
-    ]
-    if used:
-        raise StageError(
-            "the adapter has parts that are not merged here",
-            where=path,
-            found=", ".join(used),
-            expected="LoRA, rsLoRA or DoRA, with experts and modules_to_save",
-        )
-
-
-def _matching(
-    patterns: dict[str, Any] | None,  # untyped: PEFT's JSON
-    name: str,
-    default: Any,
-) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default

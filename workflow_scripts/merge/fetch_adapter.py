@@ -1,7 +1,7 @@
 """Bring in an adapter that was trained elsewhere: a local folder, or a repository of the Hub.
 
-It is copied, as it is small: what is merged stays what it is when the folder changes. Where it came
-from stands beside it in `source.json`. Set HF_TOKEN for a gated repository.
+The adapter is small, so it is copied: a later change of the folder does not change what is merged.
+`source.json` next to the copy records its origin. Set HF_TOKEN for a gated repository.
 
 python -m workflow_scripts.merge.fetch_adapter --settings '{"adapter": "./my-adapter", …}'
     --checkpoint checkpoint/ --adapter results/runs/my-run/adapter
@@ -15,15 +15,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from workflow_scripts import files, hub, log
+from workflow_scripts import files, log
 from workflow_scripts.handover.provenance import GivenOrigin
 from workflow_scripts.log import StageError
 from workflow_scripts.merge import user_models
 from workflow_scripts.models import tensors
-from workflow_scripts.settings import RunSettings, is_local, settings_from_json
+from workflow_scripts.settings import RunSettings, settings_from_json
 
 OUTPUT_VERSION = 1
-# Of an adapter that Tramontane trained: in which dtype its base was quantized, among other things.
+# An adapter that Tramontane trained has one. Among other things it says in which dtype the base was
+# quantized.
 MANIFEST = "training_manifest.json"
 logger = log.stage_logger("fetch_adapter")
 
@@ -38,21 +39,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.adapter is None:
         raise StageError("no adapter to fetch", where="--settings, adapter", found=run.adapter)
 
+    from workflow_scripts.merge import merged_weights
+    from workflow_scripts.merge.adapter import Adapter
+    from workflow_scripts.merge.base_weights import BaseWeights
+
     with tempfile.TemporaryDirectory() as name:
-        source, commit = Path(name), None
-        if is_local(run.adapter):
-            source = Path(run.adapter).expanduser()
-        else:
-            commit = hub.download(
-                run.adapter,
-                run.revision,
-                source,
-                kind="adapter",
-                key="runs.<name>.adapter",
-                wanted=[*user_models.ADAPTER_FILES, MANIFEST],
-            )
+        source, commit = user_models.fetched(
+            run.adapter,
+            run.revision,
+            Path(name),
+            kind="adapter",
+            key="runs.<name>.adapter",
+            wanted=[*user_models.ADAPTER_FILES, MANIFEST],
+        )
         needed = user_models.adapter_files(source)
-        check_fit(source, arguments.checkpoint)
+        # Checked here, before everything that comes between this stage and the merge.
+        base = BaseWeights(arguments.checkpoint)
+        merged_weights.check_fit(arguments.checkpoint, base, Adapter(source))
+        tensors.check_all_values([source / "adapter_model.safetensors"])
         path = source / MANIFEST
         manifest = files.read_json(path) if path.is_file() else {}
         arguments.adapter.mkdir(parents=True, exist_ok=True)
@@ -67,20 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     origin.write(arguments.adapter / "source.json")
     logger.info("wrote source=%s path=%s", run.adapter, arguments.adapter)
-
-
-def check_fit(folder: Path, checkpoint: Path) -> None:
-    """Now, and not when all that comes before the merge is made.
-
-    Raises:
-        StageError: an adapter that is not merged here, not whole, or of another base.
-    """
-    from workflow_scripts.merge import merged_weights
-    from workflow_scripts.merge.adapter import Adapter
-    from workflow_scripts.merge.base_weights import BaseWeights
-
-    merged_weights.check_fit(checkpoint, BaseWeights(checkpoint), Adapter(folder))
-    tensors.check_all_values([folder / "adapter_model.safetensors"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Which weights an adapter of a 4-bit training is merged into: those published, or those it saw.
+"""The weights that the adapter of a 4-bit training is merged into: as published, or as training saw
+them.
 
-Neither is always better: the original weights lack the quantization error that the adapter learned
-around, the dequantized ones keep that error. `choose_merge_base` measures both.
+Neither is always better: the published weights lack the quantization error that the adapter learned
+to correct, and the dequantized ones keep that error. `choose_merge_base` measures both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def chosen(argument: str) -> MergeBase:
     """The base that `--merge-base` names.
 
     Raises:
-        StageError: neither a base nor a choice.
+        StageError: the argument is neither a base nor a choice.
     """
     for base in BASES:
         if argument == base:
@@ -43,15 +44,17 @@ def chosen(argument: str) -> MergeBase:
 
 
 def nf4_dtype(base: str, adapter: Path, checkpoint: Path) -> torch.dtype | None:
-    """The dtype in which training quantized the base, and computed; None for the original base.
+    """The dtype in which training quantized the base and computed; None for the original base.
 
     Args:
-        adapter: its training manifest says it, or source.json of one trained elsewhere; without
-            either it was trained on a GPU in the base's own dtype, as far as anyone can tell.
+        adapter: its training manifest names the dtype; for an adapter trained elsewhere,
+            source.json may. With neither, it is assumed that training used a GPU and the base's own
+            dtype.
         checkpoint: folder of the base model.
     """
     if base == "original":
         return None
+    # The programs import this module for their help text.
     import torch
 
     config = files.read_json(checkpoint / "config.json")

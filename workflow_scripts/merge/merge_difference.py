@@ -1,6 +1,6 @@
-"""What went wrong in a merge, in words, from the tensors that are not what they should be.
+"""The probable cause of a wrong merge, in words, from the tensors that are not as they should be.
 
-Each wrong tensor is held against what commonly goes wrong: the change left out, or there with
+Each wrong tensor is compared with what commonly goes wrong: the change left out, or applied with
 another scale; DoRA's magnitude ignored; another layer's weights; the other base; another adapter.
 Tensors with the same fault are named together.
 """
@@ -10,39 +10,39 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from workflow_scripts.merge.exact_merge import (
-    ARITHMETIC,
-    Expected,
-    Files,
-    Reference,
-    TensorResult,
-    is_rounded,
-)
+from workflow_scripts.merge.merge_reference import ARITHMETIC, Expected, Reference, is_rounded
+from workflow_scripts.merge.stored_tensors import StoredTensors
 from workflow_scripts.merge.tensor_names import Slab
 
+if TYPE_CHECKING:
+    from workflow_scripts.merge.exact_merge import TensorResult
+
 LAYER = r"\.layers\.(\d+)\."
-# At most this share of a tensor wrong: single numbers are damaged, not its merge.
+# Where fewer than this share of a tensor are wrong, single numbers are damaged, not the merge.
 DAMAGED_FRACTION = 0.01
-# Two weights of a model are unrelated (cosine near 0); a weight and its merge differ by a per cent.
+# Cosine above which two weights are the same one, before and after a merge, which changes it by
+# about 1 %. Two weights of a model are unrelated: their cosine is near 0.
 SAME_WEIGHT = 0.9
-# Cosine of a change with the expected one: below, another adapter; above, a state of the same.
+# Cosine of a change with the expected one: below it, the adapter is another; above it, another
+# state of the same.
 RELATED = 0.25
 
 
 def described(
     results: Sequence[TensorResult],
     reference: Reference,
-    merged: Files,
+    merged: StoredTensors,
     other_base: Reference | None = None,
 ) -> list[str]:
-    """A line for each kind of fault, the commonest first.
+    """Return one line for each kind of fault, the most frequent first.
 
     Args:
         results: of tensors with wrong elements.
-        other_base: base + adapter with the base that was not asked for, where there are two.
+        other_base: base + adapter for the base that was not requested, where there are two.
     """
     found: dict[str, list[TensorResult]] = {}
     for result in results:
@@ -60,9 +60,12 @@ def described(
 
 
 def cause_of(
-    result: TensorResult, reference: Reference, merged: Files, other_base: Reference | None
+    result: TensorResult,
+    reference: Reference,
+    merged: StoredTensors,
+    other_base: Reference | None,
 ) -> str:
-    """What is wrong with one tensor, judged by its worst slab."""
+    """Name what is wrong with one tensor, judged by its worst slab."""
     name, slab = result.name, result.worst
     assert slab is not None
     stored = merged.rows(name, slab)
@@ -80,8 +83,8 @@ def cause_of(
     if expected.change is not None and torch.equal(stored, expected.base.to(stored.dtype)):
         return "is the base's; the adapter's change was left out"
     low_rank = reference.low_rank(slab.part)
-    if expected.change is not None and low_rank is not None and low_rank.magnitude is not None:
-        assert expected.change_slack is not None
+    if low_rank is not None and low_rank.magnitude is not None:
+        assert expected.change is not None and expected.change_slack is not None
         slack = expected.base.abs() * ARITHMETIC + expected.change_slack
         if is_rounded(stored, expected.base + expected.change, slack).all():
             return "is merged without DoRA's magnitude"
@@ -99,10 +102,10 @@ def cause_of(
 
 
 def _compared_change(stored: torch.Tensor, expected: Expected) -> str:
-    """The change that was made, against the one that should have been.
+    """Name what is wrong with the change that was made.
 
-    Weights lie on the grid of their own type, so most small changes are rounded away: a change is
-    compared after it was rounded, never with its exact value.
+    Rounding to the stored type removes most small changes, so a change is compared with the rounded
+    expected one, never with its exact value.
     """
     wanted = expected.total - expected.base
     for times in _scales(stored.double() - expected.base, wanted):
@@ -118,9 +121,10 @@ def _compared_change(stored: torch.Tensor, expected: Expected) -> str:
 
 
 def _scales(made: torch.Tensor, wanted: torch.Tensor) -> list[float]:
-    """Factors between two scales that are near the one of the largest changes, the nearest first.
+    """Return plausible factors between two scales, the nearest to the largest changes' first.
 
-    A scale is alpha ÷ rank or alpha ÷ √rank, so these are ratios of small numbers or their roots.
+    A scale is alpha ÷ rank or alpha ÷ √rank, so the factors are ratios of small integers or the
+    roots of such ratios.
     """
     largest = wanted.abs().flatten().topk(min(64, wanted.numel())).indices
     seen = float((made.flatten()[largest] / wanted.flatten()[largest]).median())
@@ -131,21 +135,19 @@ def _scales(made: torch.Tensor, wanted: torch.Tensor) -> list[float]:
 
 
 def _same_weight(stored: torch.Tensor, name: str, slab: Slab, reference: Reference) -> str | None:
-    """Whose weights these are, where they are another base tensor's rather than its own."""
-    entries = reference.base.entries
+    """Name the base tensor that these weights are, where it is not their own."""
+    base = reference.base
     alike = [
-        other
-        for other in entries
-        if other != name and entries[other]["shape"] == entries[name]["shape"]
+        other for other in base.entries if other != name and base.shape(other) == base.shape(name)
     ]
     wanted = torch.nn.functional.normalize(stored.double().flatten(), dim=0)
 
     def cosine(other: str) -> float:
-        rows = reference.base.rows(other, slab).double().flatten()
+        rows = base.rows(other, slab).double().flatten()
         return float(torch.nn.functional.normalize(rows, dim=0) @ wanted)
 
     def is_same(other: str) -> bool:
-        return torch.equal(stored, reference.base.rows(other, slab).to(stored.dtype))
+        return torch.equal(stored, base.rows(other, slab).to(stored.dtype))
 
     is_twin = is_same if cosine(name) >= SAME_WEIGHT else lambda other: cosine(other) >= SAME_WEIGHT
     twin = next((other for other in alike if is_twin(other)), None)
@@ -156,21 +158,21 @@ def _same_weight(stored: torch.Tensor, name: str, slab: Slab, reference: Referen
 
 
 def only_shard(names: Sequence[str], reference: Reference) -> Path | None:
-    """The shard whose changed tensors these are, all of them and no others, of several shards."""
-    shards = {reference.base.shards[name] for name in names}
-    if len(shards) != 1 or len(set(reference.base.shards.values())) == 1:
-        return None
-    shard = next(iter(shards))
+    """Return the shard whose changed tensors are exactly these; None where there is none, or the
+    base has a single shard."""
+    shards = {name: entry.path for name, entry in reference.base.entries.items()}
+    shard = shards[names[0]]
     changed = {
         name
-        for name, lies_in in reference.base.shards.items()
-        if lies_in == shard and not reference.is_untouched(name)
+        for name, its_shard in shards.items()
+        if its_shard == shard and not reference.is_untouched(name)
     }
-    return shard if changed == set(names) else None
+    return shard if changed == set(names) and len(set(shards.values())) > 1 else None
 
 
 def named_together(names: Iterable[str]) -> str:
-    """Tensor names with their layers gathered: `model.layers.{0-3,7}.self_attn.k_proj.weight`."""
+    """Join tensor names, with their layers collected:
+    `model.layers.{0-3,7}.self_attn.k_proj.weight`."""
     layers: dict[str, list[int]] = {}
     for name in names:
         found = re.search(LAYER, name)

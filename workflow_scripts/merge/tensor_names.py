@@ -1,8 +1,9 @@
-"""Where a tensor of a checkpoint's file lies in the model.
+"""How the names of tensors in a checkpoint's files map to parameters of the model.
 
-Mixtral's files keep each expert's matrices apart, as its first release did; transformers 5 holds
-the experts of a layer in two tensors, and PEFT adapts these. Source: transformers 5.23,
-conversion_mapping.py, "mixtral"; there w1 is the gate, w3 what it multiplies, w2 the way down.
+Mixtral's files hold one tensor per expert and matrix, as its first release did; transformers 5
+holds the experts of a layer in two tensors, and PEFT adapts these. Source: transformers 5.23,
+conversion_mapping.py, "mixtral"; there w1 is the gate, w3 the matrix that it multiplies, w2 the
+down projection.
 """
 
 from __future__ import annotations
@@ -14,35 +15,44 @@ from typing import NamedTuple
 
 _EXPERT = re.compile(r"(.+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 _FUSED = {"1": ("gate_up_proj", 0), "2": ("down_proj", None), "3": ("gate_up_proj", 1)}
-# Four MiB in float32: what is done to a slab one after the other stays in the processor's cache.
+_QUANTIZED = re.compile(
+    r"model\.layers\.\d+\.((self_attn|mlp)\.\w+_proj\.weight|mlp\.experts\.(gate_up|down)_proj)"
+)
+# Output layer → the embeddings that take its place in a model with tied embeddings.
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+# Four MiB in float32: the steps of work on one slab find it in the processor's cache.
 SLAB_ELEMENTS = 2**20
-# Quantization scales as many neighbouring weights together: a slab cuts none of them.
+# NF4 scales blocks of this many neighbouring weights; no slab cuts through a block.
 QUANTIZATION_BLOCK = 64
 
 
 class Part(NamedTuple):
-    """A parameter of the model, or what of it a tensor in a file holds."""
+    """A parameter of the model, or the part of it that one tensor in a file holds."""
 
     parameter: str
     """Name in the model."""
     expert: int | None = None
-    """First index of a fused parameter (experts, out, in); None is a parameter of its own."""
+    """First index of a fused parameter (experts, out, in); None for any other parameter."""
     half: int | None = None
-    """0 the gate's, 1 the other half of the rows of `gate_up_proj`; None is all rows."""
+    """Half of the rows of `gate_up_proj`: 0 is the gate, 1 the up projection; None is all rows."""
 
 
 class Slab(NamedTuple):
-    """Neighbouring rows of one matrix: what is read, changed and written at a time."""
+    """Neighbouring rows of one matrix: the unit of reading, computing and writing."""
 
     part: Part
     rows: slice
-    """Of the part."""
+    """Rows of the part."""
     place: tuple[int | slice | EllipsisType, ...]
     """Index of the rows in the tensor of the file."""
 
 
 def part(name: str) -> Part:
-    """What of the model a tensor in a file is, by its name."""
+    """The part of the model that a tensor in a file holds.
+
+    Args:
+        name: of the tensor.
+    """
     expert = _EXPERT.fullmatch(name)
     if expert:
         layer, number, matrix = expert.groups()
@@ -51,8 +61,14 @@ def part(name: str) -> Part:
     return Part(name.replace(".block_sparse_moe.", ".mlp."))
 
 
+def is_quantized_in_training(part: Part) -> bool:
+    """True if 4-bit training holds the parameter in NF4: linear layers and experts, but not
+    embeddings, norms, routers and the output layer."""
+    return _QUANTIZED.fullmatch(part.parameter) is not None
+
+
 def expert_parts(parameter: str, *, n_experts: int) -> Iterator[tuple[str, Part]]:
-    """The modules that a fused parameter has in files, expert by expert, by their names there."""
+    """The modules that hold a fused parameter in files: name there and part, expert by expert."""
     layer, _, fused = parameter.partition(".mlp.experts.")
     for expert in range(n_experts):
         for matrix, (name, half) in _FUSED.items():
@@ -62,9 +78,10 @@ def expert_parts(parameter: str, *, n_experts: int) -> Iterator[tuple[str, Part]
 
 
 def slabs(name: str, shape: Sequence[int]) -> Iterator[Slab]:
-    """A tensor of a file in slabs, in the order of its data.
+    """The slabs of a tensor, in the order of its data.
 
     Args:
+        name: of the tensor in its file.
         shape: of the tensor; (experts, out, in) where a file holds the experts fused.
     """
     whole = part(name)

@@ -1,27 +1,29 @@
-"""What a run may begin with instead of training: an adapter, or a model that was merged elsewhere.
+"""The files with which a run may begin instead of training: an adapter, or a model that was merged
+elsewhere.
 
-Nothing here logs: the Snakefile looks for a user's files by it, before the first job.
+The Snakefile uses it too, to look for a user's files before the first job.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from workflow_scripts import files
+from workflow_scripts import files, hub
 from workflow_scripts.log import StageError
+from workflow_scripts.settings import is_local
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-# Patterns: the tokenizer and the template are the base's.
+# Without tokenizer and template, which are the base's.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.index.json",
 )  # fmt: skip
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """An adapter as PEFT saves it.
+    """The files of an adapter, as PEFT saves it.
 
     Raises:
-        StageError: the folder holds none, or something that stands in for a file of it.
+        StageError: the folder does not hold one, or a file is a placeholder (Git LFS, a web page).
     """
     found = [folder / name for name in ADAPTER_FILES]
     missing = [path.name for path in found if not path.is_file()]
@@ -31,7 +33,7 @@ def adapter_files(folder: Path) -> list[Path]:
         return found
     has_pickle = (folder / "adapter_model.bin").is_file()
     raise StageError(
-        "the adapter is not there, or not whole",
+        "the adapter is missing or incomplete",
         where=f"runs.<name>.adapter: {folder}",
         found=f"no {', '.join(missing)}",
         expected=" and ".join(ADAPTER_FILES),
@@ -43,16 +45,16 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What is taken of a merged model.
+    """The files of a merged model that are used.
 
     Raises:
-        StageError: the folder holds none, or something that stands in for a file of it.
+        StageError: the folder does not hold one, or a file is a placeholder (Git LFS, a web page).
     """
     found = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
     has_weights = any(path.suffix == ".safetensors" for path in found)
     if not has_weights or not (folder / "config.json").is_file():
         raise StageError(
-            "the merged model is not there, or not whole",
+            "the merged model is missing or incomplete",
             where=f"runs.<name>.merged: {folder}",
             found=", ".join(path.name for path in found) or "none of its files",
             expected="config.json and model*.safetensors, as transformers' save_pretrained writes"
@@ -61,3 +63,21 @@ def model_files(folder: Path) -> list[Path]:
     for path in found:
         files.check_whole(path)
     return found
+
+
+def fetched(
+    source: str, revision: str | None, folder: Path, *, kind: str, key: str, wanted: list[str]
+) -> tuple[Path, str | None]:
+    """The folder with a user's files, and the commit if they come from the Hub.
+
+    Args:
+        source: a local folder, which is returned as it is, or a repository of the Hub.
+        folder: to download into.
+        kind: what the files are, as a user calls it; for messages.
+        key: of the config, which names the source.
+        wanted: patterns of the files to download.
+    """
+    if is_local(source):
+        return Path(source).expanduser(), None
+    commit = hub.download(source, revision, folder, kind=kind, key=key, wanted=wanted)
+    return folder, commit

@@ -29,7 +29,6 @@ from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.quantize import gguf_contents
 from workflow_scripts.scoring import pieces as cutting
-from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.settings import GgufGateSettings, settings_from_json
 from workflow_scripts.tokens import token_parity
 from workflow_scripts.tokens.documents import Documents
@@ -37,6 +36,8 @@ from workflow_scripts.tokens.token_parity import Chat
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
 OUTPUT_VERSION = 3
 logger = log.stage_logger("check_gguf")
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from workflow_scripts.merge.base_weights import BaseWeights
     from workflow_scripts.merge.model_weights import Weights
     from workflow_scripts.scoring.likelihood import all_logits, divergence
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
     from workflow_scripts.scoring.streamed_model import StreamedModel, batches
 
     facts = Facts.read(arguments.facts)

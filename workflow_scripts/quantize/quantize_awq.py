@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import logging
 import shutil
 import time
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from workflow_scripts import files, log
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.log import StageError
+from workflow_scripts.models import tensors
 from workflow_scripts.settings import AwqSettings, settings_from_json
 
 if TYPE_CHECKING:
@@ -267,9 +267,7 @@ def check_packed(folder: Path, facts: ModelShape) -> None:
     Raises:
         StageError: a linear layer was passed by.
     """
-    from workflow_scripts.merge import safetensors_stream
-
-    names = itertools.chain(*map(safetensors_stream.read_header, folder.glob("*.safetensors")))
+    names = tensors.stored(list(folder.glob("*.safetensors")))
     n_packed = sum(name.endswith(".qweight") for name in names)
     if n_packed != LAYERS_OF_A_BLOCK * facts.n_layers:
         raise StageError(

@@ -1,52 +1,49 @@
-"""How far one model's next-token probabilities are from another's, token by token.
+"""The distance of one model's next-token probabilities from another's, token by token.
 
-The terms are those of `llama-perplexity --kl-divergence`: KL divergence, whether the likeliest
-tokens agree, and Δp, the change of the right token's probability. No logits are kept.
+The measures are those of `llama-perplexity --kl-divergence`: KL divergence, agreement of the most
+likely tokens, and Δp, the change of the right token's probability. No logits are kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from workflow_scripts.handover.scores import Distance
 from workflow_scripts.log import StageError
-from workflow_scripts.scoring.likelihood import log_probabilities, token_losses
+from workflow_scripts.scoring.likelihood import kl_divergence, log_probabilities, token_losses
 from workflow_scripts.scoring.ratio import Ratio, ratio
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Divergences(NamedTuple):
-    """Of some tokens, in order."""
+    """The distances of two models at each of n tokens, in order."""
 
     kl_nats: np.ndarray
     """(n,) float64: KL divergence, reference first."""
     agrees: np.ndarray
-    """(n,) bool: both find the same token the likeliest."""
+    """(n,) bool: both models give the highest probability to the same token."""
     probability_change: np.ndarray
-    """(n,) float64: of the token that comes; the reference's is taken away."""
+    """(n,) float64: probability of the right token, minus the reference's."""
     nats: np.ndarray
-    """(n,) float64: the other model's loss, as `likelihood.token_losses` has it for every link."""
+    """(n,) float64: the other model's loss, by `likelihood.token_losses` as for every link."""
 
 
 def compare(
     reference: Iterable[Tensor], other: Iterable[Tensor], targets: np.ndarray
 ) -> Divergences:
-    """Two models over the same positions.
+    """Compare two models at the same positions.
 
     Args:
-        reference: blocks of (n, vocabulary) float32 logits, as is `other`, alike in size.
-        targets: (n_positions,) integer, the tokens that come.
+        reference: blocks of (n, vocabulary) float32 logits; those of `other` have the same sizes.
+        targets: (n_positions,) integer, the tokens that follow.
     Raises:
-        StageError: the models do not know the same number of tokens.
+        StageError: the models' vocabularies differ in size.
     """
-    import torch
-
     kl: list[Tensor] = []
     agrees: list[Tensor] = []
     change: list[Tensor] = []
@@ -63,7 +60,7 @@ def compare(
         nats.append(token_losses(q_logits, wanted[done : done + len(q_logits)]))
         agrees.append(p_logits.argmax(dim=-1) == q_logits.argmax(dim=-1))
         for log_p, log_q in log_probabilities(p_logits, q_logits):
-            kl.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+            kl.append(kl_divergence(log_p, log_q))
             right = wanted[done : done + len(log_p), None]
             change.append((log_q.gather(1, right).exp() - log_p.gather(1, right).exp())[:, 0])
             done += len(log_p)
@@ -71,13 +68,11 @@ def compare(
     return Divergences(*(torch.cat(parts).numpy() for parts in (kl, agrees, change, nats)))
 
 
-def by_document(
-    compared: Iterable[tuple[int, Divergences]],
-) -> dict[int, Divergences]:
-    """Those of a document's pieces together.
+def by_document(compared: Iterable[tuple[int, Divergences]]) -> dict[int, Divergences]:
+    """Join the divergences of each document's pieces.
 
     Args:
-        compared: a document and the divergences of one of its pieces, piece by piece.
+        compared: the document and the divergences of each piece, in order.
     """
     parts: dict[int, list[Divergences]] = {}
     for document, found in compared:

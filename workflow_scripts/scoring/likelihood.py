@@ -1,23 +1,22 @@
 """Token-level scores from logits: negative log-likelihood, KL divergence, and their means.
 
-Transformers and llama.cpp give logits through one interface, `LogitModel`, so that a number means
-the same whichever link made it. All arithmetic on logits is float32, all sums over tokens float64.
+Transformers and llama.cpp give logits through one interface, `LogitModel`, so that a score means
+the same for every link. Losses are computed in float32 and divergences in float64; sums over tokens
+are float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from workflow_scripts.handover.scores import Loss
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.ratio import loss_metrics
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 # Nats of each scored token, by document.
 Scores = dict[int, np.ndarray]
@@ -30,7 +29,7 @@ class LogitModel(Protocol):
         """Logits after each of `positions`, in order, in blocks of (n, vocabulary) float32 on the
         CPU.
 
-        A block may be the model's own memory: it is valid until the next one is asked for.
+        A block may be the model's own memory: it is valid until the next one is requested.
 
         Args:
             input_ids: (n_tokens,) integer.
@@ -40,10 +39,8 @@ class LogitModel(Protocol):
 
 
 def negative_log_likelihoods(model: LogitModel, piece: Piece) -> np.ndarray:
-    """(n_scored,) float64 nats, of each scored token of a piece."""
-    import torch
-
-    targets = torch.from_numpy(piece.input_ids[piece.scored].astype(np.int64))
+    """(n_scored,) float64 nats of each scored token of a piece."""
+    targets = torch.from_numpy(piece.targets)
     parts = []
     done = 0
     for logits in model.logit_blocks(piece.input_ids, piece.scored - 1):
@@ -60,8 +57,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (n, vocabulary) float32.
         targets: (n,) integer.
     """
-    import torch
-
     return (torch.logsumexp(logits, dim=-1) - logits.gather(1, targets[:, None])[:, 0]).double()
 
 
@@ -69,12 +64,9 @@ def losses(logits: Tensor, piece: Piece) -> np.ndarray:
     """(n_scored,) float64 nats of each scored token of a piece.
 
     Args:
-        logits: (n_scored, vocabulary) float32, before each of them.
+        logits: (n_scored, vocabulary) float32, those that predict the scored tokens.
     """
-    import torch
-
-    targets = torch.from_numpy(piece.input_ids[piece.scored].astype(np.int64))
-    return token_losses(logits, targets).numpy()
+    return token_losses(logits, torch.from_numpy(piece.targets)).numpy()
 
 
 def score_documents(model: LogitModel, pieces: Iterable[Piece]) -> Scores:
@@ -107,40 +99,46 @@ def summarize(scores: Scores) -> Loss:
 
 
 def paired_difference(one: Scores, other: Scores) -> tuple[float, float | None]:
-    """Mean loss of one less that of the other, nats per token, with its standard error.
+    """Mean loss of one model minus that of another, nats per token, with its standard error.
 
     Both score the same tokens of the same documents; this cancels text difficulty.
 
     Args:
-        one: nats of each scored token by document, as is `other`.
+        one: nats of each scored token by document; `other` likewise.
     """
     summary = summarize({key: one[key] - other[key] for key in one})
     return summary.loss_nats_per_token, summary.loss_standard_error_nats_per_token
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence of each position, nats, reference first; and whether the likeliest tokens
+    """KL divergence of each position, nats, reference first; and whether the most likely tokens
     agree.
 
     Args:
-        reference: (n, vocabulary) float32 logits, as is `other`.
+        reference: (n, vocabulary) float32 logits; `other` likewise.
     """
-    import torch
-
-    divergences = [
-        (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-        for log_p, log_q in log_probabilities(reference, other)
-    ]
+    logs = log_probabilities(reference, other)
+    divergences = [kl_divergence(log_p, log_q) for log_p, log_q in logs]
     return torch.cat(divergences), reference.argmax(dim=-1) == other.argmax(dim=-1)
 
 
-def log_probabilities(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities of both, (n, vocabulary) float64, some positions at a time.
-
-    In float64, as a divergence between good matches is 1e-8 nats; a copy of all would be slow.
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(n,) KL divergence of q from p, nats.
 
     Args:
-        reference: (n, vocabulary) float32 logits, as is `other`.
+        log_p: (n, vocabulary) log-probabilities; `log_q` likewise.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def log_probabilities(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities of both models, (n, vocabulary) float64, 32 positions at a time.
+
+    float64, because the divergence between good matches is 1e-8 nats; in parts, because a copy of
+    all positions would be slow.
+
+    Args:
+        reference: (n, vocabulary) float32 logits; `other` likewise.
     """
     for p, q in zip(reference.split(32), other.split(32), strict=True):
         yield p.double().log_softmax(dim=-1), q.double().log_softmax(dim=-1)
@@ -148,7 +146,5 @@ def log_probabilities(reference: Tensor, other: Tensor) -> Iterator[tuple[Tensor
 
 def all_logits(model: LogitModel, piece: Piece) -> Tensor:
     """(n_scored, vocabulary) float32; for gates, on few and short pieces."""
-    import torch
-
     blocks = model.logit_blocks(piece.input_ids, piece.scored - 1)
     return torch.cat([block.clone() for block in blocks])

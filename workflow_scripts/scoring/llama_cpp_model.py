@@ -1,7 +1,7 @@
-"""A GGUF through llama.cpp as a source of logits, in bounded memory.
+"""A GGUF in llama.cpp as a source of logits, in bounded memory.
 
-The high-level `Llama(logits_all=True)` would hold n_ctx × n_vocab floats; here each token of a
-batch says whether its logits are wanted, and they are read before the next batch.
+The high-level `Llama(logits_all=True)` would hold n_ctx × n_vocab floats. Here each token of a
+batch is marked if its logits are needed, and they are read before the next batch.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import llama_cpp
 import numpy as np
+import torch
+from torch import Tensor
 
 from workflow_scripts.log import StageError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# llama.cpp's own. With 256, two layers of a 7B in Q4_K_M took 3 to 9 % more processor time (AVX2;
-# two runs each, other jobs beside).
+# llama.cpp's default. With 256, two layers of a 7B in Q4_K_M took 3 to 9 % more processor time
+# (AVX2; two runs each, on a machine with other jobs).
 BATCH_TOKENS = 512
 
 
 @cache
 def _silence_log() -> object:
-    """Turn llama.cpp's own log off; the callback is kept, as the library may call it to the end."""
-    import llama_cpp
-
+    """Turn llama.cpp's own log off. The cache keeps the callback alive, as the library may call it
+    until the process ends."""
     silent = llama_cpp.llama_log_callback(lambda level, text, _: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     return silent
 
 
 class LlamaCppModel:
-    """Scores with a GGUF file. Use as a context manager: llama.cpp's memory is freed at the end.
+    """A GGUF file that gives logits. Use as a context manager: llama.cpp's memory is freed at its
+    end.
 
     Args:
         path: the GGUF.
-        context_tokens: longest input; all sequences of `decode_together`.
+        context_tokens: longest input; for `decode_together`, the sum of all sequences.
         n_threads: CPU threads.
-        batch_tokens: run at once, at most.
-        n_sequences: run at once by `decode_together`, at most.
+        batch_tokens: most tokens in one batch.
+        n_sequences: most sequences in one call of `decode_together`.
         observe: called with every node of the graph, as `ggml_backend_sched_eval_callback`; it must
             not raise.
     Raises:
@@ -59,9 +59,6 @@ class LlamaCppModel:
         n_sequences: int = 1,
         observe: Callable[[int, bool, object], bool] | None = None,
     ) -> None:
-        import llama_cpp
-
-        self._api = llama_cpp
         self._path = path
         _silence_log()
         llama_cpp.llama_backend_init()
@@ -75,9 +72,9 @@ class LlamaCppModel:
         context_params.n_batch = context_params.n_ubatch = min(batch_tokens, context_tokens)
         context_params.n_threads = context_params.n_threads_batch = n_threads
         context_params.n_seq_max = n_sequences
-        context_params.kv_unified = True  # sequences share the context, however long each is
+        context_params.kv_unified = True  # sequences of any length share the context
         if observe is not None:
-            # Kept: llama.cpp has only its address.
+            # Kept alive here: llama.cpp stores only the address.
             self._observe = llama_cpp.ggml_backend_sched_eval_callback(observe)
             context_params.cb_eval = self._observe
         self._context = llama_cpp.llama_init_from_model(self._model, context_params)
@@ -88,34 +85,34 @@ class LlamaCppModel:
         self.n_vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
         self._batch_tokens = batch_tokens
-        # What the cache holds, as far as `resumed_logit_blocks` may build on it.
+        # Tokens in the cache that `resumed_logit_blocks` may build on.
         self._resumable = np.zeros(0, dtype=np.int64)
 
     def __enter__(self) -> LlamaCppModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._api.llama_batch_free(self._batch)
-        self._api.llama_free(self._context)
-        self._api.llama_model_free(self._model)
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
 
     def forget(self) -> None:
         """Empty the key-value cache."""
         self._resumable = np.zeros(0, dtype=np.int64)
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def decode(
         self, tokens: np.ndarray, *, first: int, wants_logits: np.ndarray
     ) -> np.ndarray | None:
-        """Run up to `batch_tokens` tokens after what is in the cache.
+        """Run tokens after those that are in the cache.
 
         Args:
-            tokens: (n,) integer.
+            tokens: (n,) integer, n at most `batch_tokens`.
             first: position of the first of them.
             wants_logits: (n,) bool.
         Returns:
-            (wanted, vocabulary) float32, llama.cpp's own memory, valid until the next call; None
-            where none is wanted.
+            (wanted, vocabulary) float32 in llama.cpp's own memory, valid until the next call; None
+            if no logits are wanted.
         """
         self._run(
             tokens,
@@ -126,12 +123,12 @@ class LlamaCppModel:
         n_wanted = int(wants_logits.sum())
         if not n_wanted:
             return None
-        logits = self._api.llama_get_logits(self._context)
+        logits = llama_cpp.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(n_wanted, self.n_vocabulary))
 
     def decode_together(self, sequences: Sequence[np.ndarray]) -> None:
-        """Run several inputs at once, each from its first position and blind to the others, with
-        the logits of all tokens computed.
+        """Run several independent inputs at once, each from position 0, and compute the logits of
+        all tokens.
 
         Args:
             sequences: (n,) integer each; together at most `batch_tokens`.
@@ -164,89 +161,93 @@ class LlamaCppModel:
             np.ctypeslib.as_array(field, shape=(n,))[:] = values
         for at, sequence in enumerate(sequences.tolist()):
             batch.seq_id[at][0] = sequence
-        code = self._api.llama_decode(self._context, batch)
+        code = llama_cpp.llama_decode(self._context, batch)
         if code:
             raise StageError(
                 "llama.cpp cannot decode", found=f"code {code}", where=f"token {positions[0]}"
             )
 
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
-        import torch
-
-        # Tokens after the last wanted one change nothing, but for the next: llama.cpp's kernels
-        # take four rows at a time and round those left over otherwise. With it the rows of a text
-        # are llama-perplexity's; without, perplexity in Q4_K_M is off by 1e-4.
+        # One token more than needed: llama.cpp's kernels take four rows at a time and round the
+        # remaining rows differently. With this token the rows are llama-perplexity's; without it,
+        # perplexity in Q4_K_M is off by 1e-4.
         end = min(len(input_ids), int(positions[-1]) + 2)
         wants_logits = np.zeros(end, dtype=bool)
         wants_logits[positions] = True
         wants_logits[-1] = True
         n_left = len(positions)
         self.forget()
-        for first in range(0, end, self._batch_tokens):
-            stretch = slice(first, min(end, first + self._batch_tokens))
-            block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
-            if block is not None and n_left:
-                yield torch.from_numpy(block[:n_left])
+        for block in self._blocks(input_ids[:end], wants_logits):
+            if n_left:
+                yield block[:n_left]
                 n_left -= min(len(block), n_left)
 
     def resumed_logit_blocks(
         self, input_ids: np.ndarray, positions: np.ndarray
     ) -> Iterator[Tensor]:
-        """As `logit_blocks`; tokens that the input before began with as well are not run again.
+        """As `logit_blocks`, but the tokens at the start that the previous input shares are not run
+        again.
 
-        Questions after the same examples, and choices after the same question, cost what they
-        differ in.
+        The cost of questions after the same examples, or of choices after the same question, is
+        then that of the tokens in which they differ.
         """
-        import torch
-
-        wants_logits = np.zeros(len(input_ids), dtype=bool)
-        wants_logits[positions] = True
         end = int(positions[-1]) + 1
-        # The first wanted logits are those of a token that is run.
+        wants_logits = np.zeros(end, dtype=bool)
+        wants_logits[positions] = True
+        # The token with the first wanted logits must be run.
         comparable = min(len(self._resumable), int(positions[0]))
         differs = np.flatnonzero(self._resumable[:comparable] != input_ids[:comparable])
         n_shared = int(differs[0]) if len(differs) else comparable
-        memory = self._api.llama_get_memory(self._context)
-        self._api.llama_memory_seq_rm(memory, 0, n_shared, -1)
-        for first in range(n_shared, end, self._batch_tokens):
-            self._resumable = input_ids[:first]
-            stretch = slice(first, min(end, first + self._batch_tokens))
-            block = self.decode(input_ids[stretch], first=first, wants_logits=wants_logits[stretch])
-            self._resumable = input_ids[: stretch.stop]
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_seq_rm(memory, 0, n_shared, -1)
+        self._resumable = input_ids[:n_shared]
+        yield from self._blocks(input_ids[:end], wants_logits, n_done=n_shared)
+        self._resumable = input_ids[:end]
+
+    def _blocks(
+        self, input_ids: np.ndarray, wants_logits: np.ndarray, *, n_done: int = 0
+    ) -> Iterator[Tensor]:
+        """Run an input batch by batch, and yield the wanted logits of each batch that has any.
+
+        Args:
+            n_done: tokens that are in the cache already.
+        """
+        for first in range(n_done, len(input_ids), self._batch_tokens):
+            batch = slice(first, first + self._batch_tokens)
+            block = self.decode(input_ids[batch], first=first, wants_logits=wants_logits[batch])
             if block is not None:
                 yield torch.from_numpy(block)
 
     def tokenize(self, text: str, *, adds_bos: bool, parses_control: bool) -> list[int]:
-        """Token ids of text.
+        """Token ids of a text.
 
         Args:
-            text: what to read.
             adds_bos: put BOS in front.
-            parses_control: control tokens written out (`[INST]`) become the tokens they name.
+            parses_control: control tokens in the text (`[INST]`) become the tokens they name.
         """
         raw = text.encode()
         room = len(raw) + 8
-        tokens = (self._api.llama_token * room)()
-        n = self._api.llama_tokenize(
+        tokens = (llama_cpp.llama_token * room)()
+        n = llama_cpp.llama_tokenize(
             self._vocabulary, raw, len(raw), tokens, room, adds_bos, parses_control
         )
         assert n >= 0, n
         return list(tokens[:n])
 
     def metadata(self, key: str) -> str:
-        """A value of the file's metadata as text.
+        """A value of the file's metadata, as text.
 
         Raises:
             StageError: the file has no such key.
         """
-        size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        size = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), None, 0)
         if size < 0:
             raise StageError("the GGUF lacks metadata", where=f"{self._path}, {key}")
         buffer = ctypes.create_string_buffer(size + 1)
-        self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
+        llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
         return buffer.value.decode()
 
     def control_text(self, which: Literal["bos", "eos"]) -> str:
-        """How the BOS or EOS token is written."""
-        read = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}[which]
-        return self._api.llama_vocab_get_text(self._vocabulary, read(self._vocabulary)).decode()
+        """Text of the BOS or EOS token."""
+        read = {"bos": llama_cpp.llama_vocab_bos, "eos": llama_cpp.llama_vocab_eos}[which]
+        return llama_cpp.llama_vocab_get_text(self._vocabulary, read(self._vocabulary)).decode()

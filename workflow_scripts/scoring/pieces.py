@@ -1,47 +1,47 @@
-"""Pieces: held-out documents cut so that every link of the chain can score them alike.
+"""Pieces: held-out documents, cut so that every link of the chain can score them alike.
 
-llama.cpp does not apply a Mistral's sliding window, so only text no longer than the window
-compares. A longer document becomes overlapping pieces: each begins with the document's first token
-(BOS), carries half a piece of context that is not scored again, and no supervised token is scored
-twice or left out.
+llama.cpp does not apply a Mistral model's sliding window, so scores are comparable only on text no
+longer than the window. A longer document becomes overlapping pieces. Each begins with the
+document's first token (BOS) and carries half a piece of context that is not scored again; every
+supervised token is scored exactly once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.tokens.documents import Document
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stretch of tokens and the positions whose token is scored."""
+    """A run of tokens and the positions whose token is scored."""
 
     document: int
-    """Index of the document it is cut from."""
+    """Index of the document that it is cut from."""
     input_ids: np.ndarray
     """(n_tokens,) int32."""
     scored: np.ndarray
-    """(n_scored,) int64 positions in the piece, ascending, none 0: each token is predicted from
-    those
+    """(n_scored,) int64 positions in the piece, ascending, none 0: a token is predicted from those
     before it."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n_scored,) int64 ids of the scored tokens."""
+        return self.input_ids[self.scored].astype(np.int64)
 
 
 def cut(documents: Iterable[Document], *, piece_tokens: int | None) -> Iterator[Piece]:
-    """The pieces of all documents, in order; stretches without a supervised token are left out.
+    """Cut all documents into pieces, in order; a piece without a supervised token is left out.
 
     Args:
         documents: rendered conversations.
         piece_tokens: longest piece, at least 4; None keeps documents whole.
     """
-    import numpy as np
-
     for number, document in enumerate(documents):
         is_scored = document.is_supervised.copy()
         is_scored[:1] = False
@@ -55,10 +55,10 @@ def cut(documents: Iterable[Document], *, piece_tokens: int | None) -> Iterator[
 
 
 def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, int, int]]:
-    """Where a document is cut: start and end of each piece, and how many of its tokens are context
-    that an earlier piece has scored. Of these the first stands for the BOS in front.
+    """Start and end of each piece of a document, and its number of context tokens: these were
+    scored in an earlier piece, and the first of them is replaced by BOS.
 
-    The last piece is as long as it need be: it carries no more context than the others.
+    The last piece is only as long as needed: it carries no more context than the others.
 
     Args:
         n_tokens: of the document.
@@ -75,11 +75,15 @@ def stretches(n_tokens: int, piece_tokens: int | None) -> Iterator[tuple[int, in
 
 
 def comparable_tokens(facts: ModelShape, wanted: int | None) -> int:
-    """Length of pieces that every link scores alike: what llama.cpp honours, or less if wanted."""
+    """Length of pieces that every link scores alike: the context that llama.cpp computes correctly.
+
+    Args:
+        wanted: a shorter length, if any.
+    """
     limit = facts.served_context_tokens
     return limit if wanted is None else min(limit, wanted)
 
 
 def longest(pieces: Sequence[Piece]) -> int:
-    """Tokens of the longest piece: a key-value cache need hold no more."""
+    """Tokens of the longest piece, the size that a key-value cache needs."""
     return max((len(piece.input_ids) for piece in pieces), default=1)

@@ -1,4 +1,4 @@
-"""Means over tokens with their errors, where tokens of one conversation depend on each other."""
+"""Means over tokens with their standard errors; tokens of one conversation are not independent."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Ratio(NamedTuple):
 
     mean: float
     standard_error: float | None
-    """Over conversations; None for a single one."""
+    """Over conversations; None for a single conversation."""
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray) -> Ratio:
-    """Sum over all tokens ÷ tokens.
+    """Sum over all tokens ÷ number of tokens.
 
     The error is that of a ratio of sums over conversations (Cochran, Sampling Techniques, 1977,
     §6.3): conversations are independent of each other, their tokens are not.
 
     Args:
-        sums: (n_conversations,) of each conversation's tokens.
-        counts: (n_conversations,) its tokens.
+        sums: (n_conversations,) sum over each conversation's tokens.
+        counts: (n_conversations,) number of these tokens.
     """
     mean = float(sums.sum() / counts.sum())
     n = len(sums)
@@ -40,8 +40,8 @@ def loss_metrics(sums: np.ndarray, counts: np.ndarray) -> Loss:
     """Mean loss with its standard error, and perplexity.
 
     Args:
-        sums: nats of each conversation's scored tokens.
-        counts: how many they are.
+        sums: (n_conversations,) nats of each conversation's scored tokens.
+        counts: (n_conversations,) number of these tokens.
     """
     loss = ratio(sums, counts)
     return Loss(

@@ -1,60 +1,63 @@
-"""A transformers model whose weights pass through memory, one parameter at a time.
+"""A transformers model whose weights pass through memory one parameter at a time.
 
 The model is built without weights; hooks of accelerate fetch each parameter when its layer is
-called and drop it afterwards. So a 7B is scored in float32 with the memory of its largest tensor
-and of a batch's activations, on the CPU or on whichever GPU trained it. Since each pass reads every
-weight, documents are scored in batches.
+called and drop it afterwards. A 7B model is thus scored in float32 with the memory of its largest
+tensor and of a batch's activations, on the CPU or on the GPU that trained it. Each pass reads every
+weight, so documents are scored in batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.hooks import attach_align_device_hook
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from workflow_scripts.handover.facts import RopeParameters
-from workflow_scripts.models.checkpoint import default_device
+from workflow_scripts.models.checkpoint import default_device, model_config
 from workflow_scripts.scoring.likelihood import Scores, by_document, losses
 from workflow_scripts.scoring.pieces import Piece
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# Activations of a 7B's widest layer in float32 are 0.12 MB a token, the logits of 131,072 words
-# 0.5 MB.
+# In float32 the activations of a 7B's widest layer take 0.12 MB per token, and the logits of a
+# vocabulary of 131,072 tokens 0.5 MB.
 BATCH_TOKENS = 2048
 
 
+class WeightSource(Protocol):
+    """Weights by the names of transformers' parameters: a mapping, or anything with `[]`."""
+
+    def __getitem__(self, parameter: str, /) -> Tensor:
+        """A parameter in float32."""
+        ...
+
+
 class StreamedModel:
-    """Scores in float32 with weights that are made when they are needed.
+    """A model in float32 whose weights are computed when they are needed.
 
     Args:
-        checkpoint: folder whose config.json says what model it is.
-        weights: parameter → float32 tensor.
+        checkpoint: folder whose config.json describes the model.
+        weights: computes a parameter when it is needed.
         window: sliding window, keys; None is full causal attention.
-        rope: `rope_parameters`; None are those of the config.
-        vocabulary_size: rows of the embeddings, where they are not the config's.
+        rope: `rope_parameters`; None means those of the config.
+        vocabulary_size: rows of the embeddings; None means those of the config.
         device: name of a torch device; None is the first GPU, else the CPU.
     """
 
     def __init__(
         self,
         checkpoint: Path,
-        weights: Mapping[str, Tensor],
+        weights: WeightSource,
         *,
         window: int | None,
         rope: RopeParameters | None = None,
         vocabulary_size: int | None = None,
         device: str | None = None,
     ) -> None:
-        from accelerate.hooks import attach_align_device_hook
-        from transformers import AutoModelForCausalLM
-
-        from workflow_scripts.models.checkpoint import model_config
-
         self._device = torch.device(device) if device else default_device()
         self._weights = weights
         config = model_config(checkpoint, window=window, rope=rope)
@@ -63,7 +66,7 @@ class StreamedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
-        # The only buffers of the family: computed from the config, in no file.
+        # The only buffers of the family: computed from the config, not stored in a file.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         self._model: Any = model.eval()
         attach_align_device_hook(
@@ -75,13 +78,14 @@ class StreamedModel:
         )
 
     def logits(self, batch: Sequence[Piece]) -> list[Tensor]:
-        """(n_scored, vocabulary) float32 on the CPU of each piece, in one pass over the weights."""
+        """(n_scored, vocabulary) float32 logits of each piece, on the CPU, in one pass over the
+        weights."""
         longest = max(len(piece.input_ids) for piece in batch)
         tokens = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, piece in zip(tokens, batch, strict=True):
             row[: len(piece.input_ids)] = torch.from_numpy(piece.input_ids.astype(np.int64))
         with torch.inference_mode():
-            # Padding stands behind the text, where causal attention never looks: no mask is needed.
+            # Padding follows the text, where causal attention does not look: no mask is needed.
             hidden = self._model.model(tokens.to(self._device), use_cache=False).last_hidden_state
             head = self._weights["lm_head.weight"].to(self._device)
             return [
@@ -98,8 +102,11 @@ class StreamedModel:
 
 
 def batches(pieces: Sequence[Piece], n_tokens: int = BATCH_TOKENS) -> Iterator[list[Piece]]:
-    """Pieces of like lengths together, at most so many tokens with their padding; a longer piece is
-    a batch of its own."""
+    """Group pieces of similar length.
+
+    Args:
+        n_tokens: most tokens in a batch, padding included; a longer piece is a batch by itself.
+    """
     batch: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: len(piece.input_ids)):
         if batch and (len(batch) + 1) * len(piece.input_ids) > n_tokens:

@@ -1,7 +1,7 @@
-"""Loss of every scored token of a split by one link, as a table that is kept.
+"""The loss of every scored token of a split under one link, as a table that is kept.
 
-Whatever is said of a link's loss is a sum over these rows, and two links are compared token by
-token. About 6 bytes a token on disk.
+Every figure about a link's loss is a sum over these rows, and two links are compared token by
+token. The table takes about 6 bytes per token on disk.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from workflow_scripts import files
 from workflow_scripts.handover.scores import Loss, LossAtPositions, LossOfSource, LossOfTurn
@@ -23,24 +24,24 @@ FIRST_BUCKET_TOKENS = 256  # then 256–511, 512–1023, 1024–2047 …
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """A row a scored token, in the order of conversations and positions."""
+    """One row per scored token, in the order of conversations and positions."""
 
     ids: list[str]
-    """Of the conversations that have a scored token."""
+    """Ids of the conversations that have a scored token."""
     sources: list[str | None]
-    """Of the same conversations, by the name of the dataset's source; None where it is unknown."""
+    """Name of the dataset's source of each of these conversations; None where it is unknown."""
     conversation: np.ndarray
     """(n,) int32 indices into `ids`."""
     turn: np.ndarray
-    """(n,) int32: which supervised answer of the conversation, from 1."""
+    """(n,) int32: number of the supervised answer in the conversation, from 1."""
     position: np.ndarray
-    """(n,) int32: in the conversation, whole; 0 is its first token."""
+    """(n,) int32: position in the whole conversation; 0 is its first token."""
     token: np.ndarray
     """(n,) int32 token ids."""
     nats: np.ndarray
-    """(n,) float32, which is what the logits give: in pieces that every link scores alike."""
+    """(n,) float32, the precision of the logits: loss in pieces that every link scores alike."""
     whole_nats: np.ndarray | None = None
-    """(n,) float32: in the whole conversation, by links that honour the window."""
+    """(n,) float32: loss in the whole conversation, for links that honour the window."""
 
     @classmethod
     def of(
@@ -52,13 +53,13 @@ class TokenScores:
         whole_nats: Mapping[int, np.ndarray] | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> TokenScores:
-        """From what `likelihood.score_documents` gives.
+        """Build the table from the result of `likelihood.score_documents`.
 
         Args:
-            documents: what the numbers in `nats` count.
+            documents: those whose indices are the keys of `nats`.
             nats: by document; documents without a scored token are left out.
-            positions: of the scored tokens in each document; None is every supervised token but a
-                document's first, which nothing comes before.
+            positions: of the scored tokens in each document; None means every supervised token
+                except the document's first, which has no context.
             whole_nats: of the same tokens.
             sources: by conversation.
         """
@@ -91,8 +92,6 @@ class TokenScores:
 
     @classmethod
     def read(cls, path: Path) -> TokenScores:
-        import pyarrow as pa
-
         table = files.read_parquet(path).unify_dictionaries().combine_chunks()
 
         def values(name: str) -> np.ndarray:
@@ -100,7 +99,7 @@ class TokenScores:
 
         names = table.column("conversation").combine_chunks()
         conversation = names.indices.to_numpy()
-        # A source a conversation: that of its first row.
+        # Each conversation has one source: that of its first row.
         _, first_rows = np.unique(conversation, return_index=True)
         return cls(
             ids=names.dictionary.to_pylist(),
@@ -114,8 +113,6 @@ class TokenScores:
         )
 
     def write(self, path: Path) -> None:
-        import pyarrow as pa
-
         names = sorted({source for source in self.sources if source is not None})
         number = {name: at for at, name in enumerate(names)}
         source = pa.array(
@@ -137,15 +134,16 @@ class TokenScores:
         files.write_parquet(path, pa.table(columns))
 
     def metrics(self, nats: np.ndarray | None = None) -> Loss:
-        """Mean loss over all tokens, its error, perplexity.
+        """Mean loss over all tokens, its standard error, and perplexity.
 
         Args:
-            nats: other losses of the same tokens; None is `nats`.
+            nats: other losses of the same tokens; None means `self.nats`.
         """
         return loss_metrics(*self._sums(self.nats if nats is None else nats))
 
     def by_position(self) -> tuple[LossAtPositions, ...]:
-        """Metrics of each bucket of positions that has a token; the buckets double."""
+        """Metrics of each bucket of positions that has a token; each bucket is twice as wide as the
+        one before."""
         n_doublings = int(self.position.max(initial=1)).bit_length()
         ends = FIRST_BUCKET_TOKENS * 2 ** np.arange(n_doublings)
         bucket = np.searchsorted(ends, self.position, side="right")
@@ -162,7 +160,7 @@ class TokenScores:
         return tuple(LossOfTurn(turn=turn, **dict(loss)) for turn, loss in self._by(self.turn))
 
     def by_source(self) -> tuple[LossOfSource, ...]:
-        """Metrics of each source; that of conversations of unknown source is null."""
+        """Metrics of each source; None means an unknown source."""
         names = list(dict.fromkeys(self.sources))
         number = np.array([names.index(source) for source in self.sources], dtype=np.int32)
         return tuple(
@@ -171,15 +169,14 @@ class TokenScores:
         )
 
     def scores_the_same(self, other: TokenScores) -> bool:
-        """Whether the two score the same tokens of the same conversations."""
+        """True if both score the same tokens of the same conversations."""
         return self.ids == other.ids and all(
             np.array_equal(getattr(self, name), getattr(other, name))
             for name in ("conversation", "position", "token")
         )
 
     def difference(self, other: TokenScores) -> Ratio:
-        """Mean loss less the other's, nats a token, paired token by token: what is hard for both
-        drops out of its error.
+        """Mean loss minus the other's, nats per token; pairing by token cancels text difficulty.
 
         Args:
             other: scores of the same tokens.
@@ -189,7 +186,7 @@ class TokenScores:
         return ratio(*self._sums(changes))
 
     def _by(self, group: np.ndarray) -> list[tuple[int, Loss]]:
-        """Metrics by group, in order.
+        """Metrics of each group, in ascending order.
 
         Args:
             group: (n,) integer.
@@ -205,8 +202,8 @@ class TokenScores:
         """Sum and number of the values of each conversation that has any.
 
         Args:
-            values: (n,) one a token.
-            keep: (n,) bool, the tokens that count.
+            values: (n,) one per token.
+            keep: (n,) bool, True for the tokens that count.
         """
         conversation = self.conversation[keep]
         sums = np.bincount(conversation, weights=values[keep])  # in float64
@@ -216,7 +213,7 @@ class TokenScores:
 
 
 def turns(document: Document) -> np.ndarray:
-    """(n_tokens,) number of the supervised run that a token is in, or that came last before it."""
+    """(n_tokens,) number of the supervised run that a token is in, or of the last one before it."""
     is_supervised = document.is_supervised
     begins = is_supervised & ~np.concatenate([[False], is_supervised[:-1]])
     return np.cumsum(begins)

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from workflow_scripts import files
 from workflow_scripts.handover.facts import RopeParameters
 from workflow_scripts.log import StageError
-from workflow_scripts.models.checkpoint import (
-    Precision,
-    default_device,
-    is_packed,
-    load_model,
-    native_precision,
-)
+from workflow_scripts.models.checkpoint import Precision, load_model
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
+WEIGHTS = "adapter_model.safetensors"
 # Logits of a block: 16 MiB in float32, which the allocator keeps for the next block.
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 
 
 class TransformersModel:
-    """Scores with a checkpoint, with a live adapter on it where one is given.
+    """A checkpoint that gives logits, with a live adapter if one is given.
 
     Args:
         checkpoint: folder of the model.
@@ -54,8 +50,6 @@ class TransformersModel:
         self.model: Any = model.eval()
 
     def logit_blocks(self, input_ids: np.ndarray, positions: np.ndarray) -> Iterator[Tensor]:
-        import torch
-
         device = self.model.device
         with torch.inference_mode():
             tokens = torch.from_numpy(input_ids.astype("int64"))[None].to(device)
@@ -72,23 +66,16 @@ def as_trained(model: Any, adapter: Path) -> Any:
     Args:
         adapter: folder of train_adapter.
     Raises:
-        StageError: the tensors of a full fine-tune are not those of the model, or the model is
-            quantized.
+        StageError: the tensors of a full fine-tune do not fit the model, or the model is quantized.
     """
-    if files.read_json(adapter / "adapter_config.json").get("method") != "full":
+    if not is_full_fine_tune(adapter):
+        # PEFT takes three seconds to import, and most links do not need it.
         from peft import PeftModel
 
-        n_rows = embedding_rows(adapter / "adapter_model.safetensors")
-        if n_rows not in (None, model.config.vocab_size):
-            model.resize_token_embeddings(n_rows, mean_resizing=False)
+        resize_embeddings(model, adapter)
         return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
-
-    import torch
-    from safetensors import safe_open
-
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    path = adapter / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as trained, torch.no_grad():
+    with safe_open(adapter / WEIGHTS, framework="pt") as trained, torch.no_grad():
         for name in trained.keys():
             tensor, parameter = trained.get_tensor(name), parameters.get(name)
             if (
@@ -98,7 +85,7 @@ def as_trained(model: Any, adapter: Path) -> Any:
             ):
                 raise StageError(
                     "the trained weights do not fit the model",
-                    where=f"{path}, {name}",
+                    where=f"{adapter / WEIGHTS}, {name}",
                     found=tuple(tensor.shape),
                     expected="no such weight"
                     if parameter is None
@@ -109,30 +96,16 @@ def as_trained(model: Any, adapter: Path) -> Any:
     return model
 
 
-def embedding_rows(path: Path) -> int | None:
-    """Of embeddings that an adapter holds as a whole; they may have grown by new tokens."""
-    from safetensors import safe_open
+def is_full_fine_tune(adapter: Path) -> bool:
+    """True if the folder holds the weights of a full fine-tune instead of an adapter."""
+    return files.read_json(adapter / "adapter_config.json").get("method") == "full"
 
-    with safe_open(path, framework="pt") as adapter:
-        for name in adapter.keys():
+
+def resize_embeddings(model: Any, adapter: Path) -> None:
+    """Give a model as many embeddings as the adapter holds, if training added tokens."""
+    with safe_open(adapter / WEIGHTS, framework="pt") as stored:
+        for name in stored.keys():
             if name.endswith("embed_tokens.weight"):
-                return adapter.get_slice(name).get_shape()[0]
-    return None
-
-
-def measured_precision(
-    name: Literal["native", "int8", "nf4"], checkpoint: Path | None = None
-) -> Precision:
-    """The precision that a link is measured in on this machine.
-
-    Args:
-        name: `precision` of the recipe.
-        checkpoint: folder of the model, where it may be packed (quantize_awq).
-    """
-    if name != "native":
-        return name
-    if checkpoint is not None and is_packed(checkpoint):
-        from workflow_scripts.models import awq_weights
-
-        return awq_weights.precision(default_device())
-    return native_precision(default_device())
+                n_rows = stored.get_slice(name).get_shape()[0]
+                if n_rows != model.config.vocab_size:
+                    model.resize_token_embeddings(n_rows, mean_resizing=False)

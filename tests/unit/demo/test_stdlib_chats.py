@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import signature_answers
-from tests.conftest import REPOSITORY
 from tests.signature_answers import asked_signature
 from workflow_scripts import files
 from workflow_scripts.chats import clean_dataset, conversations

@@ -34,7 +34,7 @@ def test_scales_and_deltas_are_pefts_own(request, checkpoint, kind):
     layers = peft_layers(checkpoint, folder)
     assert adapter.targets == layers.keys() and len(layers) == 14
     for name, layer in layers.items():
-        assert adapter.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
+        assert adapter.config.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
         assert torch.equal(adapter.delta(Part(name)), layer.get_delta_weight("default")), name
 
 
@@ -52,7 +52,7 @@ def test_patterns_are_matched_as_peft_matches_them(checkpoint, make_adapter, tmp
     make_adapter(checkpoint, tmp_path, **patterns)
     adapter = Adapter(tmp_path)
     for name, layer in peft_layers(checkpoint, tmp_path).items():
-        assert adapter.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
+        assert adapter.config.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
 
 
 def test_the_scale_of_rslora_is_pefts_own(checkpoint, make_adapter, tmp_path):
@@ -60,7 +60,7 @@ def test_the_scale_of_rslora_is_pefts_own(checkpoint, make_adapter, tmp_path):
     adapter = Adapter(tmp_path)
     layers = peft_layers(checkpoint, tmp_path)
     for name, layer in layers.items():
-        assert adapter.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
+        assert adapter.config.scale(name.removesuffix(".weight")) == layer.scaling["default"], name
     assert len({layer.scaling["default"] for layer in layers.values()}) == 2
 
 
@@ -90,10 +90,10 @@ def test_deltas_of_experts_are_pefts_own(mixtral, tmp_path, targets):
     assert len(layers) == 2 * len(targets)
     for name, layer in layers.items():
         expected = layer.get_delta_weight("default")
-        assert adapter.scale(name) == layer.scaling["default"]
+        assert adapter.config.scale(name) == layer.scaling["default"]
         for expert in range(4):
             found = adapter.delta(Part(name, expert)).clone()
-            # Another order of summation; measured 5e-7, the deltas are of size 3.
+            # Another order of summation; measured 5e-7 for deltas of size 3.
             torch.testing.assert_close(found, expected[expert], rtol=0, atol=1e-5)
             if name.endswith("gate_up_proj"):
                 halves = [adapter.delta(Part(name, expert, half)).clone() for half in (0, 1)]
@@ -110,7 +110,7 @@ def test_deltas_of_experts_are_pefts_own(mixtral, tmp_path, targets):
     ],
     ids=["lora_bias", "tokens", "bias", "pissa"],
 )
-def test_what_changes_the_arithmetic_is_refused(checkpoint, make_adapter, tmp_path, options, found):
+def test_an_unsupported_option_is_refused(checkpoint, make_adapter, tmp_path, options, found):
     make_adapter(checkpoint, tmp_path, **options)
     with pytest.raises(StageError, match="not merged here") as caught:
         Adapter(tmp_path)
@@ -118,14 +118,14 @@ def test_what_changes_the_arithmetic_is_refused(checkpoint, make_adapter, tmp_pa
     assert "rsLoRA or DoRA" in str(caught.value)
 
 
-def test_an_adapter_that_is_no_lora_is_refused(checkpoint, tmp_path):
+def test_an_adapter_that_is_not_a_lora_is_refused(checkpoint, tmp_path):
     from peft import IA3Config, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(base, config).save_pretrained(tmp_path)
-    with pytest.raises(StageError, match="no LoRA") as caught:
+    with pytest.raises(StageError, match="not a LoRA") as caught:
         Adapter(tmp_path)
     assert "IA3" in str(caught.value)
 
@@ -146,7 +146,7 @@ def test_a_folder_without_an_adapter_is_a_stage_error(tmp_path):
         Adapter(tmp_path)
 
 
-def test_a_quoted_scale_is_alpha_over_rank(uniform_adapter):
+def test_the_scale_is_alpha_over_rank(uniform_adapter):
     config = files.read_json(uniform_adapter / "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (8, 16)
-    assert Adapter(uniform_adapter).scale("model.layers.0.self_attn.q_proj") == 2
+    assert Adapter(uniform_adapter).config.scale("model.layers.0.self_attn.q_proj") == 2

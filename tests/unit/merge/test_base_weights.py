@@ -8,29 +8,27 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.merge import nf4, tensor_names
+from workflow_scripts.merge import tensor_names
 from workflow_scripts.merge.base_weights import BaseWeights
-from workflow_scripts.merge.tensor_names import part
+from workflow_scripts.merge.tensor_names import is_quantized_in_training, part, slabs
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.models.experts import Nf4Tensor, quantize_experts
 
 
 def assembled(base):
-    """Parameter → its whole weight, put together from the slabs."""
+    """Parameter → its whole weight, joined from the slabs."""
     found = {}
-    for header in base.headers.values():
-        for name in header:
-            for slab, weight in base.slabs(name):
-                at = (slab.part.parameter, slab.part.expert, slab.part.half)
-                found.setdefault(at, []).append(weight)
+    for name in base.entries:
+        for slab in slabs(name, base.shape(name)):
+            found.setdefault(slab.part, []).append(base.weight(name, slab))
     weights = {}
-    for (parameter, *_), slabs in sorted(found.items(), key=lambda item: str(item[0])):
-        weights.setdefault(parameter, []).append(torch.cat(slabs) if slabs[0].dim() else slabs[0])
+    for (parameter, *_), rows in sorted(found.items(), key=lambda item: str(tuple(item[0]))):
+        weights.setdefault(parameter, []).append(torch.cat(rows) if rows[0].dim() else rows[0])
     return {name: torch.cat(parts) for name, parts in weights.items()}
 
 
 def dequantized(model):
-    """Parameter → what bitsandbytes gives back of the NF4 weights of a loaded model."""
+    """Parameter → NF4 weight of a loaded model, dequantized by bitsandbytes."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -52,7 +50,7 @@ def slab_elements(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["checkpoint", "tied", "mixtral", "sharded_mixtral"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_dequantized_base_is_bitsandbytes_own_bit_by_bit(request, slab_elements, kind, dtype):
+def test_the_dequantized_base_equals_bitsandbytes_bit_by_bit(request, slab_elements, kind, dtype):
     checkpoint = request.getfixturevalue(kind)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -64,7 +62,7 @@ def test_the_dequantized_base_is_bitsandbytes_own_bit_by_bit(request, slab_eleme
     quantize_experts(model, torch.device("cpu"))
     expected = dequantized(model)
     found = assembled(BaseWeights(checkpoint, dtype))
-    assert {name for name in found if nf4.is_quantized(part(name))} == expected.keys()
+    assert {name for name in found if is_quantized_in_training(part(name))} == expected.keys()
     assert len(expected) == (12 if "mixtral" in kind else 14)
     original = assembled(BaseWeights(checkpoint))
     for name, weight in found.items():
@@ -90,13 +88,10 @@ def test_the_original_base_is_the_files(request, slab_elements, kind):
     checkpoint = request.getfixturevalue(kind)
     base = BaseWeights(checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
-    n_read = 0
-    for header in base.headers.values():
-        for name in header:
-            weights = torch.cat([weight.reshape(-1) for _, weight in base.slabs(name)])
-            assert torch.equal(weights, stored[name].reshape(-1)), name
-            n_read += 1
-    assert n_read == len(stored)
+    assert base.entries.keys() == stored.keys()
+    for name in base.entries:
+        rows = [base.weight(name, slab).reshape(-1) for slab in slabs(name, base.shape(name))]
+        assert torch.equal(torch.cat(rows), stored[name].reshape(-1)), name
 
 
 @pytest.mark.parametrize("damage", ["cut", "header"])
@@ -112,7 +107,7 @@ def test_a_damaged_shard_is_named(make_checkpoint, tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def sharded_mixtral(mixtral, tmp_path_factory):
-    """The experts of a layer in several files, as Mixtral 8x7B's lie in its 19."""
+    """The experts of a layer in several files, as in the 19 files of Mixtral 8x7B."""
     folder = tmp_path_factory.mktemp("sharded")
     tensors = load_file(mixtral / "model.safetensors")
     names = sorted(tensors)

@@ -1,7 +1,7 @@
-"""What becomes of a hand-over that breaks: a clear message, and no file that looks whole.
+"""A hand-over that breaks gives a clear message, and leaves no file that looks whole.
 
-What a damaged tokenizer, a swapped template or a resized vocabulary does to `check_merged` and
-`check_gguf` stands in their own tests.
+The tests of `check_merged` and `check_gguf` cover a damaged tokenizer, a swapped template and a
+resized vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MEGABYTE = 10**6
 
 
 def run_with_room(module, arguments, n_bytes):
-    """A stage in a process that may write no file larger than this: the kernel refuses the rest of
-    it, as on a full disk."""
+    """Run a stage in a process that may not write a larger file than this: the kernel refuses the
+    rest, as on a full disk."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_while_merging_leaves_no_folder(chain, tmp_path):
     assert everything_in(tmp_path / "out") == []
 
 
-def test_a_disk_that_fills_while_merging_again_keeps_the_folder_of_before(chain, tmp_path):
+def test_a_disk_that_fills_while_merging_again_keeps_the_old_folder(chain, tmp_path):
     merged = tmp_path / "merged"
     merge_adapter.main([str(part) for part in merging(chain, merged)])
     before = {path.name: path.stat().st_mtime_ns for path in merged.iterdir()}

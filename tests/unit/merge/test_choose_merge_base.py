@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from tests.unit.merge.merges import merge
 from workflow_scripts import files
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.handover.gates import MergeCandidate
 from workflow_scripts.log import StageError
-from workflow_scripts.merge import choose_merge_base, merge_adapter
+from workflow_scripts.merge import choose_merge_base, merge_candidates
 from workflow_scripts.scoring import pieces as cutting
 from workflow_scripts.scoring.likelihood import (
     all_logits,
@@ -46,12 +47,7 @@ def test_the_candidates_in_memory_score_as_their_merged_files(chain, chosen, tmp
     perplexity = summarize(score_documents(live, pieces)).perplexity
     assert report["adapter_perplexity"] == pytest.approx(perplexity, rel=1e-6)
     for base in ("original", "dequantized"):
-        merged = tmp_path / base
-        merge_adapter.main(
-            ["--checkpoint", str(chain.checkpoint), "--facts", str(chain.facts)]
-            + ["--tokenizer", str(chain.tokenizer)]
-            + ["--adapter", str(chain.adapter), "--merge-base", base, "--merged", str(merged)]
-        )
+        merged = merge(chain.checkpoint, chain.adapter, tmp_path / base, base=base)
         model = TransformersModel(merged, window=300, precision="float32")
         divergences = [
             divergence(expected, all_logits(model, piece))[0]
@@ -74,7 +70,7 @@ def test_the_base_that_training_saw_is_nearer_to_the_live_adapter(chosen):
     assert report["loss_difference_nats_per_token"] == pytest.approx(difference, abs=1e-9)
 
 
-def test_nothing_is_written_but_the_choice(chosen):
+def test_only_the_choice_is_written(chosen):
     assert [path.name for path in chosen.parent.iterdir()] == ["merge_base.json"]
 
 
@@ -90,34 +86,34 @@ def figures(original_kl, dequantized_kl):
     [
         (-0.03, 0.01, "original"),
         (0.03, 0.01, "dequantized"),
-        (-0.01, 0.01, "dequantized"),  # no difference: the nearer
+        (-0.01, 0.01, "dequantized"),  # not significant: the nearer base
         (0.01, 0.01, "dequantized"),
         (-0.5, None, "dequantized"),
     ],
 )
-def test_a_lower_perplexity_decides_beyond_its_error_else_the_nearer_base(
+def test_perplexity_decides_beyond_its_error_and_otherwise_the_nearer_base(
     difference, error, expected
 ):
-    assert choose_merge_base.better(figures(0.2, 0.1), difference, error) == expected
+    assert merge_candidates.better(figures(0.2, 0.1), difference, error) == expected
 
 
 def test_within_the_error_the_original_is_chosen_where_it_is_nearer():
-    assert choose_merge_base.better(figures(0.1, 0.2), 0.01, 0.01) == "original"
+    assert merge_candidates.better(figures(0.1, 0.2), 0.01, 0.01) == "original"
 
 
-def test_a_figure_that_is_no_number_stops_the_choice():
+def test_a_figure_that_is_not_finite_stops_the_choice():
     with pytest.raises(StageError, match="a merge computes no numbers") as caught:
-        choose_merge_base.better(figures(0.1, math.nan), 0.5, 0.01)
+        merge_candidates.better(figures(0.1, math.nan), 0.5, 0.01)
     assert "dequantized" in str(caught.value)
 
 
-def test_without_a_conversation_there_is_nothing_to_choose_by(
+def test_without_a_conversation_no_base_can_be_chosen(
     chain, write_documents, tmp_path, ends_with_message
 ):
     write_documents(tmp_path / "none.arrow", [], [])
     given = arguments(chain, tmp_path / "merge_base.json", tokens=tmp_path / "none.arrow")
     message = ends_with_message(choose_merge_base.main, given)
-    assert "there is nothing to choose by" in message
+    assert "there is no conversation to choose the base by" in message
     assert "runs.<name>.merge_base" in message
     assert not (tmp_path / "merge_base.json").exists()
 

@@ -1,4 +1,4 @@
-"""The exact half of the merge gate: right merges by whoever made them, and wrong ones by name."""
+"""The exact half of the merge gate: right merges pass, by any tool; wrong ones are named."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.facts import facts_of
+from tests.unit.merge.merges import all_tensors, merge, merged_by_peft
 from workflow_scripts import files
-from workflow_scripts.merge import exact_merge, merge_adapter
-from workflow_scripts.merge.exact_merge import Files, Reference, is_rounded
+from workflow_scripts.merge import exact_merge
 from workflow_scripts.merge.live_adapter import LiveAdapter
 from workflow_scripts.merge.merge_difference import described, named_together
+from workflow_scripts.merge.merge_reference import Reference, is_rounded
+from workflow_scripts.merge.stored_tensors import StoredTensors
 
 MATCHED = {
     "rank_pattern": {"k_proj": 2, "v_proj": 2},
@@ -22,46 +23,24 @@ MATCHED = {
 }
 
 
-def merged_by_us(base, adapter, folder, merge_base="original"):
-    (folder.parent / "tokenizer").mkdir(exist_ok=True)
-    facts_of(base).write(folder.parent / "facts.json")
-    merge_adapter.main(
-        ["--checkpoint", str(base), "--facts", str(folder.parent / "facts.json")]
-        + ["--tokenizer", str(folder.parent / "tokenizer")]
-        + ["--adapter", str(adapter), "--merge-base", merge_base, "--merged", str(folder)]
-    )
-    return folder
-
-
-def merged_by_peft(base, adapter, folder, *, dtype="bfloat16", is_safe=False, **options):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    live = PeftModel.from_pretrained(model, adapter, **options)
-    live.merge_and_unload(safe_merge=is_safe).save_pretrained(folder)
-    return folder
-
-
 def compared(base, adapter, merged, nf4_dtype=None):
-    reference = Reference(Files(base), LiveAdapter(adapter, base), nf4_dtype)
-    stored = Files(merged)
+    reference = Reference(StoredTensors(base), LiveAdapter(adapter, base), nf4_dtype)
+    stored = StoredTensors(merged)
     assert exact_merge.layout_difference(reference, stored) is None
     return reference, stored, list(exact_merge.compare_all(reference, stored, 2))
 
 
 def faults(base, adapter, merged, nf4_dtype=None, other_base=None):
-    """The lines that the gate shows."""
+    """The lines of the gate's message."""
     reference, stored, results = compared(base, adapter, merged, nf4_dtype)
     return described([each for each in results if each.n_wrong], reference, stored, other_base)
 
 
 def changed(merged, folder, change):
-    """A copy of a merged folder with another content: `change` has its tensors to change."""
+    """A copy of a merged folder with other content: `change` is called with its tensors."""
     shutil.copytree(merged, folder)
-    tensors = {}
+    tensors = all_tensors(folder)
     for shard in folder.glob("*.safetensors"):
-        tensors |= load_file(shard)
         shard.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     change(tensors)
@@ -93,13 +72,13 @@ def adapter(base, make_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(base, adapter, tmp_path_factory):
-    return merged_by_us(base, adapter, tmp_path_factory.mktemp("merge") / "merged")
+    return merge(base, adapter, tmp_path_factory.mktemp("merge") / "merged")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("merge_base", ["original", "dequantized"])
 def test_our_merge_of_every_type_and_base_is_exact(bases, adapter, tmp_path, dtype, merge_base):
-    merged = merged_by_us(bases[dtype], adapter, tmp_path / "merged", merge_base)
+    merged = merge(bases[dtype], adapter, tmp_path / "merged", base=merge_base)
     nf4_dtype = None if merge_base == "original" else getattr(torch, dtype)
     _, stored, results = compared(bases[dtype], adapter, merged, nf4_dtype)
     assert len(results) == 39
@@ -107,7 +86,7 @@ def test_our_merge_of_every_type_and_base_is_exact(bases, adapter, tmp_path, dty
     assert sum(each.rounding == "once" for each in results) == 28
     # A float32 base is stored in bfloat16.
     kept = {"float16": "F16"}.get(dtype, "BF16")
-    assert {entry["dtype"] for entry in stored.entries.values()} == {kept}
+    assert {entry.dtype for entry in stored.entries.values()} == {kept}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -120,13 +99,13 @@ def test_our_merge_of_every_type_and_base_is_exact(bases, adapter, tmp_path, dty
     ],
     ids=["merge_and_unload", "safe_merge", "16-bit adapter"],
 )
-def test_peft_s_merges_are_right_each_by_its_rounding(
+def test_each_of_pefts_merges_is_right_by_its_rounding(
     bases, adapter, tmp_path, dtype, options, rounding
 ):
     merged = merged_by_peft(bases[dtype], adapter, tmp_path / "merged", dtype=dtype, **options)
     _, _, results = compared(bases[dtype], adapter, merged)
     assert [each for each in results if each.n_wrong] == []
-    # To float32 nothing is rounded that anyone could see.
+    # Rounding to float32 is too small to be detected.
     expected = "once" if dtype == "float32" else rounding
     assert {each.rounding for each in results} == {None, expected}
 
@@ -134,8 +113,8 @@ def test_peft_s_merges_are_right_each_by_its_rounding(
 def test_a_change_that_cancels_out_on_a_weight_of_zero_is_right_however_it_is_rounded(
     base, adapter, tmp_path
 ):
-    """Weights that came from 4 bits have exact zeros. On these nothing hides that float32 leaves
-    a change of nearly nothing uncertain by several numbers of the type."""
+    """Weights that were dequantized from 4 bits are often exactly zero. There it shows that float32
+    leaves a change near zero uncertain by several numbers of the type."""
 
     def zero(tensors):
         for name in tensors:
@@ -159,10 +138,10 @@ def test_a_change_that_cancels_out_on_a_weight_of_zero_is_right_however_it_is_ro
     ],
     ids=["dora", "rslora with patterns", "saved module"],
 )
-def test_every_kind_of_adapter_is_right_by_us_and_by_peft(base, make_adapter, tmp_path, config):
+def test_our_merge_and_pefts_are_right_for_every_adapter(base, make_adapter, tmp_path, config):
     adapter = make_adapter(base, tmp_path / "adapter", size=0.02, **config)
     for merged in (
-        merged_by_us(base, adapter, tmp_path / "ours"),
+        merge(base, adapter, tmp_path / "ours"),
         merged_by_peft(base, adapter, tmp_path / "theirs"),
     ):
         _, _, results = compared(base, adapter, merged)
@@ -170,12 +149,12 @@ def test_every_kind_of_adapter_is_right_by_us_and_by_peft(base, make_adapter, tm
         assert any(each.rounding == "once" for each in results)
 
 
-def test_a_tied_model_passes_saved_with_its_output_layer_or_without(
+def test_a_tied_model_passes_with_or_without_its_output_layer(
     make_checkpoint, make_adapter, tmp_path
 ):
     base = make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
     adapter = make_adapter(base, tmp_path / "adapter")
-    merged = merged_by_us(base, adapter, tmp_path / "merged")
+    merged = merge(base, adapter, tmp_path / "merged")
     assert compared(base, adapter, merged)
 
     def untie(tensors):
@@ -187,16 +166,16 @@ def test_a_tied_model_passes_saved_with_its_output_layer_or_without(
         untie(tensors)
         tensors["lm_head.weight"][0, 0] += 1
 
-    stored = Files(changed(merged, tmp_path / "apart", untie_wrongly))
-    reference = Reference(Files(base), LiveAdapter(adapter, base))
+    stored = StoredTensors(changed(merged, tmp_path / "apart", untie_wrongly))
+    reference = Reference(StoredTensors(base), LiveAdapter(adapter, base))
     assert exact_merge.layout_difference(reference, stored) == (
         "a tensor lm_head.weight that the base does not have"
     )
 
 
-def test_a_mixture_s_experts_and_router_are_compared_too(mixtral, train, tmp_path):
+def test_experts_and_router_of_a_mixture_are_compared_too(mixtral, train, tmp_path):
     adapter = train(mixtral, method="lora", adapts_experts=True, trains_router=True)
-    merged = merged_by_us(mixtral, adapter, tmp_path / "merged")
+    merged = merge(mixtral, adapter, tmp_path / "merged")
     _, _, results = compared(mixtral, adapter, merged)
     assert [each for each in results if each.n_wrong] == []
     assert {each.name.split(".")[-2] for each in results if each.rounding} >= {"w1", "w2", "w3"}
@@ -217,17 +196,17 @@ def test_position_tables_of_an_old_checkpoint_may_be_left_out(base, adapter, mer
 
     old = changed(base, tmp_path / "old", add)
     assert compared(old, adapter, merged)
-    assert compared(old, adapter, merged_by_us(old, adapter, tmp_path / "merged"))
+    assert compared(old, adapter, merge(old, adapter, tmp_path / "merged"))
 
 
-# Wrong merges, each by the name that the message gives it.
+# Wrong merges, and how the message names them.
 
 
 def test_a_doubled_alpha_is_named_with_its_factor(base, adapter, merged, tmp_path):
     doubled = shutil.copytree(adapter, tmp_path / "doubled")
     config = files.read_json(adapter / "adapter_config.json")
     files.write_json(doubled / "adapter_config.json", config | {"lora_alpha": 32})
-    wrong = merged_by_us(base, doubled, tmp_path / "merged")
+    wrong = merge(base, doubled, tmp_path / "merged")
     (line,) = faults(base, adapter, wrong)
     assert line.startswith("model.layers.{0-3}.")
     assert "has the adapter's change 2 times; a wrong scale (alpha ÷ rank)" in line
@@ -238,7 +217,7 @@ def test_k_and_v_without_their_alpha_pattern_are_named(base, make_adapter, tmp_p
     forgotten = shutil.copytree(adapter, tmp_path / "forgotten")
     config = files.read_json(adapter / "adapter_config.json")
     files.write_json(forgotten / "adapter_config.json", config | {"alpha_pattern": {}})
-    wrong = merged_by_us(base, forgotten, tmp_path / "merged")
+    wrong = merge(base, forgotten, tmp_path / "merged")
     (line,) = faults(base, adapter, wrong)
     assert "self_attn.k_proj.weight" in line and "self_attn.v_proj.weight" in line
     assert "q_proj" not in line and "has the adapter's change 4 times" in line
@@ -246,7 +225,7 @@ def test_k_and_v_without_their_alpha_pattern_are_named(base, make_adapter, tmp_p
 
 def test_one_projection_left_out_is_named(base, adapter, merged, tmp_path):
     name = "model.layers.2.self_attn.k_proj.weight"
-    original = Files(base).whole(name)
+    original = StoredTensors(base).whole(name)
     wrong = changed(merged, tmp_path / "wrong", lambda tensors: tensors.update({name: original}))
     (line,) = faults(base, adapter, wrong)
     assert line.startswith(f"{name}: is the base's; the adapter's change was left out (")
@@ -263,7 +242,7 @@ def test_two_layers_exchanged_are_named(base, adapter, merged, tmp_path):
     assert any(".layers.3." in line and "holds the weights of layer 1" in line for line in lines)
 
 
-def test_the_base_s_shard_in_place_of_the_merged_one_is_named(base, adapter, merged, tmp_path):
+def test_a_shard_of_the_base_instead_of_the_merged_one_is_named(base, adapter, merged, tmp_path):
     wrong = shutil.copytree(merged, tmp_path / "wrong")
     shard = sorted(base.glob("*.safetensors"))[3]
     shutil.copyfile(shard, wrong / shard.name)
@@ -272,7 +251,7 @@ def test_the_base_s_shard_in_place_of_the_merged_one_is_named(base, adapter, mer
 
 
 def test_an_earlier_state_of_the_adapter_is_named(base, adapter, merged, make_adapter, tmp_path):
-    """Some of the way to it, each matrix by another factor, and a little elsewhere."""
+    """Part of the way to the final state, with noise in each matrix."""
     earlier = shutil.copytree(adapter, tmp_path / "earlier")
     tensors = load_file(adapter / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -280,14 +259,14 @@ def test_an_earlier_state_of_the_adapter_is_named(base, adapter, merged, make_ad
         noise = torch.randn(tensor.shape, generator=generator) * tensor.std()
         tensors[name] = 0.7 * tensor + 0.3 * noise
     save_file(tensors, earlier / "adapter_model.safetensors")
-    wrong = merged_by_us(base, earlier, tmp_path / "merged")
+    wrong = merge(base, earlier, tmp_path / "merged")
     (line,) = faults(base, adapter, wrong)
     assert "the change of another state of this adapter, such as an earlier checkpoint" in line
 
 
 def test_the_matrices_of_another_run_are_named(base, adapter, make_adapter, tmp_path):
     other = make_adapter(base, tmp_path / "other", seed=5, size=0.02)
-    wrong = merged_by_us(base, other, tmp_path / "merged")
+    wrong = merge(base, other, tmp_path / "merged")
     (line,) = faults(base, adapter, wrong)
     assert "has the change of another adapter" in line
 
@@ -306,13 +285,13 @@ def test_an_ignored_magnitude_is_named(base, make_adapter, tmp_path):
         {name: tensor for name, tensor in tensors.items() if "magnitude" not in name},
         plain / "adapter_model.safetensors",
     )
-    wrong = merged_by_us(base, plain, tmp_path / "merged")
+    wrong = merge(base, plain, tmp_path / "merged")
     (line,) = faults(base, adapter, wrong)
     assert "is merged without DoRA's magnitude" in line
 
 
 def test_the_other_base_is_named(base, adapter, merged):
-    files_of_base, live = Files(base), LiveAdapter(adapter, base)
+    files_of_base, live = StoredTensors(base), LiveAdapter(adapter, base)
     original, dequantized = (
         Reference(files_of_base, live, dtype) for dtype in (None, torch.bfloat16)
     )
@@ -341,13 +320,13 @@ def test_the_other_base_is_named(base, adapter, merged):
     ],
 )
 def test_another_layout_is_named(base, adapter, merged, tmp_path, change, difference):
-    stored = Files(changed(merged, tmp_path / "wrong", change))
-    reference = Reference(Files(base), LiveAdapter(adapter, base))
+    stored = StoredTensors(changed(merged, tmp_path / "wrong", change))
+    reference = Reference(StoredTensors(base), LiveAdapter(adapter, base))
     assert exact_merge.layout_difference(reference, stored) == difference
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_named(base, adapter, merged, tmp_path, value):
+def test_a_number_that_is_not_finite_is_named(base, adapter, merged, tmp_path, value):
     name = "model.layers.0.mlp.up_proj.weight"
     wrong = changed(
         merged, tmp_path / "wrong", lambda tensors: tensors[name].view(-1)[7:8].fill_(value)
@@ -371,7 +350,7 @@ def test_a_number_one_step_of_its_type_off_is_found(base, adapter, merged, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_near_a_midpoint_either_neighbour_is_right_and_elsewhere_one(dtype):
+def test_near_a_midpoint_both_neighbours_are_right_and_elsewhere_only_one(dtype):
     one, two = torch.tensor([1.0, 1.0 + torch.finfo(dtype).eps], dtype=dtype).double()
     middle, slack = (one + two) / 2, torch.tensor(2.0**-20).double()
     for share, right in ((0.25, [True, False]), (0.5, [True, True]), (0.75, [False, True])):
@@ -400,11 +379,11 @@ def test_tensors_of_many_layers_are_named_together():
     ids=["patterns", "dora", "saved"],
 )
 def test_the_live_adapter_is_what_peft_merges(base, make_adapter, tmp_path, config):
-    """In float32, where nothing is rounded: PEFT's merged weights less its base's."""
+    """In float32, where nothing is rounded."""
     adapter = make_adapter(base, tmp_path / "adapter", **config)
     live = LiveAdapter(adapter, base)
-    merged = Files(merged_by_peft(base, adapter, tmp_path / "merged", dtype="float32"))
-    original = Files(base)
+    merged = StoredTensors(merged_by_peft(base, adapter, tmp_path / "merged", dtype="float32"))
+    original = StoredTensors(base)
     assert len(live.low_rank) == 28
     for name, (change,) in itertools.islice(live.low_rank.items(), 10):
         expected = original.whole(name).float() + change.scale * change.up @ change.down

@@ -33,7 +33,7 @@ def given(uniform_adapter, tmp_path):
     return shutil.copytree(uniform_adapter, tmp_path / "given")
 
 
-def test_a_local_adapter_is_copied_with_a_note_of_where_it_was(fetch, given, tmp_path):
+def test_a_local_adapter_is_copied_and_its_origin_recorded(fetch, given, tmp_path):
     done = fetch(adapter=str(given))
     assert done.returncode == 0, done.stderr
     fetched = tmp_path / "adapter"
@@ -44,7 +44,7 @@ def test_a_local_adapter_is_copied_with_a_note_of_where_it_was(fetch, given, tmp
     assert files.read_json(fetched / "source.json") == {"source": str(given)}
 
 
-def test_the_dtype_that_training_noted_reaches_the_merge(fetch, given, checkpoint, tmp_path):
+def test_the_dtype_that_training_recorded_reaches_the_merge(fetch, given, checkpoint, tmp_path):
     files.write_json(given / "training_manifest.json", {"compute_dtype": "float16", "n_steps": 5})
     assert fetch(adapter=str(given)).returncode == 0
     origin = files.read_json(tmp_path / "adapter" / "source.json")
@@ -53,7 +53,7 @@ def test_the_dtype_that_training_noted_reaches_the_merge(fetch, given, checkpoin
     assert str(dtype) == "torch.float16"
 
 
-def test_a_folder_below_home_is_found(fetch, given, tmp_path, monkeypatch):
+def test_a_folder_in_the_home_directory_is_found(fetch, given, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     done = fetch(adapter="~/given")
     assert done.returncode == 0, done.stderr
@@ -61,16 +61,16 @@ def test_a_folder_below_home_is_found(fetch, given, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ADAPTER_FILES)
-def test_what_is_missing_is_named_and_nothing_written(fetch, given, tmp_path, name):
+def test_a_missing_file_is_named_and_nothing_is_written(fetch, given, tmp_path, name):
     (given / name).unlink()
     done = fetch(adapter=str(given))
     assert done.returncode == 1
-    for part in ("the adapter is not there, or not whole", f"no {name}", "PEFT's save_pretrained"):
+    for part in ("the adapter is missing or incomplete", f"no {name}", "PEFT's save_pretrained"):
         assert part in done.stderr
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_pickle_is_refused_with_the_way_out(fetch, given):
+def test_a_pickle_is_refused_with_a_remedy(fetch, given):
     (given / "adapter_model.safetensors").rename(given / "adapter_model.bin")
     done = fetch(adapter=str(given))
     assert done.returncode == 1
@@ -108,20 +108,20 @@ def replace(name, make):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (leave_out(B), ["the adapter is not whole", f"no {B}"]),
+        (leave_out(B), ["the adapter is not complete", f"no {B}"]),
         (leave_out(A), ["tensors that are not merged here", B]),
         (
             leave_out(A, B),
             ["lacks modules that its adapter_config.json names", "1.self_attn.k_pro"],
         ),
-        (replace(A, lambda a: a[:4]), ["another rank", "A [4, 256]", "rank 8"]),
-        (replace(B, lambda b: b[:, :4]), ["another rank", "B [64, 4]"]),
+        (replace(A, lambda a: a[:4]), ["do not have the rank", "A [4, 256]", "rank 8"]),
+        (replace(B, lambda b: b[:, :4]), ["do not have the rank", "B [64, 4]"]),
         (replace(A, lambda a: a.char()), ["a type that cannot be merged", "I8"]),
         (replace(A, lambda a: a * float("nan")), ["a weight is not a finite number", A]),
     ],
     ids=["no B", "no A", "no pair", "rank of A", "rank of B", "integers", "NaN"],
 )
-def test_an_adapter_that_is_not_whole_is_refused(fetch, given, tmp_path, change, parts):
+def test_an_incomplete_adapter_is_refused(fetch, given, tmp_path, change, parts):
     change_weights(given, change)
     done = fetch(adapter=str(given))
     assert done.returncode == 1
@@ -130,7 +130,7 @@ def test_an_adapter_that_is_not_whole_is_refused(fetch, given, tmp_path, change,
     assert "Traceback" not in done.stderr and not (tmp_path / "adapter").exists()
 
 
-def test_a_layer_that_was_left_out_is_named(fetch, given):
+def test_a_layer_that_is_missing_is_named(fetch, given):
     def change(weights):
         for name in [name for name in weights if ".layers.1." in name]:
             del weights[name]
@@ -154,7 +154,7 @@ def test_a_layer_that_was_left_out_is_named(fetch, given):
     ],
     ids=str,
 )
-def test_whatever_peft_leaves_out_by_its_config_is_whole(
+def test_an_adapter_is_complete_if_peft_leaves_layers_out_by_its_config(
     fetch, checkpoint, make_adapter, tmp_path, config
 ):
     config = {"target_modules": ["q_proj", "k_proj"], **config}
@@ -163,7 +163,7 @@ def test_whatever_peft_leaves_out_by_its_config_is_whole(
     assert done.returncode == 0, done.stderr
 
 
-def test_magnitudes_that_dora_lacks_are_named(fetch, checkpoint, make_adapter, tmp_path):
+def test_missing_magnitudes_of_dora_are_named(fetch, checkpoint, make_adapter, tmp_path):
     given = make_adapter(checkpoint, tmp_path / "given", use_dora=True)
     change_weights(given, leave_out(f"{MODULE}.lora_magnitude_vector"))
     done = fetch(adapter=str(given))
@@ -195,7 +195,7 @@ def test_half_an_adapter_is_refused(fetch, given):
     assert done.returncode == 1 and "damaged or truncated" in done.stderr
 
 
-def test_an_adapter_of_another_base_is_refused_before_anything_is_made(
+def test_an_adapter_of_another_base_is_refused_before_anything_is_written(
     fetch, make_checkpoint, make_adapter, tmp_path
 ):
     other = make_checkpoint(tmp_path / "other", hidden_size=128)
@@ -209,7 +209,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_made(
 def test_an_adapter_comes_from_the_hub_at_a_commit(fetch, uniform_adapter, tmp_path):
     content = {path.name: path.read_bytes() for path in uniform_adapter.iterdir()}
     content["training_manifest.json"] = b'{"compute_dtype": "float16"}'
-    # What `main` has by now is another adapter.
+    # `main` has moved on to another adapter.
     commits = {LATER: dict.fromkeys(content, b"later")}
     commits[COMMIT] = {**content, "README.md": b"a card", "adapter_model.bin": b"again"}
     repositories = {
@@ -225,7 +225,7 @@ def test_an_adapter_comes_from_the_hub_at_a_commit(fetch, uniform_adapter, tmp_p
     assert noted["compute_dtype"] == noted["training"]["compute_dtype"] == "float16"
     for name in ADAPTER_FILES:
         assert (tmp_path / "adapter" / name).read_bytes() == content[name]
-    # Neither the pickle nor anything else of the repository is brought here.
+    # Neither the pickle nor any other file of the repository is downloaded.
     asked = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
     assert asked == {*ADAPTER_FILES, "training_manifest.json"}
     assert refused.returncode == 1

@@ -12,7 +12,7 @@ from tests.hub_server import NOBODY_LISTENS, Repository
 from workflow_scripts import files
 from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
-from workflow_scripts.merge import check_merged, fetch_merged
+from workflow_scripts.merge import check_merged, fetch_merged, merged_folder
 
 STAGE = "workflow_scripts.merge.fetch_merged"
 COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
@@ -33,7 +33,7 @@ def fetch(run_stage, chain, tmp_path):
 
 @pytest.fixture
 def given(chain, tmp_path):
-    """A model as another tool leaves it: without window, tokenizer and generation settings."""
+    """A model as another tool writes it: without window, tokenizer and generation settings."""
     folder = tmp_path / "given"
     folder.mkdir()
     shutil.copyfile(chain.merged / "model.safetensors", folder / "model.safetensors")
@@ -53,8 +53,8 @@ def test_a_local_model_is_linked_and_completed(fetch, given, chain, tmp_path):
     assert {path.name for path in given.iterdir()} == {"model.safetensors", "config.json"}
     tokens = files.read_json(merged / "generation_config.json")
     assert tokens == {"bos_token_id": 1, "eos_token_id": 2}
-    # The gate's first part, and what a user does with it.
-    check_merged.check_folder(merged, chain.tokenizer, Facts.read(chain.facts))
+    # The gate's check of the folder, and a user's first steps with it.
+    merged_folder.check(merged, chain.tokenizer, Facts.read(chain.facts))
     assert len(AutoTokenizer.from_pretrained(merged)) == 32_768
     model = AutoModelForCausalLM.from_pretrained(merged)
     expected = AutoModelForCausalLM.from_pretrained(chain.merged)
@@ -66,12 +66,12 @@ def test_a_local_model_is_linked_and_completed(fetch, given, chain, tmp_path):
     ("key", "value"),
     [("sliding_window", 4096), ("num_hidden_layers", 3), ("vocab_size", 32_770)],
 )
-def test_a_model_of_another_shape_than_its_base_is_refused(fetch, given, tmp_path, key, value):
+def test_a_model_whose_shape_differs_from_its_bases_is_refused(fetch, given, tmp_path, key, value):
     config = files.read_json(given / "config.json")
     files.write_json(given / "config.json", config | {key: value})
     done = fetch(given)
     assert done.returncode == 1
-    for part in ("not of the shape of its base", f"={value}", "runs.<name>.model"):
+    for part in ("does not have the shape of its base", f"={value}", "runs.<name>.model"):
         assert part in done.stderr
     assert not (tmp_path / "merged").exists()
 
@@ -106,17 +106,17 @@ def test_every_part_of_the_shape_is_compared(given, chain, key, value, fact):
     assert fact in where.split(", ")
 
 
-def test_no_window_is_said_where_a_config_leaves_it_out(given, chain):
+def test_a_missing_window_is_written_into_the_config(given, chain):
     config = files.read_json(given / "config.json")
     del config["sliding_window"]
     files.write_json(given / "config.json", config)
-    assert AutoConfig.from_pretrained(given).sliding_window == 4096  # what nobody asked for
+    assert AutoConfig.from_pretrained(given).sliding_window == 4096  # the default of the class
     facts = Facts.read(chain.facts).changed(sliding_window=None)
-    fetch_merged.complete(given, chain.tokenizer, facts)
+    fetch_merged.set_window(given / "config.json", facts)
     assert AutoConfig.from_pretrained(given).sliding_window is None
 
 
-def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):
+def test_the_models_own_generation_settings_are_kept(fetch, given, tmp_path):
     own = {"eos_token_id": 2, "temperature": 0.3}
     files.write_json(given / "generation_config.json", own)
     assert fetch(given).returncode == 0
@@ -135,7 +135,7 @@ def test_generation_settings_of_its_own_stay(fetch, given, tmp_path):
         (lambda w: w["model.norm.weight"].zero_(), "is all zeros"),
     ],
 )
-def test_a_model_with_other_tensors_than_its_config_says_is_refused(
+def test_a_model_whose_tensors_contradict_its_config_is_refused(
     fetch, given, tmp_path, change, part
 ):
     from safetensors.torch import load_file, save_file
@@ -159,7 +159,7 @@ def test_a_merged_model_that_is_quantized_is_refused(fetch, given):
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "half a shard"])
-def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
+def test_an_incomplete_folder_is_refused(fetch, given, tmp_path, damage):
     shard = given / "model.safetensors"
     if damage == "half a shard":
         shard.write_bytes(shard.read_bytes()[:-10])
@@ -168,13 +168,13 @@ def test_a_folder_that_is_not_whole_is_refused(fetch, given, tmp_path, damage):
     done = fetch(given)
     assert done.returncode == 1
     expected = {"half a shard": "a weights file is damaged or truncated"}
-    assert expected.get(damage, "the merged model is not there, or not whole") in done.stderr
+    assert expected.get(damage, "the merged model is missing or incomplete") in done.stderr
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_model_comes_from_the_hub_at_a_commit(fetch, given, tmp_path):
     content = {path.name: path.read_bytes() for path in given.iterdir()}
-    commits = {LATER: dict.fromkeys(content, b"later")}  # what `main` has by now
+    commits = {LATER: dict.fromkeys(content, b"later")}  # `main` has moved on
     commits[COMMIT] = {**content, "README.md": b"a card", "tokenizer.json": b"another's"}
     repository = Repository(commits, names={"v0": COMMIT})
     with hub_server.serving({"models/owner/tuned": repository}) as hub:
@@ -189,7 +189,7 @@ def test_a_model_comes_from_the_hub_at_a_commit(fetch, given, tmp_path):
     assert (merged / "tokenizer.json").read_bytes() != b"another's"
 
 
-def test_the_gate_of_a_model_without_adapter_scores_it_alone(
+def test_the_gate_only_scores_a_model_without_adapter(
     fetch, given, chain, tmp_path, ends_with_message
 ):
     assert fetch(given).returncode == 0

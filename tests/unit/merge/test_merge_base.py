@@ -10,7 +10,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.merge import merge_base
 
 
-def test_a_base_is_named_or_read_from_the_choice(tmp_path):
+def test_a_base_is_given_by_name_or_read_from_the_choice(tmp_path):
     assert merge_base.chosen("original") == "original"
     assert merge_base.chosen("dequantized") == "dequantized"
     DEQUANTIZED.write(tmp_path / "merge_base.json")
@@ -25,7 +25,7 @@ def test_a_choice_without_a_base_is_a_stage_error(tmp_path):
     assert "original or dequantized" in str(caught.value)
 
 
-def test_the_dtype_of_training_is_the_manifests_else_the_bases(
+def test_the_dtype_of_training_is_the_manifests_or_else_the_bases(
     checkpoint, uniform_adapter, tmp_path
 ):
     assert merge_base.nf4_dtype("original", uniform_adapter, checkpoint) is None

@@ -1,4 +1,4 @@
-"""What a merge and its gate hold in memory, measured in a process of its own."""
+"""Memory of a merge and of its gate, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.benchmarks.synthetic_checkpoint import (
 from tests.conftest import REPOSITORY
 from tests.facts import facts_of
 from workflow_scripts.merge import merge_adapter
-from workflow_scripts.merge.safetensors_stream import read_header
+from workflow_scripts.models import tensors
 
 
 def peak_anonymous_bytes(command: list[object]) -> int:
-    """The most memory of a command that is no page of a file, asked for each 10 ms.
+    """Peak anonymous memory of a command, sampled every 10 ms.
 
-    Anonymous: the kernel cannot take it back, as it can the pages of a file that is mapped or was
+    The kernel cannot reclaim anonymous memory, unlike the pages of a file that is mapped or was
     written.
     """
     process = subprocess.Popen([str(part) for part in command], cwd=REPOSITORY)
@@ -50,15 +50,15 @@ def peak_anonymous_bytes(command: list[object]) -> int:
     [
         ("original", torch.bfloat16, 4, 1.8),
         ("original", torch.float32, 2, 1.7),
-        ("dequantized", torch.bfloat16, 1, 0.9),  # half a minute a gigabyte
+        ("dequantized", torch.bfloat16, 1, 0.9),  # half a minute per gigabyte
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_a_merge_of_shards_of_two_gigabytes_takes_less_than_one(
     tmp_path, base, dtype, n_layers, largest_gigabytes
 ):
-    """Layers of a 7B in files of up to 2 GB; the pages that a private mapping copies when they are
-    written to would count, and stay to the shard's end."""
+    """Layers of a 7B in files of up to 2 GB. Pages of a private mapping that were written to would
+    count, and stay until the end of the shard."""
     config = CONFIGS["mistral-7b"] | {"num_hidden_layers": n_layers}
     shards = write_checkpoint(tmp_path / "base", config, dtype=dtype)
     assert max(shard.stat().st_size for shard in shards) > largest_gigabytes * GIGABYTE
@@ -73,13 +73,13 @@ def test_a_merge_of_shards_of_two_gigabytes_takes_less_than_one(
         + ["--adapter", tmp_path / "adapter", "--merge-base", base, "--merged", merged]
     )
     try:
-        names = {name for path in merged.glob("*.safetensors") for name in read_header(path)}
+        names = tensors.stored(list(merged.glob("*.safetensors")))
         assert len(names) == 3 + n_layers * 9
     finally:
-        for path in [*shards, *merged.glob("*.safetensors")]:  # gigabytes: pytest keeps folders
+        for path in [*shards, *merged.glob("*.safetensors")]:  # gigabytes; pytest keeps the folders
             path.unlink()
     print(f"peak of anonymous memory: {peak / 1e6:.0f} MB")
-    # Measured 312, 318 and 416 MB, torch and the adapter most of it; 2 GB is what is promised.
+    # Measured 312, 318 and 416 MB, most of it torch and the adapter; the documented limit is 2 GB.
     assert peak < 0.8 * GIGABYTE
 
 
@@ -118,12 +118,14 @@ def gate_peak(folder, tokenizer, random_documents, *, n_layers, precision):
 
 
 @pytest.mark.parametrize(("precision", "largest_share"), [("native", 0.6), ("nf4", 0.9)])
-def test_the_gate_holds_no_model_but_the_4_bit_one_that_training_held(
+def test_the_gate_holds_no_model_except_the_4_bit_one_of_training(
     tmp_path, tokenizer_v3, random_documents, precision, largest_share, monkeypatch
 ):
-    """What twelve layers take beyond two, as a share of these ten in 16 bits (272 MB): a model in
-    16 bits is 1, one in float32 2. Measured 0 to 0.2 without a 4-bit base, 0.3 to 0.4 with one."""
-    # As a 7B's, whose matrices are too large for the heap: freed, they go back to the kernel.
+    """The memory that ten more layers take, as a share of their size in 16 bits (272 MB): 1 for a
+    model in 16 bits, 2 for one in float32. Measured 0 to 0.2 without a 4-bit base, 0.3 to 0.4 with
+    one."""
+    # The matrices of a 7B are too large for the heap and return to the kernel when they are freed;
+    # so do these, with this threshold.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     peaks = [
         gate_peak(

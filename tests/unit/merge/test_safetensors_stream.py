@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from workflow_scripts.merge import safetensors_stream
+from workflow_scripts.merge.stored_tensors import StoredTensors
 
 
 @pytest.fixture
@@ -44,24 +45,21 @@ def test_safetensors_reads_back_every_type_and_shape(tmp_path, tensors):
             assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
 
 
-def test_the_header_read_is_the_order_of_the_data(tmp_path, tensors):
+def test_the_tensors_of_a_folder_are_in_the_order_of_the_data(tmp_path, tensors):
     del tensors["empty"]  # shares its offset with the next
     write(tmp_path / "model.safetensors", tensors)
-    header = safetensors_stream.read_header(tmp_path / "model.safetensors")
-    assert list(header) == list(tensors)
-    assert "__metadata__" not in header
-    assert header["b"] == {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}
+    assert list(StoredTensors(tmp_path).entries) == list(tensors)
 
 
-def test_the_header_of_a_file_by_safetensors_itself_is_read(tmp_path, tensors):
+def test_the_types_are_those_that_safetensors_itself_writes(tmp_path, tensors):
     tensors["transposed"] = tensors["transposed"].contiguous()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    header = safetensors_stream.read_header(tmp_path / "model.safetensors")
-    assert header.keys() == tensors.keys()
-    for name, entry in header.items():
-        assert entry["shape"] == list(tensors[name].shape)
-        assert safetensors_stream.DTYPES[entry["dtype"]] == tensors[name].dtype
-    offsets = [entry["data_offsets"] for entry in header.values()]
+    entries = StoredTensors(tmp_path).entries
+    assert entries.keys() == tensors.keys()
+    for name, entry in entries.items():
+        assert entry.shape == tensors[name].shape
+        assert safetensors_stream.DTYPES[entry.dtype] == tensors[name].dtype
+    offsets = [entry.first_byte for entry in entries.values()]
     assert offsets == sorted(offsets)
 
 
@@ -73,7 +71,7 @@ def test_the_data_begins_on_eight_bytes(tmp_path):
         assert torch.equal(load_file(path)["x" * length], torch.ones(3))
 
 
-def test_an_exception_on_the_way_leaves_no_file_and_keeps_the_old_one(tmp_path, tensors):
+def test_an_exception_leaves_no_new_file_and_keeps_the_old_one(tmp_path, tensors):
     def fails_at_the_third(name):
         if name == "half":
             raise RuntimeError("the disk is full")
@@ -95,14 +93,14 @@ def test_an_exception_on_the_way_leaves_no_file_and_keeps_the_old_one(tmp_path, 
     [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(1, 3)],
     ids=["shape", "dtype", "rows"],
 )
-def test_a_tensor_other_than_announced_is_our_bug(tmp_path, made):
+def test_a_tensor_of_another_shape_or_dtype_than_announced_is_an_assertion_error(tmp_path, made):
     shapes = {"w": ([2, 3], torch.float32)}
     with pytest.raises(AssertionError, match="w"):
         safetensors_stream.write(tmp_path / "model.safetensors", shapes, lambda _: [made])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_are_made_one_after_the_other_in_order(tmp_path, tensors):
+def test_tensors_are_requested_one_after_the_other_in_order(tmp_path, tensors):
     asked = []
 
     def make(name):
@@ -117,7 +115,7 @@ def test_tensors_are_made_one_after_the_other_in_order(tmp_path, tensors):
     assert list(header) == ["__metadata__", *tensors]
 
 
-def test_a_tensor_made_in_slabs_of_rows_is_the_tensor(tmp_path):
+def test_a_tensor_written_in_slabs_of_rows_is_the_tensor(tmp_path):
     whole = torch.arange(35.0).reshape(7, 5)
     shapes = {"w": ([7, 5], torch.float32)}
     path = tmp_path / "model.safetensors"

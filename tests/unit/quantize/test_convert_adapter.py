@@ -4,6 +4,7 @@ import ctypes
 import subprocess
 import sys
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -78,14 +79,14 @@ class Base(LlamaCppModel):
 
     def logits(self, *adapters):
         n = len(adapters)
-        handles = (self._api.llama_adapter_lora_p_ctypes * n)(*adapters)
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * n)(*adapters)
         scales = (ctypes.c_float * n)(*[1.0] * n)
-        code = self._api.llama_set_adapters_lora(self._context, handles, n, scales)
+        code = llama_cpp.llama_set_adapters_lora(self._context, handles, n, scales)
         assert code == 0
         return torch.cat([b.clone() for b in self.logit_blocks(TOKENS, np.arange(60))])
 
     def load(self, path):
-        handle = self._api.llama_adapter_lora_init(self._model, str(path).encode())
+        handle = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
         assert handle, path
         return handle
 

@@ -22,7 +22,7 @@ VOCABULARY = 50
 
 
 class TableModel:
-    """A language model that is a table of logits by token: a bigram model, in blocks of 3."""
+    """A bigram model: a table of logits by token, read in blocks of 3."""
 
     def __init__(self, table):
         self.table = table
@@ -49,11 +49,11 @@ def test_negative_log_likelihoods_equal_cross_entropy(model, scored):
     tokens = torch.from_numpy(piece.input_ids.astype("int64"))
     expected = cross_entropy(model.table[tokens[:-1]], tokens[1:], reduction="none")
     assert found.dtype == np.float64
-    # Both in float32; measured 1e-6, of 10.
+    # Both in float32; measured 1e-6 for losses of 10.
     np.testing.assert_allclose(found, expected[piece.scored - 1].numpy(), atol=5e-6)
 
 
-def test_scores_of_one_documents_pieces_come_together_in_order(model):
+def test_scores_of_a_documents_pieces_are_joined_in_order(model):
     pieces = [piece_of(0, [1, 2]), piece_of(2, [5], seed=1), piece_of(0, [3], seed=2)]
     scores = score_documents(model, pieces)
     assert list(scores) == [0, 2]
@@ -62,14 +62,14 @@ def test_scores_of_one_documents_pieces_come_together_in_order(model):
     assert len(scores[2]) == 1
 
 
-def test_all_logits_are_the_blocks_one_after_the_other(model):
+def test_all_logits_are_the_blocks_in_order(model):
     piece = piece_of(0, [1, 2, 5, 6, 7, 11])
     tokens = torch.from_numpy(piece.input_ids.astype("int64"))
     assert torch.equal(all_logits(model, piece), model.table[tokens[piece.scored - 1]])
 
 
 def random_scores(generator, n_documents):
-    """Documents of different length whose tokens share a document's own mean."""
+    """Documents of different lengths; the tokens of each share a mean."""
     return {
         number: generator.normal(generator.normal(2, 0.4), 1, size=generator.integers(5, 80))
         for number in range(n_documents)
@@ -98,7 +98,7 @@ def test_the_standard_error_agrees_with_a_jackknife_over_documents():
     jackknife = math.sqrt((len(sums) - 1) / len(sums) * ((left_out - left_out.mean()) ** 2).sum())
     found = summarize(scores).loss_standard_error_nats_per_token
     assert found == pytest.approx(jackknife, rel=0.01)  # measured 0.001
-    # Tokens of a document hang together: taken as independent, the error would be far smaller.
+    # Tokens of a document are correlated: taken as independent, the error would be far smaller.
     independent = np.concatenate(list(scores.values())).std() / math.sqrt(counts.sum())
     assert found > 1.5 * independent
 
@@ -136,7 +136,7 @@ def test_equal_logits_have_no_divergence(shape):
 
 
 def test_the_difference_is_paired_by_document():
-    """Documents that are hard for both say nothing about which is better."""
+    """Documents that are hard for both models do not add to the error."""
     generator = np.random.default_rng(0)
     hardness = [generator.normal(5, 3, size=n) for n in (3, 9, 4, 7, 30)]
     one = {number: part for number, part in enumerate(hardness)}

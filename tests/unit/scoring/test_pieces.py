@@ -13,7 +13,7 @@ from workflow_scripts.tokens.documents import Document
 
 @st.composite
 def rendered(draw):
-    """A document whose tokens are their own positions, so that a piece tells what it is made of."""
+    """A document whose tokens are their own positions, so that a piece shows where it was cut."""
     is_supervised = draw(st.lists(st.booleans(), min_size=1, max_size=120))
     return Document("chat", np.arange(len(is_supervised), dtype=np.int32), np.array(is_supervised))
 
@@ -27,7 +27,7 @@ def sources(piece):
 
 
 @given(n_tokens=st.integers(1, 300), piece_tokens=piece_lengths)
-def test_every_piece_but_the_first_carries_half_a_piece_of_context(n_tokens, piece_tokens):
+def test_every_piece_except_the_first_carries_half_a_piece_of_context(n_tokens, piece_tokens):
     first, *others = stretches(n_tokens, piece_tokens)
     assert first == (0, min(n_tokens, piece_tokens), 0)
     end = first[1]
@@ -39,7 +39,7 @@ def test_every_piece_but_the_first_carries_half_a_piece_of_context(n_tokens, pie
 
 
 @given(documents=st.lists(rendered(), max_size=4), piece_tokens=st.none() | piece_lengths)
-def test_every_supervised_token_but_a_documents_first_is_scored_once(documents, piece_tokens):
+def test_every_supervised_token_except_a_documents_first_is_scored_once(documents, piece_tokens):
     pieces = list(cut(documents, piece_tokens=piece_tokens))
     found = Counter((piece.document, at) for piece in pieces for at in sources(piece))
     expected = {
@@ -53,9 +53,7 @@ def test_every_supervised_token_but_a_documents_first_is_scored_once(documents, 
 
 
 @given(document=rendered(), piece_tokens=piece_lengths)
-def test_no_piece_is_longer_than_asked_and_each_starts_with_the_documents_first_token(
-    document, piece_tokens
-):
+def test_pieces_keep_the_limit_and_start_with_the_documents_first_token(document, piece_tokens):
     for piece in cut([document], piece_tokens=piece_tokens):
         assert len(piece.input_ids) <= piece_tokens
         assert piece.input_ids[0] == 0
@@ -63,7 +61,7 @@ def test_no_piece_is_longer_than_asked_and_each_starts_with_the_documents_first_
 
 
 @given(document=rendered(), piece_tokens=piece_lengths)
-def test_a_piece_is_a_run_of_the_document_behind_its_first_token(document, piece_tokens):
+def test_a_piece_is_a_run_of_the_document_after_its_first_token(document, piece_tokens):
     first, *later = list(cut([document], piece_tokens=piece_tokens)) or [None]
     if first is not None and first.input_ids[1] == 1:
         assert first.input_ids.tolist() == list(range(len(first.input_ids)))
@@ -76,7 +74,7 @@ def test_a_piece_is_a_run_of_the_document_behind_its_first_token(document, piece
 def test_a_token_of_a_later_piece_has_half_a_piece_of_context(document, piece_tokens):
     for piece in cut([document], piece_tokens=piece_tokens):
         for position, source in zip(piece.scored.tolist(), sources(piece), strict=True):
-            # All there is before it, or at least half a piece (BOS in front counts as one).
+            # All tokens before it, or at least half a piece (BOS in front counts as one).
             assert position == source or position >= piece_tokens // 2
 
 
@@ -100,12 +98,12 @@ def test_a_document_no_longer_than_a_piece_stays_whole(document, extra):
         (None, 1024, 2048, 1024),
     ],
 )
-def test_pieces_end_at_the_window_else_the_context(window, context, wanted, expected):
+def test_pieces_end_at_the_window_or_else_the_context(window, context, wanted, expected):
     facts = MISTRAL_7B.changed(sliding_window=window, context_tokens=context)
     assert comparable_tokens(facts, wanted) == expected
 
 
 @given(documents=st.lists(rendered(), max_size=4), piece_tokens=st.none() | piece_lengths)
-def test_the_longest_piece_is_the_longest(documents, piece_tokens):
+def test_longest_is_the_length_of_the_longest_piece(documents, piece_tokens):
     pieces = list(cut(documents, piece_tokens=piece_tokens))
     assert longest(pieces) == max([1, *(len(piece.input_ids) for piece in pieces)])

@@ -39,7 +39,7 @@ def model(request, checkpoint, tied, mixtral, make_checkpoint, tmp_path):
 
 
 def test_logits_are_those_of_the_whole_model_one_document_at_a_time(model):
-    """Lengths on both sides of the window in one batch; a mixture has other names in its files."""
+    """One batch has lengths on both sides of the window; a mixture has other names in its files."""
     window = facts_of(model).sliding_window
     streamed = StreamedModel(model, Weights(BaseWeights(model)), window=window)
     whole = TransformersModel(model, window=window, precision="float32")
@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_whole_model_one_document_at_a_time(model):
         np.testing.assert_allclose(nats[document], expected, atol=1e-4)
 
 
-def test_the_window_that_is_given_is_the_one_that_counts(checkpoint):
+def test_the_given_window_is_used(checkpoint):
     pieces = random_pieces([30])
     weights = Weights(BaseWeights(checkpoint))
     narrow, wide = (StreamedModel(checkpoint, weights, window=window) for window in (8, None))
@@ -71,7 +71,7 @@ def test_no_weight_stays_in_memory(checkpoint):
     assert all(parameter.is_meta for parameter in streamed._model.parameters())
 
 
-def test_batches_hold_pieces_of_like_length_and_no_more_tokens_than_asked():
+def test_batches_hold_pieces_of_similar_length_within_the_limit():
     pieces = random_pieces([5, 100, 6, 40, 7, 8])
     found = list(batches(pieces, 30))
     assert [[len(piece.input_ids) for piece in batch] for batch in found] == [

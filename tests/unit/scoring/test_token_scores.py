@@ -16,7 +16,7 @@ NAMES = ["a", "b", None]
 
 @st.composite
 def scored(draw):
-    """Documents, their scores and the sources of some of them; some have no token to score."""
+    """Documents, their scores, and the sources of some; some documents have no token to score."""
     supervised = draw(
         st.lists(st.lists(st.booleans(), min_size=1, max_size=700), min_size=1, max_size=6)
     )
@@ -44,7 +44,7 @@ def scored(draw):
 
 
 @given(scored=scored())
-def test_a_table_that_is_written_is_read_as_it_was(scored, tmp_path_factory):
+def test_a_table_is_read_as_it_was_written(scored, tmp_path_factory):
     documents, nats, sources = scored
     path = tmp_path_factory.mktemp("scores") / "link.tokens.parquet"
     for whole in (None, {number: 2 * part for number, part in nats.items()}):
@@ -61,7 +61,7 @@ def test_a_table_that_is_written_is_read_as_it_was(scored, tmp_path_factory):
 
 
 @given(scored=scored())
-def test_a_row_is_a_supervised_token_with_its_place_and_loss(scored):
+def test_each_row_is_a_supervised_token_with_its_place_and_loss(scored):
     documents, nats, sources = scored
     scores = TokenScores.of(documents, nats, sources=sources)
     rows = zip(
@@ -84,7 +84,7 @@ def test_a_row_is_a_supervised_token_with_its_place_and_loss(scored):
 
 
 @given(scored=scored())
-def test_metrics_are_those_of_the_scores_and_parts_make_up_the_whole(scored):
+def test_metrics_equal_those_of_the_scores_and_parts_add_up_to_the_whole(scored):
     documents, nats, sources = scored
     if not nats:
         return
@@ -108,9 +108,9 @@ EDGES = st.sampled_from([1, 255, 256, 257, 511, 512, 1023, 1024, 4095, 4096])
         min_size=1,
     )
 )
-def test_buckets_part_the_tokens_by_position(positions):
+def test_each_token_is_in_the_bucket_of_its_position(positions):
     nothing = Document("chat", np.zeros(5001, np.int32), np.zeros(5001, bool))
-    # The nats of a token are a hundredth of its position, so that it is known where it went.
+    # The nats of a token are a hundredth of its position, which shows the bucket it went to.
     places = {number: np.array(found) for number, found in positions.items()}
     nats = {number: part / 100 for number, part in places.items()}
     scores = TokenScores.of([nothing] * 10, nats, positions=places)
@@ -146,7 +146,7 @@ def of_lengths(parts, sources=None):
     return TokenScores.of(documents, dict(enumerate(parts)), sources=sources)
 
 
-def test_a_difference_is_paired_so_that_what_is_hard_for_both_drops_out():
+def test_pairing_cancels_text_difficulty():
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 80, size=400)
     hard = [generator.normal(generator.normal(2, 1), 1, size=length) for length in lengths]
@@ -159,7 +159,7 @@ def test_a_difference_is_paired_so_that_what_is_hard_for_both_drops_out():
     left_out = (changes.sum() - changes) / (lengths.sum() - lengths)
     jackknife = math.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
     assert found.standard_error == pytest.approx(jackknife, rel=0.01)  # measured 1e-4
-    # As if of different conversations it would be fifty times as large.
+    # Unpaired, it would be fifty times as large.
     alone = [scores.metrics().loss_standard_error_nats_per_token for scores in (one, two)]
     assert math.hypot(*alone) > 20 * found.standard_error
 
@@ -174,7 +174,7 @@ def test_a_difference_of_equally_long_conversations_has_the_classic_error():
     assert found.standard_error == pytest.approx(error, rel=1e-6)
 
 
-def test_a_single_conversation_has_a_difference_and_no_error():
+def test_a_single_conversation_has_a_difference_without_an_error():
     one, two = of_lengths([np.array([1.0, 2.0])]), of_lengths([np.array([0.5, 1.0])])
     assert one.difference(two) == (0.75, None)
 
@@ -189,7 +189,7 @@ def test_scores_of_other_tokens_are_not_the_same():
     assert not one.scores_the_same(moved)
 
 
-def test_sources_are_told_apart():
+def test_sources_are_scored_separately():
     parts = [np.array([1.0, 1.0]), np.array([4.0]), np.array([2.0, 4.0])]
     scores = of_lengths(parts, {"chat/0": "web", "chat/2": "ours"})
     found = {one.source: one.loss_nats_per_token for one in scores.by_source()}
@@ -200,7 +200,7 @@ def test_a_token_takes_few_bytes(tmp_path):
     generator = np.random.default_rng(2)
     scores = of_lengths([generator.gamma(1, 2, size=500) for _ in range(200)], {"chat/0": "web"})
     scores.write(tmp_path / "link.tokens.parquet")
-    # 4 of them are the loss, which hardly packs; measured 5.1.
+    # 4 of them are the loss, which hardly compresses; measured 5.1.
     assert (tmp_path / "link.tokens.parquet").stat().st_size < 7 * 200 * 500
     table = files.read_parquet(tmp_path / "link.tokens.parquet")
     assert len(table) == 200 * 500

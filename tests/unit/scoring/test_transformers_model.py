@@ -14,7 +14,7 @@ TOKENS = np.random.default_rng(0).integers(3, 300, size=40).astype(np.int32)
 
 
 def plain_logits(checkpoint, *, window, adapter=None):
-    """(tokens, vocabulary) by a plain call of the plain model."""
+    """(tokens, vocabulary) logits of a direct call of the model."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,17 +35,17 @@ def scored_logits(model, positions):
 
 
 @pytest.mark.parametrize("window", [8, None])
-def test_logits_are_the_plain_models_at_the_positions_asked_for(checkpoint, window):
+def test_logits_are_the_models_own_at_the_requested_positions(checkpoint, window):
     model = TransformersModel(checkpoint, window=window, precision="float32")
     positions = [0, 3, 20, 39]
     found = scored_logits(model, positions)
     expected = plain_logits(checkpoint, window=window)[positions]
     assert found.dtype == torch.float32
-    # sdpa against eager; measured 3e-6, logits are of size 3.
+    # sdpa compared with eager attention; measured 3e-6 for logits of size 3.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_the_window_is_the_one_given(checkpoint):
+def test_the_given_window_is_used(checkpoint):
     windowed, full = (
         scored_logits(TransformersModel(checkpoint, window=w, precision="float32"), [5, 39])
         for w in (8, None)
@@ -63,8 +63,8 @@ def test_an_adapter_is_applied_live(checkpoint, uniform_adapter):
     assert (expected - plain_logits(checkpoint, window=8)).abs().max() > 0.1
 
 
-def test_a_vocabulary_that_fills_a_block_gives_a_block_a_position(make_checkpoint, tmp_path):
-    """2,097,152 words leave room for two positions a block."""
+def test_a_vocabulary_that_fills_a_block_gives_one_block_per_position(make_checkpoint, tmp_path):
+    """With 2,097,152 tokens a block has room for two positions."""
     vocabulary = transformers_model.BLOCK_ELEMENTS // 2
     make_checkpoint(
         tmp_path,
@@ -100,7 +100,7 @@ def test_nf4_scores_with_the_quantized_base(checkpoint):
                 )
     positions = list(range(40))
     found, expected = scored_logits(nf4, positions), scored_logits(dense, positions)
-    # Measured 0; against the base that is not quantized, 1.
+    # Measured 0; compared with the unquantized base, 1.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
@@ -115,13 +115,13 @@ def test_int8_scores_with_the_quantized_base(checkpoint):
     expected = plain_logits(checkpoint, window=8)
     difference = (found - expected).abs().mean()
     nf4 = scored_logits(TransformersModel(checkpoint, window=8, precision="nf4"), positions)
-    # Nearer than 4 bits, and not the same: measured 0.026 against 0.22, logits are of size 3.
+    # Nearer than 4 bits, and not the same: measured 0.026 and 0.22 for logits of size 3.
     assert 1e-4 < difference < (nf4 - expected).abs().mean() / 3
 
 
 @pytest.fixture
 def full_fine_tune(checkpoint, tmp_path):
-    """Every weight of the model moved at random, as training leaves it; and that model."""
+    """A full fine-tune that moved every weight at random, and the resulting model."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -161,7 +161,7 @@ def test_a_full_fine_tune_of_something_else_is_refused(
     assert "adapter_model.safetensors" in str(caught.value)
 
 
-def test_positions_are_those_given(checkpoint):
+def test_the_given_positions_are_used(checkpoint):
     facts = facts_of(checkpoint, RopeScalingSettings(type="linear", factor=2))
     plain = TransformersModel(checkpoint, window=None, precision="float32")
     scaled = TransformersModel(
@@ -170,7 +170,7 @@ def test_positions_are_those_given(checkpoint):
     with torch.no_grad():
         tokens = torch.from_numpy(TOKENS.astype("int64"))[None]
         halves = torch.arange(40)[None] / 2
-        # Without a mask, steps of a half would be taken for the borders of packed documents.
+        # Without a mask, steps of a half would be taken as borders of packed documents.
         mask = torch.ones_like(tokens)
         expected = plain.model(
             tokens, attention_mask=mask, position_ids=halves, use_cache=False
