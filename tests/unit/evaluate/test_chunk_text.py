@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import chunk_text, evaluate_perplexity
-from workflow_scripts.evaluate.chunk_text import cut, encode_bare, read_text
+from workflow_scripts.evaluate.chunk_text import read_text
+from workflow_scripts.evaluate.text_chunks import cut, encode_bare
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.token_scores import TokenScores

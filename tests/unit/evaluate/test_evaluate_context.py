@@ -9,7 +9,7 @@ import torch
 from tests.context import cell_of
 from workflow_scripts import files
 from workflow_scripts.demo.stdlib_long_chats import make_long_chats
-from workflow_scripts.evaluate import evaluate_context
+from workflow_scripts.evaluate import context_length, evaluate_context, long_prompts
 from workflow_scripts.evaluate.needles import NeedlePrompts, haystack
 from workflow_scripts.handover.context import TaskCell
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
@@ -72,14 +72,16 @@ LENGTHS = [256, 512, 1024, 2048]
 
 
 def scored(model, prompts, **settings):
-    cells = evaluate_context.measure(model, prompts, LENGTHS, ContextSettings(**settings))
-    return cells, evaluate_context.scores_by_length(cells)
+    context = ContextSettings(**settings)
+    questions = evaluate_context.questions_of(context, LENGTHS)
+    cells = long_prompts.measure(model, prompts, questions, context)
+    return cells, context_length.scores_by_length(cells)
 
 
 def test_a_model_that_reads_all_of_it_has_the_whole_length(tokenizer, prompts):
     cells, scores = scored(Reader(tokenizer, 10**9), prompts, n_prompts=3)
     assert scores == dict.fromkeys(LENGTHS, 100.0)
-    found = evaluate_context.effective_lengths(scores)
+    found = context_length.effective_lengths(scores)
     assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (2048, 2048)
     assert {cell.n_prompts for cell in cells} == {3, 15}  # tracing has no depth: all in one cell
 
@@ -88,7 +90,7 @@ def test_a_model_that_remembers_half_of_it_ends_where_its_memory_does(tokenizer,
     cells, scores = scored(Reader(tokenizer, 600), prompts, n_prompts=4, tasks=["single"])
     assert scores[256] == scores[512] == 100
     assert 20 < scores[1024] < 80 and scores[2048] < 60
-    found = evaluate_context.effective_lengths(scores)
+    found = context_length.effective_lengths(scores)
     assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (512, 512)
     deep = {
         cell.depth_fraction: cell.exact_fraction for cell in cells if cell.length_tokens == 2048
@@ -99,7 +101,7 @@ def test_a_model_that_remembers_half_of_it_ends_where_its_memory_does(tokenizer,
 def test_a_model_that_answers_nothing_is_not_measurable_and_not_zero(tokenizer, prompts):
     _, scores = scored(Reader(tokenizer, 5), prompts, n_prompts=2)
     assert scores == dict.fromkeys(LENGTHS, 0.0)
-    found = evaluate_context.effective_lengths(scores)
+    found = context_length.effective_lengths(scores)
     assert found.is_measurable is False
     assert found.effective_tokens_ruler is found.effective_tokens_nolima is None
 
@@ -115,7 +117,7 @@ def test_a_model_that_answers_nothing_is_not_measurable_and_not_zero(tokenizer, 
     ],
 )
 def test_the_effective_length_by_both_definitions(scores, ruler, nolima):
-    found = evaluate_context.effective_lengths(scores)
+    found = context_length.effective_lengths(scores)
     assert (found.effective_tokens_ruler, found.effective_tokens_nolima) == (ruler, nolima)
 
 
@@ -142,7 +144,7 @@ def cells_of(shares, n_prompts):
 def test_the_interval_of_the_effective_length_narrows_with_the_prompts(
     shares, n_prompts, low, high
 ):
-    found = evaluate_context.effective_intervals(cells_of(shares, n_prompts), seed=0)
+    found = context_length.effective_intervals(cells_of(shares, n_prompts), seed=0)
     assert found.effective_tokens_ruler_low == low
     assert found.effective_tokens_ruler_high == high
 
@@ -160,13 +162,13 @@ def test_the_interval_holds_the_truth_at_least_as_often_as_it_says():
             cell.changed(n_exact=int(generator.binomial(40, share)))
             for cell, share in zip(cells_of(shares, 40), shares, strict=True)
         ]
-        found = evaluate_context.effective_intervals(cells, seed=trial)
+        found = context_length.effective_intervals(cells, seed=trial)
         n_held += found.effective_tokens_ruler_low <= truth <= found.effective_tokens_ruler_high
     assert n_held >= 95
 
 
 def test_what_is_not_measurable_has_no_interval():
-    found = evaluate_context.effective_intervals(cells_of((0, 1), 10), seed=0)
+    found = context_length.effective_intervals(cells_of((0, 1), 10), seed=0)
     assert [value for _, value in found] == [None] * 4
 
 
@@ -196,19 +198,19 @@ def test_the_gain_of_long_context_is_of_the_same_tokens():
         Document(str(n), np.arange(n, dtype=np.int32) % 10, np.ones(n, bool)) for n in (30, 80, 100)
     ]
     settings = ContextSettings(short_tokens=32)
-    found = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
+    found = context_length.long_gain(Forgetful(), documents, 200, settings)
     # With at most 32 tokens of context each costs 2; with all, those from position 40 on cost 1.
     n_tokens = (80 - 32) + (100 - 32)
     assert found.n_long_conversations == 2 and found.n_long_tokens == n_tokens
     assert found.long_gain_nats_per_token == pytest.approx((n_tokens - 16) / n_tokens, rel=1e-5)
     assert found.long_gain_standard_error_nats_per_token < 0.1
-    none = evaluate_context.long_gain(Forgetful(), documents[:1], 200, settings)
+    none = context_length.long_gain(Forgetful(), documents[:1], 200, settings)
     assert none.long_gain_nats_per_token is None
     settings = ContextSettings(short_tokens=32, n_long_conversations=1)
-    one = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
+    one = context_length.long_gain(Forgetful(), documents, 200, settings)
     assert (one.n_long_conversations, one.n_long_tokens) == (1, 80 - 32)
     settings = ContextSettings(short_tokens=32, n_long_conversations=0)
-    asked_for_none = evaluate_context.long_gain(Forgetful(), documents, 200, settings)
+    asked_for_none = context_length.long_gain(Forgetful(), documents, 200, settings)
     assert asked_for_none == none.changed(n_long_conversations=0)
 
 

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_positions
-from workflow_scripts.evaluate.evaluate_positions import whole_pieces
 from workflow_scripts.scoring.likelihood import summarize
+from workflow_scripts.scoring.pieces import cut
 from workflow_scripts.tokens.documents import Document, Documents
 
 LENGTHS = [700, 40, 513, 300, 2]
@@ -115,12 +115,10 @@ def test_the_parts_make_up_the_whole(evaluate, uniform_adapter, long_facts):
 
 
 def test_the_first_token_is_never_scored():
-    """Nothing comes before it that it could be predicted from."""
+    """No token comes before it to predict it from."""
     tokens = np.array([5, 6, 7], dtype=np.int32)
-    (piece,) = whole_pieces([Document("a", tokens, np.ones(3, dtype=bool))], context_tokens=10)
+    (piece,) = cut([Document("a", tokens, np.ones(3, dtype=bool))], piece_tokens=None)
     assert piece.scored.tolist() == [1, 2]
-    (short,) = whole_pieces([Document("a", tokens, np.ones(3, dtype=bool))], context_tokens=2)
-    assert (short.scored.tolist(), short.input_ids.tolist()) == ([1], [5, 6])
 
 
 @pytest.mark.parametrize("lengths", [[], [1]], ids=["no document", "nothing to predict"])

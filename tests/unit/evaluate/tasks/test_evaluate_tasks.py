@@ -125,7 +125,7 @@ def test_without_the_hub_the_message_says_how_data_come(tmp_path, monkeypatch, e
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = ends_with_message(fetch_tasks.main, fetch_arguments(tmp_path, "hellaswag"))
-    for part in ("cannot be had", "hellaswag", "snakemake fetch_tasks", "HF_DATASETS_OFFLINE"):
+    for part in ("cannot be loaded", "hellaswag", "snakemake fetch_tasks", "HF_DATASETS_OFFLINE"):
         assert part in message
 
 
