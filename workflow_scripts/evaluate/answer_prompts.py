@@ -20,7 +20,7 @@ from pathlib import Path
 from workflow_scripts import log
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.answers import Answer, Answers
-from workflow_scripts.settings import SampleSettings, settings_from_json
+from workflow_scripts.settings import SampleSettings
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("answer_prompts")
@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.samples`")
     parser.add_argument("--answers", type=Path, required=True, help="to write: JSON")
-    arguments, link = link_arguments.parse(parser, argv)
-    settings = settings_from_json(SampleSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, SampleSettings, "evaluation.samples"
+    )
 
     from workflow_scripts.evaluate import greedy, links, prompts
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 from workflow_scripts import log
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.speed import Phase, Speed
-from workflow_scripts.settings import InferenceSettings, settings_from_json
+from workflow_scripts.settings import InferenceSettings
 
 OUTPUT_VERSION = 3
 logger = log.stage_logger("benchmark_inference")
@@ -27,10 +27,10 @@ logger = log.stage_logger("benchmark_inference")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.inference`")
     parser.add_argument("--speed", type=Path, required=True, help="to write: JSON")
-    arguments, link = link_arguments.parse(parser, argv)
-    settings = settings_from_json(InferenceSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, InferenceSettings, "evaluation.inference"
+    )
 
     import numpy as np
 

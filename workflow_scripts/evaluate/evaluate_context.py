@@ -26,7 +26,7 @@ from workflow_scripts.demo import stdlib_docs
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.evaluate.questions import WITHOUT_DEPTH
 from workflow_scripts.handover.context import ContextScores, LengthScore
-from workflow_scripts.settings import ContextSettings, settings_from_json
+from workflow_scripts.settings import ContextSettings
 
 OUTPUT_VERSION = 3
 SHORTEST_TOKENS = 128
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="texts to ask about; default: Python's own documentation",
     )
     parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.context`")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
-    arguments, link = link_arguments.parse(parser, argv)
-    settings = settings_from_json(ContextSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, ContextSettings, "evaluation.context"
+    )
 
     from workflow_scripts.evaluate import context_length, links, long_prompts
     from workflow_scripts.evaluate.needles import NeedlePrompts, haystack

@@ -22,7 +22,7 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.scores import Divergence, Scores
-from workflow_scripts.settings import EvaluationSettings, settings_from_json
+from workflow_scripts.settings import EvaluationSettings
 
 OUTPUT_VERSION = 4
 logger = log.stage_logger("evaluate_perplexity")
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", type=Path, help="the F16 GGUF that --gguf was made from")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
     parser.add_argument("--clean", type=Path, help="conversations of that split, for their sources")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation`, its scoring keys")
     parser.add_argument(
         "--memory-gb", type=float, help="memory for both GGUFs, GB; default: all that is free"
     )
@@ -44,15 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--divergence", type=Path, help="to write, with --reference: JSON of the comparison"
     )
-    arguments, link = link_arguments.parse(parser, argv)
+    arguments, settings, link = link_arguments.parse(parser, argv, EvaluationSettings, "evaluation")
     if bool(arguments.reference) != bool(arguments.divergence):
         parser.error("--reference and --divergence go together")
     if arguments.reference and not link.gguf:
         parser.error("--reference is for a --gguf")
-    settings = settings_from_json(EvaluationSettings, arguments.settings)
 
     from workflow_scripts.evaluate import gguf_pair, links
-    from workflow_scripts.scoring import divergences, pieces as cutting
+    from workflow_scripts.scoring import pieces as cutting
     from workflow_scripts.scoring.likelihood import score_documents
     from workflow_scripts.scoring.token_scores import TokenScores
     from workflow_scripts.tokens.documents import Documents
@@ -76,18 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.reference, link.gguf, cutting.longest(pieces), link.n_threads
         )
         memory_bytes = (arguments.memory_gb or 0) * 1e9 or gguf_pair.available_bytes()
-        compared, n_models = pair.compared(
-            pieces, link.facts, memory_bytes=memory_bytes, folder=arguments.scores.parent
+        nats, distance, n_models = pair.compared(
+            pieces, shown, link.facts, memory_bytes=memory_bytes, folder=arguments.scores.parent
         )
-        found = divergences.by_document(
-            (piece.document, part) for piece, part in zip(shown, compared, strict=True)
-        )
-        nats = {document: part.nats for document, part in found.items()}
         Divergence(
             reference=arguments.reference.name,
             piece_tokens=piece_tokens,
             n_pieces=len(pieces),
-            **dict(divergences.metrics(found)),
+            **dict(distance),
             n_models_in_memory=n_models,
             duration_seconds=time.perf_counter() - started,
         ).write(arguments.divergence)
@@ -96,12 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             nats = score_documents(model, shown)
             if settings.full_length and not link.gguf:
                 # A document no longer than a piece has been scored whole already.
-                whole = [
-                    piece
-                    for piece in cutting.cut(documents, piece_tokens=link.facts.context_tokens)
-                    if len(documents[piece.document].input_ids) > piece_tokens
-                ]
-                whole_nats = nats | score_documents(model, whole)
+                long = [len(document.input_ids) > piece_tokens for document in documents]
+                whole = cutting.cut(documents, piece_tokens=link.facts.context_tokens)
+                rest = score_documents(model, (one for one in whole if long[one.document]))
+                whole_nats = nats | rest
     tokens = TokenScores.of(documents, nats, whole_nats=whole_nats, sources=sources)
     scores = Scores(
         piece_tokens=piece_tokens,
@@ -116,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if tokens.whole_nats is not None:
         scores = scores.changed(
-            n_conversations_beyond_piece=sum(
-                len(document.input_ids) > piece_tokens for document in documents
-            ),
+            n_conversations_beyond_piece=sum(long),
             **{f"full_length_{key}": value for key, value in tokens.metrics(tokens.whole_nats)},
         )
     tokens.write(arguments.token_scores)

@@ -20,7 +20,7 @@ from pathlib import Path
 from workflow_scripts import log
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.scores import PositionScores
-from workflow_scripts.settings import EvaluationSettings, settings_from_json
+from workflow_scripts.settings import EvaluationSettings
 
 OUTPUT_VERSION = 1
 logger = log.stage_logger("evaluate_positions")
@@ -29,10 +29,10 @@ logger = log.stage_logger("evaluate_positions")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="documents of a held-out split")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation`, its scoring keys")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
-    arguments, link = link_arguments.parse(parser, argv, takes_gguf=False)
-    settings = settings_from_json(EvaluationSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, EvaluationSettings, "evaluation", takes_gguf=False
+    )
 
     from workflow_scripts.evaluate import links
     from workflow_scripts.scoring.likelihood import score_documents

@@ -21,7 +21,7 @@ from workflow_scripts import files, log
 from workflow_scripts.demo.recall import CHANCE_NATS
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.context import RecallScores
-from workflow_scripts.settings import RecallSettings, settings_from_json
+from workflow_scripts.settings import RecallSettings
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("evaluate_recall")
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--chats", type=Path, required=True, help="held-out conversations: Parquet")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.recall`")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
-    arguments, link = link_arguments.parse(parser, argv, takes_gguf=False)
-    settings = settings_from_json(RecallSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, RecallSettings, "evaluation.recall", takes_gguf=False
+    )
 
     from workflow_scripts.evaluate import links, long_prompts
     from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack

@@ -21,7 +21,7 @@ from pathlib import Path
 from workflow_scripts import log
 from workflow_scripts.evaluate import harness_package, link_arguments
 from workflow_scripts.handover.tasks import TaskScores
-from workflow_scripts.settings import TaskSettings, settings_from_json
+from workflow_scripts.settings import TaskSettings
 
 OUTPUT_VERSION = 2
 # No published prompt is longer, and a llama.cpp cache of 128k tokens would fill a GPU.
@@ -32,11 +32,9 @@ logger = log.stage_logger("evaluate_tasks")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.tasks`")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
     parser.add_argument("--samples", type=Path, required=True, help="to write: every document")
-    arguments, link = link_arguments.parse(parser, argv)
-    settings = settings_from_json(TaskSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(parser, argv, TaskSettings, "evaluation.tasks")
     max_length = min(link.facts.served_context_tokens, LONGEST_TOKENS)
     harness_package.check_installed()
 

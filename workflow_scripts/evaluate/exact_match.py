@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from workflow_scripts import files
 from workflow_scripts.evaluate.long_prompts import wilson_interval
-from workflow_scripts.evaluate.prompts import MarkedPrompt
+from workflow_scripts.evaluate.prompts import Prompt
 from workflow_scripts.evaluate.task_scores import Sample
 from workflow_scripts.handover.tasks import TaskScore
 
@@ -19,7 +19,7 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def sample(asked: MarkedPrompt, answer: str) -> Sample:
+def sample(asked: Prompt, answer: str, references: Sequence[str]) -> Sample:
     """Return the score of one answer."""
     return {
         "asked": TASK,
@@ -27,10 +27,10 @@ def sample(asked: MarkedPrompt, answer: str) -> Sample:
         "document": asked.conversation,
         "metric": METRIC,
         "filter": "none",
-        "value": float(matches(answer, asked.references)),
-        "prompt_hash": files.fingerprint([asked.prompt.tolist(), asked.references]),
+        "value": float(matches(answer, references)),
+        "prompt_hash": files.fingerprint([asked.prompt.tolist(), references]),
         "answer": answer,
-        "reference": "\n".join(asked.references),
+        "reference": "\n".join(references),
         "is_truncated": False,
     }
 

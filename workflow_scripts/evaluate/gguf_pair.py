@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from workflow_scripts.handover.facts import ModelShape
+from workflow_scripts.handover.scores import Distance
+from workflow_scripts.quantize import calibration
+from workflow_scripts.scoring import divergences
 from workflow_scripts.scoring.divergences import Divergences, compare
+from workflow_scripts.scoring.likelihood import Scores
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.pieces import Piece
 from workflow_scripts.scoring.scratch_logits import BYTES_PER_LOGIT, ScratchLogits
@@ -40,18 +44,34 @@ class GgufPair(NamedTuple):
     n_threads: int
 
     def compared(
-        self, pieces: Sequence[Piece], facts: ModelShape, *, memory_bytes: float, folder: Path
-    ) -> tuple[Iterator[Divergences], int]:
-        """Return the divergences of each piece, and the number of models in memory at once.
+        self,
+        pieces: Sequence[Piece],
+        shown: Iterable[Piece],
+        facts: ModelShape,
+        *,
+        memory_bytes: float,
+        folder: Path,
+    ) -> tuple[Scores, Distance, int]:
+        """Return the other model's loss of each scored token by document, its distance from the
+        reference, and the number of models that were in memory at once.
 
         Args:
+            shown: the pieces again, with progress in the log.
             memory_bytes: memory for both models; with less than they need they take turns.
             folder: as in `in_turns`.
         """
         torch.set_num_threads(self.n_threads)  # for sums over logits: no more than llama.cpp's
-        if self.needed_bytes(facts) <= memory_bytes:
-            return self.side_by_side(pieces), 2
-        return self.in_turns(pieces, facts.vocabulary_size, folder=folder), 1
+        n_models = 2 if self.needed_bytes(facts) <= memory_bytes else 1
+        compared = (
+            self.side_by_side(pieces)
+            if n_models == 2
+            else self.in_turns(pieces, facts.vocabulary_size, folder=folder)
+        )
+        found = divergences.by_document(
+            (piece.document, part) for piece, part in zip(shown, compared, strict=True)
+        )
+        nats = {document: part.nats for document, part in found.items()}
+        return nats, divergences.metrics(found), n_models
 
     def needed_bytes(self, facts: ModelShape) -> int:
         """Memory of both models at once: files, key-value caches and compute buffers."""
@@ -79,7 +99,8 @@ class GgufPair(NamedTuple):
         """
         folder.mkdir(parents=True, exist_ok=True)
         room = min(SCRATCH_BYTES, shutil.disk_usage(folder).free // 2)
-        for some in rounds(pieces, room // (BYTES_PER_LOGIT * n_vocabulary)):
+        limit = room // (BYTES_PER_LOGIT * n_vocabulary)  # scored positions
+        for some in calibration.batches(pieces, size=lambda piece: len(piece.scored), limit=limit):
             with ScratchLogits(folder) as scratch:
                 with self._load(self.reference) as model:
                     n_blocks = [
@@ -97,21 +118,6 @@ class GgufPair(NamedTuple):
 
 def _blocks(model: LlamaCppModel, piece: Piece) -> Iterator[Tensor]:
     return model.logit_blocks(piece.input_ids, piece.scored - 1)
-
-
-def rounds(pieces: Sequence[Piece], n_positions: int) -> Iterator[list[Piece]]:
-    """Group pieces in order, with at most `n_positions` scored positions per group; a longer piece
-    is a group by itself."""
-    part: list[Piece] = []
-    n = 0
-    for piece in pieces:
-        if part and n + len(piece.scored) > n_positions:
-            yield part
-            part, n = [], 0
-        part.append(piece)
-        n += len(piece.scored)
-    if part:
-        yield part
 
 
 def available_bytes() -> int:

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from workflow_scripts.handover.facts import Facts
+from workflow_scripts.settings import settings_from_json
+from workflow_scripts.settings.fields import Settings
+
+TableT = TypeVar("TableT", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,22 @@ class Link:
 
 
 def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, takes_gguf: bool = True
-) -> tuple[argparse.Namespace, Link]:
-    """Add the arguments of a link to a program's own, and parse them all.
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    kind: type[TableT],
+    table: str,
+    *,
+    takes_gguf: bool = True,
+) -> tuple[argparse.Namespace, TableT, Link]:
+    """Add the arguments of settings and a link to a program's own, and parse them all.
 
     Args:
+        kind: class of the settings.
+        table: their table in the config.
         takes_gguf: False for a program that needs the sliding window, which llama.cpp ignores: it
             takes no GGUF and no number of threads.
     """
+    parser.add_argument("--settings", required=True, help=f"JSON of `{table}`")
     parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", type=Path, help="folder of a base, merged or AWQ model")
@@ -65,4 +77,4 @@ def parse(
         arguments.gguf,
         arguments.threads,
     )
-    return arguments, link
+    return arguments, settings_from_json(kind, arguments.settings), link

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from workflow_scripts import files, log
 from workflow_scripts.evaluate import link_arguments
 from workflow_scripts.handover.tasks import ReferenceScores
-from workflow_scripts.settings import TaskSettings, settings_from_json
+from workflow_scripts.settings import TaskSettings
 
 if TYPE_CHECKING:
     from workflow_scripts.evaluate.task_scores import Sample
@@ -36,11 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--tokens", type=Path, required=True, help="documents of the test split")
     parser.add_argument("--clean", type=Path, required=True, help="conversations of the test split")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.tasks`")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
     parser.add_argument("--samples", type=Path, required=True, help="to write: every answer")
-    arguments, link = link_arguments.parse(parser, argv)
-    settings = settings_from_json(TaskSettings, arguments.settings)
+    arguments, settings, link = link_arguments.parse(parser, argv, TaskSettings, "evaluation.tasks")
 
     from workflow_scripts.evaluate import exact_match, greedy, links, prompts
     from workflow_scripts.evaluate.task_scores import write_samples
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for one in log.progress(asked, logger, total=len(asked), unit="prompts"):
                 tokens = answer(one.prompt, settings.max_answer_tokens)
                 text = tokenizer.decode([token for token in tokens if token != eos]).strip()
-                rows.append(exact_match.sample(one, text))
+                rows.append(exact_match.sample(one, text, references[one.conversation]))
     report = ReferenceScores(
         n_with_reference=len(references),
         n_too_long=sum(len(one.prompt) > longest for one in every),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from workflow_scripts.scoring.token_scores import turns
 from workflow_scripts.tokens.documents import Document, Documents
 
 
-class AnsweredPrompt(NamedTuple):
+class Prompt(NamedTuple):
     """A prompt and the answer that the conversation gives."""
 
     conversation: str
@@ -21,18 +21,7 @@ class AnsweredPrompt(NamedTuple):
     """(n,) int32, EOS at its end."""
 
 
-class MarkedPrompt(NamedTuple):
-    """A prompt and the answers that are right."""
-
-    conversation: str
-    prompt: np.ndarray
-    """(n,) int32."""
-    references: list[str]
-
-
-def before_first_answer(
-    documents: Documents | list[Document], longest: int
-) -> Iterator[AnsweredPrompt]:
+def before_first_answer(documents: Documents | list[Document], longest: int) -> Iterator[Prompt]:
     """Yield the prompt of each conversation's first answer, in the order of their ids.
 
     Args:
@@ -40,25 +29,33 @@ def before_first_answer(
     """
     ids = documents.ids if isinstance(documents, Documents) else [one.id for one in documents]
     for number in sorted(range(len(documents)), key=ids.__getitem__):
-        document = documents[number]
-        answer = np.flatnonzero(document.is_supervised & (turns(document) == 1))
-        if len(answer) and 0 < answer[0] <= longest:
-            yield AnsweredPrompt(
-                document.id, document.input_ids[: answer[0]], document.input_ids[answer]
-            )
+        prompt = _before_answer(documents[number], 1)
+        if 0 < len(prompt.prompt) <= longest and len(prompt.reference):
+            yield prompt
 
 
 def before_last_answer(
-    documents: Documents | list[Document], references: Mapping[str, list[str]]
-) -> Iterator[MarkedPrompt]:
-    """Yield the prompt of the last answer of each conversation that has references.
+    documents: Documents | list[Document], conversations: Container[str]
+) -> Iterator[Prompt]:
+    """Yield the prompt of the last answer of some conversations.
 
-    References belong to the last answer. A conversation whose last answer is not supervised
-    (weight 0) is left out.
+    A conversation whose last answer is not supervised (weight 0) is left out.
+
+    Args:
+        conversations: their ids.
     """
     for document in documents:
-        if document.id in references and document.is_supervised[-1]:
-            turn = turns(document)
-            start = int(np.searchsorted(turn, turn[-1]))
-            if start:
-                yield MarkedPrompt(document.id, document.input_ids[:start], references[document.id])
+        if document.id in conversations and document.is_supervised[-1]:
+            prompt = _before_answer(document, int(turns(document)[-1]))
+            if len(prompt.prompt):
+                yield prompt
+
+
+def _before_answer(document: Document, turn: int) -> Prompt:
+    """Split a document at a supervised answer; the reference is empty if there is none."""
+    answer = np.flatnonzero(document.is_supervised & (turns(document) == turn))
+    return Prompt(
+        document.id,
+        document.input_ids[: answer.min(initial=len(document.input_ids))],
+        document.input_ids[answer],
+    )

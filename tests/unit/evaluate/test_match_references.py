@@ -46,7 +46,7 @@ def test_the_prompt_is_the_last_question_with_all_before_it():
     marked = dict.fromkeys(["two", "unsupervised end", "all", "elsewhere"], ["x"])
     (asked,) = before_last_answer(chats, marked)
     assert asked.conversation == "two" and asked.prompt.tolist() == [0, 1, 2, 3, 4, 5]
-    assert asked.references == ["x"]
+    assert asked.reference.tolist() == [6, 7]
 
 
 @pytest.fixture
