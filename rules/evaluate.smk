@@ -1,8 +1,8 @@
-# A rule measures every link: handover/chain.py says which files make up each.
+# Each rule measures every link; handover/chain.py says which files a link consists of.
 
 
 rule evaluate_perplexity:
-    """Perplexity of a link on the supervised tokens of the test conversations, each one's kept."""
+    """Perplexity of a link on supervised tokens of the test split, with the loss of every token."""
     input:
         unpack(LINKS.files),
         facts=BUILD.of_place("results/models/{model}/facts.json"),
@@ -38,7 +38,7 @@ rule evaluate_perplexity:
 
 
 use rule evaluate_perplexity as evaluate_quantization with:
-    # Of a link that is compared token by token with the one it is made from, in the same pass.
+    # A quantization is compared token by token with its source, in the same pass.
     input:
         unpack(LINKS.files),
         reference=LINKS.source,
@@ -54,7 +54,7 @@ use rule evaluate_perplexity as evaluate_quantization with:
         link=any_of(BUILD.compared_links),
     resources:
         gpu=RESOURCES.gpus_of_scoring,
-        # Both models; with less the program takes them in turns.
+        # Both models; with less memory they take turns.
         mem_mb=memory_of_models(2),
         runtime=growing(240),  # minutes
     params:
@@ -68,7 +68,7 @@ use rule evaluate_perplexity as evaluate_quantization with:
 
 
 rule chunk_text:
-    """A text of the user's in chunks of one context, as llama-perplexity cuts it."""
+    """Cut a user's text into chunks of one context, as llama-perplexity does."""
     input:
         text=USER_FILES.evaluation_text,
         tokenizer="results/models/{model}/tokenizer",
@@ -94,7 +94,7 @@ rule chunk_text:
 
 
 rule evaluate_text:
-    """Perplexity of a link on a text of the user's, as llama-perplexity has it."""
+    """Perplexity of a link on a user's text, computed as in llama-perplexity."""
     input:
         unpack(LINKS.files),
         facts=BUILD.of_place("results/models/{model}/facts.json"),
@@ -158,7 +158,7 @@ rule evaluate_positions:
 
 
 use rule evaluate_perplexity as evaluate_validation with:
-    # Of a run's live adapter. Sweeps choose by it: the test split stays unseen.
+    # Perplexity of a run's live adapter. Sweeps select by it, so that the test split stays unseen.
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
@@ -185,7 +185,7 @@ use rule evaluate_perplexity as evaluate_validation with:
 
 
 rule evaluate_recall:
-    """Facts that a run's live adapter finds again in held-out text, by length and depth."""
+    """Recall of facts in held-out text by a run's live adapter, by length and depth."""
     input:
         checkpoint=BUILD.of_run("results/models/{model}/checkpoint"),
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
@@ -283,7 +283,7 @@ rule answer_prompts:
 
 
 rule fetch_tasks:
-    """The data of the tasks, from the Hub into the cache of `datasets`, where there is a connection."""
+    """Fetch the data of the tasks from the Hub into the cache of `datasets`; needs a connection."""
     input:
         files=USER_FILES.tasks(),
     output:
@@ -307,12 +307,12 @@ rule fetch_tasks:
 
 
 rule evaluate_tasks:
-    """Tasks of lm-evaluation-harness by a link."""
+    """Scores of a link in tasks of lm-evaluation-harness."""
     input:
         unpack(LINKS.files),
         facts=BUILD.of_place("results/models/{model}/facts.json"),
         tokenizer=BUILD.of_place("results/models/{model}/tokenizer"),
-        fetched="results/evaluation/tasks.json",  # read from the cache
+        fetched="results/evaluation/tasks.json",  # the data itself is in the cache
         files=USER_FILES.tasks(),
     output:
         scores=measured_chain.FILES["tasks"],
@@ -375,7 +375,7 @@ rule match_references:
 
 
 rule benchmark_inference:
-    """Speed, memory and size of a link, alone on the machine: it takes all cores."""
+    """Speed, memory and size of a link, alone on the machine: it uses all cores."""
     input:
         unpack(LINKS.files),
         facts=BUILD.of_place("results/models/{model}/facts.json"),

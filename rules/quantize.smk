@@ -1,6 +1,6 @@
 rule plan_quantizations:
-    """Types that llama.cpp will give a model's tensors; early, so that fallbacks are said before
-    training. What it warns of is on the console too."""
+    """Plan the types of a model's tensors early, so that a warning about fallbacks comes before
+    training. Warnings go to the console too."""
     input:
         facts="results/models/{model}/facts.json",
     output:
@@ -24,7 +24,7 @@ rule plan_quantizations:
 
 
 rule convert_gguf_base:
-    """F16 GGUF of a base, by llama.cpp's own converter."""
+    """Convert a base to an F16 GGUF with llama.cpp's own converter."""
     input:
         merged="results/models/{model}/checkpoint",
         tokenizer="results/models/{model}/tokenizer",
@@ -53,7 +53,7 @@ rule convert_gguf_base:
 
 
 use rule convert_gguf_base as convert_gguf with:
-    # Not shared: its key would not tell two trainings of one recipe apart.
+    # Not in the shared cache: its key would not distinguish two trainings of one recipe.
     input:
         merged="results/runs/{run}/merged",
         merged_check=ancient(GATES.merged.verdict),  # gate, read by none
@@ -72,7 +72,7 @@ use rule convert_gguf_base as convert_gguf with:
 
 
 rule convert_adapter:
-    """The adapter alone as a GGUF LoRA, for the GGUF of its base."""
+    """Convert the adapter alone to a GGUF LoRA, for use with the GGUF of its base."""
     input:
         adapter="results/runs/{run}/adapter/adapter_model.safetensors",
         config="results/runs/{run}/adapter/adapter_config.json",
@@ -133,7 +133,7 @@ rule check_gguf:
 
 
 rule compute_imatrix:
-    """Importance matrix of the F16 GGUF, on chats of the training split and files the user names."""
+    """Importance matrix of the F16 GGUF, on chats of the training split and the user's files."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
         gguf_check=ancient(GATES.gguf.verdict),  # gate, read by none
@@ -166,7 +166,7 @@ rule compute_imatrix:
 
 
 rule quantize_gguf:
-    """One quantization of the F16 GGUF by llama.cpp's own quantizer; several run side by side."""
+    """Quantize the F16 GGUF with llama.cpp's own quantizer; several types run in parallel."""
     input:
         gguf="results/runs/{run}/gguf/{run}-F16.gguf",
         gguf_check=ancient(GATES.gguf.verdict),  # gate, read by none

@@ -1,4 +1,4 @@
-"""Usable context and recall of links that tests make or name."""
+"""Records of usable context and recall for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workflow_scripts.handover.context import Cell, ContextScores, LengthScore, 
 
 
 def cell_of(length_tokens: int, depth_fraction: float | None, n_exact: int, n_prompts: int) -> Cell:
-    """Answers of which some are right; its intervals and nats are not those of a model."""
+    """A cell with this share of right answers; its intervals and nats are made up."""
     share = n_exact / n_prompts
     return Cell(
         length_tokens=length_tokens,
@@ -24,7 +24,7 @@ def cell_of(length_tokens: int, depth_fraction: float | None, n_exact: int, n_pr
 
 
 def context_scores(scores: Sequence[int], **more: object) -> ContextScores:
-    """Scores of evaluate_context: these at 512, 1024 … tokens.
+    """Record of evaluate_context with these scores at 512, 1024 … tokens.
 
     Args:
         more: other values of `ContextScores`.

@@ -1,4 +1,4 @@
-"""llama.cpp's own programs, compiled of the source that llama-cpp-python was built of, against its
+"""llama.cpp's own programs, compiled from the source of the installed llama-cpp-python, with its
 libraries."""
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from workflow_scripts.quantize import llama_cpp_source
 
 LIBRARIES = Path(sysconfig.get_path("platlib")) / "lib"
 ENVIRONMENT = {"LD_LIBRARY_PATH": str(LIBRARIES)}
-"""What a program needs to be started."""
+"""Environment that a program needs to start."""
 
 FLUSH = """
 #include "log.h"
 static const struct Flush { ~Flush() { common_log_pause(common_log_main()); } } flush;
 """
-"""Waits at a program's end until its log is written. llama.cpp's own programs do not: their figures
-are log lines that a thread writes, and on a busy machine the last ones were missing once in 120
+"""Wait at a program's end until its log is written. llama.cpp's own programs do not: a thread
+writes their figures as log lines, and on a busy machine the last lines were missing once in 120
 runs (https://github.com/ggml-org/llama.cpp/issues/22142)."""
 
 
 def compiled(name: str, folder: Path, *, optimization: str = "-O1") -> Path:
-    """The program `llama-<name>`, in a folder that keeps it until this file changes."""
+    """Return the program `llama-<name>`; the folder keeps it until this file changes."""
     program = folder / f"llama-{name}"
     if program.exists() and program.stat().st_mtime > Path(__file__).stat().st_mtime:
         return program

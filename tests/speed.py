@@ -1,4 +1,4 @@
-"""Speed of a link, as tests name it."""
+"""Record of a link's speed for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of tasks, as tests need them."""
+"""Records of task scores for tests."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_a_right_gguf_passes(bases, tmp_path, dtype, window):
     assert found.n_tensors == 272 and found.n_conversations_token_parity > 0
     # The same file for a model of another window is another model's.
     other = folder_of(bases[dtype], tmp_path / "other" / "merged", window=256)
-    with pytest.raises(StageError, match="metadata is not the merged model's"):
+    with pytest.raises(StageError, match="metadata differs from the merged model's"):
         gguf_check(gguf, other, facts_of(other))
 
 

@@ -1,9 +1,9 @@
-"""Recall of a fact by length of the prompt and depth of the fact: what is left of a text once it
-lies windows back?
+"""Recall of a fact by length of the prompt and depth of the fact: how much does a model remember of
+text that is several windows back?
 
-Each prompt costs one forward pass over itself and the right answer. The greedy answer is right
-where at every token of it the likeliest is the right one; its negative log-likelihood tells also
-of a model that answers nothing exactly.
+Each prompt costs one forward pass over the prompt and the right answer. The greedy answer is exact
+if the likeliest token is the right one at every position of the answer. The negative log-likelihood
+also tells models apart that answer nothing exactly.
 
 python -m workflow_scripts.evaluate.evaluate_recall --checkpoint checkpoint/ --adapter adapter/
     --precision nf4 --facts facts.json --tokenizer tokenizer/ --chats clean/validation.parquet
@@ -20,13 +20,8 @@ from pathlib import Path
 from workflow_scripts import files, log
 from workflow_scripts.demo.recall import CHANCE_NATS
 from workflow_scripts.evaluate import link_arguments
-from workflow_scripts.evaluate.long_prompts import answer, summarize
-from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
-from workflow_scripts.handover.context import Cell, RecallScores
-from workflow_scripts.handover.facts import Facts
-from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
-from workflow_scripts.settings import RecallSettings, settings_from_json
-from workflow_scripts.tokens.rendering import Renderer
+from workflow_scripts.handover.context import RecallScores
+from workflow_scripts.settings import RecallSettings
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("evaluate_recall")
@@ -34,15 +29,19 @@ logger = log.stage_logger("evaluate_recall")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
-    link_arguments.add_transformers_arguments(parser)
-    parser.add_argument("--facts", type=Path, required=True, help="facts of the base: its window")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of export_tokenizer")
     parser.add_argument("--chats", type=Path, required=True, help="held-out conversations: Parquet")
-    parser.add_argument("--settings", required=True, help="JSON of `evaluation.recall`")
     parser.add_argument("--scores", type=Path, required=True, help="to write: JSON")
-    arguments = parser.parse_args(argv)
-    settings = settings_from_json(RecallSettings, arguments.settings)
-    facts = Facts.read(arguments.facts)
+    arguments, settings, link = link_arguments.parse(
+        parser, argv, RecallSettings, "evaluation.recall", takes_gguf=False
+    )
+
+    from workflow_scripts.evaluate import links, long_prompts
+    from workflow_scripts.evaluate.needles import NeedlePrompts, default_lengths, haystack
+    from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
+    from workflow_scripts.tokens.rendering import Renderer
+
+    facts = link.facts
     lengths = settings.lengths_tokens or default_lengths(facts.sliding_window, facts.context_tokens)
     if max(lengths) > facts.context_tokens:
         raise log.StageError(
@@ -59,21 +58,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     started = time.perf_counter()
-    model = link_arguments.load_transformers(arguments, facts)
-    # The longest first, so that what cannot be made stops at once.
+    # The longest first: a prompt that cannot be made stops the program at once.
     cells = [
         (length, depth) for length in sorted(lengths, reverse=True) for depth in settings.depths
     ]
-    measured: list[Cell] = []
-    for length, depth in log.progress(cells, logger, total=len(cells), unit="cells"):
-        needles = [
-            prompts.make(number, length_tokens=length, depth_fraction=depth)
-            for number in range(settings.n_prompts)
+    with links.loaded(link, facts.context_tokens) as model:
+        measured = [
+            long_prompts.ask(
+                model,
+                prompts,
+                n_prompts=settings.n_prompts,
+                length_tokens=length,
+                depth_fraction=depth,
+            )
+            for length, depth in log.progress(cells, logger, total=len(cells), unit="cells")
         ]
-        answers = [answer(model, needle) for needle in needles]
-        measured.append(summarize(answers, length_tokens=length, depth_fraction=depth))
     scores = RecallScores(
-        precision=link_arguments.measured_precision(arguments.precision),
+        precision=links.precision(link),
         sliding_window=facts.sliding_window,
         chance_nats_per_answer=CHANCE_NATS,
         cells=tuple(

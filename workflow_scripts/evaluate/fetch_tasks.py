@@ -1,5 +1,5 @@
-"""Bring the data of tasks from the Hub into the cache of `datasets` (HF_HOME), before a GPU is
-asked for: on a cluster this runs where `snakemake` was started, as jobs may have no connection.
+"""Bring the data of tasks from the Hub into the cache of `datasets` (HF_HOME), before any job
+requests a GPU. On a cluster this runs where `snakemake` was started: jobs may have no connection.
 
 python -m workflow_scripts.evaluate.fetch_tasks --settings '{"names": ["mmlu"]}' --fetched f.json
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workflow_scripts import log
-from workflow_scripts.evaluate import harness
+from workflow_scripts.evaluate import harness_package
 from workflow_scripts.handover.tasks import FetchedTasks
 from workflow_scripts.settings import TaskSettings, settings_from_json
 
@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fetched", type=Path, required=True, help="to write: JSON")
     arguments = parser.parse_args(argv)
     settings = settings_from_json(TaskSettings, arguments.settings)
-    harness.check_installed()
+    harness_package.check_installed()
+
+    from workflow_scripts.evaluate import harness
+
     manager = harness.manager_of(settings)
     tasks = tuple(task for name in settings.names for task in harness.fetch(name, manager))
     FetchedTasks(tasks=tasks).write(arguments.fetched)

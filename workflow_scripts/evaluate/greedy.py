@@ -1,14 +1,15 @@
-"""Greedy decoding by either engine, token by token, with its cache."""
+"""Greedy decoding by either engine, token by token, with its key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import torch
 
-    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS, LlamaCppModel
+from workflow_scripts.scoring.transformers_model import TransformersModel
 
 IsDone = Callable[[Sequence[int]], bool]
 
@@ -21,30 +22,26 @@ class Greedy(Protocol):
     """Answers a prompt with the likeliest token, again and again."""
 
     def __call__(self, prompt: np.ndarray, max_tokens: int, is_done: IsDone = never) -> list[int]:
-        """Tokens of the answer, the one that ends it among them.
+        """Return the tokens of the answer, including the one that ends it.
 
         Args:
             prompt: (n,) integer.
-            max_tokens: of the answer.
-            is_done: whether the answer so far is enough; EOS always is.
+            max_tokens: longest answer.
+            is_done: True if the answer so far is enough; EOS always ends it.
         """
         ...
 
 
+def by_link(model: LlamaCppModel | TransformersModel, eos: int) -> Greedy:
+    """Greedy decoding by a loaded link."""
+    if isinstance(model, LlamaCppModel):
+        return by_llama_cpp(model, eos)
+    return by_transformers(model.model, eos)
+
+
 def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
-    """Greedy decoding with llama.cpp's cache."""
-    import numpy as np
-
-    from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS
-
     def answer(prompt: np.ndarray, max_tokens: int, is_done: IsDone = never) -> list[int]:
-        model.forget()
-        wants_logits = np.zeros(len(prompt), dtype=bool)
-        wants_logits[-1] = True
-        logits = None
-        for start in range(0, len(prompt), BATCH_TOKENS):
-            stretch = slice(start, start + BATCH_TOKENS)
-            logits = model.decode(prompt[stretch], first=start, wants_logits=wants_logits[stretch])
+        logits = read_tokens(model, prompt)
         tokens: list[int] = []
         while True:
             assert logits is not None
@@ -52,17 +49,31 @@ def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
             if tokens[-1] == eos or len(tokens) == max_tokens or is_done(tokens):
                 return tokens
             place = len(prompt) + len(tokens) - 1
-            logits = model.decode(
-                np.array(tokens[-1:]), first=place, wants_logits=np.ones(1, dtype=bool)
-            )
+            logits = read_tokens(model, np.array(tokens[-1:]), first=place)
 
     return answer
 
 
-def by_transformers(model: Any, eos: int) -> Greedy:
-    """Greedy decoding with transformers' cache."""
-    import torch
+def read_tokens(model: LlamaCppModel, tokens: np.ndarray, *, first: int = 0) -> np.ndarray | None:
+    """Run tokens through llama.cpp in batches, with the logits of the last one alone.
 
+    Args:
+        first: position of the first token, after those in the cache; 0 empties the cache.
+    Returns:
+        (1, vocabulary) float32, valid until the next call; None without tokens.
+    """
+    if not first:
+        model.forget()
+    wants_logits = np.zeros(len(tokens), dtype=bool)
+    wants_logits[-1:] = True
+    logits = None
+    for start in range(0, len(tokens), BATCH_TOKENS):
+        batch = slice(start, start + BATCH_TOKENS)
+        logits = model.decode(tokens[batch], first=first + start, wants_logits=wants_logits[batch])
+    return logits
+
+
+def by_transformers(model: Any, eos: int) -> Greedy:
     def answer(prompt: np.ndarray, max_tokens: int, is_done: IsDone = never) -> list[int]:
         tokens = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
         given: list[int] = []

@@ -1,12 +1,12 @@
-"""lm-evaluation-harness: which tasks, what they need from the Hub, and what a link scores in them.
+"""Tasks of lm-evaluation-harness: their names, their data from the Hub, and the scores of a link.
 
-A preset is one of its tasks with as many examples as the published figures have:
+A preset is one of its tasks with the number of examples of the published figures:
 
 - `mmlu` 5, `triviaqa` 5, `gsm8k` 8: Mistral 7B (arXiv:2310.06825, table 2). Its 52.2 of GSM8K is
-  the majority of 8 drawn answers; here it is one greedy answer, as on the leaderboard.
+  the majority of 8 sampled answers; here it is one greedy answer, as on the leaderboard.
 - `hellaswag` 10, `arc_challenge` 25: Open LLM Leaderboard v1
-  (huggingface.co/docs/leaderboards/open_llm_leaderboard/archive), read by `acc_norm`. The paper has
-  both without examples: `hellaswag@0`, `arc_challenge@0`.
+  (huggingface.co/docs/leaderboards/open_llm_leaderboard/archive), read by `acc_norm`. The paper
+  gives both without examples: `hellaswag@0`, `arc_challenge@0`.
 """
 
 from __future__ import annotations
@@ -18,59 +18,43 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets.exceptions import DatasetNotFoundError
+from httpx2 import HTTPError
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from workflow_scripts import files
+from workflow_scripts.evaluate.harness_models import is_truncated
 from workflow_scripts.evaluate.task_scores import Sample
 from workflow_scripts.handover.tasks import FetchedTask, TaskScore
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import TaskSettings
 
-if TYPE_CHECKING:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
-
 PRESETS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25, "triviaqa": 5, "gsm8k": 8}
 NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 
-def check_installed() -> None:
-    """
-    Raises:
-        StageError: the harness is not there.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise StageError(
-            "lm-evaluation-harness is not installed",
-            where="evaluation.tasks.names",
-            found=error,
-            to_fix="`make tasks`, or `snakemake tasks --sdm conda`;"
-            " workflow_scripts/evaluate/README.md tells how",
-        ) from error
-    # It tells every request, and the settings of every task.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
 def asked(name: str) -> tuple[str, int | None]:
-    """Task and number of examples of an entry of `names`; None is what the task's file says."""
+    """Return task and number of examples of an entry of `names`; None is the task's own number."""
     task, _, n_examples = name.partition("@")
     return task, int(n_examples) if n_examples else PRESETS.get(task)
 
 
 @functools.cache  # it reads 14,000 files, 10 s
 def _index(folder: str | None) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
+    # It logs every request and the settings of every task.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=folder)
 
 
 def manager_of(settings: TaskSettings) -> TaskManager:
-    """The index of all tasks, those of the user among them.
+    """Return the index of all tasks, including the user's.
 
     Raises:
-        StageError: one that is asked for is not there.
+        StageError: a requested task is unknown.
     """
     manager = _index(settings.include and str(Path(settings.include).expanduser()))
     unknown = [task for task, _ in map(asked, settings.names) if task not in manager.task_index]
@@ -89,32 +73,30 @@ def manager_of(settings: TaskSettings) -> TaskManager:
 
 @contextmanager
 def hub_explained(name: str) -> Iterator[None]:
-    """
-    Raises:
-        StageError: the data of a task is not to be had.
-    """
-    from datasets.exceptions import DatasetNotFoundError
-    from httpx2 import HTTPError
+    """Explain errors that mean that the data of a task is missing.
 
+    Raises:
+        StageError: the data of a task is neither in the cache nor on the Hub.
+    """
     try:
         yield
     except (ConnectionError, HTTPError, DatasetNotFoundError, FileNotFoundError) as error:
         if files.is_full_disk(error):
             raise
         raise StageError(
-            "the data of a task cannot be had",
+            "the data of a task cannot be loaded",
             where=f"evaluation.tasks.names, {name}",
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             to_fix="run `snakemake fetch_tasks` where the Hub can be reached, with the same"
-            " HF_HOME; HF_DATASETS_OFFLINE=1 then takes what lies there and asks nobody",
+            " HF_HOME; HF_DATASETS_OFFLINE=1 then reads only that cache",
         ) from error
 
 
 def fetch(name: str, manager: TaskManager) -> list[FetchedTask]:
-    """Bring the data of a task into the cache of `datasets`; what it consists of.
+    """Bring the data of a task into the cache of `datasets`, and return a description of it.
 
     Raises:
-        StageError: the Hub cannot be reached, and the cache has it not.
+        StageError: the Hub cannot be reached, and the data is not in the cache.
     """
     with hub_explained(name):
         loaded = manager.load([asked(name)[0]])["tasks"]
@@ -133,13 +115,11 @@ def fetch(name: str, manager: TaskManager) -> list[FetchedTask]:
 def evaluate(
     lm: TemplateLM, name: str, settings: TaskSettings, manager: TaskManager
 ) -> tuple[list[TaskScore], list[Sample]]:
-    """Scores of a task, and what every document of it scored by each metric.
+    """Return the scores of a task, and the score of each of its documents by each metric.
 
     Raises:
-        StageError: its data cannot be had.
+        StageError: its data cannot be loaded.
     """
-    from lm_eval.evaluator import simple_evaluate
-
     task, n_examples = asked(name)
     with hub_explained(name):
         results = simple_evaluate(
@@ -159,9 +139,7 @@ def sample_rows(
     name: str,
     samples: Mapping[str, Sequence[Mapping[str, Any]]],  # untyped: lm-evaluation-harness's log
 ) -> Iterator[Sample]:
-    """Of what the harness logs of every document."""
-    from workflow_scripts.evaluate.harness_models import is_truncated
-
+    """Yield the score of each document by each metric, from the harness's log."""
     for task, documents in samples.items():
         for document in documents:
             loses_tokens = any(is_truncated(lm, request) for request in document["arguments"])
@@ -183,7 +161,7 @@ def sample_rows(
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, a single one in a list too; anything else as JSON."""
+    """Return a text, also from a list of one, unchanged; anything else as JSON."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
@@ -191,10 +169,10 @@ def as_text(value: Any) -> str:
 
 def scores_of(
     asked_name: str,
-    results: Mapping[str, Any],  # untyped: as lm-evaluation-harness gives them
+    results: Mapping[str, Any],  # untyped: lm-evaluation-harness's results
     rows: Sequence[Sample],
 ) -> list[TaskScore]:
-    """A score a metric; of a tag or a group that has no score of its own, its tasks'."""
+    """Return one score per metric; a tag or group without a score gives those of its tasks."""
     children: Mapping[str, Sequence[str]] = results["group_subtasks"]
 
     def leaves(name: str) -> list[str]:

@@ -1,9 +1,8 @@
-"""The links of the chain as models of lm-evaluation-harness; to be imported only where that is
-installed.
+"""The links of the chain as models of lm-evaluation-harness. Importing this needs the harness.
 
-Every link reads with the tokenizer that ships, so that all answer the same token ids: llama.cpp's
-own would leave out the space that SentencePiece puts before a text. BOS comes first, once, also
-where a chat template has written it already.
+Every link uses the exported tokenizer, so that all score the same token ids: llama.cpp's own would
+leave out the space that SentencePiece puts before a text. BOS comes first, and only once, even if a
+chat template has already written it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -21,26 +21,25 @@ from lm_eval.models.utils import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from workflow_scripts.evaluate.greedy import Greedy
 from workflow_scripts.log import StageError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from torch import Tensor
 
-LogitBlocks = Callable[[np.ndarray, np.ndarray], "Iterator[Tensor]"]
+LogitBlocks = Callable[[np.ndarray, np.ndarray], Iterator[Tensor]]
 # Texts of the pair, tokens of the context, tokens of the continuation.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-MAX_ANSWER_TOKENS = 256  # where a task does not say; as the harness has it
-# Logits of a batch of 4,096 tokens: 2 GiB in 16 bits.
+MAX_ANSWER_TOKENS = 256  # the harness's default for tasks that set none
+# Logits of a batch with 4,096 tokens per row: 2 GiB in 16 bits.
 BATCH_ELEMENTS = 2**30
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that ships, as transformers reads it."""
-    from transformers import AutoTokenizer
-
+    """Return the exported tokenizer, loaded by transformers."""
     return AutoTokenizer.from_pretrained(str(folder))
 
 
@@ -48,9 +47,9 @@ class TransformersLM(HFLM):
     """A loaded transformers model.
 
     Args:
-        model: in the precision that it is measured in.
-        tokenizer: of `load_tokenizer`.
-        max_length: tokens of context and continuation.
+        model: loaded in the precision that is measured.
+        tokenizer: from `load_tokenizer`.
+        max_length: limit for context and continuation, tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int) -> None:
@@ -61,7 +60,7 @@ class TransformersLM(HFLM):
             tokenizer=tokenizer,
             max_length=max_length,
             add_bos_token=True,
-            # In bfloat16 a log-probability has two digits, and choices tie.
+            # In bfloat16 a log-probability has two digits, so choices tie.
             softmax_dtype="float32",
             batch_size=1
             if model.device.type == "cpu"
@@ -71,8 +70,8 @@ class TransformersLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        # The windows begin with BOS; with that of the tokenizer there would be two, and the second
-        # would be scored (lm-evaluation-harness #3333).
+        # The windows begin with BOS; with the tokenizer's there would be two, and the second would
+        # be scored (lm-evaluation-harness #3333).
         self.add_bos_token = False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
@@ -86,14 +85,14 @@ class TransformersLM(HFLM):
 
 
 class LogitLM(TemplateLM):
-    """Anything that gives logits and greedy answers: llama.cpp, in this process.
+    """A model that gives logits and greedy answers: llama.cpp, in this process.
 
     Args:
-        logit_blocks: of a `LogitModel`; asked in an order in which inputs that begin alike are
-            neighbours.
+        logit_blocks: method of a `LogitModel`; called in an order that puts inputs with the same
+            beginning next to each other.
         greedy: answers a prompt.
-        tokenizer: of `load_tokenizer`.
-        max_length: tokens of context and continuation.
+        tokenizer: from `load_tokenizer`.
+        max_length: limit for context and continuation, tokens.
     """
 
     def __init__(
@@ -137,13 +136,13 @@ class LogitLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would give it."""
+        """Return the log-likelihood of each continuation, and True if greedy decoding gives it."""
         by_input: dict[tuple[int, ...], list[int]] = {}
         for number, (_text, context, continuation) in enumerate(requests):
             assert context and continuation, requests[number]
             if len(continuation) > self.max_length:
                 raise StageError(
-                    "what a task asks for is longer than the context",
+                    "a continuation that a task scores is longer than the context",
                     found=f"{len(continuation)} tokens: {requests[number][0]}"[:200],
                     expected=f"at most {self.max_length}",
                 )
@@ -159,14 +158,12 @@ class LogitLM(TemplateLM):
     def _score(
         self, tokens: np.ndarray, continuations: dict[int, list[int]]
     ) -> dict[int, tuple[float, bool]]:
-        """Of continuations that end one token after the same input.
+        """Score continuations that all end one token after the same input.
 
         Args:
-            tokens: (n,) the input.
-            continuations: the tokens of each, which the last of the input's positions predict.
+            tokens: (n,) input.
+            continuations: tokens of each, which the last positions of the input predict.
         """
-        import torch
-
         longest = max(map(len, continuations.values()))
         log_likelihoods = dict.fromkeys(continuations, 0.0)
         are_greedy = dict.fromkeys(continuations, True)
@@ -207,14 +204,14 @@ class LogitLM(TemplateLM):
         context: str,
         options: dict[str, Any],  # untyped: a task's `generation_kwargs`
     ) -> str:
-        """The greedy answer up to the first of the texts that end it."""
+        """Return the greedy answer up to the first stop text."""
         room = room_for_context(self.max_length, options)
         wanted = normalize_gen_kwargs(options, MAX_ANSWER_TOKENS)
         if wanted["do_sample"]:
             raise StageError(
-                "a task asks for a drawn answer",
+                "a task requests sampled answers",
                 where="its `generation_kwargs`, do_sample",
-                expected="greedy decoding, which a score can be compared by",
+                expected="greedy decoding, so that scores can be compared",
             )
         until = handle_stop_sequences(wanted["until"], eos=self.tokenizer.eos_token)
 
@@ -234,7 +231,7 @@ def room_for_context(
     max_length: int,
     options: dict[str, Any],  # untyped: a task's `generation_kwargs`
 ) -> int:
-    """Tokens that a prompt may have beside its answer."""
+    """Return the longest prompt that leaves room for the answer, tokens."""
     wanted = normalize_gen_kwargs(options, MAX_ANSWER_TOKENS)["max_gen_toks"]
     if wanted >= max_length:
         raise StageError(
@@ -247,11 +244,11 @@ def room_for_context(
 
 
 def is_truncated(lm: TemplateLM, arguments: Sequence[Any]) -> bool:
-    """Whether a request loses the beginning of its prompt, which is how the harness makes it fit.
+    """True if a request loses the beginning of its prompt, which is how the harness makes it fit.
 
     Args:
-        arguments: of the request: (context, continuation), (context, options) or (text,), which is
-            cut into windows instead.
+        arguments: (context, continuation), (context, options), or (text,), which is cut into
+            windows instead.
     """
     if len(arguments) < 2:
         return False
@@ -260,5 +257,5 @@ def is_truncated(lm: TemplateLM, arguments: Sequence[Any]) -> bool:
         limit, texts = room_for_context(lm.max_length, second), context
     else:
         limit, texts = lm.max_length + 1, context + second
-    # No token is less than a byte; BOS and the space in front are two.
+    # A token has at least one byte; BOS and the space in front add two.
     return len(texts.encode()) + 2 > limit and len(lm.tok_encode(texts)) > limit

@@ -1,9 +1,9 @@
-"""Needles: a fact put into held-out text at a chosen depth, and asked for at the end.
+"""Needles: a fact put into held-out text at a chosen depth, with a question about it at the end.
 
-A prompt is one question of a user, in the chat template: text, the statement in a paragraph of its
-own, text, the question; and the beginning of the answer, up to the code. Prompts of one number
-share text, city and code over all lengths and depths, so that what differs between two cells is how
-much text there is and where the statement stands.
+A prompt is one user message in the chat template: text, the statement in a separate paragraph, more
+text, and the question; then the beginning of the answer, up to the code. Prompts with the same
+number share text, city and code over all lengths and depths, so two cells differ only in the amount
+of text and the place of the statement.
 
 Source: the task is G. Kamradt's "needle in a haystack" (2023), with a code that cannot be guessed.
 """
@@ -15,7 +15,8 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from workflow_scripts.chats.messages import Message
 from workflow_scripts.demo import recall
@@ -23,17 +24,14 @@ from workflow_scripts.evaluate.questions import TASKS, Question
 from workflow_scripts.log import StageError
 from workflow_scripts.tokens.rendering import Renderer
 
-if TYPE_CHECKING:
-    import numpy as np
-
 PARAGRAPH_END = re.compile(r"\n\s*\n")
-MAX_CHARACTERS_A_TOKEN = 8  # of running text; 3 to 5 were measured
+MAX_CHARACTERS_PER_TOKEN = 8  # in running text; measured: 3 to 5
 WORD_END = re.compile(r"(?<=\S)(?=\s|$)")
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A prompt with the right answer to it."""
+    """A prompt with its right answer."""
 
     question: Question
     input_ids: np.ndarray
@@ -43,10 +41,10 @@ class Needle:
 
 
 def haystack(messages: Iterable[Message]) -> list[str]:
-    """Paragraphs of what users wrote or pasted, in order, each once.
+    """Return the paragraphs that users wrote or pasted, in order, without duplicates.
 
-    A paragraph that speaks of a city's code would be a second needle, and one that ends in a
-    question mark a second question: both are left out.
+    A paragraph about a city's code would be a second needle, and one that ends in a question mark a
+    second question: both are left out.
     """
     paragraphs = (
         paragraph.strip()
@@ -62,12 +60,12 @@ def haystack(messages: Iterable[Message]) -> list[str]:
 
 
 class NeedlePrompts:
-    """Makes the prompts of a model.
+    """Makes the prompts for a model.
 
     Args:
-        paragraphs: of `haystack`.
-        renderer: of the model's tokenizer.
-        seed: decides texts and facts.
+        paragraphs: text from `haystack`.
+        renderer: renders with the model's tokenizer.
+        seed: decides which texts and facts are drawn.
     """
 
     def __init__(self, paragraphs: Sequence[str], renderer: Renderer, *, seed: int) -> None:
@@ -79,28 +77,28 @@ class NeedlePrompts:
     def make(
         self, number: int, *, length_tokens: int, depth_fraction: float, task: str = "single"
     ) -> Needle:
-        """A prompt that is, with its answer, as long as it can be and no longer than asked.
+        """Return the longest prompt that, with its answer, has at most `length_tokens` tokens.
 
         Args:
-            number: which text and fact.
-            length_tokens: of prompt and answer, by the model's tokenizer.
+            number: decides text and fact.
+            length_tokens: limit for prompt and answer, by the model's tokenizer.
             depth_fraction: lines of text before the statement ÷ all lines of text.
-            task: of `questions.TASKS`.
+            task: key of `questions.TASKS`.
         Raises:
             StageError: there is too little text for the length, or question and answer alone are
                 longer.
         """
         generator = random.Random(f"{self._seed} {number}")
         question = TASKS[task](generator, depth_fraction)
-        text = self._text(generator, MAX_CHARACTERS_A_TOKEN * length_tokens)
+        text = self._text(generator, MAX_CHARACTERS_PER_TOKEN * length_tokens)
         ends = [0, *(match.start() for match in WORD_END.finditer(text))]
 
         def length(n_words: int) -> int:
             asked = self._asked(text[: ends[n_words]], question)
             return len(self._answered(asked, question, question.answer))
 
-        # A word more is a token more, or none where two words join; so the length hardly ever
-        # falls, and a bisection finds the edge.
+        # One more word adds a token, or none if two words join; the length hardly ever falls, so
+        # bisection finds the edge.
         n_words = bisect.bisect_right(range(len(ends)), length_tokens, key=length) - 1
         if n_words < 0:
             raise StageError(
@@ -121,7 +119,7 @@ class NeedlePrompts:
         return self._needle(self._asked(text[: ends[n_words]], question), question)
 
     def _text(self, generator: random.Random, n_characters: int) -> str:
-        """Paragraphs in their order from a random one on, the first following the last."""
+        """Return paragraphs in their order from a random one on; the first follows the last."""
         first = generator.randrange(len(self._paragraphs)) if self._paragraphs else 0
         chosen: list[str] = []
         for paragraph in [*self._paragraphs[first:], *self._paragraphs[:first]]:
@@ -132,37 +130,33 @@ class NeedlePrompts:
         return "\n\n".join(chosen)
 
     def _asked(self, text: str, question: Question) -> Message:
-        """The user's message: the text with the statements in it, and the question."""
+        """Return the user's message: the text with the statements in it, and the question."""
         lines = text.split("\n")
         places = [round(depth * len(lines)) for depth, _ in question.statements]
-        # From the last on, so that what is put in moves no place that is still to come; of two at
-        # one place the first stays in front.
+        # Insert from the last place on, so that no insertion moves a place still to come; of two
+        # statements at one place the first stays in front.
         order = sorted(range(len(places)), key=lambda at: (places[at], at), reverse=True)
         for at in order:
             lines.insert(places[at], f"\n{question.statements[at][1]}\n")
         return {"role": "user", "content": "\n".join([*lines, "", question.text]).strip()}
 
     def _needle(self, asked: Message, question: Question) -> Needle:
-        import numpy as np
-
         begun, ids = (self._answered(asked, question, answer) for answer in ("", question.answer))
-        # A vocabulary of one's own may have a token that reaches over the end of the beginning.
+        # A user's own vocabulary may have a token that spans the end of `begun`.
         differs = np.flatnonzero(begun != ids[: len(begun)])
         start = int(differs[0]) if len(differs) else len(begun)
         return Needle(question, ids, (start, len(ids)))
 
     def _answered(self, asked: Message, question: Question, answer: str) -> np.ndarray:
-        """Token ids of the question and the answer, without the EOS behind it."""
+        """Return the token ids of question and answer, without the EOS at the end."""
         answered = f"{question.answer_start} {answer}".rstrip()
         messages: list[Message] = [asked, {"role": "assistant", "content": answered}]
         return self._renderer.render(messages).input_ids[:-1]
 
 
 def default_lengths(window: int | None, context_tokens: int) -> list[int]:
-    """A quarter, a half, one, two and four windows; without a window as many parts of the context.
-
-    Lengths beyond the context are left out.
-    """
+    """Return a quarter, a half, one, two and four windows; without a window, the same shares of the
+    context (1/16 to all of it). Lengths beyond the context are left out."""
     longest = context_tokens if window is None else 4 * window
     lengths = [longest * part // 16 for part in (1, 2, 4, 8, 16)]
     return [length for length in lengths if length <= context_tokens]

@@ -1,11 +1,11 @@
-"""Questions on a long text that only one who has read it answers, after RULER (arXiv:2404.06654).
+"""Questions that only a reader of the long text can answer, after RULER (arXiv:2404.06654).
 
-- `single`: a fact, somewhere in the text (its NIAH single).
-- `multi_key`: the same among facts of other keys, which one must not take for it (NIAH multi-key).
-- `variable_tracing`: a chain of variables, each set to the one before; asked for is the value of
-  the last.
+- `single`: one fact somewhere in the text (RULER's NIAH single).
+- `multi_key`: one fact among facts about other keys (RULER's NIAH multi-key).
+- `variable_tracing`: a chain of variables, each set to the one before; the question is the value
+  of the last.
 
-Answers are numbers of four digits that follow from nothing else.
+Answers are four-digit numbers that cannot be guessed or derived from anything else.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dataclasses import dataclass
 
 from workflow_scripts.demo import recall
 
-N_DISTRACTORS = 3  # as RULER's default
-N_HOPS = 4  # as RULER's default
+N_DISTRACTORS = 3  # RULER's default
+N_HOPS = 4  # RULER's default
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is put into a text, what is asked, and the right answer.
+    """Statements to insert into a text, a question about them, and the right answer.
 
-    The model's turn begins with `answer_start`, as RULER's answer prefixes do: a model that was
-    never tuned on chats knows then what is wanted.
+    The model's turn begins with `answer_start`, like RULER's answer prefixes, so that a model that
+    was never tuned on chats can answer too.
     """
 
     statements: tuple[tuple[float, str], ...]
-    """Where each stands (0 the beginning of the text, 1 its end), and its text."""
+    """Place of each statement (0 is the beginning of the text, 1 its end), and its text."""
     text: str
     answer_start: str
     """`The code of Oslo is`"""
@@ -44,7 +44,7 @@ def single(generator: random.Random, depth_fraction: float) -> Question:
 
 
 def multi_key(generator: random.Random, depth_fraction: float) -> Question:
-    """The same, with the codes of other cities at random depths."""
+    """The code of a city, with the codes of other cities at random depths."""
     fact, *others = recall.draw_facts(generator, 1 + N_DISTRACTORS)
     distractors = tuple((generator.random(), other.statement) for other in others)
     return _about(fact, ((depth_fraction, fact.statement), *distractors))
@@ -55,8 +55,7 @@ def _about(fact: recall.Fact, statements: tuple[tuple[float, str], ...]) -> Ques
 
 
 def variable_tracing(generator: random.Random, depth_fraction: float) -> Question:
-    """Hops spread evenly over the text; there is no one depth, and the argument counts for
-    nothing."""
+    """A chain of variables spread evenly over the text; the depth is ignored."""
     names: list[str] = []
     while len(names) <= N_HOPS:
         name = "".join(generator.choices(string.ascii_uppercase, k=5))
@@ -72,7 +71,7 @@ def variable_tracing(generator: random.Random, depth_fraction: float) -> Questio
         ((number + 0.5) / len(said), statement) for number, statement in enumerate(said)
     )
     text = f"What number is the variable {names[-1]}?"
-    # No statement begins so: what a model copies must not be taken for a wrong answer.
+    # No statement begins like this, so a model that copies a statement gives no wrong answer.
     answer_start = f"The number of the variable {names[-1]} is"
     return Question(statements, text, answer_start, fact.code)
 

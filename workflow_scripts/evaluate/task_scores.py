@@ -1,25 +1,41 @@
-"""Scores of tasks with a right answer: one a task and metric, and what they were made of.
+"""Scores of tasks that have a right answer, and the scores of the single documents behind them.
 
-`tasks.json` holds the scores; beside it a table holds what every single document scored, so that
-two links are compared document by document.
+`tasks.json` holds one score per task and metric; a table next to it holds the score of every
+document, so that two links can be compared document by document.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
+
+import pyarrow as pa
 
 from workflow_scripts import files
 from workflow_scripts.handover.tasks import TaskScore
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+SCHEMA = pa.schema(
+    [
+        ("asked", pa.string()),
+        ("task", pa.string()),
+        ("document", pa.string()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),
+        ("value", pa.float64()),
+        ("prompt_hash", pa.string()),
+        ("answer", pa.string()),
+        ("reference", pa.string()),
+        ("is_truncated", pa.bool_()),
+    ]
+)
+"""Columns of `Sample`."""
 
 
 class Sample(TypedDict):
-    """What one document scored by one metric: a row of `sample_schema`."""
+    """Score of one document by one metric: a row of `SCHEMA`."""
 
     asked: str
     task: str
@@ -27,51 +43,29 @@ class Sample(TypedDict):
     metric: str
     filter: str
     value: float | None
-    """None where a metric is of no single document."""
+    """None if the metric has no value for a single document."""
     prompt_hash: str
-    """Hash of document and prompt: what must be the same in two links."""
+    """Hash of document and prompt, which must be the same for two links."""
     answer: str
-    """A text, or as JSON the log-likelihood of every choice."""
+    """A text, or the log-likelihood of every choice as JSON."""
     reference: str
     is_truncated: bool
 
 
 class Difference(NamedTuple):
-    """A score less another's of the same documents."""
+    """A score minus another score on the same documents."""
 
     mean: float
     standard_error: float | None
-    """Over documents, of their differences; None for a single one."""
-
-
-def sample_schema() -> pa.Schema:
-    """The columns of `Sample`."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("asked", pa.string()),
-            ("task", pa.string()),
-            ("document", pa.string()),
-            ("metric", pa.string()),
-            ("filter", pa.string()),
-            ("value", pa.float64()),
-            ("prompt_hash", pa.string()),
-            ("answer", pa.string()),
-            ("reference", pa.string()),
-            ("is_truncated", pa.bool_()),
-        ]
-    )
+    """Over the documents' differences; None for a single document."""
 
 
 def write_samples(path: Path, rows: Iterable[Sample]) -> None:
-    import pyarrow as pa
-
-    files.write_parquet(path, pa.Table.from_pylist(list(rows), schema=sample_schema()))
+    files.write_parquet(path, pa.Table.from_pylist(list(rows), schema=SCHEMA))
 
 
 class Samples:
-    """What every document scored."""
+    """Scores of all documents of one link."""
 
     def __init__(self, rows: Sequence[Sample]) -> None:
         self._values: dict[tuple[str, str, str, str], dict[str, tuple[str, float | None]]] = {}
@@ -87,7 +81,7 @@ class Samples:
         return cls(files.read_parquet(path, columns=columns).to_pylist())
 
     def of(self, score: TaskScore) -> dict[tuple[str, str], tuple[str, float | None]]:
-        """(task, document) → prompt and value, of all documents that a score is made of."""
+        """Return prompt hash and value by (task, document), for all documents behind a score."""
         return {
             (task, document): found
             for task in score.subtasks
@@ -100,10 +94,10 @@ class Samples:
 def difference(
     score: TaskScore, samples: Samples, other: TaskScore, other_samples: Samples
 ) -> Difference | None:
-    """A score less the other, paired document by document: what is hard for both drops out.
+    """Return a score minus the other, paired document by document: this cancels their difficulty.
 
-    None where the two did not answer the same prompts, or where the score is no mean over
-    documents (a perplexity, a group whose tasks weigh alike).
+    None if the two did not answer the same prompts, or if the score is not a mean over documents
+    (a perplexity, a group whose tasks have equal weight).
     """
     mine, others = samples.of(score), other_samples.of(other)
     if not mine or mine.keys() != others.keys():
@@ -119,8 +113,5 @@ def difference(
         if not math.isclose(mean, whole.score, abs_tol=1e-9):
             return None
     n = len(changes)
-    mean = math.fsum(changes) / n
-    if n < 2:
-        return Difference(mean, None)
-    variance = math.fsum((change - mean) ** 2 for change in changes) / (n - 1)
-    return Difference(mean, math.sqrt(variance / n))
+    error = statistics.stdev(changes) / math.sqrt(n) if n > 1 else None
+    return Difference(statistics.fmean(changes), error)

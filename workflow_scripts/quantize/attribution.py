@@ -1,9 +1,8 @@
-"""Where a model comes from, in the words of those who read it: of the config, for the GGUF's
-metadata and for the model card's front matter."""
+"""Origin of a model: from the config, for the GGUF's metadata and the model card's front matter."""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from workflow_scripts import __version__
 from workflow_scripts.demo import smollm2_wheel
@@ -13,13 +12,13 @@ HUB = "https://huggingface.co"
 
 
 class Published(TypedDict, total=False):
-    """What a release says of where it comes from. A key is left out where its value is not known,
-    or has a name on this machine alone."""
+    """Origin of a model as a release states it. A key is left out if its value is unknown, or is a
+    name that only this machine knows."""
 
     base_model: str
     """Hub id."""
     base_model_relation: str
-    """The Hub's term: `finetune`; `quantized` where another fine-tuned the model."""
+    """The Hub's term: `finetune`; `quantized` if someone else fine-tuned the model."""
     license: str
     datasets: list[str]
     """Hub ids."""
@@ -31,32 +30,29 @@ class Published(TypedDict, total=False):
 def published(
     run: RunSettings, model: ModelSettings, dataset: DatasetSettings, quantized_by: str | None
 ) -> Published:
-    """What a stranger may be told."""
+    """Return the origin without anything that names files of this machine."""
     whole = run.merged if run.merged and HUB_ID.fullmatch(run.merged) else None
     source, license_name = model.source, model.license
     if model.transplant:
         source = smollm2_wheel.ORIGIN.base_model
         license_name = license_name or smollm2_wheel.ORIGIN.license
     base = whole or (source if source and HUB_ID.fullmatch(source) else None)
-    found: Published = {}
-    if base:
-        found["base_model"] = base
-        found["base_model_relation"] = "quantized" if whole else "finetune"
-    if license_name:
-        found["license"] = license_name
-    if hubs := sorted({source.hub for source in dataset.all_sources.values() if source.hub}):
-        found["datasets"] = hubs
-    if languages := dataset.cleaning.languages:
-        found["languages"] = languages
-    if quantized_by:
-        found["quantized_by"] = quantized_by
-    return found
+    hubs = {source.hub for source in dataset.all_sources.values() if source.hub}
+    found = {
+        "base_model": base,
+        "base_model_relation": base and ("quantized" if whole else "finetune"),
+        "license": license_name,
+        "datasets": sorted(hubs),
+        "languages": dataset.cleaning.languages,
+        "quantized_by": quantized_by,
+    }
+    return cast(Published, {key: value for key, value in found.items() if value})
 
 
 def gguf_metadata(
     published: Published,
-) -> dict[str, Any]:  # untyped: metadata of llama.cpp's
-    """The same as llama.cpp's converter takes it (`--metadata`), but for the licence.
+) -> dict[str, Any]:  # untyped: llama.cpp's metadata
+    """Return the origin as `--metadata` of llama.cpp's converter, without the licence.
 
     Source: gguf-py/gguf/metadata.py, `Metadata.load`.
     """

@@ -1,25 +1,33 @@
-"""Text to calibrate on: sequences of token ids, and which of them are decoded together.
+"""Calibration text: sequences of token ids, and batches of sequences that are decoded together.
 
-Chats keep their own boundaries: each is a sequence from its first token on, and sees no other. A
-longer one is cut, each part with BOS in place of its first token, as llama-imatrix cuts its text.
+Every conversation is a separate sequence from its first token on, and sees no other. A conversation
+longer than a sequence is cut; BOS replaces the first token of each part, as in llama-imatrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from workflow_scripts import files
+from workflow_scripts.log import StageError
+from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.tokens.documents import Documents
+
+Item = TypeVar("Item")
+# Tokens are seldom longer than this; text beyond it would not be used.
+CHARACTERS_PER_TOKEN = 16
 
 
 def chats(documents: Documents, *, chunk_tokens: int, n_tokens: int) -> Iterator[np.ndarray]:
-    """Sequences of conversations drawn at random, always the same ones, as often as training sees
-    each.
+    """Yield sequences of conversations in a fixed random order, each as often as training sees it.
 
     Args:
         chunk_tokens: longest sequence.
-        n_tokens: of all sequences together, at most.
+        n_tokens: limit for all sequences together.
     """
     drawn = np.repeat(np.arange(len(documents)), documents.n_copies)
     np.random.default_rng(0).shuffle(drawn)
@@ -32,8 +40,8 @@ def chats(documents: Documents, *, chunk_tokens: int, n_tokens: int) -> Iterator
 
 
 def cut(input_ids: np.ndarray, *, chunk_tokens: int) -> Iterator[np.ndarray]:
-    """Consecutive sequences of `chunk_tokens`, the last one shorter, each beginning with the
-    first token of all."""
+    """Yield consecutive sequences of `chunk_tokens`, the last one shorter; each begins with the
+    first token of `input_ids`."""
     for start in range(0, len(input_ids), chunk_tokens):
         sequence = np.array(input_ids[start : start + chunk_tokens], dtype=np.int32)
         sequence[0] = input_ids[0]
@@ -41,7 +49,7 @@ def cut(input_ids: np.ndarray, *, chunk_tokens: int) -> Iterator[np.ndarray]:
 
 
 def first_tokens(sequences: Iterable[np.ndarray], n_tokens: int) -> Iterator[np.ndarray]:
-    """Sequences until they have `n_tokens`, the last of them cut to it."""
+    """Yield sequences up to `n_tokens` in all; the last one is cut to fit."""
     left = n_tokens
     for sequence in sequences:
         yield sequence[:left]
@@ -50,17 +58,38 @@ def first_tokens(sequences: Iterable[np.ndarray], n_tokens: int) -> Iterator[np.
             return
 
 
+def text_file(
+    path: Path, model: LlamaCppModel, *, chunk_tokens: int, n_tokens: int
+) -> Iterator[np.ndarray]:
+    """Tokenize a text file and cut it as llama-imatrix does."""
+    files.check_whole(path)
+    try:
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(CHARACTERS_PER_TOKEN * n_tokens)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(
+            "a text to calibrate on cannot be read", where=path, found=error
+        ) from error
+    input_ids = np.array(model.tokenize(text, adds_bos=True, parses_control=False))
+    return first_tokens(cut(input_ids, chunk_tokens=chunk_tokens), n_tokens)
+
+
 def batches(
-    sequences: Iterable[np.ndarray], *, batch_tokens: int, n_sequences: int
-) -> Iterator[list[np.ndarray]]:
-    """Neighbours together, up to `batch_tokens` tokens and `n_sequences` sequences."""
-    batch: list[np.ndarray] = []
-    n_tokens = 0
-    for sequence in sequences:
-        if batch and (n_tokens + len(sequence) > batch_tokens or len(batch) == n_sequences):
+    items: Iterable[Item], *, size: Callable[[Item], int], limit: int, n_items: int | None = None
+) -> Iterator[list[Item]]:
+    """Group neighbours; an item larger than the limit is a group by itself.
+
+    Args:
+        limit: largest sum of sizes in a group.
+        n_items: most items in a group; None is any number.
+    """
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        if batch and (total + size(item) > limit or len(batch) == n_items):
             yield batch
-            batch, n_tokens = [], 0
-        batch.append(sequence)
-        n_tokens += len(sequence)
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
     if batch:
         yield batch

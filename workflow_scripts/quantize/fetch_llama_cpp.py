@@ -1,10 +1,10 @@
-"""Fetch llama.cpp's own converters, from the very source that llama-cpp-python was built of.
+"""Fetch llama.cpp's own converters, from the source that llama-cpp-python was built from.
 
-They are not part of the wheel, and the `gguf` package on the index is another age of the code; so
-the sdist of the same version is fetched once, checked, and the Python parts are unpacked beside the
-environment, with the sources of the tools that tests compare ours with.
+They are not part of the wheel, and the `gguf` package on the index has another version of the code.
+So the sdist of the same version is fetched once and checked. Its Python parts are unpacked into the
+environment, with the sources of the tools that the tests compare ours with.
 
-python -m workflow_scripts.quantize.fetch_llama_cpp      (make does it; needed once an environment)
+python -m workflow_scripts.quantize.fetch_llama_cpp      (make does it; needed once per environment)
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def unpack(sdist: Path, folder: Path) -> None:
-    """What `UNPACKED` names, out of the sdist's `vendor/llama.cpp`.
+    """Unpack the files that `UNPACKED` names from the sdist's `vendor/llama.cpp`.
 
     Raises:
-        StageError: a file of it would lie elsewhere.
+        StageError: a file would be outside the folder.
     """
     with tarfile.open(sdist) as archive:
         for member in archive:
@@ -65,7 +65,7 @@ def unpack(sdist: Path, folder: Path) -> None:
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = archive.extractfile(member)
-                assert source is not None  # None for what is not a file
+                assert source is not None  # None only for members that are not files
                 with source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy)
                 target.chmod(member.mode & 0o755)

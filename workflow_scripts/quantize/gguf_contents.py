@@ -1,20 +1,24 @@
-"""Contents of an F16 GGUF against the folder it was converted from: every weight, bit for bit, and
-the metadata that llama.cpp computes and tokenizes by.
+"""Compare an F16 GGUF with the folder it was converted from: every weight, bit for bit, and the
+metadata that llama.cpp computes and tokenizes with.
 
-What a sample of text cannot show is found here: the embedding of a word that the sample lacks, an
-epsilon that changes little, a context that is too long. Memory is one tensor.
+This finds faults that a sample of text cannot show: the embedding of a word that the sample lacks,
+an epsilon that changes little, a context that is too long. It holds one tensor in memory.
 
-llama.cpp turns the pairs of the rotary position embedding from halves of a head to neighbours, so
-the rows of q_proj and k_proj are in another order there.
+llama.cpp pairs neighbouring rows of a head in the rotary position embedding, transformers rows of
+the two halves; so the rows of q_proj and k_proj have another order in a GGUF.
 Source: llama.cpp, conversion/llama.py and gguf-py/gguf/constants.py (architecture `llama`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 
 from workflow_scripts import files
 from workflow_scripts.handover.facts import ModelShape
@@ -22,40 +26,19 @@ from workflow_scripts.log import StageError
 from workflow_scripts.merge import tensor_names
 from workflow_scripts.models.checkpoint_files import ConfigJson, weight_files
 from workflow_scripts.models.tokenizer_files import find_tokenizer
-from workflow_scripts.quantize import llama_cpp_source
+from workflow_scripts.quantize import gguf_names, llama_cpp_source
 
-if TYPE_CHECKING:
-    import numpy as np
-
-TO_FIX = "delete the file and convert again; if it stays, please report it"
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-}
+TO_FIX = "delete the file and convert again; if that does not help, please report it"
 _HEAD_SIZES = (
     "llama.rope.dimension_count",
     "llama.attention.key_length",
     "llama.attention.value_length",
 )
 _SCALING = "llama.rope.scaling."
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
 
 
 class Compared(NamedTuple):
-    """How much of a GGUF was compared with the merged model."""
+    """Numbers of tensors, keys and vocabulary entries that were compared."""
 
     n_tensors: int
     n_metadata_keys: int
@@ -64,11 +47,12 @@ class Compared(NamedTuple):
 
 
 def check(gguf: Path, merged: Path, facts: ModelShape) -> Compared:
-    """
+    """Compare an F16 GGUF with the merged model.
+
     Args:
-        gguf: F16 GGUF of convert_gguf.
-        merged: the folder it was converted from.
-        facts: of the base: its window and context.
+        gguf: F16 GGUF from convert_gguf.
+        merged: folder that it was converted from.
+        facts: facts of the base: its window and context.
     Raises:
         StageError: the first difference.
     """
@@ -76,14 +60,14 @@ def check(gguf: Path, merged: Path, facts: ModelShape) -> Compared:
     fields = {key: field.contents for key, field in reader.fields.items()}
     config = files.read_json(merged / "config.json")
     wanted = expected_metadata(config, facts, chat_template=_chat_template(merged))
-    # Left out where a head is the hidden size over the heads.
+    # The converter leaves them out if a head has hidden size ÷ heads.
     if wanted[_HEAD_SIZES[0]] * config["num_attention_heads"] == config["hidden_size"]:
         wanted = {k: v for k, v in wanted.items() if k not in _HEAD_SIZES or k in fields}
     for key, value in wanted.items():
         _compare(gguf, key, fields[key]() if key in fields else None, value)
     is_stretched = f"{_SCALING}type" in wanted
     for key in sorted(fields.keys() - wanted.keys()):
-        # Any other key of the architecture may change what is computed.
+        # Any other key of the architecture may change the computation.
         if key.startswith("llama.") and not (is_stretched and key.startswith(_SCALING)):
             _compare(gguf, key, fields[key](), None)
     n_tokens = _check_pieces(gguf, merged, fields)
@@ -94,8 +78,8 @@ def check(gguf: Path, merged: Path, facts: ModelShape) -> Compared:
 
 def expected_metadata(
     config: ConfigJson, facts: ModelShape, *, chat_template: str
-) -> dict[str, Any]:  # untyped: metadata of llama.cpp's
-    """Keys and values that the file must have.
+) -> dict[str, Any]:  # untyped: llama.cpp's metadata
+    """Return the keys and values that the file must have.
 
     Args:
         config: config.json of the merged model.
@@ -139,8 +123,6 @@ def _chat_template(merged: Path) -> str:
 
 
 def _compare(gguf: Path, key: str, found: Any, expected: Any) -> None:
-    import numpy as np
-
     if isinstance(expected, float) and found is not None:  # the file's numbers are float32
         is_same = np.float32(found) == np.float32(expected)
     else:
@@ -154,7 +136,7 @@ def _compare(gguf: Path, key: str, found: Any, expected: Any) -> None:
         )
         key, found, expected = f"{key}, character {at}", found[at:][:40], expected[at:][:40]
     raise StageError(
-        "the GGUF's metadata is not the merged model's",
+        "the GGUF's metadata differs from the merged model's",
         where=f"{gguf}, {key}",
         found=repr(found),
         expected=repr(expected),
@@ -163,17 +145,13 @@ def _compare(gguf: Path, key: str, found: Any, expected: Any) -> None:
 
 
 def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Callable[[], Any]]) -> int:
-    """Every piece of a SentencePiece tokenizer with its score. Tekken's merges are judged by the
-    sample of conversations alone.
+    """Compare every piece of a SentencePiece tokenizer and its score; returns the number compared.
 
-    Returns:
-        How many were compared.
+    Tekken's merges are checked only by the sample of conversations.
     """
     original = find_tokenizer(merged)
     if original.suffix == ".json":
         return 0
-    from sentencepiece import SentencePieceProcessor
-
     pieces = SentencePieceProcessor(model_file=str(original))
     n_pieces = pieces.get_piece_size()
     texts, scores = (fields[f"tokenizer.ggml.{name}"]() for name in ("tokens", "scores"))
@@ -184,7 +162,7 @@ def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Callable[[], An
         expected = (pieces.id_to_piece(at), round(pieces.get_score(at), 3))
         if found != expected:
             raise StageError(
-                "the GGUF's tokenizer is not the merged model's",
+                "the GGUF's tokenizer differs from the merged model's",
                 where=f"{gguf}, token {at}",
                 found=found,
                 expected=f"{expected}, the piece and its score in {original.name}",
@@ -196,40 +174,35 @@ def _check_pieces(gguf: Path, merged: Path, fields: Mapping[str, Callable[[], An
 def _check_tensors(
     gguf: Path, merged: Path, tensors: Mapping[str, np.ndarray], config: ConfigJson
 ) -> int:
-    import numpy as np
-
     seen: set[str] = set()
     for name, index, values in expected_tensors(merged, config):
         if name not in tensors:
             if name == "output.weight" and config.get("tie_word_embeddings"):
-                continue  # llama.cpp takes the embeddings
+                continue  # llama.cpp uses the embeddings
             raise StageError(
                 "the GGUF lacks a tensor of the merged model",
                 where=gguf,
                 found=f"no {name}",
-                expected=", ".join(sorted(tensors)[:3]) + " … and it",
+                expected=", ".join(sorted(tensors)[:3]) + " … and this one",
                 to_fix=TO_FIX,
             )
         seen.add(name)
         found = tensors[name][index]
-        is_other = (
-            np.full(1, True) if found.shape != values.shape else _bits(found) != _bits(values)
-        )
-        if not is_other.any():
-            continue
-        where = f"{gguf}, {name}"
         if found.shape != values.shape:
             raise StageError(
                 "a tensor of the GGUF has another shape than in the merged model",
-                where=where,
+                where=f"{gguf}, {name}",
                 found=found.shape,
                 expected=values.shape,
                 to_fix=TO_FIX,
             )
+        is_other = _bits(found) != _bits(values)
+        if not is_other.any():
+            continue
         at = tuple(np.argwhere(is_other)[0].tolist())
         raise StageError(
-            "a tensor of the GGUF is not the merged model's",
-            where=f"{where}, element {list(at)}",
+            "a tensor of the GGUF differs from the merged model's",
+            where=f"{gguf}, {name}, element {list(at)}",
             found=f"{found[at]}; {int(is_other.sum())} of {is_other.size} elements differ",
             expected=f"{values[at]}, the merged model's value in {values.dtype}",
             to_fix=TO_FIX,
@@ -237,7 +210,7 @@ def _check_tensors(
     extra = sorted(set(tensors) - seen)
     if extra:
         raise StageError(
-            "the GGUF has tensors that the merged model has not",
+            "the GGUF has tensors that the merged model lacks",
             where=gguf,
             found=", ".join(extra[:3]),
             to_fix=TO_FIX,
@@ -250,16 +223,12 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def expected_tensors(merged: Path, config: ConfigJson) -> Iterator[tuple[str, Any, np.ndarray]]:
-    """Each tensor of the merged model as the GGUF must hold it: its name there, the index in the
-    tensor of that name (experts share one), and the values.
+    """Yield each tensor of the merged model as the GGUF must hold it: its name there, the index in
+    the tensor of that name (experts share one), and the values.
 
     Raises:
         StageError: a weight is too large for float16.
     """
-    import numpy as np
-    import torch
-    from safetensors import safe_open
-
     for path in weight_files(merged):
         with safe_open(path, framework="pt") as shard:
             for source in shard.keys():
@@ -285,40 +254,26 @@ def expected_tensors(merged: Path, config: ConfigJson) -> Iterator[tuple[str, An
 def _placed(
     source: str, values: np.ndarray, config: ConfigJson
 ) -> Iterator[tuple[str, Any, np.ndarray]]:
-    """As `expected_tensors`, of one tensor in float32."""
+    """Yield the same for one tensor of the checkpoint, in float32."""
     part = tensor_names.part(source)
-    if part.parameter in _TOP:
-        yield _TOP[part.parameter], ..., values
-        return
-    match = _LAYER.fullmatch(part.parameter)
-    if match is None:
-        raise StageError("a tensor of the merged model has no place in a GGUF", where=source)
-    layer, module = match.groups()
-    if ".experts." in module:
-        kind = module.rpartition(".")[2]
-        names = ("ffn_gate_exps", "ffn_up_exps") if kind == "gate_up_proj" else ("ffn_down_exps",)
-        if part.expert is None:  # fused in the file: all experts in one tensor
-            n_rows = values.shape[1] // len(names)
-            for at, name in enumerate(names):
-                rows = slice(at * n_rows, (at + 1) * n_rows)
-                yield f"blk.{layer}.{name}.weight", ..., values[:, rows]
+    names = gguf_names.names(part.parameter)
+    if ".experts." in part.parameter:
+        if part.expert is None:  # the file fuses all experts in one tensor
+            for name, half in zip(names, np.split(values, len(names), axis=1), strict=True):
+                yield name, ..., half
         else:
-            yield f"blk.{layer}.{names[part.half or 0]}.weight", part.expert, values
+            yield names[part.half or 0], part.expert, values
         return
-    if module not in _IN_LAYER:
-        raise StageError("a tensor of the merged model has no place in a GGUF", where=source)
-    if module.endswith(("q_proj", "k_proj")):
+    if ".q_proj." in part.parameter or ".k_proj." in part.parameter:
         n_heads = config["num_attention_heads"]
-        if module.endswith("k_proj"):
+        if ".k_proj." in part.parameter:
             n_heads = config.get("num_key_value_heads", n_heads)
         values = neighbouring_pairs(values, n_heads)
-    yield f"blk.{layer}.{_IN_LAYER[module]}.weight", ..., values
+    yield names[0], ..., values
 
 
 def neighbouring_pairs(values: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows of a head from (first half, second half) to (first, second, first, second …)."""
-    import numpy as np
-
+    """Reorder the rows of each head from halves to pairs: first, second, first, second …"""
     size = values.shape[0] // n_heads
     within = np.arange(size).reshape(2, size // 2).T.reshape(-1)
     rows = (np.arange(n_heads)[:, None] * size + within).reshape(-1)

@@ -1,8 +1,9 @@
-"""The importance matrix as a file: how strongly each input channel of each matrix is driven.
+"""The importance matrix as a file: mean squared input of each channel of each matrix.
 
-A GGUF as llama.cpp's own tools read and write it: `general.type` imatrix, for every matrix
-`<tensor>.in_sum2` (sums of squared inputs) and `<tensor>.counts` (how many inputs were summed), and
-what it was computed on. Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
+The file is a GGUF that llama.cpp's own tools read and write. `general.type` is imatrix; every
+matrix has `<tensor>.in_sum2` (sums of squared inputs) and `<tensor>.counts` (number of inputs
+summed); the metadata names the texts it was computed on.
+Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from workflow_scripts.log import StageError
 from workflow_scripts.quantize import llama_cpp_source
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+_NUMBERS = ("chunk_count", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,20 @@ class Imatrix:
     """Sums and counts by tensor name, such as `blk.0.attn_q.weight`."""
 
     sums: dict[str, np.ndarray]
-    """(n_matrices, n_channels) float32; one matrix, or one an expert."""
+    """(n_matrices, n_channels) float32; one matrix, or one per expert."""
     counts: dict[str, np.ndarray]
-    """(n_matrices,) integer: inputs summed; an expert that no token was sent to has none."""
+    """(n_matrices,) integer: number of inputs summed; 0 for an expert that no token was sent to."""
     datasets: list[str]
-    """What was read, as paths."""
+    """Paths of the texts."""
     chunk_tokens: int
-    """Longest sequence decoded."""
+    """Longest sequence that was decoded."""
     n_chunks: int
     """Inputs of a matrix ÷ `chunk_tokens`."""
 
     def importance(self) -> dict[str, np.ndarray]:
-        """(n_matrices · n_channels,) float32 by tensor: mean square of each channel.
+        """Return the mean square of each channel, (n_matrices · n_channels,) float32, by tensor.
 
-        The division is in float32, as in llama-quantize, so that the quantizer is given the same
+        The division is in float32, as in llama-quantize, so that the quantizer gets the same
         bits. An expert without inputs has importance 1 everywhere.
         """
         means = {}
@@ -51,7 +53,7 @@ class Imatrix:
 def write(path: Path, imatrix: Imatrix) -> None:
     gguf = llama_cpp_source.gguf_package()
     with files.atomic_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch="")  # llama-imatrix names none
+        writer = gguf.GGUFWriter(temporary, arch="")  # llama-imatrix sets none
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", imatrix.datasets)
         writer.add_uint32("imatrix.chunk_count", imatrix.n_chunks)
@@ -69,10 +71,10 @@ def write(path: Path, imatrix: Imatrix) -> None:
 
 
 def read(path: Path) -> Imatrix:
-    """An importance matrix, ours or llama-imatrix's.
+    """Read an importance matrix, ours or llama-imatrix's.
 
     Raises:
-        StageError: the file is no GGUF, or holds something else.
+        StageError: the file is not a GGUF, or not an importance matrix.
     """
     gguf = llama_cpp_source.gguf_package()
     try:
@@ -94,13 +96,10 @@ def read(path: Path) -> Imatrix:
     keys = {key: reader.get_field(f"imatrix.{key}") for key in ("datasets", *_NUMBERS)}
     if not sums or sums.keys() != counts.keys() or None in keys.values():
         raise StageError(
-            "the file is no importance matrix",
+            "the file is not an importance matrix",
             where=path,
             found=f"{len(tensors)} tensors",
             expected=f"imatrix.datasets, and pairs of <tensor>{SUMS} and <tensor>{COUNTS}",
         )
     n_chunks, chunk_tokens = (int(keys[key].contents()) for key in _NUMBERS)
     return Imatrix(sums, counts, list(keys["datasets"].contents()), chunk_tokens, n_chunks)
-
-
-_NUMBERS = ("chunk_count", "chunk_size")

@@ -1,17 +1,17 @@
-"""What drives each matrix: sums of squared inputs, taken while llama.cpp decodes.
+"""Sums of squared inputs of each matrix, collected while llama.cpp decodes.
 
-llama.cpp calls back for every node of its graph; at each product of a weight matrix with
-activations the squares of these are summed by channel, as tools/imatrix does. Values are read where
-they lie, as NumPy views, and only from another device's memory by a copy.
+llama.cpp calls back for every node of its graph. At each product of a weight matrix with
+activations, the squared activations are summed by channel, as tools/imatrix does. Values are NumPy
+views of llama.cpp's memory; only values in another device's memory are copied.
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import numpy as np
+from llama_cpp._ggml import libggml
 
 from workflow_scripts.log import StageError
 
@@ -40,72 +40,56 @@ class Tensor(ctypes.Structure):
     ]
 
 
-class _Ggml:
-    """The few functions of ggml that llama-cpp-python does not wrap."""
-
-    def __init__(self) -> None:
-        from llama_cpp._ggml import libggml
-
-        pointer = ctypes.c_void_p
-        self.tensor_bytes = _function(libggml.ggml_nbytes, ctypes.c_size_t, pointer)
-        self.is_host = _function(libggml.ggml_backend_buffer_is_host, ctypes.c_bool, pointer)
-        self.read = _function(
-            libggml.ggml_backend_tensor_get,
-            None,
-            *(pointer, pointer, ctypes.c_size_t, ctypes.c_size_t),
-        )
-        name_of = _function(libggml.ggml_op_name, ctypes.c_char_p, ctypes.c_int)
-        operations: dict[str, int] = {}
-        while "MUL_MAT_ID" not in operations:  # beyond the last there is no name to ask for
-            operations[name_of(len(operations)).decode()] = len(operations)
-        self.product = operations["MUL_MAT"]
-        self.expert_product = operations["MUL_MAT_ID"]
-        # 32 bytes are ggml's own record of an object.
-        overhead = _function(libggml.ggml_tensor_overhead, ctypes.c_size_t)()
-        assert overhead == ctypes.sizeof(Tensor) + 32, "ggml_tensor has another layout"
-
-
-def _function(function: Any, result: Any, *arguments: Any) -> Any:
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    """Return one of the functions of ggml that llama-cpp-python does not wrap."""
+    function = getattr(libggml, name)
     function.restype, function.argtypes = result, arguments
     return function
 
 
-@cache
-def _ggml() -> _Ggml:
-    return _Ggml()
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+_tensor_bytes = _function("ggml_nbytes", _SIZE, _POINTER)
+_is_host = _function("ggml_backend_buffer_is_host", ctypes.c_bool, _POINTER)
+_read = _function("ggml_backend_tensor_get", None, _POINTER, _POINTER, _SIZE, _SIZE)
+_name_of = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+_operations: dict[str, int] = {}
+while "MUL_MAT_ID" not in _operations:  # ggml has no name to ask for beyond the last one
+    _operations[_name_of(len(_operations)).decode()] = len(_operations)
+PRODUCT, EXPERT_PRODUCT = _operations["MUL_MAT"], _operations["MUL_MAT_ID"]
+# ggml's own record of an object has 32 bytes.
+assert _function("ggml_tensor_overhead", _SIZE)() == ctypes.sizeof(Tensor) + 32, "another layout"
 
 
 class Collector:
-    """A `cb_eval` of llama.cpp that sums.
+    """A `cb_eval` of llama.cpp that sums squared inputs.
 
     Attributes:
         sums: (n_matrices, n_channels) float64 by tensor name.
-        counts: (n_matrices,) int64 by tensor name: inputs summed.
+        counts: (n_matrices,) int64 by tensor name: number of inputs summed.
     """
 
     def __init__(self) -> None:
-        self._ggml = _ggml()
         self.sums: dict[str, np.ndarray] = {}
         self.counts: dict[str, np.ndarray] = {}
         self._error: Exception | None = None
 
     def __call__(self, address: int, is_question: bool, _: object = None) -> bool:
-        """Asked before a node is computed whether it is wanted, then shown it computed."""
+        """Say before a node is computed if it is wanted; add its inputs after it is computed."""
         node = Tensor.from_address(address)
         if is_question:
             return self._is_wanted(node)
         try:
             self._add(node)
-        except Exception as error:  # ctypes would print it and go on
+        except Exception as error:  # ctypes would print it and continue
             self._error = error
             return False
         return True
 
     def check(self) -> None:
-        """What went wrong in the callback, which cannot raise through llama.cpp.
+        """Raise the error of the callback, which cannot raise through llama.cpp.
 
         Raises:
-            StageError: a matrix has another form than expected, or inputs that are not finite.
+            StageError: a matrix has an unexpected shape, or inputs that are not finite.
         """
         if self._error is not None:
             raise self._error
@@ -118,13 +102,13 @@ class Collector:
             )
 
     def _is_wanted(self, node: Tensor) -> bool:
-        if node.operation == self._ggml.expert_product:
+        if node.operation == EXPERT_PRODUCT:
             return True
-        if node.operation != self._ggml.product:
+        if node.operation != PRODUCT:
             return False
         weight, inputs = (Tensor.from_address(node.sources[at]) for at in (0, 1))
-        # Attention's own products are of activations, and the output layer is quantized without:
-        # llama-imatrix leaves both out.
+        # llama-imatrix leaves out attention's own products, which are of activations, and the
+        # output layer, which is quantized without importance.
         return inputs.type == F32 and _plain_name(weight).startswith("blk.")
 
     def _add(self, node: Tensor) -> None:
@@ -132,7 +116,7 @@ class Collector:
         name = _plain_name(weight)
         values = self._values(inputs, np.float32)  # (…, rows, channels)
         n_channels = values.shape[-1]
-        if node.operation == self._ggml.expert_product:
+        if node.operation == EXPERT_PRODUCT:
             experts = self._values(Tensor.from_address(node.sources[2]), np.int32)[0, 0]
             sums, counts = _by_expert(values[0], experts, n_experts=weight.shape[2])
         elif weight.shape[2] * weight.shape[3] == 1:
@@ -147,39 +131,39 @@ class Collector:
         self.counts[name] += counts
 
     def _values(self, tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
-        """(d3, d2, d1, d0): the tensor where it lies, or its copy out of a device's memory."""
-        n_bytes = self._ggml.tensor_bytes(ctypes.addressof(tensor))
-        # A view (which experts a token was sent to) lies in another tensor's memory.
+        """Return (d3, d2, d1, d0): a view of the tensor, or a copy from another device's memory."""
+        n_bytes = _tensor_bytes(ctypes.addressof(tensor))
+        # A view (the experts that a token was sent to) is in another tensor's memory.
         owner = Tensor.from_address(tensor.view_source) if tensor.view_source else tensor
-        if self._ggml.is_host(owner.buffer):
+        if _is_host(owner.buffer):
             memory = (ctypes.c_char * n_bytes).from_address(tensor.data)
         else:
             memory = ctypes.create_string_buffer(n_bytes)
-            self._ggml.read(ctypes.addressof(tensor), memory, 0, n_bytes)
+            _read(ctypes.addressof(tensor), memory, 0, n_bytes)
         return np.ndarray(
             tuple(tensor.shape)[::-1], kind, buffer=memory, strides=tuple(tensor.strides)[::-1]
         )
 
 
 def _plain_name(tensor: Tensor) -> str:
-    """`CUDA0#blk.0.attn_k.weight#0`, the scheduler's copy, is `blk.0.attn_k.weight`."""
+    """Return `blk.0.attn_k.weight` for `CUDA0#blk.0.attn_k.weight#0`, the scheduler's copy."""
     name = tensor.name.decode()
     return name.split("#")[1] if "#" in name else name
 
 
 def _sum_of_squares(rows: np.ndarray) -> np.ndarray:
-    """(n_channels,) of (n_rows, n_channels)."""
+    """Return (n_channels,) for (n_rows, n_channels)."""
     return np.einsum("rc,rc->c", rows, rows)
 
 
 def _by_expert(
     inputs: np.ndarray, experts: np.ndarray, *, n_experts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and counts of a product with the experts' matrices.
+    """Return sums and counts of a product with the experts' matrices.
 
     Args:
         inputs: (n_tokens, 1 or n_used, n_channels); 1 where a token's experts share their input.
-        experts: (n_tokens, n_used): which experts a token was sent to.
+        experts: (n_tokens, n_used): experts that each token was sent to.
     Returns:
         (n_experts, n_channels) and (n_experts,).
     """

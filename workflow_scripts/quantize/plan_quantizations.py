@@ -1,9 +1,10 @@
-"""What llama.cpp will make of the quantizations that a config asks for, before anything is trained.
+"""Plan the types of the config's quantizations before anything is trained.
 
-Its quantizer gives a tensor another type where the length of a row is not a multiple of the type's
-block: a width of 576 turns most of Q4_K_M into Q5_0, larger and of another quality. More than a
-twentieth of the weights in other types than asked is a warning here and a line in the release;
-what cannot be made at all is refused. The types are those of llama.cpp's own dry run.
+llama.cpp's quantizer gives a tensor a fallback type if the length of a row is not a multiple of the
+type's block: a width of 576 turns most of Q4_K_M into Q5_0, larger and of another quality. If more
+than a twentieth of the weights get fallback types, there is a warning here and a line in the
+release. A quantization that llama.cpp cannot make is refused. The types come from a dry run of
+llama.cpp's own quantizer.
 
 python -m workflow_scripts.quantize.plan_quantizations --facts facts.json
     --settings '{"quantizations": ["Q4_K_M"]}' --plan quantization_plan.json
@@ -19,6 +20,7 @@ from workflow_scripts import log
 from workflow_scripts.handover.facts import Facts, ModelShape
 from workflow_scripts.handover.plans import QuantizationPlan, TensorTypes
 from workflow_scripts.log import StageError
+from workflow_scripts.quantize import tensor_types
 from workflow_scripts.settings import GgufSettings, settings_from_json
 
 OUTPUT_VERSION = 1
@@ -36,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = Facts.read(arguments.facts)
 
     check_converts(facts, arguments.model)
-    from workflow_scripts.quantize import tensor_types
 
     plan = {}
     for name in settings.quantizations:
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_converts(facts: ModelShape, model: str) -> None:
-    """llama.cpp's converter knows the architecture and its positions.
+    """Check that llama.cpp's converter knows the architecture and its positions.
 
     Raises:
-        StageError: it does not, so that every run of the model would end at its GGUF.
+        StageError: it does not, so every run of the model would fail at its GGUF.
     """
     way_out = "build the target `train`, which makes no GGUF"
     if facts.model_type == "ministral":
@@ -74,7 +75,7 @@ def check_converts(facts: ModelShape, model: str) -> None:
 
 
 def told(name: str, plan: TensorTypes, facts: ModelShape, model: str) -> str:
-    """The warning, with the widths that cause it."""
+    """Return the warning about fallback types, with the widths that cause them."""
     types = ", ".join(f"{share:.0%} {kind}" for kind, share in plan.type_fractions.items())
     changes = ", ".join(f"{change} ({n} tensors)" for change, n in plan.fallbacks.items())
     widths = (

@@ -1,6 +1,6 @@
 """Quantize the F16 GGUF with llama.cpp's own quantizer, through llama-cpp-python.
 
-The file is llama-quantize's, bit for bit, with the importance matrix named in its metadata alike.
+The file is the same as llama-quantize's, bit for bit; its metadata names the importance matrix.
 
 python -m workflow_scripts.quantize.quantize_gguf --gguf run-F16.gguf
     --settings '{"type": "Q4_K_M"}' --imatrix imatrix.gguf --threads 2 --quantized run-Q4_K_M.gguf
@@ -13,18 +13,17 @@ import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflow_scripts import files, log
 from workflow_scripts.log import StageError
-from workflow_scripts.quantize import quantizer
 from workflow_scripts.settings import TENSORS_NEED_IMATRIX, MixSettings, settings_from_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 OUTPUT_VERSION = 1
-# Rows of one tensor in memory at once: without, the experts of a layer of Mixtral are 3 GB.
+# Rows of one tensor in memory at once. Without a limit the experts of a Mixtral layer take 3 GB.
 BUFFER_BYTES = 512 * 2**20
 logger = log.stage_logger("quantize_gguf")
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=log.HelpFormatter)
     parser.add_argument("--gguf", type=Path, required=True, help="F16 GGUF")
     parser.add_argument("--settings", required=True, help="JSON of `gguf.mixes.<name>`")
-    parser.add_argument("--imatrix", type=Path, help="file of compute_imatrix; without, none")
+    parser.add_argument("--imatrix", type=Path, help="file of compute_imatrix; default: none")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
     parser.add_argument("--quantized", type=Path, required=True, help="to write: GGUF")
     arguments = parser.parse_args(argv)
@@ -41,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import llama_cpp
 
-    importance: dict[str, np.ndarray] = {}
-    overrides: list[tuple[str, Any]] = []
-    if arguments.imatrix:
-        from workflow_scripts.quantize import imatrix
+    from workflow_scripts.quantize import imatrix, quantizer
 
+    importance: dict[str, np.ndarray] = {}
+    overrides: list[tuple[str, str | int]] = []
+    if arguments.imatrix:
         matrix = imatrix.read(arguments.imatrix)
         importance = matrix.importance()
         overrides = [
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise StageError(
                 "llama.cpp's quantizer failed",
                 where=arguments.gguf,
-                found=f"code {code}; its own message stands above",
+                found=f"code {code}; its own message is above",
             )
     logger.info(
         "quantized type=%s n_importances=%d size_bytes=%d path=%s",
@@ -83,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_patterns(mix: MixSettings, names: Sequence[str], path: Path) -> None:
-    """Every pattern finds a tensor, and asks for none that llama.cpp aborts at.
+    """Check that every pattern finds a tensor, and sets no type that makes llama.cpp abort.
 
-    llama.cpp would pass over a pattern that finds nothing. Output layer and embeddings have no
-    importance, and there it is missed by an assertion alone; elsewhere the quantizer says so.
+    llama.cpp would ignore a pattern that finds nothing. Output layer and embeddings have no
+    importance matrix: a type that needs one fails an assertion there, with a message elsewhere.
     """
     left = {"output.weight", "token_embd.weight"} - {
         f"{key}.weight" for key in ("output", "token_embd") if getattr(mix, key)

@@ -1,5 +1,5 @@
-"""llama.cpp's quantizer and its files' tensor tables, by llama-cpp-python's libraries: names of
-types, what a quantization is asked for, what a file holds."""
+"""llama.cpp's quantizer and the tensor tables of its files, through llama-cpp-python: names of
+types, parameters of a quantization, contents of a file."""
 
 from __future__ import annotations
 
@@ -7,24 +7,43 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import llama_cpp
+import numpy as np
+from llama_cpp._ggml import libggml
 
 from workflow_scripts.log import StageError
 from workflow_scripts.settings import MixSettings
 
-if TYPE_CHECKING:
-    import numpy as np
+TEXT_BYTES = 127  # longest text of a metadata value that llama.cpp takes
 
-TEXT_BYTES = 127  # of a metadata value that llama.cpp is handed
+
+class _ReadingParameters(ctypes.Structure):
+    _fields_ = [("leaves_data", ctypes.c_bool), ("context", ctypes.c_void_p)]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
+    "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, _ReadingParameters]),
+    "gguf_get_n_tensors": (ctypes.c_int64, [ctypes.c_void_p]),
+    "gguf_get_tensor_name": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_free": (None, [ctypes.c_void_p]),
+    "ggml_blck_size": (ctypes.c_int64, [ctypes.c_int]),
+    "ggml_type_size": (ctypes.c_size_t, [ctypes.c_int]),
+}
+for _name, (_result, _arguments) in _SIGNATURES.items():
+    _function = getattr(libggml, _name)
+    _function.restype, _function.argtypes = _result, _arguments
 
 
 def parameters(mix: MixSettings, *, n_threads: int = 1) -> Any:
-    """What llama.cpp's quantizer is asked for, without an importance matrix.
+    """Return the parameters of llama.cpp's quantizer, without an importance matrix.
 
-    ctypes keeps what an array is made of, and the fields of a structure what they are set to.
+    ctypes keeps the parts of an array and the values of a structure's fields alive.
     """
-    import llama_cpp
-
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = file_type(mix.type)
     params.nthread = n_threads
@@ -38,43 +57,29 @@ def parameters(mix: MixSettings, *, n_threads: int = 1) -> Any:
 
 
 def file_type(name: str) -> int:
-    """llama.cpp's number of a quantization type."""
-    import llama_cpp
-
+    """Return llama.cpp's number of a quantization type."""
     kind = "ALL" if name == "F32" else "MOSTLY"
     return getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{name}")
 
 
 def tensor_type(name: str) -> int:
-    """ggml's number of a tensor's type."""
+    """Return ggml's number of a tensor type."""
     return _type_names().index(name)
 
 
 @cache
 def _type_names() -> list[str]:
-    """ggml's names of tensor types, by their numbers."""
-    from llama_cpp import GGML_TYPE_COUNT
-    from llama_cpp._ggml import libggml
-
-    libggml.ggml_type_name.restype = ctypes.c_char_p
-    return [libggml.ggml_type_name(at).decode().upper() for at in range(GGML_TYPE_COUNT)]
+    """Return ggml's names of tensor types, in the order of their numbers."""
+    return [libggml.ggml_type_name(at).decode().upper() for at in range(llama_cpp.GGML_TYPE_COUNT)]
 
 
 def block_size(name: str) -> int:
-    """Weights that a tensor type packs together; a row is a multiple of it."""
-    from llama_cpp._ggml import libggml
-
-    libggml.ggml_blck_size.restype = ctypes.c_int64
-    libggml.ggml_blck_size.argtypes = [ctypes.c_int]
+    """Return the number of weights in a block of a tensor type; rows must be multiples of it."""
     return libggml.ggml_blck_size(tensor_type(name))
 
 
-class _ReadingParameters(ctypes.Structure):
-    _fields_ = [("leaves_data", ctypes.c_bool), ("context", ctypes.c_void_p)]
-
-
 class GgufTensor(NamedTuple):
-    """A tensor of a GGUF, as the file's table lists it."""
+    """Entry of a GGUF's tensor table."""
 
     type: str
     """ggml's name: `Q4_K`."""
@@ -83,30 +88,15 @@ class GgufTensor(NamedTuple):
 
 
 def tensor_table(path: Path) -> dict[str, GgufTensor]:
-    """All tensors of a GGUF by name, read by ggml: gguf-py takes seconds for the vocabulary before
-    them.
+    """Return all tensors of a GGUF by name, read by ggml: gguf-py first takes seconds to read the
+    vocabulary.
 
     Raises:
         StageError: the file is not a GGUF.
     """
-    from llama_cpp._ggml import libggml
-
-    signatures = {
-        "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, _ReadingParameters]),
-        "gguf_get_n_tensors": (ctypes.c_int64, [ctypes.c_void_p]),
-        "gguf_get_tensor_name": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
-        "gguf_get_tensor_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
-        "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
-        "gguf_free": (None, [ctypes.c_void_p]),
-        "ggml_blck_size": (ctypes.c_int64, [ctypes.c_int]),
-        "ggml_type_size": (ctypes.c_size_t, [ctypes.c_int]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(libggml, name)
-        function.restype, function.argtypes = result, arguments
     file = libggml.gguf_init_from_file(str(path).encode(), _ReadingParameters(True, None))
     if not file:
-        raise StageError("the GGUF cannot be read", where=path, to_fix="make it again")
+        raise StageError("the GGUF cannot be read", where=path, to_fix="build it again")
     try:
         table = {}
         for at in range(libggml.gguf_get_n_tensors(file)):
@@ -122,17 +112,13 @@ def tensor_table(path: Path) -> dict[str, GgufTensor]:
 
 
 def tensor_overrides(patterns: Mapping[str, str]) -> ctypes.Array:
-    import llama_cpp
-
     entry = llama_cpp.llama_model_tensor_override
     entries = [entry(pattern.encode(), tensor_type(name)) for pattern, name in patterns.items()]
-    return (entry * (len(entries) + 1))(*entries)  # the last one, null, ends it
+    return (entry * (len(entries) + 1))(*entries)  # a null entry ends it
 
 
 def imatrix_entries(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
-    """An importance matrix as llama.cpp takes it; the arrays must outlive the call of it."""
-    import llama_cpp
-
+    """Return an importance matrix for llama.cpp; the arrays must live until it has read them."""
     entry = llama_cpp.llama_model_imatrix_data
     pointer = ctypes.POINTER(ctypes.c_float)
     entries = [
@@ -143,8 +129,6 @@ def imatrix_entries(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
 
 
 def metadata_overrides(values: Sequence[tuple[str, str | int]]) -> ctypes.Array:
-    import llama_cpp
-
     entries = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for entry, (key, value) in zip(entries, values, strict=False):
         entry.key = key.encode()

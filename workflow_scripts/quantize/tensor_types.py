@@ -1,9 +1,9 @@
-"""The types that the tensors of a GGUF get, before it is made and after.
+"""Types of a GGUF's tensors, before the file is made and after.
 
-llama.cpp gives the tensors of one quantization several types, and another one altogether where the
-length of a row is not a multiple of the type's block: 256 for k-quants and most i-quants, 32 for
-the rest. A width of 576 turns most of Q4_K_M into Q5_0. Before training, llama.cpp's own quantizer
-is asked in a dry run, on a file that has the model's shapes and no weights.
+llama.cpp uses several types in one quantization, and a fallback type if the length of a row is not
+a multiple of the type's block: 256 for k-quants and most i-quants, 32 for the rest. A width of 576
+turns most of Q4_K_M into Q5_0. Before training, a dry run of llama.cpp's own quantizer gives the
+types, on a file with the model's shapes and no weights.
 """
 
 from __future__ import annotations
@@ -15,44 +15,21 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from workflow_scripts.handover.facts import ModelShape
 from workflow_scripts.handover.plans import GgufContents, TensorTypes
 from workflow_scripts.log import StageError
 from workflow_scripts.models import tensors
-from workflow_scripts.quantize import llama_cpp_source, quantizer
+from workflow_scripts.quantize import gguf_names, llama_cpp_source
 from workflow_scripts.settings import GgufSettings, MixSettings
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# Name in a checkpoint → in a GGUF. Source: llama.cpp, gguf-py/gguf/tensor_mapping.py.
-NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.experts.down_proj": "ffn_down_exps.weight",
-}
-# llama.cpp holds the halves of this one apart.
-GATE_UP, HALVES = "mlp.experts.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight")
-# What the converter keeps in float32.
+# Tensors that the converter keeps in float32.
 IN_FLOAT32 = re.compile(r".*_norm\.weight|.*ffn_gate_inp\.weight")
-# Share of the weights in other types than asked above which it is said.
+# Above this share of the weights in other types than requested there is a warning.
 TOLD_FRACTION = 0.05
-# Every block of every type divides it.
+# A multiple of the block of every type.
 BLOCK = 256
 DRY_RUN_LINE = re.compile(
     r"^\[\s*\d+/\s*\d+\]\s+(?P<name>\S+)\s+-\s+\[.*?\], type =\s*(?P<type>\S+), size =[^\n]*?"
@@ -62,26 +39,21 @@ DRY_RUN_LINE = re.compile(
 
 
 def gguf_shapes(facts: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a model's GGUF; the length of a row comes last."""
+    """Return the shape of every tensor of a model's GGUF by name; the row length comes last."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in tensors.required(facts, fuses_experts=True).items():
-        if name in NAMES:
-            shapes[NAMES[name]] = shape
-            continue
-        _, _, number, kind = name.split(".", 3)
-        if kind == GATE_UP:
+    for parameter, shape in tensors.required(facts, fuses_experts=True).items():
+        names = gguf_names.names(parameter)
+        if len(names) == 2:
             n_experts, n_rows, n_columns = shape
-            for half in HALVES:
-                shapes[f"blk.{number}.{half}"] = (n_experts, n_rows // 2, n_columns)
-        else:
-            shapes[f"blk.{number}.{LAYER_NAMES[kind]}"] = shape
+            shape = (n_experts, n_rows // 2, n_columns)
+        shapes |= dict.fromkeys(names, shape)
     return shapes
 
 
 def types_of(
     facts: ModelShape, settings: GgufSettings, name: str, *, fits_blocks: bool = False
 ) -> dict[str, str]:
-    """`planned_types` of a quantization that a config names."""
+    """Return `planned_types` for a quantization that a config names."""
     return planned_types(
         facts,
         settings.mix(name),
@@ -92,7 +64,7 @@ def types_of(
 
 
 def planned(facts: ModelShape, settings: GgufSettings, name: str) -> TensorTypes:
-    """`described` of a quantization that is not made yet."""
+    """Describe a quantization that has not been made yet."""
     shapes = gguf_shapes(facts)
     made = types_of(facts, settings, name)
     weights = {tensor: (kind, prod(shapes[tensor])) for tensor, kind in made.items()}
@@ -100,11 +72,13 @@ def planned(facts: ModelShape, settings: GgufSettings, name: str) -> TensorTypes
 
 
 def written(path: Path, facts: ModelShape, settings: GgufSettings, name: str) -> GgufContents:
-    """`described` of a file, from its own table, with the size of its weights.
+    """Describe the types in a file, and the size of its weights.
 
     Args:
-        name: of its quantization, or `F16`.
+        name: name of its quantization, or `F16`.
     """
+    from workflow_scripts.quantize import quantizer  # llama_cpp: the release page needs none of it
+
     table = quantizer.tensor_table(path)
     n_weights = sum(tensor.n_elements for tensor in table.values())
     weights = {tensor: (entry.type, entry.n_elements) for tensor, entry in table.items()}
@@ -122,11 +96,11 @@ def described(
     name: str,
     weights: Mapping[str, tuple[str, int]],
 ) -> TensorTypes:
-    """What a quantization holds against what its name means.
+    """Compare the types in a quantization with those that its name means.
 
     Args:
-        name: of the quantization, or `F16`.
-        weights: type of each tensor, and how many weights it has.
+        name: name of the quantization, or `F16`.
+        weights: type and number of weights of each tensor.
     """
     asked = {} if name == "F16" else types_of(facts, settings, name, fits_blocks=True)
     by_type: Counter[str] = Counter()
@@ -153,30 +127,32 @@ def planned_types(
     fits_blocks: bool = False,
     name: str | None = None,
 ) -> dict[str, str]:
-    """The type that llama.cpp's quantizer will give each tensor of a model's GGUF.
+    """Return the type that llama.cpp's quantizer will give each tensor of a model's GGUF.
 
     Args:
-        mix: the quantization.
-        has_imatrix: whether it is made with an importance matrix, which changes some choices.
-        name: of the quantization, for the message; None is the mix's type.
-        fits_blocks: as if every row were a multiple of every block: what the quantization means.
+        mix: settings of the quantization.
+        has_imatrix: True if it is made with an importance matrix, which changes some choices.
+        name: name of the quantization for messages; None is the mix's type.
+        fits_blocks: plan as if every row were a multiple of every block: the types that the
+            quantization's name means.
     Raises:
         StageError: llama.cpp refuses the quantization.
     """
-    import llama_cpp
-    import numpy as np
+    import llama_cpp  # the release page needs none of it
     from llama_cpp._logger import llama_log_callback
+
+    from workflow_scripts.quantize import quantizer
 
     shapes = gguf_shapes(facts)
     if fits_blocks:
         shapes = {
             name: (*shape[:-1], -(-shape[-1] // BLOCK) * BLOCK) for name, shape in shapes.items()
         }
-    said: list[bytes] = []
+    logged: list[bytes] = []
 
     @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, data: object) -> None:
-        said.append(text)
+        logged.append(text)
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "shapes.gguf")
@@ -184,7 +160,7 @@ def planned_types(
         llama_cpp.llama_backend_init()
         params = quantizer.parameters(mix)
         params.dry_run = True
-        importance = {"none": np.ones(1, np.float32)}  # asked for its presence, not its content
+        importance = {"none": np.ones(1, np.float32)}  # only its presence counts
         if has_imatrix:
             params.imatrix = quantizer.imatrix_entries(importance)
         llama_cpp.llama_log_set(listen, None)
@@ -194,7 +170,7 @@ def planned_types(
             )
         finally:
             llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
-    text = b"".join(said).decode(errors="replace")
+    text = b"".join(logged).decode(errors="replace")
     if code:
         raise StageError(
             f"llama.cpp cannot make {name or mix.type} of this model's widths",
@@ -208,7 +184,7 @@ def planned_types(
         for match in DRY_RUN_LINE.finditer(text)
     }
     assert planned.keys() == shapes.keys(), text
-    # `output` and `token_embd` of a mix are taken as they are: quantizing would abort the process.
+    # llama.cpp takes `output` and `token_embd` of a mix unchecked, and would abort the process.
     for tensor, kind in planned.items():
         block = quantizer.block_size(kind)
         if shapes[tensor][-1] % block:
@@ -223,7 +199,7 @@ def planned_types(
 
 
 def write_shapes(path: Path, facts: ModelShape, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A GGUF with a model's header and no weights: the file ends in a hole of their size."""
+    """Write a GGUF with a model's header and no weights: the file ends in a hole of their size."""
     gguf = llama_cpp_source.gguf_package()
     writer = gguf.GGUFWriter(path, arch="llama")
     writer.add_block_count(facts.n_layers)
@@ -243,8 +219,9 @@ def write_shapes(path: Path, facts: ModelShape, shapes: Mapping[str, tuple[int, 
     for name, shape in shapes.items():
         is_float32 = IN_FLOAT32.fullmatch(name) is not None
         kind = gguf.GGMLQuantizationType.F32 if is_float32 else gguf.GGMLQuantizationType.F16
-        size = (4 if is_float32 else 2) * prod(shape)
-        writer.add_tensor_info(name, shape, _numpy_type(is_float32), size, raw_dtype=kind)
+        dtype: np.dtype[np.floating] = np.dtype(np.float32 if is_float32 else np.float16)
+        size = dtype.itemsize * prod(shape)
+        writer.add_tensor_info(name, shape, dtype, size, raw_dtype=kind)
         n_bytes += -(-size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -252,9 +229,3 @@ def write_shapes(path: Path, facts: ModelShape, shapes: Mapping[str, tuple[int, 
     writer.close()
     with path.open("r+b") as stream:
         stream.truncate(path.stat().st_size + gguf.GGUF_DEFAULT_ALIGNMENT + n_bytes)
-
-
-def _numpy_type(is_float32: bool) -> np.dtype[np.float16 | np.float32]:
-    import numpy as np
-
-    return np.dtype(np.float32 if is_float32 else np.float16)

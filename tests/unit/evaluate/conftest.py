@@ -17,7 +17,7 @@ from workflow_scripts.quantize import convert_gguf, quantize_gguf
 
 
 class Texts(NamedTuple):
-    """A GGUF in F16, and a text as it stands and in chunks of 256 tokens."""
+    """An F16 GGUF, and a text, raw and in chunks of 256 tokens."""
 
     gguf: Path
     text: Path
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
 
 @pytest.fixture(scope="session")
 def quantize(tmp_path_factory) -> Callable[[Path, str], Path]:
-    """`quantize(gguf, "Q4_K_M")`: a GGUF made of one in F16."""
+    """`quantize(gguf, "Q4_K_M")`: a GGUF quantized from an F16 one."""
     folder = tmp_path_factory.mktemp("quantized")
 
     @cache
@@ -60,8 +60,8 @@ def chunk(chain, tmp_path_factory) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def peaked(chain, make_checkpoint, chunk, tmp_path_factory) -> Texts:
-    """A model that expects what it just read, as its output layer is its embeddings, and a text
-    that says most words twice or more: some tokens are likely, and some are not."""
+    """A model that expects to read the same token again (its output layer is its embeddings), and a
+    text that repeats most words: some tokens are likely, and some are not."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("peaked")
@@ -71,7 +71,7 @@ def peaked(chain, make_checkpoint, chunk, tmp_path_factory) -> Texts:
     weights = load_file(checkpoint / "model.safetensors")
     for name, tensor in weights.items():
         if "o_proj" in name or "down_proj" in name:
-            tensor *= 0.1  # what was read stays the largest part of what is computed
+            tensor *= 0.1  # the last token read stays the largest part of the hidden state
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     shutil.copyfile(chain.tokenizer / "tokenizer.model.v3", checkpoint / "tokenizer.model.v3")
     gguf = folder / "peaked-F16.gguf"

@@ -8,6 +8,8 @@ import torch
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import answer_prompts
+from workflow_scripts.evaluate.greedy import by_llama_cpp, by_transformers
+from workflow_scripts.evaluate.prompts import before_first_answer
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.tokens.documents import Document, Documents
@@ -27,21 +29,21 @@ def arguments(chain, answers, *model, settings='{"n_prompts": 2, "max_tokens": 6
 def test_a_prompt_ends_where_the_first_answer_begins():
     supervised = np.array([0, 0, 0, 1, 1, 0, 0, 1, 1, 1], dtype=bool)
     document = Document("chat/1", np.arange(10, dtype=np.int32), supervised)
-    (asked,) = answer_prompts.prompts_of([document], longest=5)
+    (asked,) = before_first_answer([document], longest=5)
     assert asked.prompt.tolist() == [0, 1, 2] and asked.reference.tolist() == [3, 4]
-    assert list(answer_prompts.prompts_of([document], longest=2)) == []
+    assert list(before_first_answer([document], longest=2)) == []
     nothing = Document("chat/2", document.input_ids, np.zeros(10, dtype=bool))
-    assert list(answer_prompts.prompts_of([nothing], longest=5)) == []
+    assert list(before_first_answer([nothing], longest=5)) == []
 
 
-def test_the_first_prompts_are_those_of_the_lowest_ids():
+def test_the_prompts_with_the_lowest_ids_come_first():
     supervised = np.array([0, 1, 1], dtype=bool)
     documents = [Document(name, np.arange(3, dtype=np.int32), supervised) for name in "cab"]
-    asked = answer_prompts.prompts_of(documents, longest=5)
+    asked = before_first_answer(documents, longest=5)
     assert [one.conversation for one in asked] == ["a", "b", "c"]
 
 
-def test_transformers_answers_what_its_logits_say_without_a_cache(checkpoint):
+def test_transformers_gives_the_likeliest_tokens_of_its_logits_without_a_cache(checkpoint):
     model = load_model(checkpoint, window=8, precision="float32")
     prompt = np.random.default_rng(0).integers(3, 300, size=20).astype(np.int32)
     tokens = torch.from_numpy(prompt.astype("int64"))[None]
@@ -50,13 +52,13 @@ def test_transformers_answers_what_its_logits_say_without_a_cache(checkpoint):
             likeliest = model(tokens, use_cache=False).logits[0, -1].argmax()
             tokens = torch.cat([tokens, likeliest[None, None]], dim=1)
     expected = tokens[0, 20:].tolist()
-    greedy = answer_prompts.by_transformers(model, NO_EOS)
+    greedy = by_transformers(model, NO_EOS)
     assert greedy(prompt, 6) == expected
-    # It ends with the token that ends an answer.
-    assert answer_prompts.by_transformers(model, expected[2])(prompt, 6) == expected[:3]
+    # The answer ends with the token that ends it.
+    assert by_transformers(model, expected[2])(prompt, 6) == expected[:3]
 
 
-def test_llama_cpp_answers_what_its_logits_say_without_a_cache(chain):
+def test_llama_cpp_gives_the_likeliest_tokens_of_its_logits_without_a_cache(chain):
     # Longer than a batch.
     prompt = np.random.default_rng(0).integers(3, 30_000, size=270).astype(np.int32)
     with LlamaCppModel(chain.gguf, context_tokens=300, n_threads=1) as model:
@@ -65,13 +67,13 @@ def test_llama_cpp_answers_what_its_logits_say_without_a_cache(chain):
             tokens = np.array(expected, dtype=np.int32)
             (logits,) = model.logit_blocks(tokens, np.array([len(tokens) - 1]))
             expected.append(int(logits[0].argmax()))
-        given = answer_prompts.by_llama_cpp(model, NO_EOS)(prompt, 4)
+        given = by_llama_cpp(model, NO_EOS)(prompt, 4)
         assert given == expected[270:]
-        assert answer_prompts.by_llama_cpp(model, given[1])(prompt, 4) == given[:2]
+        assert by_llama_cpp(model, given[1])(prompt, 4) == given[:2]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
-def test_every_answer_stands_beside_its_prompt_and_reference(chain, tmp_path, engine):
+def test_every_answer_comes_with_its_prompt_and_reference(chain, tmp_path, engine):
     model = {
         "transformers": ("--checkpoint", chain.merged),
         "llama.cpp": ("--gguf", chain.gguf),
@@ -86,7 +88,7 @@ def test_every_answer_stands_beside_its_prompt_and_reference(chain, tmp_path, en
     assert all(one["n_tokens"] == 6 and not one["is_ended"] for one in answers)
 
 
-def test_both_engines_answer_alike(chain, tmp_path):
+def test_both_engines_give_the_same_answers(chain, tmp_path):
     found = []
     for model in (("--checkpoint", chain.merged), ("--gguf", chain.gguf)):
         path = tmp_path / "answers.json"
@@ -95,7 +97,7 @@ def test_both_engines_answer_alike(chain, tmp_path):
     assert found[0] == found[1]
 
 
-def test_prompts_that_leave_no_room_are_refused(chain, tmp_path, ends_with_message):
+def test_prompts_without_room_for_an_answer_are_refused(chain, tmp_path, ends_with_message):
     given = arguments(
         chain, tmp_path / "a.json", "--gguf", chain.gguf, settings=json.dumps({"max_tokens": 299})
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from workflow_scripts import files
-from workflow_scripts.evaluate import benchmark_inference
+from workflow_scripts.evaluate import benchmark_inference, inference_tests
+from workflow_scripts.evaluate.greedy import read_tokens
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
@@ -41,7 +42,7 @@ def test_a_link_is_measured_with_its_size_and_memory(chain, tmp_path, engine):
         assert report[f"{phase}_standard_deviation_milliseconds_per_token"] >= 0
 
 
-def test_no_more_tokens_run_than_the_window_holds_and_one_pass_has_no_deviation(chain, tmp_path):
+def test_tokens_are_limited_to_the_window_and_a_single_pass_has_no_deviation(chain, tmp_path):
     settings = '{"prompt_tokens": 5000, "generated_tokens": 3, "repetitions": 1}'
     report = benchmark(chain, tmp_path / "s.json", "--gguf", chain.gguf, settings=settings)
     assert report["prompt_tokens"] == 300
@@ -52,12 +53,12 @@ def test_no_more_tokens_run_than_the_window_holds_and_one_pass_has_no_deviation(
 def test_tests_alternate_and_the_first_pass_of_each_is_not_counted(repetitions):
     calls = []
     tests = {
-        (phase, 0): benchmark_inference.Test(
+        (phase, 0): inference_tests.Test(
             lambda phase=phase: calls.append(f"before {phase}") or phase, calls.append
         )
         for phase in ("prompt", "decode")
     }
-    seconds = benchmark_inference.measure(tests, repetitions)
+    seconds = inference_tests.measure(tests, repetitions)
     once = ["before prompt", "prompt", "before decode", "decode"]
     assert calls == once * (repetitions + 1)
     assert {key: len(times) for key, times in seconds.items()} == {
@@ -66,13 +67,13 @@ def test_tests_alternate_and_the_first_pass_of_each_is_not_counted(repetitions):
     }
 
 
-def test_what_comes_before_is_not_timed():
-    tests = {("prompt", 9): benchmark_inference.Test(lambda: time.sleep(0.05), lambda _: None)}
-    assert max(benchmark_inference.measure(tests, 2)["prompt", 9]) < 0.04
+def test_the_preparation_is_not_timed():
+    tests = {("prompt", 9): inference_tests.Test(lambda: time.sleep(0.05), lambda _: None)}
+    assert max(inference_tests.measure(tests, 2)["prompt", 9]) < 0.04
 
 
 @pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
-def test_depths_are_told_as_llama_bench_tells_them(chain, tmp_path, engine):
+def test_depths_are_named_as_in_llama_bench(chain, tmp_path, engine):
     settings = (
         '{"prompt_tokens": 32, "generated_tokens": 4, "repetitions": 2,'
         ' "depths_tokens": [0, 100, 290]}'
@@ -85,7 +86,7 @@ def test_depths_are_told_as_llama_bench_tells_them(chain, tmp_path, engine):
     # The window is 300: 290 and a prompt of 32 do not fit.
     names = [test["test"] for test in report["tests"]]
     assert names == ["pp32", "tg4", "pp32 @ d100", "tg4 @ d100"]
-    # The rates of the two repetitions lie this far from their mean, however unlike they were.
+    # With two repetitions, both rates are this far from their mean.
     rate = report["tests"][0]["tokens_per_second"]
     away = report["tests"][0]["standard_deviation_tokens_per_second"] / math.sqrt(2)
     milliseconds = (1000 / (rate - away) + 1000 / (rate + away)) / 2
@@ -100,38 +101,36 @@ def gguf_model(chain):
         yield model
 
 
-@pytest.mark.parametrize(
-    "run", [benchmark_inference.read_gguf, benchmark_inference.write_gguf], ids=["read", "write"]
-)
-def test_both_phases_leave_the_cache_after_the_last_token(gguf_model, run):
-    """The next token's logits are those of the whole text: every token was run, once, in place."""
+@pytest.mark.parametrize("tokens_at_once", [len(TOKENS), 1], ids=["read", "write"])
+def test_both_phases_leave_the_cache_after_the_last_token(gguf_model, tokens_at_once):
+    """The next token's logits equal those of the whole text: every token ran once, in its place."""
     tokens = TOKENS.astype(np.int32)
-    run(gguf_model, tokens[:-1])
+    inference_tests.run_llama_cpp(gguf_model, tokens[:-1], tokens_at_once=tokens_at_once)
     wanted = np.ones(1, dtype=bool)
     found = gguf_model.decode(tokens[-1:], first=len(tokens) - 1, wants_logits=wanted).copy()
     (expected,) = gguf_model.logit_blocks(tokens, np.array([len(tokens) - 1]))
-    # One token a pass against all in one; measured 0.003, logits are of size 4.
+    # One token per pass against all in one pass: measured 0.003, for logits of size 4.
     np.testing.assert_allclose(found, expected.numpy(), atol=0.03)
 
 
-@pytest.mark.parametrize(
-    "run", [benchmark_inference.read_gguf, benchmark_inference.write_gguf], ids=["read", "write"]
-)
-def test_a_pass_after_others_goes_on_where_they_end(gguf_model, run):
-    benchmark_inference.read_gguf(gguf_model, TOKENS[:12])
-    run(gguf_model, TOKENS[12:-1], first=12)
+@pytest.mark.parametrize("tokens_at_once", [len(TOKENS), 1], ids=["read", "write"])
+def test_a_pass_continues_after_the_tokens_of_earlier_passes(gguf_model, tokens_at_once):
+    read_tokens(gguf_model, TOKENS[:12])
+    inference_tests.run_llama_cpp(
+        gguf_model, TOKENS[12:-1], tokens_at_once=tokens_at_once, first=12
+    )
     wanted = np.ones(1, dtype=bool)
     found = gguf_model.decode(TOKENS[-1:], first=len(TOKENS) - 1, wants_logits=wanted).copy()
     (expected,) = gguf_model.logit_blocks(TOKENS, np.array([len(TOKENS) - 1]))
     np.testing.assert_allclose(found, expected.numpy(), atol=0.03)
 
 
-def test_transformers_goes_on_from_a_cache(checkpoint):
+def test_transformers_continues_from_a_cache(checkpoint):
     model = load_model(checkpoint, window=8, precision="float32")
-    cache = benchmark_inference.run_transformers(model, TOKENS[:12], tokens_at_once=12)
-    cache = benchmark_inference.run_transformers(model, TOKENS[12:], tokens_at_once=1, cache=cache)
+    cache = inference_tests.run_transformers(model, TOKENS[:12], tokens_at_once=12)
+    cache = inference_tests.run_transformers(model, TOKENS[12:], tokens_at_once=1, cache=cache)
     assert cache.get_seq_length() == len(TOKENS)
-    empty = benchmark_inference.run_transformers(model, TOKENS[:0], tokens_at_once=1)
+    empty = inference_tests.run_transformers(model, TOKENS[:0], tokens_at_once=1)
     assert empty is None
 
 
@@ -142,7 +141,7 @@ def test_transformers_runs_every_token_once(checkpoint, tokens_at_once):
     model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].flatten().tolist())
     )
-    benchmark_inference.run_transformers(model, TOKENS, tokens_at_once=tokens_at_once)
+    inference_tests.run_transformers(model, TOKENS, tokens_at_once=tokens_at_once)
     assert [len(part) for part in seen] == [tokens_at_once] * (20 // tokens_at_once)
     assert sum(seen, []) == TOKENS.tolist()
     assert not torch.is_inference_mode_enabled()

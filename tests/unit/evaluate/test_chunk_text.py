@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import chunk_text, evaluate_perplexity
-from workflow_scripts.evaluate.chunk_text import cut, encode_bare, read_text
+from workflow_scripts.evaluate.chunk_text import read_text
+from workflow_scripts.evaluate.text_chunks import cut, encode_bare
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.scoring.token_scores import TokenScores
@@ -35,14 +36,14 @@ def arguments(chain, text, tokens, settings='{"text_context_tokens": 256}'):
         "",
     ],
 )
-def test_a_text_is_read_as_llama_cpp_reads_it(chain, text):
+def test_a_text_gets_the_token_ids_of_llama_cpp(chain, text):
     official = load_mistral_tokenizer(chain.tokenizer, for_training=True)
     found = encode_bare(text, official.instruct_tokenizer.tokenizer).tolist()
     with LlamaCppModel(chain.gguf, context_tokens=16, n_threads=1) as model:
         assert found == model.tokenize(text, adds_bos=False, parses_control=False)
 
 
-def test_a_tekken_text_is_read_as_the_library_reads_it(exported_tokenizer):
+def test_a_tekken_text_gets_the_token_ids_of_the_library(exported_tokenizer):
     official = load_mistral_tokenizer(exported_tokenizer("tekken"), for_training=True)
     tokenizer = official.instruct_tokenizer.tokenizer
     for text in ("\n a text", "a text\n\nof lines ", "Größe 日本"):
@@ -51,18 +52,18 @@ def test_a_tekken_text_is_read_as_the_library_reads_it(exported_tokenizer):
 
 
 @given(n_tokens=st.integers(0, 200), context_tokens=st.integers(2, 40))
-def test_chunks_lie_end_to_end_each_with_bos_in_place_of_its_first_token(n_tokens, context_tokens):
+def test_chunks_follow_each_other_with_bos_in_place_of_their_first_token(n_tokens, context_tokens):
     token_ids = np.arange(100, 100 + n_tokens, dtype=np.int32)
     chunks = cut(token_ids, 1, context_tokens=context_tokens)
     assert len(chunks) == (n_tokens + 1) // context_tokens
     for number, chunk in enumerate(chunks.tolist()):
-        # The token before the text as a whole is BOS too, so that token 100 is the second.
+        # BOS also comes before the whole text, so token 100 is the second.
         start = number * context_tokens
         expected = [99 + at for at in range(start, start + context_tokens)]
         assert chunk == [1, *expected[1:]]
 
 
-def test_the_second_half_of_a_chunk_is_scored_but_for_its_first_token(peaked):
+def test_the_second_half_of_a_chunk_is_scored_except_its_first_token(peaked):
     documents = Documents(peaked.chunks)
     assert [document.id for document in documents][:2] == ["repeated/0", "repeated/1"]
     for document in documents:
@@ -89,7 +90,7 @@ def score(chain, tmp_path_factory):
 
 
 def final_estimate(llama_tool, gguf, text, *options):
-    """(perplexity, its error) of llama-perplexity, over all chunks of 256."""
+    """Perplexity and its error by llama-perplexity, over all chunks of 256."""
     arguments = ["-m", gguf, "-f", text, "-c", 256, "-t", 1, "-ngl", 0, *options]
     done = llama_tool("perplexity", *arguments)
     pattern = r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)"
@@ -100,18 +101,18 @@ def final_estimate(llama_tool, gguf, text, *options):
 @pytest.mark.parametrize(
     ("model", "kind", "options", "tolerance"),
     [
-        # One chunk a batch, as here: measured 1e-7, which is printing.
+        # One chunk per batch, as here: measured 1e-7, the printed precision.
         ("peaked", "F16", ("-b", 256), 1e-6),
         ("flat", "F16", ("-b", 256), 1e-6),
-        # Weights repacked for kernels that take four rows at a time.
+        # Weights are repacked for kernels that compute four rows at a time.
         ("flat", "Q4_K_M", ("-b", 256), 1e-6),
         ("flat", "Q8_0", ("-b", 256), 1e-6),
-        # By default eight chunks a batch. llama-perplexity's own result moves with that, as flash
-        # attention adds in another order: by 1.8e-5 for the other model, by 5e-9 for this one.
+        # The default is eight chunks per batch. This changes llama-perplexity's own result, because
+        # flash attention adds in another order: by 1.8e-5 for the other model, 5e-9 for this one.
         ("flat", "F16", (), 1e-6),
     ],
 )
-def test_perplexity_is_llama_perplexitys_own(
+def test_perplexity_equals_llama_perplexitys(
     chain, peaked, text, chunk, score, quantize, llama_tool, model, kind, options, tolerance
 ):
     gguf, raw = {"peaked": (peaked.gguf, peaked.text), "flat": (chain.gguf, text)}[model]
@@ -120,7 +121,7 @@ def test_perplexity_is_llama_perplexitys_own(
     report, scores = score(chunk(raw), "--gguf", gguf)
     perplexity, error = final_estimate(llama_tool, gguf, raw, *options)
     assert report["perplexity"] == pytest.approx(perplexity, rel=tolerance)
-    # Its error takes tokens as independent of each other; ours is over chunks.
+    # Its error assumes independent tokens; ours is over chunks.
     independent = scores.nats.astype(float).std() / np.sqrt(len(scores.nats) - 1)
     assert independent * perplexity == pytest.approx(error, rel=1e-4)
 
@@ -129,11 +130,11 @@ def test_a_checkpoint_scores_the_same_tokens_as_its_gguf(chain, text, chunk, sco
     merged, merged_scores = score(chunk(text), "--checkpoint", chain.merged)
     gguf, gguf_scores = score(chunk(text), "--gguf", chain.gguf)
     assert gguf_scores.scores_the_same(merged_scores)
-    # Measured 3e-5 nats, of 11.
+    # Measured: 3e-5 of 11 nats.
     assert gguf["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-4)
 
 
-def test_the_line_end_that_closes_a_file_is_no_text(tmp_path):
+def test_the_line_end_that_closes_a_file_is_not_scored(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"a\r\n\nb\n\n")
     assert read_text(tmp_path / "text.txt") == "a\r\n\nb\n"
 
@@ -168,9 +169,11 @@ def test_help_starts_without_torch(ask_for_help):
     assert not imported & {"torch", "transformers", "llama_cpp"}
 
 
-def test_the_rows_of_a_chunk_are_those_of_all_its_tokens_to_the_bit(chain, text, chunk, quantize):
-    """Kernels for repacked weights take four rows at a time and round those left over otherwise: a
-    chunk without its last row would not be what llama-perplexity computes."""
+def test_the_logits_of_a_chunk_are_computed_with_its_last_token_to_the_bit(
+    chain, text, chunk, quantize
+):
+    """Kernels for repacked weights compute four rows at a time and round the remaining rows
+    differently: without its last row, a chunk would differ from llama-perplexity's."""
     gguf = quantize(chain.gguf, "Q4_K_M")
     document = Documents(chunk(text))[0]
     positions = np.flatnonzero(document.is_supervised) - 1

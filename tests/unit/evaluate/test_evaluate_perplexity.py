@@ -22,7 +22,7 @@ def score(chain, scores, *model, settings="{}"):
 
 
 def nats_by_document(model, documents):
-    """Every document whole, through a plain call; its supervised tokens' nats."""
+    """Nats of the supervised tokens of every document, each scored whole by a plain call."""
     found = []
     with torch.no_grad():
         for document in documents:
@@ -42,7 +42,7 @@ def merged_model(chain):
     )
 
 
-def test_perplexity_is_that_of_a_plain_model_over_supervised_tokens(chain, merged_model, tmp_path):
+def test_perplexity_equals_a_plain_models_over_supervised_tokens(chain, merged_model, tmp_path):
     short = '{"max_conversations": 2}'
     report = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged, settings=short)
     nats = torch.cat(nats_by_document(merged_model, list(Documents(chain.tokens))[:2]))
@@ -55,7 +55,7 @@ def test_perplexity_is_that_of_a_plain_model_over_supervised_tokens(chain, merge
 
 @pytest.fixture(scope="module", params=["--checkpoint", "--gguf"])
 def scored(request, chain, tmp_path_factory):
-    """JSON of a link's scores, and the table of its tokens as pandas reads it."""
+    """JSON of a link's scores, and the table of its tokens read by pandas."""
     path = {"--checkpoint": chain.merged, "--gguf": chain.gguf}[request.param]
     scores = tmp_path_factory.mktemp("scored") / "link.json"
     report = score(chain, scores, request.param, path)
@@ -74,17 +74,17 @@ def test_the_table_holds_every_supervised_token_with_its_loss(chain, merged_mode
         assert rows.token.tolist() == document.input_ids[positions].tolist()
         if len(document.input_ids) > report["piece_tokens"]:
             continue
-        # float32 against llama.cpp's F16, measured 0.009 of 10; or against another float32, 5e-6.
+        # float32 and llama.cpp's F16: measured 0.009 of 10 nats; two float32 runs: 5e-6.
         tolerance = 2e-5 if link == "--checkpoint" else 0.03
         np.testing.assert_allclose(rows.nats, nats.numpy(), atol=tolerance)
     assert len(table) == report["n_scored_tokens"]
-    # Both answers of the second chat.
+    # The second chat has two answers.
     assert sorted(table[table.conversation == "chat/1"].turn.unique()) == [1, 2]
     assert set(table.source) == {"ours", "web"}
 
 
 def recomputed(table, column="nats"):
-    """Mean, error and perplexity by the formula written out, of the tokens of a table."""
+    """Mean, error and perplexity of a table's tokens, by the formula."""
     by_conversation = table.groupby("conversation")[column].agg(["sum", "size"])
     n, tokens = len(by_conversation), by_conversation["size"].sum()
     loss = table[column].astype("float64").mean()
@@ -121,7 +121,7 @@ def test_every_aggregate_follows_from_the_table(scored):
         for key, value in recomputed(rows, column).items():
             expected = value if value is None else pytest.approx(value, rel=1e-9)
             assert found[prefix + key] == expected, (prefix, key)
-    # What the table does not say is what was scored, not how well.
+    # The remaining fields say what was scored, not how well.
     rest = {key.removeprefix("full_length_") for key in report} - recomputed(table).keys()
     assert rest - {"by_position", "by_turn", "by_source"} <= {
         "piece_tokens",
@@ -133,12 +133,12 @@ def test_every_aggregate_follows_from_the_table(scored):
     }
 
 
-def test_whole_conversations_are_scored_beside_their_pieces(chain, merged_model, tmp_path):
+def test_whole_conversations_are_scored_in_addition_to_their_pieces(chain, merged_model, tmp_path):
     report = score(chain, tmp_path / "merged.json", "--checkpoint", chain.merged)
     documents = Documents(chain.tokens)
     nats = torch.cat(nats_by_document(merged_model, documents))
     assert report["piece_tokens"] == 300
-    # The third conversation: a whole piece, then half a piece of tokens not scored yet.
+    # The third conversation: one whole piece, then pieces with half a piece of new tokens each.
     n_of_the_long_one = 1 + math.ceil((len(documents[2].input_ids) - 300) / 150)
     assert report["n_pieces"] == 2 + n_of_the_long_one > 3
     assert report["n_conversations_beyond_piece"] == 1
@@ -164,7 +164,7 @@ def test_the_live_adapter_and_the_merged_model_score_alike(chain, tmp_path):
         chain, tmp_path / "live.json", "--checkpoint", chain.checkpoint, "--adapter", chain.adapter
     )
     base = score(chain, tmp_path / "base.json", "--checkpoint", chain.checkpoint)
-    # What is left is one rounding of each weight to bfloat16; measured 1e-4.
+    # The difference is one rounding of each weight to bfloat16: measured 1e-4.
     assert live["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-3)
     assert abs(base["loss_nats_per_token"] - live["loss_nats_per_token"]) > 0.05
 
@@ -174,12 +174,12 @@ def test_a_gguf_scores_the_same_tokens_as_its_source(chain, tmp_path):
     gguf = score(chain, tmp_path / "F16.json", "--gguf", chain.gguf)
     for key in ("piece_tokens", "n_pieces", "n_conversations", "n_scored_tokens"):
         assert gguf[key] == merged[key], key
-    # Measured 4e-4 nats, of 11.
+    # Measured: 4e-4 of 11 nats.
     assert gguf["loss_nats_per_token"] == pytest.approx(merged["loss_nats_per_token"], abs=5e-3)
-    assert "full_length_perplexity" not in gguf  # llama.cpp does not honour the window
+    assert "full_length_perplexity" not in gguf  # llama.cpp ignores the window
 
 
-def test_the_nf4_base_is_scored_as_such(chain, tmp_path):
+def test_the_nf4_base_is_scored_in_nf4(chain, tmp_path):
     nf4 = ("--checkpoint", chain.checkpoint, "--precision", "nf4")
     report = score(chain, tmp_path / "nf4.json", *nf4)
     base = score(chain, tmp_path / "base.json", "--checkpoint", chain.checkpoint)
@@ -188,7 +188,7 @@ def test_the_nf4_base_is_scored_as_such(chain, tmp_path):
     assert report["loss_nats_per_token"] != base["loss_nats_per_token"]
 
 
-def test_the_int8_base_is_scored_as_such(chain, tmp_path):
+def test_the_int8_base_is_scored_in_int8(chain, tmp_path):
     link = ("--checkpoint", chain.checkpoint, "--adapter", chain.adapter, "--precision")
     int8 = score(chain, tmp_path / "int8.json", *link, "int8")
     nf4 = score(chain, tmp_path / "nf4.json", *link, "nf4")

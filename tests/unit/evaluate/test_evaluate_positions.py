@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_positions
-from workflow_scripts.evaluate.evaluate_positions import whole_pieces
 from workflow_scripts.scoring.likelihood import summarize
+from workflow_scripts.scoring.pieces import cut
 from workflow_scripts.tokens.documents import Document, Documents
 
 LENGTHS = [700, 40, 513, 300, 2]
@@ -44,8 +44,8 @@ def long_facts(facts, tmp_path):
 
 
 def plain_nats(checkpoint, adapter, document):
-    """Nats by position of a whole document's supervised tokens, by a plain call with eager
-    attention and the window of its config."""
+    """Nats of a whole document's supervised tokens by position, from a plain call with eager
+    attention and the window of the model's config."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -86,13 +86,13 @@ def test_each_bucket_is_the_mean_of_a_plain_models_nats_at_its_positions(
     assert report["n_tokens_beyond_context"] == 0
 
 
-def test_what_lies_beyond_the_context_is_counted_and_not_scored(evaluate):
+def test_tokens_beyond_the_context_are_counted_and_not_scored(evaluate):
     report = evaluate()  # a context of 512 tokens
     assert report["n_tokens_beyond_context"] == (700 - 512) + (513 - 512)
     assert [bucket["last_position"] for bucket in report["buckets"]] == [255, 511]
 
 
-def test_the_first_conversations_alone_are_scored_if_so_asked(evaluate, long_facts):
+def test_a_limit_scores_only_the_first_conversations(evaluate, long_facts):
     report = evaluate(settings='{"max_conversations": 2}', facts=long_facts)
     assert report["n_conversations"] == 2
 
@@ -105,7 +105,7 @@ def test_the_adapter_and_the_precision_change_the_loss(evaluate, uniform_adapter
     assert len(losses) == 3
 
 
-def test_the_parts_make_up_the_whole(evaluate, uniform_adapter, long_facts):
+def test_the_buckets_add_up_to_the_whole(evaluate, uniform_adapter, long_facts):
     report = evaluate("--adapter", uniform_adapter, facts=long_facts)
     n = sum(bucket["n_scored_tokens"] for bucket in report["buckets"])
     total = sum(b["n_scored_tokens"] * b["loss_nats_per_token"] for b in report["buckets"])
@@ -115,12 +115,10 @@ def test_the_parts_make_up_the_whole(evaluate, uniform_adapter, long_facts):
 
 
 def test_the_first_token_is_never_scored():
-    """Nothing comes before it that it could be predicted from."""
+    """No token comes before it to predict it from."""
     tokens = np.array([5, 6, 7], dtype=np.int32)
-    (piece,) = whole_pieces([Document("a", tokens, np.ones(3, dtype=bool))], context_tokens=10)
+    (piece,) = cut([Document("a", tokens, np.ones(3, dtype=bool))], piece_tokens=None)
     assert piece.scored.tolist() == [1, 2]
-    (short,) = whole_pieces([Document("a", tokens, np.ones(3, dtype=bool))], context_tokens=2)
-    assert (short.scored.tolist(), short.input_ids.tolist()) == ([1], [5, 6])
 
 
 @pytest.mark.parametrize("lengths", [[], [1]], ids=["no document", "nothing to predict"])
@@ -138,7 +136,7 @@ def test_a_split_without_a_token_to_score_is_a_stage_error(
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_a_gguf_is_not_taken_as_it_does_not_honour_the_window(evaluate, tmp_path):
+def test_a_gguf_is_refused_because_llama_cpp_ignores_the_window(evaluate, tmp_path):
     with pytest.raises(SystemExit) as caught:
         evaluate("--gguf", tmp_path / "model.gguf")
     assert caught.value.code == 2

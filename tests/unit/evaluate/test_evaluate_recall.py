@@ -61,7 +61,7 @@ def report(arguments, tmp_path):
     return files.read_json(tmp_path / "recall.json")
 
 
-def test_a_cell_a_length_and_depth_in_order(report):
+def test_there_is_one_cell_per_length_and_depth_in_order(report):
     cells = [(cell["length_tokens"], cell["depth_fraction"]) for cell in report["cells"]]
     assert cells == [(60, 0.0), (60, 1.0), (120, 0.0), (120, 1.0)]
     assert {cell["n_prompts"] for cell in report["cells"]} == {3}
@@ -69,15 +69,17 @@ def test_a_cell_a_length_and_depth_in_order(report):
     assert report["chance_nats_per_answer"] == pytest.approx(math.log(9000))
 
 
-def test_random_weights_recall_nothing_and_guess_among_all_words(report):
+def test_random_weights_recall_no_fact_and_guess_among_all_tokens(report):
     for cell in report["cells"]:
         assert cell["n_exact"] == cell["exact_fraction"] == cell["exact_low_fraction"] == 0
-        # Five tokens of 32,768 words each, as good as any: 52 nats; initial logits scatter.
+        # Five tokens, each one of 32,768 at random: 52 nats; initial logits scatter.
         assert 30 < cell["nats_per_answer"] < 120
         assert cell["standard_error_nats_per_answer"] > 0
 
 
-def test_the_adapter_answers_not_the_base(report, chain, chats_path, arguments, tmp_path):
+def test_the_adapter_changes_the_answers_of_the_base(
+    report, chain, chats_path, arguments, tmp_path
+):
     without = arguments()
     at = without.index("--adapter")
     del without[at : at + 2]
@@ -88,12 +90,12 @@ def test_the_adapter_answers_not_the_base(report, chain, chats_path, arguments, 
 
 @pytest.fixture(scope="module")
 def tiny_model(checkpoint):
-    """300 words, a window of 8: prompts of 40 tokens are five windows long."""
+    """300 tokens of vocabulary and a window of 8: prompts of 40 tokens are five windows long."""
     return TransformersModel(checkpoint, window=8, precision="float32")
 
 
 def greedy(model, prompt, n_tokens):
-    """Token by token, every time the whole text anew: no cache, no generation code."""
+    """Decode token by token over the whole text each time, without a cache or generation code."""
     tokens = torch.from_numpy(prompt.astype("int64"))[None]
     with torch.no_grad():
         for _ in range(n_tokens):
@@ -112,7 +114,7 @@ def test_exact_is_what_greedy_decoding_would_answer(tiny_model, seed):
     prompt = np.random.default_rng(seed).integers(3, 300, size=40)
     decoded = greedy(tiny_model.model, prompt, 5)
     assert answer(tiny_model, needle_of(prompt, decoded)).is_exact
-    for at in range(5):  # a wrong token anywhere, the last among them
+    for at in range(5):  # a wrong token at any place, including the last
         wrong = decoded.copy()
         wrong[at] = (wrong[at] + 1) % 300
         assert not answer(tiny_model, needle_of(prompt, wrong)).is_exact
@@ -131,7 +133,7 @@ def test_generation_with_a_cache_answers_the_same_beyond_the_window(tiny_model):
     assert answer(tiny_model, needle_of(prompt, generated.numpy())).is_exact
 
 
-def test_nats_are_those_of_the_whole_code(tiny_model):
+def test_nats_are_summed_over_the_whole_code(tiny_model):
     generator = np.random.default_rng(1)
     prompt, right = generator.integers(3, 300, size=30), generator.integers(3, 300, size=5)
     tokens = torch.from_numpy(np.concatenate([prompt, right]))[None]
@@ -143,7 +145,7 @@ def test_nats_are_those_of_the_whole_code(tiny_model):
 
 @given(n=st.integers(1, 500), share=st.floats(0, 1))
 def test_wilsons_interval_solves_its_equation(n, share):
-    """Its ends are the shares p whose distance to the found one is 1.96 standard errors of p."""
+    """Its ends are the shares p that are 1.96 standard errors of p away from the observed share."""
     n_right = round(share * n)
     low, high = wilson_interval(n_right, n)
     found = n_right / n
@@ -155,14 +157,14 @@ def test_wilsons_interval_solves_its_equation(n, share):
             )
 
 
-def test_no_right_answer_of_20_is_up_to_16_per_cent():
-    # Wilson's bound for none of n: z² ÷ (n + z²).
+def test_no_right_answer_of_20_allows_up_to_16_per_cent():
+    # Wilson's bound for 0 of n: z² ÷ (n + z²).
     assert wilson_interval(0, 20) == (0.0, pytest.approx(3.8415 / 23.8415, abs=1e-4))
     low, high = wilson_interval(20, 20)
     assert (low, high) == (pytest.approx(20 / 23.8415, abs=1e-4), pytest.approx(1.0))
 
 
-def test_answers_are_summed_up():
+def test_answers_are_summarized():
     answers = [Answer(True, 1.0), Answer(False, 4.0), Answer(False, 7.0)]
     cell = summarize(answers, length_tokens=60, depth_fraction=0.5)
     assert (cell.length_tokens, cell.depth_fraction) == (60, 0.5)

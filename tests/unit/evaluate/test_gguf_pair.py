@@ -11,8 +11,8 @@ from torch.nn.functional import kl_div
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import evaluate_perplexity, gguf_pair
-from workflow_scripts.evaluate.gguf_pair import rounds
 from workflow_scripts.handover.facts import Facts
+from workflow_scripts.quantize.calibration import batches
 from workflow_scripts.scoring import divergences
 from workflow_scripts.scoring.likelihood import all_logits
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
@@ -40,8 +40,8 @@ def compare(chain, tmp_path):
 
 
 def plain(chain, gguf):
-    """(n, vocabulary) log-probabilities of both files and the tokens that come, by conversation;
-    every logit in memory."""
+    """(n, vocabulary) log-probabilities of both files, and the tokens that follow, by conversation;
+    all logits are in memory."""
     pieces = list(cut(Documents(chain.tokens), piece_tokens=300))
     found = {}
     for path in (chain.gguf, gguf):
@@ -57,7 +57,7 @@ def plain(chain, gguf):
     ]
 
 
-def test_every_figure_is_what_logits_in_memory_give(compare, chain, quantize):
+def test_every_figure_equals_that_of_all_logits_in_memory(compare, chain, quantize):
     report = compare(quantize(chain.gguf, "Q4_K_M"))
     kl, agrees, change = [], [], []
     for p, q, targets in plain(chain, quantize(chain.gguf, "Q4_K_M")):
@@ -95,7 +95,7 @@ def test_every_figure_is_what_logits_in_memory_give(compare, chain, quantize):
         found = value if isinstance(value, str) else pytest.approx(value, rel=1e-6, abs=1e-12)
         assert report[key] == found, key
     assert report["n_models_in_memory"] == 2
-    # So that no figure above is right by being nothing.
+    # No figure above may be right only because it is 0.
     assert report["kl_divergence_nats"] > 1e-4
     assert 0 < report["top1_agreement_fraction"] < 1
     assert report["probability_change_rms_fraction"] > 0
@@ -113,7 +113,7 @@ def test_models_that_take_turns_give_the_same_to_the_bit(
         assert in_turns[key] == together[key], key
 
 
-def test_memory_for_both_is_two_files_two_caches_and_what_is_computed_in(chain, quantize):
+def test_memory_for_both_is_two_files_two_caches_and_compute_buffers(chain, quantize):
     pair = gguf_pair.GgufPair(chain.gguf, quantize(chain.gguf, "Q8_0"), 300, 1)
     needed = pair.needed_bytes(Facts.read(chain.facts))
     sizes = sum(path.stat().st_size for path in (chain.gguf, quantize(chain.gguf, "Q8_0")))
@@ -136,9 +136,9 @@ def test_a_coarser_quantization_diverges_more(compare, chain, quantize):
     assert coarse["top1_agreement_fraction"] < fine["top1_agreement_fraction"]
 
 
-# What llama-perplexity calls each figure; its unit; how far the two may be apart. llama.cpp keeps
-# the reference's probabilities as 16-bit numbers and prints six decimals, or three of per cent:
-# measured 1.2e-6 nats, 5e-7 of which are printing; of the fractions nothing but printing.
+# Name in llama-perplexity, unit and tolerance of each figure. llama.cpp keeps the reference's
+# probabilities as 16-bit numbers and prints six decimals, or per cent with three decimals. Measured
+# differences: 1.2e-6 nats, 5e-7 of it from printing; for the fractions, only from printing.
 FIGURES = {
     "kl_divergence_nats": ("Mean    KLD", 1.0, 3e-6),
     "median_kl_divergence_nats": ("Median  KLD", 1.0, 3e-6),
@@ -155,12 +155,12 @@ FIGURES = {
 @pytest.mark.parametrize(
     ("model", "kind"), [("peaked", "Q8_0"), ("peaked", "Q2_K"), ("flat", "Q4_K_M")]
 )
-def test_figures_are_those_of_llama_perplexity_on_the_same_text(
+def test_figures_equal_those_of_llama_perplexity_on_the_same_text(
     compare, chain, peaked, text, chunk, quantize, llama_tool, tmp_path, model, kind
 ):
     f16, raw = {"peaked": (peaked.gguf, peaked.text), "flat": (chain.gguf, text)}[model]
     quantized, base = quantize(f16, kind), tmp_path / "base.kld"
-    # One chunk at a time, as here: with more at once its own sums move in the fifth digit.
+    # One chunk at a time, as here: with more at once, its own sums change in the fifth digit.
     options = ["-f", raw, "-c", 256, "-b", 256, "-t", 1, "-ngl", 0, "--kl-divergence-base", base]
     llama_tool("perplexity", "-m", f16, *options)
     done = llama_tool("perplexity", "-m", quantized, *options, "--kl-divergence")
@@ -168,7 +168,7 @@ def test_figures_are_those_of_llama_perplexity_on_the_same_text(
     for key, (name, unit, tolerance) in FIGURES.items():
         (found,) = re.findall(rf"{re.escape(name)}: +(-?[\d.]+)", done.stdout)
         assert report[key] == pytest.approx(float(found) * unit, abs=tolerance), key
-    # So that no figure agrees by being nothing: tokens are likely in one model, ties in the other.
+    # No figure may agree only because it is 0: one model has likely tokens, the other ties.
     if model == "peaked":
         assert report["probability_change_rms_fraction"] > 1e-3
     else:
@@ -189,7 +189,7 @@ def test_models_of_different_vocabularies_are_not_compared(
 
 
 @pytest.mark.parametrize("memory", [[], ["--memory-gb", 0.001]], ids=["both", "in turns"])
-def test_the_loss_of_every_token_is_that_of_the_quantization_alone(
+def test_the_loss_of_every_token_is_the_same_without_the_reference(
     compare, chain, quantize, tmp_path, memory
 ):
     compare(quantize(chain.gguf, "Q4_K_M"), *memory)
@@ -205,7 +205,7 @@ def test_the_loss_of_every_token_is_that_of_the_quantization_alone(
     assert found | {"duration_seconds": 0} == expected | {"duration_seconds": 0}
 
 
-def test_a_reference_is_for_a_gguf(chain, capsys):
+def test_a_reference_needs_a_gguf(chain, capsys):
     with pytest.raises(SystemExit):
         evaluate_perplexity.main(
             ["--checkpoint", str(chain.merged), "--facts", str(chain.facts), "--tokens"]
@@ -218,7 +218,7 @@ def test_a_reference_is_for_a_gguf(chain, capsys):
 @pytest.mark.parametrize(
     "flags", [["--reference", "F16.gguf"], ["--divergence", "Q.json"]], ids=lambda flags: flags[0]
 )
-def test_a_reference_and_what_is_written_of_it_go_together(chain, capsys, flags):
+def test_a_reference_and_its_output_go_together(chain, capsys, flags):
     with pytest.raises(SystemExit):
         evaluate_perplexity.main(
             ["--gguf", str(chain.gguf), "--facts", str(chain.facts), "--tokens", str(chain.tokens)]
@@ -232,12 +232,12 @@ def test_a_reference_and_what_is_written_of_it_go_together(chain, capsys, flags)
     lengths=st.lists(st.integers(1, 50), max_size=30),
     n_positions=st.integers(0, 100),
 )
-def test_rounds_hold_every_piece_once_and_no_more_positions_than_asked(lengths, n_positions):
+def test_a_turn_holds_no_more_positions_than_the_limit_and_every_piece_once(lengths, n_positions):
     pieces = [
         Piece(number, np.zeros(60, np.int32), np.arange(1, 1 + length))
         for number, length in enumerate(lengths)
     ]
-    parts = list(rounds(pieces, n_positions))
+    parts = list(batches(pieces, size=lambda piece: len(piece.scored), limit=n_positions))
     assert [piece for part in parts for piece in part] == pieces
     for part in parts:
         assert len(part) == 1 or sum(len(piece.scored) for piece in part) <= n_positions

@@ -1,4 +1,4 @@
-"""Models whose perplexity is known without computing it, through every way a link is scored."""
+"""Models whose perplexity is known in advance, scored in every way that links are scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workflow_scripts.evaluate import evaluate_perplexity
 from workflow_scripts.quantize import convert_gguf
 
 VOCABULARY = 32_768
-# Tokens of the unigram model: chances that are powers of two, whose logarithms F16 holds.
+# Tokens of the unigram model. Their chances are powers of two, whose logarithms F16 can hold.
 CHANCES = {
     300: Fraction(1, 2),
     301: Fraction(1, 4),
@@ -76,7 +76,7 @@ def unigram(make_model):
 
 @pytest.fixture(scope="module")
 def tokens(write_documents, tmp_path_factory):
-    """Conversations longer than a piece, each token as frequent as its chance says."""
+    """Conversations longer than a piece; the frequency of each token equals its chance."""
     path = tmp_path_factory.mktemp("known") / "test.arrow"
     generator = np.random.default_rng(0)
     of_chances = [token for token, chance in CHANCES.items() for _ in range(int(640 * chance))]
@@ -103,7 +103,7 @@ def test_a_model_of_uniform_logits_has_the_vocabulary_as_perplexity(
     assert report["n_scored_tokens"] == 3 * 640
     # The logarithm of 32,768 in float32: measured 1e-7.
     assert report["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
-    # Every conversation is as hard as every other.
+    # All conversations are equally hard.
     assert report["loss_standard_error_nats_per_token"] == pytest.approx(0, abs=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_a_unigram_model_has_its_entropy_as_loss(chain, unigram, tokens, tmp_pat
             assert report[f"{part}perplexity"] == pytest.approx(2**1.875, rel=1e-6)
 
 
-def test_uniform_from_unigram_diverges_by_the_logarithm_less_the_entropy(
+def test_uniform_from_unigram_diverges_by_the_logarithm_minus_the_entropy(
     chain, uniform, unigram, tokens, tmp_path
 ):
     path = tmp_path / "divergence.json"
@@ -128,11 +128,11 @@ def test_uniform_from_unigram_diverges_by_the_logarithm_less_the_entropy(
         + ["--divergence", str(path)]
     )
     report = files.read_json(path)
-    # llama.cpp rounds what goes into the output layer, ln 2, to F16: 3.1e-4 more. Where the tokens
-    # are as frequent as expected the loss does not move with that, but the entropy does: 1.8e-5.
+    # llama.cpp rounds the input of the output layer, ln 2, to F16: 3.1e-4 more. The tokens are as
+    # frequent as expected, so this does not change the loss, but it changes the entropy by 1.8e-5.
     expected = math.log(VOCABULARY) - ENTROPY_NATS
     for key in ("kl_divergence_nats", "median_kl_divergence_nats", "max_kl_divergence_nats"):
         assert report[key] == pytest.approx(expected, rel=3e-5), key
-    # Of the right token: Σ chance · (1/32768 − chance).
+    # Change of the right token's probability: Σ chance · (1/32768 − chance).
     mean = sum(float(chance) * (1 / VOCABULARY - float(chance)) for chance in CHANCES.values())
     assert report["probability_change_fraction"] == pytest.approx(mean, rel=1e-3)

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from workflow_scripts import files
-from workflow_scripts.evaluate import match_references
+from workflow_scripts.evaluate import exact_match, match_references
 from workflow_scripts.evaluate.greedy import by_llama_cpp
 from workflow_scripts.evaluate.long_prompts import wilson_interval
+from workflow_scripts.evaluate.prompts import before_last_answer
 from workflow_scripts.handover.tasks import ReferenceScores
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
@@ -19,21 +20,21 @@ from workflow_scripts.tokens.documents import Document, Documents
 @pytest.mark.parametrize(
     ("answer", "references", "is_right"),
     [
-        ("The Eiffel-Tower!", ["eiffel tower"], False),  # punctuation goes, and joins
+        ("The Eiffel-Tower!", ["eiffel tower"], False),  # punctuation goes without a space
         ("The Eiffel Tower!", ["eiffel  tower"], True),
         ("an answer", ["Answer."], True),
         ("another", ["other"], False),  # articles are words
         ("x", ["y", "X"], True),
         ("", ["x"], False),
         ("It takes `a`, `b`.", ["it takes a b"], True),
-        ("the", ["a"], True),  # as in SQuAD: nothing is left of either
+        ("the", ["a"], True),  # as in SQuAD: both become empty
     ],
 )
 def test_answers_are_compared_as_squad_does(answer, references, is_right):
-    assert match_references.matches(answer, references) is is_right
+    assert exact_match.matches(answer, references) is is_right
 
 
-def test_asked_is_the_last_question_with_all_before_it():
+def test_the_prompt_is_the_last_question_with_all_before_it():
     supervised = np.array([0, 0, 1, 1, 0, 0, 1, 1], dtype=bool)
     tokens = np.arange(8, dtype=np.int32)
     chats = [
@@ -43,9 +44,9 @@ def test_asked_is_the_last_question_with_all_before_it():
         Document("all", tokens, np.ones(8, dtype=bool)),
     ]
     marked = dict.fromkeys(["two", "unsupervised end", "all", "elsewhere"], ["x"])
-    (asked,) = match_references.prompts_of(chats, marked)
+    (asked,) = before_last_answer(chats, marked)
     assert asked.conversation == "two" and asked.prompt.tolist() == [0, 1, 2, 3, 4, 5]
-    assert asked.references == ["x"]
+    assert asked.reference.tolist() == [6, 7]
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def match(chain, tmp_path):
 
 @pytest.fixture(scope="module")
 def greedy_answer(chain):
-    """What the GGUF says to the second chat's last question, read off its logits."""
+    """The GGUF's greedy answer to the last question of the second chat."""
     document = Documents(chain.tokens)[1]
     runs = np.flatnonzero(np.diff(document.is_supervised.astype(int), prepend=0) == 1)
     prompt = document.input_ids[: runs[-1]]
@@ -82,7 +83,9 @@ def greedy_answer(chain):
 
 
 @pytest.mark.parametrize("engine", ["--gguf", "--checkpoint"])
-def test_an_answer_that_was_marked_is_right_and_another_wrong(match, chain, greedy_answer, engine):
+def test_an_answer_equal_to_a_reference_is_right_and_another_wrong(
+    match, chain, greedy_answer, engine
+):
     model = {"--gguf": chain.gguf, "--checkpoint": chain.merged}[engine]
     references = {"chat/0": ["no such words"], "chat/1": ["nothing", greedy_answer.upper()]}
     report, rows = match(references, engine, model)
@@ -93,7 +96,7 @@ def test_an_answer_that_was_marked_is_right_and_another_wrong(match, chain, gree
     assert rows[1]["answer"] == greedy_answer
 
 
-def test_both_engines_ask_the_same_prompts(match, chain):
+def test_both_engines_get_the_same_prompts(match, chain):
     references = {"chat/0": ["x"], "chat/1": ["y"]}
     hashes = [
         [row["prompt_hash"] for row in match(references, flag, model)[1]]
@@ -102,19 +105,19 @@ def test_both_engines_ask_the_same_prompts(match, chain):
     assert hashes[0] == hashes[1] and len(set(hashes[0])) == 2
 
 
-def test_without_references_nothing_is_asked_and_nothing_scored(match, tmp_path):
+def test_without_references_no_prompt_is_asked_and_none_scored(match, tmp_path):
     report, rows = match({}, "--gguf", tmp_path / "no such.gguf")
     assert report.scores == () and rows == []
     assert report.n_with_reference == 0
 
 
-def test_prompts_that_leave_no_room_are_counted(match, chain):
+def test_prompts_without_room_for_an_answer_are_counted(match, chain):
     report, rows = match({"chat/0": ["x"], "chat/1": ["y"]}, "--gguf", chain.gguf,
                          max_answer_tokens=280)  # fmt: skip
     assert report.n_too_long == 1 and len(rows) == 1
 
 
-def test_a_limit_takes_the_first(match, chain):
+def test_a_limit_keeps_the_first_prompts(match, chain):
     _, rows = match({"chat/0": ["x"], "chat/1": ["y"]}, "--gguf", chain.gguf, limit=1)
     assert [row["document"] for row in rows] == ["chat/0"]
 

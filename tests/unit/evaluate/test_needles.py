@@ -31,7 +31,7 @@ def text_of(needle, tokenizer):
     return tokenizer.decode(needle.input_ids.tolist())
 
 
-def test_a_haystack_is_what_users_wrote_without_questions_and_codes():
+def test_a_haystack_has_the_text_of_users_without_questions_and_codes():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One.\n\nThe code of Oslo is 1234.\n \nTwo\nlines\n\nWhat?"},
@@ -54,14 +54,14 @@ def test_the_haystack_of_long_chats_has_no_needle_left(paragraphs):
     length=st.integers(64, 2048),
     depth=st.floats(0, 1, allow_nan=False),
 )
-def test_a_prompt_is_as_long_as_asked_and_ends_with_question_and_code(
+def test_a_prompt_has_the_requested_length_and_ends_with_question_and_code(
     prompts, tokenizer, number, length, depth
 ):
     needle = prompts.make(number, length_tokens=length, depth_fraction=depth)
-    # A word more would not fit; a word of this text has 30 tokens at most, a rule of dashes.
+    # One more word would not fit. The longest word of this text, a row of dashes, has 30 tokens.
     assert length - 30 <= len(needle.input_ids) <= length
     assert needle.input_ids[0] == 1 and needle.answer[1] == len(needle.input_ids)
-    assert 2 not in needle.input_ids  # the answer is begun, not ended
+    assert 2 not in needle.input_ids  # EOS: the answer is not ended
     start, end = needle.answer
     assert tokenizer.decode(needle.input_ids[start:end].tolist()).strip() == needle.question.answer
     before = tokenizer.decode(needle.input_ids[:start].tolist())
@@ -85,7 +85,7 @@ def test_depth_runs_from_the_first_line_to_the_last(prompts, tokenizer, length):
     assert places[2] == pytest.approx(0.5, abs=0.25)
 
 
-def test_a_number_has_its_text_and_fact_at_every_length_and_depth(prompts, tokenizer):
+def test_prompts_of_a_number_share_text_and_fact_at_every_length_and_depth(prompts, tokenizer):
     short = prompts.make(5, length_tokens=128, depth_fraction=0.5)
     long = prompts.make(5, length_tokens=1024, depth_fraction=1)
     other = prompts.make(6, length_tokens=128, depth_fraction=0.5)
@@ -104,7 +104,7 @@ def test_a_seed_decides_the_prompts(paragraphs, prompts, tokenizer):
     assert other.input_ids.tolist() != same.input_ids.tolist()
 
 
-def test_the_tokens_are_those_the_template_gives_the_same_chat(prompts, tokenizer):
+def test_the_tokens_equal_those_of_the_chat_template(prompts, tokenizer):
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
     needle = prompts.make(2, length_tokens=300, depth_fraction=0.5)
@@ -140,7 +140,7 @@ def test_lengths_follow_the_window_and_end_at_the_context():
     assert default_lengths(None, 4096) == [256, 512, 1024, 2048, 4096]
 
 
-def test_a_fact_says_what_it_is_asked_for():
+def test_a_statement_contains_the_answer_to_its_question():
     fact = Fact("Oslo", "1234")
     assert fact.statement == f"{fact.answer_start} 1234." == "The code of Oslo is 1234."
     assert fact.question == "What is the code of Oslo?"
@@ -148,7 +148,9 @@ def test_a_fact_says_what_it_is_asked_for():
 
 @pytest.mark.parametrize("task", ["multi_key", "variable_tracing"])
 @pytest.mark.parametrize("length", [300, 1500])
-def test_every_statement_of_a_task_stands_once_in_its_order(prompts, tokenizer, task, length):
+def test_every_statement_of_a_task_is_in_the_prompt_once_and_in_order(
+    prompts, tokenizer, task, length
+):
     needle = prompts.make(5, length_tokens=length, depth_fraction=0.5, task=task)
     assert length - 30 <= len(needle.input_ids) <= length
     text = text_of(needle, tokenizer)
@@ -158,7 +160,7 @@ def test_every_statement_of_a_task_stands_once_in_its_order(prompts, tokenizer, 
     assert places == sorted(places) and places[-1] < text.index(needle.question.text)
 
 
-def test_another_key_of_the_text_is_no_answer(prompts):
+def test_another_key_of_the_text_is_not_an_answer(prompts):
     question = prompts.make(1, length_tokens=400, depth_fraction=0.5, task="multi_key").question
     asked = question.text.removeprefix("What is the code of ").rstrip("?")
     right = f"The code of {asked} is {question.answer}."
@@ -182,7 +184,7 @@ def test_a_chain_of_variables_leads_to_its_answer(prompts):
 
 
 @pytest.mark.parametrize("task", ["single", "multi_key", "variable_tracing"])
-def test_a_model_that_copies_the_text_is_led_to_no_other_answer(prompts, task):
+def test_a_model_that_copies_the_text_gives_no_other_answer(prompts, task):
     question = prompts.make(1, length_tokens=400, depth_fraction=0, task=task).question
     copied = [
         text.removeprefix(question.answer_start).strip(" .")

@@ -41,7 +41,7 @@ def test_a_paired_difference_is_the_mean_of_differences_with_their_error(tmp_pat
     assert found.standard_error == pytest.approx(changes.std(ddof=1) / np.sqrt(5))
 
 
-def test_what_is_as_hard_for_both_has_no_error():
+def test_equal_scores_on_every_document_have_no_error():
     same = Samples(rows_of(FIRST))
     assert difference(score_of(FIRST), same, score_of(FIRST), same) == (0, 0)
     assert difference(score_of([1.0]), *[Samples(rows_of([1.0])), score_of([0.0])],
@@ -59,7 +59,7 @@ def test_a_group_is_paired_over_the_documents_of_its_tasks():
     assert found.mean == pytest.approx(np.mean(np.subtract(FIRST, SECOND)))
 
 
-def test_a_task_that_is_asked_for_twice_is_compared_with_itself():
+def test_a_task_that_is_requested_twice_is_compared_with_itself():
     def both(values):
         changed = [1 - value for value in values]
         return Samples(rows_of(values) + rows_of(changed, asked="t@5", prompt="q"))
@@ -77,13 +77,13 @@ def test_a_task_that_is_asked_for_twice_is_compared_with_itself():
 @pytest.mark.parametrize(
     ("values", "score", "prompt"),
     [
-        (SECOND[:4], SECOND[:4], "p"),  # a document less
+        (SECOND[:4], SECOND[:4], "p"),  # one document fewer
         (SECOND, SECOND, "q"),  # other prompts
-        (SECOND, FIRST, "p"),  # a score that is no mean of its documents
-        ([None] * 5, SECOND, "p"),  # a metric of no single document
+        (SECOND, FIRST, "p"),  # a score that is not the mean of its documents
+        ([None] * 5, SECOND, "p"),  # a metric without a value per document
         ([], SECOND, "p"),
     ],
 )
-def test_what_cannot_be_paired_has_no_difference(values, score, prompt):
+def test_scores_that_cannot_be_paired_have_no_difference(values, score, prompt):
     other = Samples(rows_of(values, prompt=prompt))
     assert difference(score_of(FIRST), Samples(rows_of(FIRST)), score_of(score), other) is None

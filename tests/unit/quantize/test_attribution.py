@@ -26,7 +26,7 @@ def published(run=TRAINED, source="mistralai/Mistral-7B-v0.3", quantized_by="me"
     return attribution.published(RunSettings(**run), model, dataset, quantized_by)
 
 
-def test_what_is_published_names_the_hub_and_no_folder():
+def test_the_published_origin_names_the_hub_and_no_folder():
     assert published() == {
         "base_model": "mistralai/Mistral-7B-v0.3",
         "base_model_relation": "finetune",
@@ -39,7 +39,7 @@ def test_what_is_published_names_the_hub_and_no_folder():
     assert "quantized_by" not in published(quantized_by=None)
 
 
-def test_a_transplanted_model_names_the_one_it_is_made_from_and_its_licence():
+def test_a_transplanted_model_names_its_source_and_its_licence():
     run, dataset = RunSettings(**TRAINED), DatasetSettings(generate={})
     model = ModelSettings(transplant={})
     found = attribution.published(run, model, dataset, None)
@@ -47,16 +47,16 @@ def test_a_transplanted_model_names_the_one_it_is_made_from_and_its_licence():
     assert found["license"] == "apache-2.0"
 
 
-def test_a_model_that_was_fine_tuned_elsewhere_is_but_quantized_here():
+def test_a_model_that_was_fine_tuned_elsewhere_is_only_quantized_here():
     given = {"model": "m", "dataset": "d"}
     found = published(given | {"merged": "owner/tuned"})
     assert (found["base_model"], found["base_model_relation"]) == ("owner/tuned", "quantized")
     assert published(given | {"adapter": "owner/lora"}) == published()
-    # A folder's name tells a stranger nothing: the base's is told.
+    # The name of a folder means nothing to others: the base is named instead.
     assert published(given | {"merged": "/home/me/tuned"}) == published()
 
 
-def test_the_gguf_says_so_in_llama_cpps_own_keys(chain, tmp_path):
+def test_the_gguf_has_the_origin_in_llama_cpps_own_keys(chain, tmp_path):
     gguf = tmp_path / "run-F16.gguf"
     convert_gguf.main(
         ["--merged", str(chain.merged), "--facts", str(chain.facts), "--name", "my run"]
@@ -95,7 +95,7 @@ def test_importing_it_is_light_enough_for_the_snakefile(run_python):
 
 
 @pytest.mark.parametrize("key", ["license", "languages", "base_model", "datasets"])
-def test_what_is_not_known_is_in_no_file(key):
+def test_an_unknown_value_is_left_out_of_every_file(key):
     known = published()
     del known[key]
     assert not any(key.rstrip("s") in name for name in attribution.gguf_metadata(known))

@@ -18,7 +18,7 @@ def documents(random_documents, tmp_path) -> Documents:
 
 
 @given(length=st.integers(1, 100), chunk_tokens=st.integers(1, 40))
-def test_a_cut_text_is_whole_but_for_the_first_tokens_of_its_parts(length, chunk_tokens):
+def test_a_cut_text_is_complete_except_for_the_first_tokens_of_its_parts(length, chunk_tokens):
     text = np.arange(1, length + 1, dtype=np.int32)
     parts = list(calibration.cut(text, chunk_tokens=chunk_tokens))
     assert [len(part) for part in parts[:-1]] == [chunk_tokens] * (len(parts) - 1)
@@ -26,11 +26,11 @@ def test_a_cut_text_is_whole_but_for_the_first_tokens_of_its_parts(length, chunk
     expected = text.copy()
     expected[::chunk_tokens] = 1
     assert np.concatenate(parts).tolist() == expected.tolist()
-    assert text.tolist() == list(range(1, length + 1))  # the text itself is left as it was
+    assert text.tolist() == list(range(1, length + 1))  # the text itself is unchanged
 
 
 @given(lengths=lengths, n_tokens=st.integers(1, 200))
-def test_no_more_tokens_are_taken_than_asked_for_and_no_fewer(lengths, n_tokens):
+def test_exactly_the_requested_number_of_tokens_is_taken(lengths, n_tokens):
     sequences = [np.full(length, at) for at, length in enumerate(lengths)]
     taken = list(calibration.first_tokens(iter(sequences), n_tokens))
     assert sum(map(len, taken)) == min(n_tokens, sum(lengths))
@@ -43,18 +43,18 @@ def test_no_more_tokens_are_taken_than_asked_for_and_no_fewer(lengths, n_tokens)
 def test_batches_keep_the_order_and_both_limits(lengths, batch_tokens, n_sequences):
     sequences = [np.full(length, at) for at, length in enumerate(lengths)]
     batches = list(
-        calibration.batches(sequences, batch_tokens=batch_tokens, n_sequences=n_sequences)
+        calibration.batches(sequences, size=len, limit=batch_tokens, n_items=n_sequences)
     )
     assert [id(one) for batch in batches for one in batch] == [id(one) for one in sequences]
     assert all(0 < len(batch) <= n_sequences for batch in batches)
     assert all(sum(map(len, batch)) <= batch_tokens for batch in batches)
-    # None could have taken the first sequence of the next.
+    # No batch had room for the first sequence of the next one.
     for batch, following in itertools.pairwise(batches):
         n_tokens = sum(map(len, batch)) + len(following[0])
         assert n_tokens > batch_tokens or len(batch) == n_sequences
 
 
-def test_every_chat_is_drawn_once_where_there_are_tokens_for_all(documents):
+def test_every_chat_is_drawn_once_if_there_are_tokens_for_all(documents):
     drawn = calibration.chats(documents, chunk_tokens=30, n_tokens=1000)
     found = sorted(tuple(sequence.tolist()) for sequence in drawn)
     assert found == sorted(tuple(document.input_ids.tolist()) for document in documents)

@@ -13,7 +13,7 @@ from tests.unit.chats.generated_chats import ChatGenerator
 from workflow_scripts import files
 from workflow_scripts.log import StageError
 from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
-from workflow_scripts.quantize import check_gguf, convert_gguf, llama_cpp_source
+from workflow_scripts.quantize import check_gguf, convert_gguf, gguf_tokens, llama_cpp_source
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.tokens import token_parity
 from workflow_scripts.tokens.documents import Document, Documents
@@ -46,7 +46,7 @@ def test_the_file_converted_from_the_merged_model_passes(chain, tmp_path):
     assert report["n_scored_tokens"] == sum(documents[at].is_supervised.sum() for at in range(3))
 
 
-def test_a_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_message):
+def test_the_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_message):
     unmerged = tmp_path / "unmerged"
     shutil.copytree(chain.merged, unmerged)
     shutil.copyfile(chain.checkpoint / "model.safetensors", unmerged / "model.safetensors")
@@ -54,7 +54,7 @@ def test_a_file_of_another_model_stops_the_chain(chain, tmp_path, ends_with_mess
     check = tmp_path / "gguf_check.json"
     message = ends_with_message(check_gguf.main, arguments(chain, gguf, check))
     for part in (
-        "a tensor of the GGUF is not the merged model's",
+        "a tensor of the GGUF differs from the merged model's",
         f"where:    {gguf}, blk.0.",
         "elements differ",
         "to fix:   ",
@@ -87,14 +87,14 @@ def test_a_file_that_puts_no_bos_in_front_stops_the_chain(chain, tmp_path, offic
     reader.data.flush()
     with LlamaCppModel(gguf, context_tokens=64, n_threads=1) as model:
         with pytest.raises(StageError, match="reads plain text with other control tokens") as error:
-            check_gguf.check_ends(model, gguf, official)
+            gguf_tokens.check_ends(model, gguf, official)
     assert "tokenizer.ggml.add_bos_token" in str(error.value)
 
 
 def test_a_file_made_without_the_original_tokenizer_stops_the_chain(
     chain, tmp_path, ends_with_message, official, chats
 ):
-    """llama.cpp's converter then makes scores up, and text is read as other tokens."""
+    """llama.cpp's converter then invents scores, and text gets other tokens."""
     bare = tmp_path / "bare"
     shutil.copytree(chain.merged, bare)
     for path in bare.glob("tokenizer.model*"):
@@ -103,7 +103,7 @@ def test_a_file_made_without_the_original_tokenizer_stops_the_chain(
     check = tmp_path / "gguf_check.json"
     message = ends_with_message(check_gguf.main, arguments(chain, gguf, check))
     for part in (
-        "the GGUF's tokenizer is not the merged model's",
+        "the GGUF's tokenizer differs from the merged model's",
         f"where:    {gguf}, token ",
         "-1000.0",
         "keep the base's tokenizer.model in the merged folder",
@@ -111,10 +111,10 @@ def test_a_file_made_without_the_original_tokenizer_stops_the_chain(
         assert part in message
     assert not check.exists()
 
-    # The sample of conversations shows it as well.
+    # The sample of conversations shows the fault as well.
     with LlamaCppModel(gguf, context_tokens=64, n_threads=1) as model:
         with pytest.raises(StageError, match="reads a conversation as other tokens") as error:
-            check_gguf.check_tokens(model, gguf, chats, official)
+            gguf_tokens.check_tokens(model, gguf, chats, official)
     for part in (
         f"where:    {gguf}, conversation chat/",
         "token 1, after '<s>'",
@@ -142,10 +142,10 @@ def chats(chain):
 
 @pytest.fixture
 def check(model, chain, official):
-    return lambda chats: check_gguf.check_tokens(model, chain.gguf, chats, official)
+    return lambda chats: gguf_tokens.check_tokens(model, chain.gguf, chats, official)
 
 
-def test_every_conversation_is_read_as_in_training(check, chats, chain):
+def test_every_conversation_gets_the_tokens_of_training(check, chats, chain):
     assert len(chats) == len(Documents(chain.tokens))
     assert check(chats) == (len(chats), 0, 0)
 
@@ -176,7 +176,7 @@ def test_a_token_that_differs_is_named_by_its_place_and_text(check, chats, offic
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["shorter", "longer"])
-def test_a_document_that_only_ends_elsewhere_is_found(check, chats, change):
+def test_a_document_that_differs_only_in_length_is_found(check, chats, change):
     original = chats[0].document.input_ids
     ids = np.append(original, 17)[: len(original) + change]
     with pytest.raises(StageError, match=f"token {min(len(ids), len(original))},.*"):
@@ -191,7 +191,7 @@ def test_a_document_that_only_ends_elsewhere_is_found(check, chats, change):
     ],
     ids=["control token", "space at the end"],
 )
-def test_what_no_template_can_render_is_left_out_and_counted(check, chats, messages):
+def test_chats_that_no_template_can_render_are_left_out_and_counted(check, chats, messages):
     assert check([Chat(messages, None, chats[0].document)]) == (0, 1, 0)
 
 
@@ -218,13 +218,13 @@ def test_tools_and_plain_texts_are_compared_too(check, official):
 def test_a_template_that_refuses_is_a_stage_error():
     template = "{{ raise_exception('odd roles') }}"
     with pytest.raises(StageError, match="the chat template refuses") as caught:
-        check_gguf.render_template(template, [], None, bos="<s>", eos="</s>")
+        gguf_tokens.render_template(template, [], None, bos="<s>", eos="</s>")
     assert "odd roles" in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def tekken_model(exported_tokenizer, make_checkpoint, tmp_path_factory):
-    """The vocabulary alone of a tekken model, as llama.cpp's converter makes it."""
+    """A GGUF with only the vocabulary of a tekken model, by llama.cpp's converter."""
     staged = make_checkpoint(tmp_path_factory.mktemp("tekken") / "model", vocab_size=131_072)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(exported_tokenizer("tekken") / name, staged / name)
@@ -237,7 +237,7 @@ def tekken_model(exported_tokenizer, make_checkpoint, tmp_path_factory):
     model.close()
 
 
-def test_llama_cpp_reads_tekken_s_texts_as_mistral_does(tekken_model, exported_tokenizer):
+def test_llama_cpp_tokenizes_texts_with_tekken_as_mistral_does(tekken_model, exported_tokenizer):
     folder = exported_tokenizer("tekken")
     official = load_mistral_tokenizer(folder, for_training=True).instruct_tokenizer.tokenizer
     assert tekken_model.metadata["tokenizer.ggml.pre"] == "tekken"
@@ -247,8 +247,9 @@ def test_llama_cpp_reads_tekken_s_texts_as_mistral_does(tekken_model, exported_t
         text = generator.text()
         expected = official.encode(text, bos=False, eos=False)
         found = tekken_model.tokenize(text.encode(), add_bos=False, special=False)
-        # Its split takes a combining mark for punctuation: the one known difference.
-        assert found == expected or check_gguf.has_mark(text), text
+        # llama.cpp splits at combining marks, as if they were punctuation: the only known
+        # difference.
+        assert found == expected or gguf_tokens.has_mark(text), text
         n_misread += found != expected
     assert 0 < n_misread < 20
 

@@ -13,7 +13,7 @@ CHUNK = 256  # of the fixture `imatrix_of`
 
 @pytest.fixture
 def facts(tmp_path):
-    """Of a model whose context is one chunk of the reference."""
+    """Facts of a model whose context is one chunk of the reference."""
     path = tmp_path / "facts.json"
     MISTRAL_7B.changed(sliding_window=CHUNK, context_tokens=512).write(path)
     return path
@@ -39,7 +39,7 @@ def compute(tmp_path, facts, as_json):
 
 
 def chunks_of(text, gguf):
-    """The text's tokens as llama-imatrix cuts them."""
+    """Tokens of the text, cut as in llama-imatrix."""
     with LlamaCppModel(gguf, context_tokens=16, n_threads=1) as model:
         tokens = model.tokenize(text.read_text(), adds_bos=True, parses_control=False)
     return [[1, *tokens[at * CHUNK + 1 : (at + 1) * CHUNK]] for at in range(4)]
@@ -49,12 +49,12 @@ def assert_close(found, expected):
     assert found.sums.keys() == expected.sums.keys()
     for name, sums in expected.sums.items():
         assert found.counts[name].tolist() == expected.counts[name].tolist()
-        # float32 sums in another order, and float64 between batches: measured at most 7e-6.
+        # float32 sums in another order, and float64 across batches: measured at most 7e-6.
         np.testing.assert_allclose(found.sums[name], sums, rtol=2e-5, atol=1e-6 * sums.max())
 
 
 @pytest.mark.parametrize("model", ["mistral", "mixtral"])
-def test_it_is_llama_imatrixs_own_on_the_same_text(
+def test_the_matrix_equals_llama_imatrixs_on_the_same_text(
     request, compute, chain, imatrix_of, nothing, text, model
 ):
     gguf = chain.gguf if model == "mistral" else request.getfixturevalue("mixtral_gguf")
@@ -66,7 +66,7 @@ def test_it_is_llama_imatrixs_own_on_the_same_text(
     assert expected.datasets == [str(text)]
 
 
-def test_chats_of_the_same_tokens_give_the_same(
+def test_chats_of_the_same_tokens_give_the_same_matrix(
     compute, chain, imatrix_of, write_documents, text, tmp_path
 ):
     tokens = chunks_of(text, chain.gguf)
@@ -83,7 +83,7 @@ def test_other_text_gives_another_matrix(compute, chain, random_documents, imatr
         assert_close(found, imatrix.read(imatrix_of(chain.gguf)))
 
 
-def test_short_chats_are_all_seen_up_to_the_tokens_asked_for(
+def test_short_chats_are_all_used_up_to_the_requested_tokens(
     compute, chain, random_documents, tmp_path
 ):
     lengths = [3, 50, 7, 120, 300, 33] * 4
@@ -94,7 +94,7 @@ def test_short_chats_are_all_seen_up_to_the_tokens_asked_for(
         assert found.n_chunks == expected // CHUNK
 
 
-def test_experts_that_saw_nothing_are_counted_and_have_importance_1(
+def test_experts_without_tokens_are_counted_and_have_importance_1(
     compute, mixtral_gguf, random_documents, tmp_path, caplog
 ):
     random_documents(tmp_path / "train.arrow", [2])
@@ -120,7 +120,7 @@ def test_a_text_that_cannot_be_read_is_named(compute, chain, nothing, tmp_path):
     assert "latin.txt" in str(caught.value)
 
 
-def test_it_runs_as_a_stage_on_the_chains_own_tokens(chain, run_stage, tmp_path):
+def test_it_runs_as_a_stage_on_the_tokens_of_the_chain(chain, run_stage, tmp_path):
     path = tmp_path / "imatrix.gguf"
     done = run_stage(
         MODULE,

@@ -53,7 +53,7 @@ def base_gguf(chain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(chain, make_adapter, tmp_path_factory):
-    """Name → folder."""
+    """Folder of each adapter, by name."""
     return {
         name: make_adapter(chain.checkpoint, tmp_path_factory.mktemp(name), seed=at, **config)
         for at, (name, config) in enumerate(ADAPTERS.items())
@@ -62,7 +62,7 @@ def adapters(chain, make_adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(chain, adapters, tmp_path_factory):
-    """Name → GGUF LoRA."""
+    """GGUF LoRA of each adapter, by name."""
     folder = tmp_path_factory.mktemp("converted")
     paths = {name: folder / f"{name}.gguf" for name in adapters}
     for name, path in paths.items():
@@ -75,7 +75,7 @@ def converted(chain, adapters, tmp_path_factory):
 
 
 class Base(LlamaCppModel):
-    """A base on which adapters are put at run time, through llama-cpp-python."""
+    """A base that takes adapters at run time, through llama-cpp-python."""
 
     def logits(self, *adapters):
         n = len(adapters)
@@ -107,7 +107,7 @@ def merged_logits(chain, adapter, folder):
 
 
 def live_logits(chain, adapter):
-    """PEFT's, in float32."""
+    """Logits of PEFT's model, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -117,14 +117,14 @@ def live_logits(chain, adapter):
         return model(torch.from_numpy(TOKENS.astype(np.int64))[None]).logits[0]
 
 
-def test_two_adapters_on_one_base_are_the_models_merged_of_them(
+def test_two_adapters_on_one_base_equal_their_merged_models(
     chain, base_gguf, adapters, converted, tmp_path
 ):
     with Base(base_gguf, context_tokens=64, n_threads=1) as model:
         plain = model.logits()
         handles = {name: model.load(path) for name, path in converted.items()}
         on_base = {name: model.logits(handle) for name, handle in handles.items()}
-        assert torch.equal(model.logits(), plain)  # and off again
+        assert torch.equal(model.logits(), plain)  # without an adapter again
     for name, found in on_base.items():
         expected = merged_logits(chain, adapters[name], tmp_path / name)
         # The merged weights are rounded to bfloat16.
@@ -135,7 +135,7 @@ def test_two_adapters_on_one_base_are_the_models_merged_of_them(
         assert agrees.double().mean() > 0.95
 
 
-def test_a_plain_lora_is_the_converters_own_to_the_bit(chain, adapters, converted, tmp_path):
+def test_a_plain_lora_is_converted_unchanged_to_the_bit(chain, adapters, converted, tmp_path):
     folder = tmp_path / "plain"
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -151,7 +151,7 @@ def test_a_plain_lora_is_the_converters_own_to_the_bit(chain, adapters, converte
     assert ours == theirs and len(ours) == 28
 
 
-def test_the_file_says_what_it_is(converted):
+def test_the_metadata_describes_the_file(converted):
     reader = llama_cpp_source.gguf_package().GGUFReader(converted["rslora"])
     fields = {key: field.contents() for key, field in reader.fields.items()}
     assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
@@ -183,7 +183,7 @@ def test_the_experts_of_a_mixture_are_adapted(mixtral_gguf, train, tokenizer_v3,
     )
     with Base(tmp_path / "merged.gguf", context_tokens=64, n_threads=1) as model:
         expected = model.logits()
-    # A router's near tie may fall the other way for a token: the median.
+    # For some tokens a near tie of the router may go the other way, so the median counts.
     assert divergence(expected, found)[0].median() < 1e-3
     assert divergence(plain, found)[0].median() > 1e-2
 
@@ -197,7 +197,7 @@ def test_the_experts_of_a_mixture_are_adapted(mixtral_gguf, train, tokenizer_v3,
     ],
     ids=["DoRA", "modules_to_save", "full fine-tune"],
 )
-def test_what_is_more_than_a_lora_is_refused(
+def test_an_adapter_that_is_more_than_a_lora_is_refused(
     checkpoint, train, tmp_path, ends_with_message, recipe, found
 ):
     folder = train(checkpoint, **{"method": "lora", **recipe})

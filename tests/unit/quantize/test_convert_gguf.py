@@ -17,7 +17,7 @@ def arguments(merged, facts, gguf):
 
 @pytest.fixture
 def other_facts(chain, tmp_path):
-    """`other_facts(**changes)`: the facts with something else in them."""
+    """`other_facts(**changes)`: the facts with these changes."""
 
     def write(**changes):
         path = tmp_path / "facts.json"
@@ -54,7 +54,7 @@ def test_without_a_window_it_advertises_the_whole_context(chain, other_facts, tm
     with LlamaCppModel(gguf, context_tokens=16, n_threads=1) as model:
         assert model.metadata("llama.context_length") == "512"
         assert model.metadata("general.name") == "my run"
-    # The merged model itself was read, never changed.
+    # The merged model itself is unchanged.
     assert files.read_json(chain.merged / "config.json")["max_position_embeddings"] == 512
     assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.json", "full.gguf"]
 

@@ -36,14 +36,14 @@ def damaged(chain, tmp_path):
 
 
 def value(fields, key):
-    """A number of the metadata, as the file's own memory."""
+    """A number of the metadata, as a view of the file's memory."""
     return fields[key].parts[fields[key].data[0]]
 
 
 def test_the_file_converted_from_the_merged_model_holds_every_tensor_of_it(check, chain):
     report = check()
     n_layers = files.read_json(chain.merged / "config.json")["num_hidden_layers"]
-    # Two norms and seven matrices a layer, embeddings, last norm, output layer.
+    # Two norms and seven matrices per layer, embeddings, last norm, output layer.
     assert report.n_tensors == 9 * n_layers + 3
     assert report.n_vocabulary_entries == 32_768
     assert report.n_metadata_keys > 10
@@ -77,8 +77,10 @@ def unpermuted(tensors, _):
         (unpermuted, "blk.1.attn_k.weight"),
     ],
 )
-def test_a_tensor_that_is_another_in_one_bit_is_named(check, damaged, change, name):
-    with pytest.raises(StageError, match="a tensor of the GGUF is not the merged model's") as error:
+def test_a_tensor_that_differs_in_one_bit_is_named(check, damaged, change, name):
+    with pytest.raises(
+        StageError, match="a tensor of the GGUF differs from the merged model's"
+    ) as error:
         check(damaged(change))
     assert name in str(error.value)
     assert "elements differ" in str(error.value)
@@ -95,12 +97,14 @@ def test_a_tensor_that_is_another_in_one_bit_is_named(check, damaged, change, na
         ("tokenizer.ggml.eos_token_id", 3),
     ],
 )
-def test_metadata_that_is_another_is_named(check, damaged, key, wrong):
+def test_metadata_that_differs_is_named(check, damaged, key, wrong):
     def change(_, fields):
         assert value(fields, key)[0] != wrong
         value(fields, key)[0] = wrong
 
-    with pytest.raises(StageError, match="the GGUF's metadata is not the merged model's") as error:
+    with pytest.raises(
+        StageError, match="the GGUF's metadata differs from the merged model's"
+    ) as error:
         check(damaged(change))
     assert key in str(error.value)
 
@@ -122,7 +126,9 @@ def test_the_score_of_one_piece_is_compared(check, damaged):
         scores = fields["tokenizer.ggml.scores"]
         scores.parts[scores.data[30_000]][0] = -5
 
-    with pytest.raises(StageError, match="the GGUF's tokenizer is not the merged model's") as error:
+    with pytest.raises(
+        StageError, match="the GGUF's tokenizer differs from the merged model's"
+    ) as error:
         check(damaged(change))
     assert "token 30000" in str(error.value)
 
@@ -147,11 +153,11 @@ def test_a_weight_that_float16_cannot_hold_is_named(check, chain, tmp_path):
     assert "1 weights, the largest 7.014e+04" in str(error.value)
 
 
-def test_a_tensor_more_or_less_is_named(check, chain, tmp_path):
+def test_an_extra_or_missing_tensor_is_named(check, chain, tmp_path):
     merged = with_weights(
         chain, tmp_path / "less", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
     )
-    with pytest.raises(StageError, match="has tensors that the merged model has not") as error:
+    with pytest.raises(StageError, match="has tensors that the merged model lacks") as error:
         check(merged=merged)
     assert "blk.1.ffn_up.weight" in str(error.value)
 
@@ -167,7 +173,7 @@ def test_a_mixture_s_experts_are_compared_one_by_one(mixtral_gguf, tmp_path):
     merged = mixtral_gguf.parent / "checkpoint"
     facts = Facts.read(mixtral_gguf.parent / "facts.json")
     report = gguf_contents.check(mixtral_gguf, merged, facts)
-    # Two norms, four of attention, router and three of all experts a layer.
+    # Per layer: two norms, four of attention, the router, and three for all experts.
     assert report.n_tensors == 10 * 2 + 3
 
     path = shutil.copyfile(mixtral_gguf, tmp_path / "damaged.gguf")

@@ -35,7 +35,7 @@ def assert_equal(found, expected):
         assert found.counts[name].tolist() == expected.counts[name].tolist()
 
 
-def test_what_was_written_is_read(matrix, tmp_path):
+def test_a_written_matrix_is_read_back(matrix, tmp_path):
     imatrix.write(tmp_path / "imatrix.gguf", matrix)
     assert_equal(imatrix.read(tmp_path / "imatrix.gguf"), matrix)
     assert [path.name for path in tmp_path.iterdir()] == ["imatrix.gguf"]
@@ -43,16 +43,16 @@ def test_what_was_written_is_read(matrix, tmp_path):
 
 def test_llama_imatrix_reads_it_and_writes_the_same_bytes(matrix, llama_tool, tmp_path):
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
-    # Of what it read, llama-imatrix counts the chunks anew.
+    # llama-imatrix counts the chunks again from the sums.
     longest = max(int(counts.max()) for counts in matrix.counts.values())
     matrix = Imatrix(**{**vars(matrix), "n_chunks": longest // 512})
     imatrix.write(ours, matrix)
-    # It asks for a model, and opens none.
+    # It requires a model argument, but opens no model.
     llama_tool("imatrix", "-m", "none", "--in-file", ours, "-o", theirs, "-c", 512)
     assert theirs.read_bytes() == ours.read_bytes()
 
 
-def test_importance_is_the_mean_square_and_1_where_nothing_was_seen(matrix):
+def test_importance_is_the_mean_square_and_1_without_inputs(matrix):
     importance = matrix.importance()
     sums = matrix.sums["blk.1.ffn_up_exps.weight"]
     experts = importance["blk.1.ffn_up_exps.weight"].reshape(4, 256)
@@ -63,7 +63,7 @@ def test_importance_is_the_mean_square_and_1_where_nothing_was_seen(matrix):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(40), b"not a gguf at all, but long"])
-def test_a_file_that_is_no_gguf_is_a_stage_error(tmp_path, content):
+def test_a_file_that_is_not_a_gguf_is_a_stage_error(tmp_path, content):
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     with pytest.raises(StageError, match="importance matrix") as caught:
@@ -71,12 +71,12 @@ def test_a_file_that_is_no_gguf_is_a_stage_error(tmp_path, content):
     assert str(path) in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_a_stage_error(tmp_path):
+def test_a_missing_file_is_a_stage_error(tmp_path):
     with pytest.raises(StageError, match="cannot be read"):
         imatrix.read(tmp_path / "missing.gguf")
 
 
-def test_a_model_is_no_importance_matrix(chain):
-    with pytest.raises(StageError, match="no importance matrix") as caught:
+def test_a_model_is_not_an_importance_matrix(chain):
+    with pytest.raises(StageError, match="not an importance matrix") as caught:
         imatrix.read(chain.gguf)
     assert "in_sum2" in str(caught.value)

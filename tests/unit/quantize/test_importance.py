@@ -63,7 +63,7 @@ def test_sequences_decoded_together_do_not_see_each_other(chain, mixtral_gguf):
             assert np.abs(together.sums[name] - sums).max() < 1e-2 * sums.max()
 
 
-def test_a_sequence_that_sees_its_neighbour_would_be_noticed(chain):
+def test_a_sequence_that_sees_its_neighbour_changes_the_sums(chain):
     alone = collected(chain.gguf, [[SEQUENCES[0]], [SEQUENCES[1]]])
     joined = collected(chain.gguf, [[np.concatenate(SEQUENCES[:2])]])
     name = "blk.1.attn_output.weight"
@@ -71,7 +71,7 @@ def test_a_sequence_that_sees_its_neighbour_would_be_noticed(chain):
     assert difference > 2e-2 * alone.sums[name].max()
 
 
-def test_an_error_in_the_callback_is_raised_after_the_decoding(chain, monkeypatch):
+def test_an_error_in_the_callback_is_raised_after_decoding(chain, monkeypatch):
     def fail(*_):
         raise StageError("a matrix of another form")
 
@@ -96,10 +96,10 @@ def test_a_schedulers_copy_has_the_tensors_own_name(name):
     assert importance._plain_name(tensor) == "blk.0.attn_k.weight"
 
 
-def test_the_layout_of_a_tensor_is_the_librarys():
+def test_the_layout_of_a_tensor_equals_the_librarys():
     from llama_cpp._ggml import libggml
 
-    # Built by ggml itself: what lies where.
+    # Tensors built by ggml itself show the layout.
     init = libggml.ggml_init
     init.restype = ctypes.c_void_p
 
@@ -129,7 +129,7 @@ def test_the_layout_of_a_tensor_is_the_librarys():
     assert list(weights.shape) == [8, 3, 1, 1]
     assert list(weights.strides) == [4, 32, 96, 96]
     assert weights.data == libggml.ggml_get_data(a)
-    assert product.operation == importance._ggml().product
+    assert product.operation == importance.PRODUCT
     assert product.sources[:3] == [a, b, None]
     libggml.ggml_free.argtypes = [ctypes.c_void_p]
     libggml.ggml_free(context)

@@ -23,7 +23,7 @@ def archive(path, names):
     return path
 
 
-def test_only_the_converters_what_they_import_and_the_tools_are_unpacked(tmp_path):
+def test_only_the_converters_their_imports_and_the_tools_are_unpacked(tmp_path):
     wanted = [
         "convert_hf_to_gguf.py",
         "conversion/mistral.py",
@@ -67,7 +67,7 @@ def test_the_converter_of_the_installed_version_is_there_and_runs():
     assert "MistralForCausalLM" in done.stdout + done.stderr
 
 
-def test_where_the_converter_lies_already_nothing_is_fetched(run_stage):
+def test_nothing_is_fetched_if_the_converter_is_there_already(run_stage):
     before = llama_cpp_source.converter().stat().st_mtime_ns
     done = run_stage("workflow_scripts.quantize.fetch_llama_cpp", PIP_INDEX_URL="http://0.0.0.0:9")
     assert done.returncode == 0, done.stderr

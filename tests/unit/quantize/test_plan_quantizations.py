@@ -7,7 +7,7 @@ from workflow_scripts.handover.plans import QuantizationPlan
 from workflow_scripts.quantize import plan_quantizations
 
 STAGE = "workflow_scripts.quantize.plan_quantizations"
-# SmolLM2-135M: a width of 576, of which 62 % of Q4_K_M became Q5_0.
+# SmolLM2-135M: with its width of 576, 62 % of Q4_K_M became Q5_0.
 SMOL = DENSE.changed(
     n_layers=30, hidden_size=576, intermediate_size=1536, n_heads=9, n_kv_heads=3, head_dim=64,
     vocabulary_size=32_768, ties_embeddings=True,
@@ -33,7 +33,7 @@ def test_widths_that_fit_are_planned_without_a_warning(arguments, run_stage, tmp
     assert "WARNING" not in done.stderr
 
 
-def test_a_fallback_above_a_twentieth_is_said(arguments, run_stage, tmp_path):
+def test_a_fallback_above_a_twentieth_is_a_warning(arguments, run_stage, tmp_path):
     done = run_stage(STAGE, *arguments(SMOL, "Q4_K_M", "Q8_0"))
     assert done.returncode == 0, done.stderr
     plan = QuantizationPlan.read(tmp_path / "plan.json").root
@@ -62,7 +62,7 @@ def test_a_fallback_above_a_twentieth_is_said(arguments, run_stage, tmp_path):
         ({"rope_parameters": {"rope_type": "dynamic"}}, "Q8_0", ["no form of dynamic NTK"]),
     ],
 )
-def test_what_can_never_be_made_is_refused(
+def test_a_quantization_that_cannot_be_made_is_refused(
     arguments, ends_with_message, tmp_path, facts, quantization, parts
 ):
     facts = DENSE.changed(**facts)

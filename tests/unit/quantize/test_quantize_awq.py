@@ -16,7 +16,7 @@ from workflow_scripts.handover.facts import Facts
 from workflow_scripts.log import StageError
 from workflow_scripts.models import awq_weights
 from workflow_scripts.models.checkpoint import load_model
-from workflow_scripts.quantize import quantize_awq
+from workflow_scripts.quantize import awq as awq_noun, quantize_awq
 from workflow_scripts.tokens.documents import Documents
 
 REPOSITORY = Path(__file__).parents[3]
@@ -26,7 +26,7 @@ WINDOW = 300  # of the fixture `chain`
 
 @pytest.fixture(scope="session")
 def quantize(chain, tmp_path_factory):
-    """`quantize(tokens, facts=None, **settings)`: the folder made of the chain's merged model."""
+    """`quantize(tokens, facts=None, **settings)`: the folder made from the chain's merged model."""
 
     def run(tokens, facts=None, **settings):
         folder = tmp_path_factory.mktemp("quantized") / "awq"
@@ -55,7 +55,7 @@ def merged(chain):
 
 
 def divergence(expected, found, tokens):
-    """Mean KL divergence a token, nats."""
+    """Mean KL divergence per token, nats."""
     kls = []
     for document in Documents(tokens):
         token_ids = torch.from_numpy(document.input_ids[:WINDOW].astype("int64"))[None]
@@ -65,7 +65,7 @@ def divergence(expected, found, tokens):
     return float(torch.cat(kls).mean())
 
 
-# Read after a norm, whose weights have taken up the inverse of the scales.
+# Layers after a norm, whose weights contain the inverse of the scales.
 NORMS = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.k_proj": "input_layernorm",
@@ -76,8 +76,8 @@ NORMS = {
 
 
 @pytest.mark.parametrize("layer", NORMS)
-def test_a_packed_number_is_the_one_next_to_the_merged_weight(packed, merged, layer):
-    """Of the numbers that its group can hold, given the scales that the norm before it has."""
+def test_a_packed_number_is_the_nearest_to_the_merged_weight(packed, merged, layer):
+    """Nearest of the numbers that its group can hold, with the scales in the norm before it."""
     for block in ("model.layers.0", "model.layers.1"):
         name = f"{block}.{layer}"
         weight = merged.get_submodule(name).weight.detach()
@@ -90,7 +90,7 @@ def test_a_packed_number_is_the_one_next_to_the_merged_weight(packed, merged, la
         found = awq_weights.unpack(packed[f"{name}.qweight"]).T
         expected = ((weight / scales).round() + zeros).clamp(0, 15)
         differences = (found - expected).abs()
-        # Weights half-way between two numbers: norms and scales are rounded to 16 bits.
+        # Exceptions: weights half-way between two numbers, as norms and scales are 16-bit numbers.
         assert differences.max() <= 1
         assert (differences > 0).float().mean() < 0.01
 
@@ -112,7 +112,7 @@ def test_the_folder_is_whole(awq, chain):
     assert quantization | layout == quantization
 
 
-def test_a_kernel_computes_what_the_weights_multiplied_out_do(awq, chain):
+def test_a_kernel_computes_the_same_as_the_unpacked_weights(awq, chain):
     """Loaded by transformers itself, with auto-round's kernel for CPUs."""
     pytest.importorskip("auto_round_kernel", reason="auto-round-lib has x86-64 wheels alone")
     from transformers import AutoModelForCausalLM, AutoRoundConfig
@@ -132,7 +132,7 @@ def test_a_kernel_computes_what_the_weights_multiplied_out_do(awq, chain):
 
 
 def test_it_is_close_to_the_merged_model_and_closer_than_rounding(awq, chain, merged):
-    """Plain rounding, by the same package: every group from its smallest weight to its largest."""
+    """Plain rounding, by the same package: each group spans its smallest to its largest weight."""
     found = load_model(awq, window=WINDOW, precision="float32", device="cpu").eval()
     rounded = load_model(chain.merged, window=WINDOW, precision="float32", device="cpu").eval()
     with torch.no_grad():
@@ -147,12 +147,12 @@ def test_it_is_close_to_the_merged_model_and_closer_than_rounding(awq, chain, me
                 layer.weight.copy_(((numbers - zero) * scale).view_as(layer.weight))
     of_awq = divergence(merged, found, chain.tokens)
     of_rounding = divergence(merged, rounded, chain.tokens)
-    # Measured 0.0286 and 0.0329 nats, with weights at random: no channel matters more than others.
+    # Measured: 0.0286 and 0.0329 nats, with random weights, where all channels matter equally.
     assert 0.005 < of_awq < 0.05
     assert of_awq < 0.95 * of_rounding
 
 
-def test_its_perplexity_is_scored_as_a_link_of_the_chain(awq, chain, run_stage, tmp_path):
+def test_its_perplexity_is_scored_like_any_links(awq, chain, run_stage, tmp_path):
     scores = {}
     for name, folder in (("merged", chain.merged), ("awq", awq)):
         path = tmp_path / f"{name}.json"
@@ -167,20 +167,20 @@ def test_its_perplexity_is_scored_as_a_link_of_the_chain(awq, chain, run_stage, 
     for key in ("n_scored_tokens", "n_conversations", "piece_tokens"):
         assert scores["awq"][key] == scores["merged"][key]
     assert scores["awq"]["precision"] in ("float32", "float16")
-    # Measured: 6.7 % worse, with weights at random; a trained model's is in tests/workflow.
+    # Measured: 6.7 % worse, with random weights; a trained model is in tests/workflow.
     assert 1.01 < scores["awq"]["perplexity"] / scores["merged"]["perplexity"] < 1.15
 
 
-def test_no_piece_to_calibrate_on_is_longer_than_the_window(
+def test_no_calibration_sequence_is_longer_than_the_window(
     chain, quantize, random_documents, write_documents, tmp_path
 ):
-    """A chat of 40 tokens under a window of 16 is its pieces of 16, 16 and 8."""
+    """With a window of 16, a chat of 40 tokens becomes sequences of 16, 16 and 8."""
     whole = random_documents(tmp_path / "whole.arrow", [40], vocabulary=32_000)[0].input_ids
     pieces = [whole[:16].copy(), whole[16:32].copy(), whole[32:].copy()]
     for piece in pieces:
         piece[0] = whole[0]
     drawn = np.arange(3)
-    np.random.default_rng(0).shuffle(drawn)  # the order that calibration takes them in
+    np.random.default_rng(0).shuffle(drawn)  # the order of calibration
     ordered = [pieces[list(drawn).index(at)] for at in range(3)]
     write_documents(tmp_path / "cut.arrow", ordered, [[(1, len(piece))] for piece in ordered])
     facts = tmp_path / "facts.json"
@@ -194,7 +194,7 @@ def test_no_piece_to_calibrate_on_is_longer_than_the_window(
 
 @pytest.fixture
 def arguments(chain, tmp_path):
-    """Of the stage, to be changed: the result must not be there in the end."""
+    """Arguments of the stage, for tests to change; afterwards the result must not exist."""
     found = {"--merged": chain.merged, "--facts": chain.facts, "--tokens": chain.tokens}
     found |= {"--settings": "{}", "--awq": tmp_path / "awq"}
     yield found
@@ -206,7 +206,7 @@ def flat(arguments):
 
 
 def test_a_missing_package_is_named_with_its_version(arguments, ends_with_message, monkeypatch):
-    monkeypatch.setitem(sys.modules, "auto_round", None)  # as Python knows one that is not there
+    monkeypatch.setitem(sys.modules, "auto_round", None)  # Python's mark for a missing one
     message = ends_with_message(quantize_awq.main, flat(arguments))
     assert "is not in this environment" in message
     lock = (REPOSITORY / "requirements.lock").read_text().splitlines()
@@ -240,7 +240,7 @@ def test_a_shape_that_cannot_be_packed_is_refused(
         assert part in message
 
 
-def test_without_chats_there_is_nothing_to_calibrate_on(
+def test_a_split_without_chats_is_a_stage_error(
     arguments, ends_with_message, write_documents, tmp_path
 ):
     write_documents(tmp_path / "none.arrow", [], [])
@@ -249,17 +249,17 @@ def test_without_chats_there_is_nothing_to_calibrate_on(
     assert "no text to calibrate on" in message and "none.arrow" in message
 
 
-def test_a_layer_that_was_passed_by_is_an_error(awq, chain):
+def test_a_layer_that_was_skipped_is_an_error(awq, chain):
     facts = Facts.read(chain.facts)
-    quantize_awq.check_packed(awq, facts)
+    awq_noun.check_packed(awq, facts)
     with pytest.raises(StageError, match="not every linear layer") as caught:
-        quantize_awq.check_packed(awq, facts.changed(n_layers=3))
+        awq_noun.check_packed(awq, facts.changed(n_layers=3))
     assert "14 packed" in str(caught.value) and "21" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no warning")
-def test_on_a_cpu_a_7b_is_said_to_take_hours(caplog):
-    quantize_awq.tell_duration(MISTRAL_7B, 65_536)
+def test_the_log_says_that_a_7b_takes_hours_on_a_cpu(caplog):
+    awq_noun.tell_duration(MISTRAL_7B, 65_536, quantize_awq.logger)
     (hours,) = re.findall(r"duration_hours=([\d.e+]+)", caplog.text)
     assert 1 < float(hours) < 10_000
     assert "awq.n_tokens" in caplog.text

@@ -40,7 +40,7 @@ def quantize(run_stage, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quantized(quantize):
-    """As `quantize`: the file alone."""
+    """Like `quantize`, but returns only the file."""
 
     def run(gguf, **how):
         done, path = quantize(gguf, **how)
@@ -52,7 +52,7 @@ def quantized(quantize):
 
 @pytest.fixture(scope="session")
 def reference(llama_tool, tmp_path_factory):
-    """`reference(gguf, type, *options)`: by llama.cpp's own llama-quantize."""
+    """`reference(gguf, type, *options)`: file of llama.cpp's own llama-quantize."""
 
     def run(gguf, kind, *options):
         path = tmp_path_factory.mktemp("reference") / "model.gguf"
@@ -68,22 +68,22 @@ def logits(path):
 
 
 def tensors(path):
-    """Name → (type, bytes), the metadata left aside."""
+    """Type and bytes of each tensor by name, without the metadata."""
     reader = llama_cpp_source.gguf_package().GGUFReader(path)
     return {one.name: (one.tensor_type.name, one.data.tobytes()) for one in reader.tensors}
 
 
-def test_each_type_is_smaller_and_less_like_the_source_than_the_one_before(chain, quantized):
+def test_each_type_is_smaller_and_further_from_the_source_than_the_one_before(chain, quantized):
     paths = [chain.gguf, *(quantized(chain.gguf, type=kind) for kind in ("Q8_0", "Q4_K_M"))]
     sizes = [path.stat().st_size for path in paths]
     assert sizes[1] < 0.6 * sizes[0] and sizes[2] < 0.75 * sizes[1]
     expected = logits(chain.gguf)
     errors = [divergence(expected, logits(path))[0].mean().item() for path in paths]
-    # Random weights quantize badly; measured 0.0004 and 0.04 nats.
+    # Random weights quantize badly: measured 0.0004 and 0.04 nats.
     assert errors[0] == 0 < errors[1] < 0.01 < errors[2] < 1
 
 
-def test_the_files_metadata_are_the_sources_but_for_the_type(chain, quantized):
+def test_the_metadata_equal_the_sources_except_for_the_type(chain, quantized):
     for kind, file_type in (("Q8_0", "7"), ("Q4_K_M", "15")):
         path = quantized(chain.gguf, type=kind)
         with LlamaCppModel(path, context_tokens=16, n_threads=1) as model:
@@ -96,13 +96,15 @@ def test_the_files_metadata_are_the_sources_but_for_the_type(chain, quantized):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FIVE if kind not in NEED_IMATRIX])
-def test_without_an_imatrix_a_file_is_llama_quantizes_to_the_bit(chain, quantized, reference, kind):
+def test_without_an_imatrix_a_file_equals_llama_quantizes_to_the_bit(
+    chain, quantized, reference, kind
+):
     ours, theirs = quantized(chain.gguf, type=kind), reference(chain.gguf, kind)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.parametrize("kind", FIVE)
-def test_with_an_imatrix_a_file_is_llama_quantizes_to_the_bit_metadata_included(
+def test_with_an_imatrix_file_and_metadata_equal_llama_quantizes_to_the_bit(
     chain, quantized, reference, imatrix_of, text, kind
 ):
     imatrix = imatrix_of(chain.gguf)
@@ -110,19 +112,19 @@ def test_with_an_imatrix_a_file_is_llama_quantizes_to_the_bit_metadata_included(
     theirs = reference(chain.gguf, kind, "--imatrix", imatrix)
     assert ours.read_bytes() == theirs.read_bytes()
     with LlamaCppModel(ours, context_tokens=16, n_threads=1) as model:
-        # llama.cpp takes 127 bytes of a text.
+        # llama.cpp keeps 127 bytes of a text.
         assert model.metadata("quantize.imatrix.file") == str(imatrix)[:127]
         assert model.metadata("quantize.imatrix.dataset") == str(text)[:127]
         assert model.metadata("quantize.imatrix.entries_count") == "14"
         assert model.metadata("quantize.imatrix.chunks_count") == "4"
 
 
-def test_a_mixture_is_llama_quantizes_to_the_bit_however_few_rows_are_held(
+def test_a_mixture_equals_llama_quantizes_to_the_bit_with_any_buffer(
     mixtral_gguf, reference, imatrix_of, monkeypatch, tmp_path, as_json
 ):
     imatrix = imatrix_of(mixtral_gguf)
     expected = reference(mixtral_gguf, "Q3_K_M", "--imatrix", imatrix).read_bytes()
-    # 100 kB end within an expert, whose rows have an importance of their own.
+    # 100 kB end within an expert, and every expert has a separate importance.
     for n_bytes, n_threads in ((quantize_gguf.BUFFER_BYTES, 1), (100_000, 2)):
         monkeypatch.setattr(quantize_gguf, "BUFFER_BYTES", n_bytes)
         arguments = ["--gguf", mixtral_gguf, "--settings", as_json(type="Q3_K_M")]
@@ -132,7 +134,7 @@ def test_a_mixture_is_llama_quantizes_to_the_bit_however_few_rows_are_held(
         assert (tmp_path / "model.gguf").read_bytes() == expected
 
 
-def test_a_mix_is_llama_quantizes_with_the_same_options_to_the_bit(
+def test_a_mix_equals_llama_quantizes_with_the_same_options_to_the_bit(
     chain, quantized, reference, imatrix_of
 ):
     imatrix = imatrix_of(chain.gguf)
@@ -150,7 +152,7 @@ def test_a_mix_is_llama_quantizes_with_the_same_options_to_the_bit(
     assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
 
 
-def test_an_imatrix_of_its_own_text_brings_a_quantization_closer(
+def test_an_imatrix_of_the_same_text_brings_a_quantization_closer(
     chain, quantized, imatrix_of, text
 ):
     with LlamaCppModel(chain.gguf, context_tokens=16, n_threads=1) as model:
@@ -169,7 +171,7 @@ def test_an_imatrix_of_its_own_text_brings_a_quantization_closer(
     assert with_one < without
 
 
-def test_the_types_are_all_that_llama_quantize_offers_and_no_other():
+def test_the_types_are_exactly_those_of_llama_quantize():
     source = llama_cpp_source.source_folder() / "tools/quantize/quantize.cpp"
     table = source.read_text().split("QUANT_OPTIONS = {")[1].split("\n};")[0]
     offered = set(re.findall(r'\{ "(\w+)",', table))
@@ -177,19 +179,19 @@ def test_the_types_are_all_that_llama_quantize_offers_and_no_other():
     assert set(TYPES) == offered - aliases - {"F16", "COPY"}  # F16 is the source
 
 
-def test_the_types_of_tensors_are_those_ggml_quantizes_to():
+def test_the_tensor_types_are_those_that_ggml_quantizes_to():
     numbers = {name: quantizer.tensor_type(name) for name in get_args(TensorType)}
     kinds = llama_cpp_source.gguf_package().GGMLQuantizationType
     assert numbers == {name: kinds[name].value for name in numbers}
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_type_needs_an_imatrix_exactly_if_llama_cpp_says_so(chain, llama_tool, kind):
+def test_a_type_needs_an_imatrix_exactly_if_llama_cpp_requires_one(chain, llama_tool, kind):
     done = llama_tool("quantize", "--dry-run", chain.gguf, kind)
     assert ("will require an imatrix" in done.stdout + done.stderr) == (kind in NEED_IMATRIX)
 
 
-def test_without_the_imatrix_it_needs_a_type_is_a_stage_error(chain, quantize):
+def test_a_type_without_the_imatrix_that_it_needs_is_a_stage_error(chain, quantize):
     done, path = quantize(chain.gguf, type="IQ2_XXS")
     assert done.returncode == 1
     assert "requires an importance matrix" in done.stderr  # llama.cpp's own words
@@ -216,7 +218,7 @@ def test_without_the_imatrix_it_needs_a_type_is_a_stage_error(chain, quantize):
     ],
     ids=lambda value: "" if isinstance(value, list) else json.dumps(value),
 )
-def test_a_mix_that_cannot_be_made_is_one_message(chain, quantize, mix, parts):
+def test_a_mix_that_cannot_be_made_is_a_stage_error(chain, quantize, mix, parts):
     done, path = quantize(chain.gguf, **mix)
     assert done.returncode == 1
     for part in parts:
@@ -225,7 +227,7 @@ def test_a_mix_that_cannot_be_made_is_one_message(chain, quantize, mix, parts):
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_source_that_is_no_gguf_is_a_stage_error_and_leaves_no_file(quantize, tmp_path):
+def test_a_source_that_is_not_a_gguf_is_a_stage_error_and_leaves_no_file(quantize, tmp_path):
     source = tmp_path / "broken.gguf"
     source.write_bytes(b"GGUF" + bytes(100))
     for mix, message in (({}, "quantizer failed"), ({"tensors": {"a": "Q8_0"}}, "cannot be read")):
@@ -237,9 +239,7 @@ def test_a_source_that_is_no_gguf_is_a_stage_error_and_leaves_no_file(quantize, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_type_is_made_as_llama_quantize_makes_it_and_loads(
-    chain, quantized, reference, imatrix_of, kind
-):
+def test_every_type_equals_llama_quantizes_and_loads(chain, quantized, reference, imatrix_of, kind):
     imatrix = imatrix_of(chain.gguf)
     ours = quantized(chain.gguf, imatrix=imatrix, type=kind)
     assert ours.read_bytes() == reference(chain.gguf, kind, "--imatrix", imatrix).read_bytes()

@@ -1,5 +1,5 @@
-"""RoPE scaling carried to the GGUF: llama.cpp computes what transformers computes, beyond the
-context of the base."""
+"""RoPE scaling in the GGUF: llama.cpp computes the same as transformers beyond the context of the
+base."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TOKENS = np.random.default_rng(0).integers(3, 32_768, size=480).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def base(make_checkpoint, tmp_path_factory):
-    """A Mistral of 128 tokens of context and no window; a low θ, so that YaRN has pairs of
-    every kind."""
+    """A Mistral with 128 tokens of context, no window, and a low θ, so that YaRN treats pairs in
+    all its ways."""
     return make_checkpoint(
         tmp_path_factory.mktemp("short"),
         vocab_size=32_768,
@@ -39,7 +39,7 @@ def base(make_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(base, make_adapter, tokenizer_v3, tmp_path_factory):
-    """`exported(kind)`: facts, adapter, merged folder of the base stretched fourfold."""
+    """`exported(kind)`: facts, adapter and merged folder of the base, stretched fourfold."""
     adapter = make_adapter(base, tmp_path_factory.mktemp("adapter"))
 
     def export(kind):
@@ -70,7 +70,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_llama_cpp_computes_what_was_trained_beyond_the_bases_context(base, exported, kind):
+def test_llama_cpp_computes_the_trained_model_beyond_the_bases_context(base, exported, kind):
     folder, adapter = exported(kind)
     facts = Facts.read(folder / "facts.json")
     trained = TransformersModel(
@@ -87,16 +87,16 @@ def test_llama_cpp_computes_what_was_trained_beyond_the_bases_context(base, expo
         found = logits(model)
     kl, _ = divergence(expected, found)
     # Measured 1.8e-5 (linear) and 2.3e-5 nats (YaRN): weights rounded to 16 bits, keys and values
-    # in F16. It does not grow beyond the base's context.
+    # in F16. The divergence does not grow beyond the base's context.
     assert kl.mean() < 1e-4
     assert kl[ORIGINAL:].mean() < 1e-4
-    # Measured 0.5 and 0.6 against the same model with its positions as they were.
+    # Measured 0.5 and 0.6 from the same model without stretched positions.
     mistaken, _ = divergence(unscaled, found)
     assert mistaken[ORIGINAL:].mean() > 100 * kl.mean()
 
 
-def test_llama_cpp_has_yarns_attention_factor_without_being_told(base, exported):
-    """Both take 0.1 · ln(factor) + 1 by themselves; a file that also named it would have it
+def test_llama_cpp_applies_yarns_attention_factor_by_itself(base, exported):
+    """Both use 0.1 · ln(factor) + 1 by themselves; if the file also named it, it would count
     twice."""
     folder, adapter = exported("yarn")
     rope = Facts.read(folder / "facts.json").rope_parameters
@@ -129,7 +129,7 @@ def test_dynamic_scaling_stops_before_the_converter(exported, ends_with_message)
     assert not gguf.exists()
 
 
-def test_a_merge_older_than_the_scaling_is_not_converted(exported, base, ends_with_message):
+def test_a_model_merged_before_the_scaling_is_not_converted(exported, base, ends_with_message):
     folder, _ = exported("yarn")
     shutil.copyfile(base / "config.json", folder / "merged" / "config.json")
     message = ends_with_message(

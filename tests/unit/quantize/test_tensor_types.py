@@ -15,14 +15,14 @@ from workflow_scripts.settings import NEED_IMATRIX, MixSettings
 from workflow_scripts.settings.export import QuantizationType
 
 TYPES = get_args(QuantizationType)
-# Layers enough for the first eighth, the last, and every third between to differ.
+# Enough layers for the first eighth, the last, and every third between them to differ.
 DENSE = MISTRAL_7B.changed(
     n_layers=9, hidden_size=256, intermediate_size=512, n_heads=8, n_kv_heads=2, head_dim=32,
     vocabulary_size=64, context_tokens=512,
 )  # fmt: skip
 NARROW = {"hidden_size": 192, "intermediate_size": 352, "head_dim": 24}
 EXPERTS = {"n_experts": 8, "n_experts_per_token": 2, "n_layers": 3}
-# Lengths of rows: hidden (most matrices), feed-forward (the way down), heads · head_dim (output of
+# Row lengths: hidden (most matrices), feed-forward (down projection), heads · head_dim (output of
 # attention).
 KINDS = {
     "blocks of 256": {},
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def quantized_types(gguf, mix, folder, *, has_imatrix):
-    """What the quantizer itself writes, by the table of its file; None where it refuses."""
+    """Types that the quantizer itself writes, from its file's table; None if it refuses."""
     import llama_cpp
 
     params = quantizer.parameters(mix)
@@ -54,7 +54,7 @@ def quantized_types(gguf, mix, folder, *, has_imatrix):
 
 
 def importance_of(gguf):
-    """Importance 1 of every channel of every matrix."""
+    """An importance of 1 for every channel of every matrix."""
     from workflow_scripts.quantize import llama_cpp_source
 
     matrices = {}
@@ -66,14 +66,14 @@ def importance_of(gguf):
 
 @pytest.fixture(scope="module", params=KINDS)
 def shaped(request, tmp_path_factory):
-    """A GGUF of zeros in the shapes of a model, and the model's facts."""
+    """A GGUF of zeros with the shapes of a model, and the model's facts."""
     facts = DENSE.changed(**KINDS[request.param])
     gguf = tmp_path_factory.mktemp("shaped") / "shapes.gguf"
     tensor_types.write_shapes(gguf, facts, tensor_types.gguf_shapes(facts))
     return gguf, facts
 
 
-def test_the_prediction_is_what_the_quantizer_writes_for_every_type(shaped, tmp_path):
+def test_the_prediction_equals_the_quantizers_file_for_every_type(shaped, tmp_path):
     gguf, facts = shaped
     refused = set()
     for name in TYPES:
@@ -82,22 +82,22 @@ def test_the_prediction_is_what_the_quantizer_writes_for_every_type(shaped, tmp_
             try:
                 planned = tensor_types.planned_types(facts, mix, has_imatrix=has_imatrix)
             except StageError:
-                planned = None  # of widths without a fallback for the type
+                planned = None  # the type has no fallback for these widths
             found = quantized_types(gguf, mix, tmp_path, has_imatrix=has_imatrix)
             assert planned == found, (name, has_imatrix)
             refused |= {name} if planned is None else set()
-    # Blocks of 128, and llama.cpp names no smaller type.
+    # Their blocks have 128 weights, and llama.cpp has no fallback type.
     fits = all(shape[-1] % 128 == 0 for shape in tensor_types.gguf_shapes(facts).values())
     assert refused == (set() if fits else {"Q1_0"})
 
 
-def test_the_prediction_of_a_mix_is_what_the_quantizer_writes(shaped, tmp_path):
+def test_the_prediction_of_a_mix_equals_the_quantizers_file(shaped, tmp_path):
     gguf, facts = shaped
     mix = MixSettings(
         type="Q4_K_M", output="Q8_0", token_embd="Q4_0", tensors={"attn_v": "Q6_K", "ffn": "Q3_K"}
     )
     if facts.hidden_size % 32:
-        # llama.cpp takes `output` as it is, and aborts the whole process.
+        # llama.cpp does not check `output`, and would abort the whole process.
         with pytest.raises(StageError, match=f"Q8_0 cannot hold rows of {facts.hidden_size}"):
             tensor_types.planned_types(facts, mix, has_imatrix=True)
         return
@@ -107,7 +107,7 @@ def test_the_prediction_of_a_mix_is_what_the_quantizer_writes(shaped, tmp_path):
 
 @pytest.fixture(scope="module")
 def convert(tokenizer_v3, tmp_path_factory):
-    """`convert(save)`: the F16 GGUF of what `save(folder)` leaves there, and its facts."""
+    """`convert(save)`: the F16 GGUF of the checkpoint that `save(folder)` writes, and its facts."""
 
     def make(save):
         folder = tmp_path_factory.mktemp("converted")
@@ -127,7 +127,7 @@ def convert(tokenizer_v3, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["dense", "tied", "mixtral"])
-def test_the_shapes_are_those_that_the_converter_writes(convert, make_checkpoint, tmp_path, kind):
+def test_the_shapes_equal_those_that_the_converter_writes(convert, make_checkpoint, tmp_path, kind):
     shape = {"vocab_size": 32_768, "hidden_size": 96, "intermediate_size": 64}
 
     def save(folder):
@@ -146,7 +146,7 @@ def test_the_shapes_are_those_that_the_converter_writes(convert, make_checkpoint
     assert "Q5_0" in planned.values() and "Q4_K" not in planned.values()
 
 
-def test_the_sizes_of_a_real_model_need_no_room_on_the_disk():
+def test_the_shapes_of_a_real_model_take_no_disk_space():
     """Mistral 7B: its F16 GGUF would take 14.5 GB."""
     planned = tensor_types.planned_types(MISTRAL_7B, MixSettings(type="Q4_K_M"), has_imatrix=True)
     assert planned["output.weight"] == "Q6_K"

@@ -1,4 +1,4 @@
-"""Models whose scores in a task are known; these tests want lm-evaluation-harness (`make
+"""Models whose scores in a task are known. These tests need lm-evaluation-harness (`make
 test-tasks`)."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="session")
 def known_model(chain, make_checkpoint, tmp_path_factory):
-    """`known_model(is_copying)`: no layer adds to what was read last, so a model says it again, or
-    thinks every token as likely as any other."""
+    """`known_model(is_copying)`: no layer adds to the embedding of the last token, so a model
+    repeats it, or gives all tokens the same probability."""
 
     def make(*, is_copying: bool) -> Model:
         from safetensors.torch import load_file, save_file

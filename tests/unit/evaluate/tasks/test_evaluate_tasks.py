@@ -1,4 +1,4 @@
-"""The whole way on task files of our own: models that copy, and ones that cannot."""
+"""Complete runs on our own task files: models that copy, and models that cannot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = "tests/unit/evaluate/tasks/files"
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of `datasets` with nothing in it."""
+    """An empty cache of `datasets`."""
     import datasets
 
     kept = datasets.config.HF_DATASETS_CACHE
@@ -75,7 +75,7 @@ def test_a_model_without_preferences_is_at_chance(evaluate, uniform, engine):
     model = {"--checkpoint": uniform.checkpoint, "--gguf": uniform.gguf}[engine]
     report, rows = evaluate(engine, model, names=["next_word", "say_again"])
     scores = scores_of(report)
-    # Of four choices that are as likely the first counts, and each place has a quarter.
+    # Of four equally likely choices the first counts; the right one is first in a quarter.
     assert scores["next_word", "acc"].score == 0.25
     expected = math.sqrt(0.25 * 0.75 / 11)
     assert scores["next_word", "acc"].standard_error == pytest.approx(expected)
@@ -84,13 +84,13 @@ def test_a_model_without_preferences_is_at_chance(evaluate, uniform, engine):
     assert sorted(values) == [0] * 9 + [1] * 3
 
 
-def test_a_limit_takes_the_first_documents(evaluate, copying):
+def test_a_limit_keeps_the_first_documents(evaluate, copying):
     report, rows = evaluate("--gguf", copying.gguf, names=["next_word"], limit=5)
     assert {score.n_documents for score in report.scores} == {5}
     assert {row["document"] for row in rows} == set("01234")
 
 
-def test_as_chats_the_prompts_are_others_and_the_scores_say_so(evaluate, copying):
+def test_chats_have_other_prompts_and_the_scores_say_so(evaluate, copying):
     asked = []
     for is_chat in (False, True):
         settings = {"names": ["next_word"], "limit": 2, "chat_template": is_chat}
@@ -109,7 +109,7 @@ def fetch_arguments(tmp_path, *names):
     ]
 
 
-def test_tasks_of_ones_own_need_no_hub(tmp_path):
+def test_the_users_own_tasks_need_no_hub(tmp_path):
     fetch_tasks.main(fetch_arguments(tmp_path, "both_again"))
     tasks = FetchedTasks.read(tmp_path / "fetched.json").tasks
     assert {task.task: task.n_documents for task in tasks} == {
@@ -118,17 +118,19 @@ def test_tasks_of_ones_own_need_no_hub(tmp_path):
     }
 
 
-def test_without_the_hub_the_message_says_how_data_come(tmp_path, monkeypatch, ends_with_message):
+def test_without_the_hub_the_message_says_how_to_get_the_data(
+    tmp_path, monkeypatch, ends_with_message
+):
     import datasets
     import huggingface_hub
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = ends_with_message(fetch_tasks.main, fetch_arguments(tmp_path, "hellaswag"))
-    for part in ("cannot be had", "hellaswag", "snakemake fetch_tasks", "HF_DATASETS_OFFLINE"):
+    for part in ("cannot be loaded", "hellaswag", "snakemake fetch_tasks", "HF_DATASETS_OFFLINE"):
         assert part in message
 
 
-def test_an_unknown_task_is_named_with_its_neighbour(tmp_path, ends_with_message):
+def test_an_unknown_task_is_named_with_a_similar_one(tmp_path, ends_with_message):
     message = ends_with_message(fetch_tasks.main, fetch_arguments(tmp_path, "helaswag"))
     assert "a task is unknown" in message and "did you mean hellaswag" in message

@@ -1,5 +1,5 @@
-"""Our models of the harness against the harness's own, and against likelihoods taken apart from
-it."""
+"""Our models for the harness, compared with the harness's own and with likelihoods computed
+without it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PAIRS = [
     ("Question: What is a list?\nAnswer:", " A sequence"),
     ("Question: What is a list?\nAnswer:", " A mapping"),
     ("Question: What is a list?\nAnswer:", " A"),
-    ("Question: What is a list?\nAnswer: ", "yes"),  # the space belongs to what follows
-    ("What do you", "tube"),  # which joins the two words into other tokens
+    ("Question: What is a list?\nAnswer: ", "yes"),  # the space belongs to the continuation
+    ("What do you", "tube"),  # the joined words have other tokens
     ("", "Once upon a time"),
     ("Größe «日本» 🎉", " naïve"),
-    (LONG, " and so on"),  # longer than the model takes
+    (LONG, " and so on"),  # longer than the context
 ]
 TEXTS = ["Once upon a time there was a list.", LONG, ""]
 PROMPTS = [
@@ -64,7 +64,7 @@ def scorer(chain):
 
 @pytest.fixture(scope="module")
 def of_harness(chain):
-    """The harness's own, which loads model and tokenizer itself."""
+    """The harness's own model class, which loads model and tokenizer itself."""
     return HFLM(
         pretrained=str(chain.merged),
         tokenizer=str(chain.tokenizer),
@@ -92,8 +92,8 @@ def llama_cpp(chain, tokenizer):
         yield LogitLM(model.resumed_logit_blocks, greedy, tokenizer, max_length=MAX_LENGTH)
 
 
-# Measured: none for the harness own, 5e-6 of 45 nats by logits; 0.002 by llama.cpp, whose keys and
-# values are F16.
+# Measured: 0 for the harness's own class, 5e-6 of 45 nats by logits; 0.002 by llama.cpp, whose keys
+# and values are F16.
 TOLERANCES = {"transformers": 1e-4, "by_logits": 1e-4, "llama_cpp": 0.01}
 
 
@@ -102,17 +102,19 @@ def ours(request):
     return request.getfixturevalue(request.param), TOLERANCES[request.param]
 
 
-def test_continuations_are_as_likely_as_by_the_harness_own_model(ours, of_harness):
+def test_continuations_are_as_likely_as_in_the_harness_own_model(ours, of_harness):
     model, tolerance = ours
     expected = of_harness.loglikelihood(instances("loglikelihood", PAIRS))
     found = model.loglikelihood(instances("loglikelihood", PAIRS))
-    assert min(value for value, _ in expected) < -30  # so much that a token more or less shows
+    assert (
+        min(value for value, _ in expected) < -30
+    )  # large enough to show one token too many or too few
     for (value, is_greedy), (other, was_greedy) in zip(found, expected, strict=True):
         assert value == pytest.approx(other, abs=tolerance)
         assert is_greedy == was_greedy
 
 
-def test_a_continuation_that_greedy_decoding_gives_is_greedy_and_none_other(ours, tokenizer):
+def test_only_the_continuation_of_greedy_decoding_is_greedy(ours, tokenizer):
     model, _ = ours
     context = "Question: What is a list?\nAnswer:"
     (answer,) = model.generate_until(
@@ -140,7 +142,7 @@ def test_a_text_is_as_likely_as_its_tokens_after_one_bos(ours, scorer, tokenizer
     assert found == pytest.approx(-nats.sum(), abs=tolerance)
 
 
-def test_a_text_longer_than_the_model_takes_is_scored_in_windows_of_full_context(
+def test_a_text_longer_than_the_context_is_scored_in_windows_of_full_context(
     ours, scorer, tokenizer
 ):
     model, tolerance = ours
@@ -148,7 +150,7 @@ def test_a_text_longer_than_the_model_takes_is_scored_in_windows_of_full_context
     n = len(ids)
     assert MAX_LENGTH + 1 < n
     expected = 0.0
-    # The first window from BOS on; each later one ends where it ends and is as long.
+    # The first window begins with BOS; each later one is as long and ends at its last token.
     starts = [(0, 1, min(n, MAX_LENGTH + 1))]
     while starts[-1][2] < n:
         end = min(n, starts[-1][2] + MAX_LENGTH)
@@ -157,18 +159,18 @@ def test_a_text_longer_than_the_model_takes_is_scored_in_windows_of_full_context
         piece = Piece(0, np.array(ids[first:end]), np.arange(scored - first, end - first))
         expected -= negative_log_likelihoods(scorer, piece).sum()
     found, empty = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(LONG,), ("",)]))
-    # Some 190 tokens, 2,796 nats: measured 5e-5, 0.018 by llama.cpp.
+    # About 190 tokens, 2,796 nats: measured differences 5e-5, and 0.018 by llama.cpp.
     assert found == pytest.approx(expected, abs=5 * tolerance)
     assert empty == 0
 
 
-def test_answers_are_the_harness_own(ours, of_harness):
+def test_answers_equal_those_of_the_harness_own_model(ours, of_harness):
     model, _ = ours
     prompts = instances("generate_until", PROMPTS)
     assert model.generate_until(prompts) == of_harness.generate_until(prompts)
 
 
-def test_an_answer_ends_before_the_first_text_that_ends_it(ours):
+def test_an_answer_ends_before_its_first_stop_text(ours):
     model, _ = ours
     context = PROMPTS[0][0]
 
@@ -179,10 +181,10 @@ def test_an_answer_ends_before_the_first_text_that_ends_it(ours):
     whole = answer([])
     assert len(whole) > 4
     assert answer([whole[3:5]]) == whole.split(whole[3:5])[0]
-    assert answer([]) == whole  # nothing is left of the answer before
+    assert answer([]) == whole  # no state is left from the answer before
 
 
-def test_a_chat_is_the_token_ids_of_training_with_one_bos(ours, chain):
+def test_a_chat_has_the_token_ids_of_training_with_one_bos(ours, chain):
     model, _ = ours
     chat = [
         {"role": "user", "content": "What is a list?"},
@@ -204,12 +206,12 @@ def test_a_prompt_begins_with_bos_and_the_space_of_sentencepiece(ours, chain):
     assert model.tok_encode("What is it?") == expected
 
 
-def test_what_loses_its_beginning_is_known(ours):
+def test_prompts_that_lose_their_beginning_are_recognized(ours):
     model, _ = ours
     assert [is_truncated(model, pair) for pair in PAIRS] == [False] * 7 + [True]
     assert [is_truncated(model, prompt) for prompt in PROMPTS] == [False, True]
     assert not is_truncated(model, (LONG,))
-    # As many tokens as fit: one more than the model takes, as the last is only predicted.
+    # The most that fits is one token more than the context: the last one is only predicted.
     context = "a " * 70
     ids = model.tok_encode(context.strip())
     fitting = model.tokenizer.decode(ids[1 : MAX_LENGTH + 1])
@@ -218,16 +220,16 @@ def test_what_loses_its_beginning_is_known(ours):
     assert is_truncated(model, (fitting, " a"))
 
 
-def test_what_the_model_cannot_take_is_said(ours):
+def test_requests_that_do_not_fit_are_refused(ours):
     model, _ = ours
     prompt = ("Why?", {"until": ["\n"], "max_gen_toks": MAX_LENGTH})
     with pytest.raises(StageError, match="no room"):
         model.generate_until(instances("generate_until", [prompt]))
 
 
-def test_a_drawn_answer_is_refused_by_llama_cpp(llama_cpp):
+def test_llama_cpp_refuses_to_sample_an_answer(llama_cpp):
     prompt = ("Why?", {"do_sample": True, "temperature": 0.7, "max_gen_toks": 4})
-    with pytest.raises(StageError, match="drawn"):
+    with pytest.raises(StageError, match="sampled"):
         llama_cpp.generate_until(instances("generate_until", [prompt]))
 
 
