@@ -1,4 +1,4 @@
-"""A build of the demo's config, and of overlays over it, without Snakemake."""
+"""A build of the demo's config and overlays on it, without Snakemake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture
 def build() -> Callable[..., Build]:
-    """`build({"runs": …}, cores=8)`: of config.yaml with an overlay."""
+    """`build({"runs": …}, cores=8)`: config.yaml with an overlay."""
 
     def make(overlay: dict[str, Any] | None = None, **options: Any) -> Build:
         config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text("utf-8"))
