@@ -1,9 +1,9 @@
-# What rules of every room use, and wildcard constraints; no rules.
+# Objects that the rules of all rooms use, and wildcard constraints; no rules.
 import sys
 
 sys.path.insert(0, str(WORKFLOW_FOLDER))
 
-# Functions and modules alone, under names that Snakemake, which shares this namespace, has not.
+# Only functions and modules, under names that do not collide with Snakemake's own.
 from workflow_scripts.handover import chain as measured_chain
 from workflow_scripts.orchestration.build import any_of, flagged, output_version
 from workflow_scripts.orchestration.resources import growing, memory_of_models

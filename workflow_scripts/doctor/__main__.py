@@ -86,8 +86,11 @@ def examine(
         n_wanted=wanted.n_gpus if wanted else None,
         cluster_gpus=cluster.offered_gpus(found),
     )
-    needs_gpu = wanted is not None and wanted.needs_gpu
-    yield from devices.torch_findings(torch, needs_gpu=needs_gpu, locked=locked.get("torch", ""))
+    yield from devices.torch_findings(
+        torch,
+        needs_gpu=wanted is not None and wanted.needs_gpu,
+        locked=locked.get("torch", ""),
+    )
     yield from devices.llama_cpp_findings(
         probes.ask_llama_cpp(),
         has_gpu=bool(listed),
@@ -95,8 +98,11 @@ def examine(
     )
     if wanted is not None:
         hub = list(hub_access.findings(wanted))  # before the disk: it adds sizes
-        free = min((gpu.free_bytes for gpu in usable), default=None)
-        yield from machine.findings(wanted, gpu_bytes=free, has_torch=isinstance(torch, Torch))
+        yield from machine.findings(
+            wanted,
+            gpu_bytes=min((gpu.free_bytes for gpu in usable), default=None),
+            has_torch=isinstance(torch, Torch),
+        )
         yield from hub
     try:
         yield from cluster.findings(profile, found, answer)

@@ -92,7 +92,8 @@ def findings(
 
 
 def how_to_install(plugin: str) -> str:
-    """By the lock file if it has the plugin: with its dependencies pip would change numpy."""
+    """The command that installs a plugin. Plugins in the lock file are installed without their
+    dependencies, which would change numpy."""
     if plugin in locked(LOCK):
         return f"python -m pip install --no-deps -r {LOCK.name}"
     return f"pip install {plugin}"

@@ -67,8 +67,7 @@ def torch_findings(torch: Torch | NoAnswer, *, needs_gpu: bool, locked: str) -> 
             "8.0 (Ampere) or newer, for bfloat16 and the packed attention's kernel",
             "a newer GPU; this one works, but slower",
         )
-    place = "on the GPU" if torch.devices else "on the CPU"
-    four_bit = f"bitsandbytes {torch.four_bit.how} {place}"
+    four_bit = f"bitsandbytes {torch.four_bit.how} on the {'GPU' if torch.devices else 'CPU'}"
     yield _tried("attention", torch.attention, ATTENTION_TOLERANCE, torch.attention.how)
     yield _tried("4-bit weights", torch.four_bit, FOUR_BIT_TOLERANCE, four_bit)
 

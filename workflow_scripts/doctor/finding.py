@@ -57,8 +57,13 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    found = [asdict(finding) for finding in findings]
-    return json.dumps({"is_complete": is_complete(findings), "findings": found}, indent=2)
+    return json.dumps(
+        {
+            "is_complete": is_complete(findings),
+            "findings": [asdict(finding) for finding in findings],
+        },
+        indent=2,
+    )
 
 
 def is_complete(findings: Sequence[Finding]) -> bool:

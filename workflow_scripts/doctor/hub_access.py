@@ -116,8 +116,9 @@ def _ask(repository: Repository, wanted: Wanted) -> int:
             local_dir=checkpoint,
             etag_timeout=SECONDS,
         )
-        scaling = wanted.config.models[model].rope_scaling
-        wanted.shapes[model] = read_shape(Path(checkpoint), scaling)
+        wanted.shapes[model] = read_shape(
+            Path(checkpoint), wanted.config.models[model].rope_scaling
+        )
     fetched = filter_repo_objects(
         getattr(published, "siblings", None) or (),
         allow_patterns=WANTED,

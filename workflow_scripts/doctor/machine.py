@@ -16,7 +16,7 @@ from workflow_scripts.train.memory.device import available_ram_bytes
 # Memory on top of a model's weights while they move to the GPU or are scored. The demo's largest
 # job takes 1.3 GB in all.
 MARGIN_BYTES, DEMO_RAM_BYTES = 4e9, 2e9
-# What the demo writes.
+# Disk space that the demo's build takes.
 DEMO_DISK_BYTES = 0.3e9
 
 
@@ -24,7 +24,7 @@ def findings(wanted: Wanted, *, gpu_bytes: int | None, has_torch: bool) -> Itera
     """
     Args:
         gpu_bytes: free memory of the smallest GPU here; None without a GPU.
-        has_torch: PyTorch can be imported, which the memory of training is computed with.
+        has_torch: PyTorch can be imported; without it the memory of training is not predicted.
     """
     ram = available_ram_bytes()
     needed = (
@@ -94,8 +94,8 @@ def _training(name: str, wanted: Wanted, *, is_on_gpu: bool, available: int | No
         to_fix = str(error.parts["to fix"]).splitlines()[0]
         found = f"{least}; {available / 1e9:.1f} GB free"
         return Finding(title, "missing", found, "a layout that fits", to_fix)
-    found = f"{parts.peak / 1e9:.1f} GB predicted in the fastest layout that fits; {least}"
-    return Finding(title, "ok", found)
+    peak = f"{parts.peak / 1e9:.1f} GB predicted"
+    return Finding(title, "ok", f"{peak} in the fastest layout that fits; {least}")
 
 
 def _cores() -> Finding:

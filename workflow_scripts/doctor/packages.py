@@ -94,11 +94,9 @@ def locked(lock: Path) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """The version without its build tag: torch 2.13.0+cpu and +cu130 are both 2.13.0."""
-    try:
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+    """The version without its build tag (torch 2.13.0+cpu and +cu130 are both 2.13.0), or None."""
+    installed = metadata.distributions(name=package)
+    return next((found.version.partition("+")[0] for found in installed), None)
 
 
 def _named(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What PyTorch and llama.cpp can do on this machine, each asked in a separate process.
+"""Ask PyTorch and llama.cpp, in separate processes, what they can do on this machine.
 
 A broken library can end the process that imports it: an instruction that this CPU lacks, a driver
 that hangs. So the doctor does not import these libraries itself.

@@ -1,4 +1,4 @@
-"""What a config needs from a machine: its runs, their models, what is still to be fetched."""
+"""The runs and base models of a config, and the repositories that are still to be fetched."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ class Wanted:
         )
         return self.config.training.gpus if is_trained else int(self.needs_gpu)
 
-    def folder_of(self, model: str) -> Path:
-        return self.results / "models" / model
-
     @property
     def repositories(self) -> list[Repository]:
         """The repositories that the build will fetch; those in `results` are not fetched again."""
         found = []
         for name, model in self.models.items():
-            is_there = (self.folder_of(name) / "checkpoint").exists()
+            is_there = (self.results / "models" / name / "checkpoint").exists()
             if model.source and not model.is_local and not is_there:
-                key = f"models.{name}.source"
-                found.append(Repository("base model", model.source, model.revision, key, name))
+                found.append(
+                    Repository(
+                        "base model", model.source, model.revision, f"models.{name}.source", name
+                    )
+                )
         for name, run in self.runs.items():
             for kind, place, source in (
                 ("adapter", "adapter", run.adapter),
@@ -86,8 +86,11 @@ class Wanted:
             for source, settings in self.config.datasets[name].all_sources.items():
                 rows = self.results / "data" / name / "hub" / source / "rows.parquet"
                 if settings.hub and not rows.exists():
-                    key = f"datasets.{name}.hub"
-                    found.append(Repository("dataset", settings.hub, settings.revision, key))
+                    found.append(
+                        Repository(
+                            "dataset", settings.hub, settings.revision, f"datasets.{name}.hub"
+                        )
+                    )
         return found
 
 
@@ -121,8 +124,9 @@ def local_facts(wanted: Wanted) -> None:
     """Add the shapes and sizes of base models that are on this machine: from facts.json, else from
     a local folder."""
     for name, model in wanted.models.items():
-        path = wanted.folder_of(name) / "facts.json"
-        checkpoint = wanted.folder_of(name) / "checkpoint"
+        folder = wanted.results / "models" / name
+        path = folder / "facts.json"
+        checkpoint = folder / "checkpoint"
         if model.is_local and model.source:
             checkpoint = Path(model.source).expanduser()
         try:
@@ -131,8 +135,9 @@ def local_facts(wanted: Wanted) -> None:
                 wanted.shapes[name], wanted.weight_bytes[name] = facts, facts.weight_bytes
             elif (checkpoint / "config.json").is_file():
                 wanted.shapes[name] = read_shape(checkpoint, model.rope_scaling)
-                sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-                wanted.weight_bytes[name] = weight_bytes(sizes)
+                wanted.weight_bytes[name] = weight_bytes(
+                    {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+                )
         except StageError:
             continue  # its own stage reports what is wrong with it
 

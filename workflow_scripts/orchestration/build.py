@@ -1,4 +1,4 @@
-"""What a config builds: its runs, grouped by what they start from, and the values of wildcards."""
+"""The runs that a config builds, grouped by what they start from, and the values of wildcards."""
 
 from __future__ import annotations
 
@@ -84,11 +84,10 @@ class Build:
     @cached_property
     def stopping_runs(self) -> list[str]:
         """The runs of this build that stop early by their validation loss."""
-        recipes = self.config.recipes
         return [
             name
             for name, run in self.made_runs.items()
-            if run.recipe and recipes[run.recipe].early_stopping
+            if run.recipe and self.config.recipes[run.recipe].early_stopping
         ]
 
     # --- links ---
@@ -128,8 +127,11 @@ class Build:
 
     @cached_property
     def hub_models(self) -> list[str]:
-        models = self.config.models.items()
-        return [name for name, model in models if model.source and not model.is_local]
+        return [
+            name
+            for name, model in self.config.models.items()
+            if model.source and not model.is_local
+        ]
 
     @cached_property
     def generated_datasets(self) -> list[str]:

@@ -49,18 +49,18 @@ class Gate(NamedTuple):
         return str(Path(self.verdict).with_suffix(".passed"))
 
     @property
-    def asked(self) -> str:
+    def record(self) -> str:
         """Content of that file if the verdict is valid."""
         return f"{self.settings} {self.version}"
 
-    def stands(self, names: dict[str, str]) -> bool:
+    def is_valid(self, names: dict[str, str]) -> bool:
         """True if the last attempt passed with the current settings.
 
         Args:
             names: values of the wildcards.
         """
         passed = Path(self.passed.format(**names))
-        return passed.is_file() and passed.read_text(encoding="utf-8") == self.asked
+        return passed.is_file() and passed.read_text(encoding="utf-8") == self.record
 
     def judges_again(self, places: Iterable[dict[str, str]]) -> bool:
         """True if there is a verdict that is no longer valid.
@@ -69,7 +69,7 @@ class Gate(NamedTuple):
             places: values of the wildcards, for each job of the gate.
         """
         return any(
-            Path(self.verdict.format(**names)).exists() and not self.stands(names)
+            Path(self.verdict.format(**names)).exists() and not self.is_valid(names)
             for names in places
         )
 
@@ -116,12 +116,9 @@ class Gates:
 
     def last_attempt(self, gate: Gate) -> Callable[[Wildcards], str]:
         """A param that changes until the gate passes."""
-
-        def recorded(path: str) -> Sequence[str] | None:
-            params: Sequence[str] | None = self.workflow.persistence.params(IOFile(path))
-            return params
-
-        return lambda wildcards: gate.last_attempt(dict(wildcards.items()), recorded)
+        return lambda wildcards: gate.last_attempt(
+            dict(wildcards.items()), lambda path: self.workflow.persistence.params(IOFile(path))
+        )
 
     def verdict_of_tokens(self) -> Any:  # untyped: an input function with a flag
         """A run's verdict as an input that does not re-run the job when the gate runs again."""

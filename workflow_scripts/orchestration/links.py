@@ -20,11 +20,10 @@ class Links:
     def __init__(self, build: Build) -> None:
         self.build = build
         self.config = build.config
-        self.links = build.links
 
     def files(self, wildcards: Wildcards) -> dict[str, str]:
         """The files of a link, by name."""
-        link, names = self.links[wildcards.link], self.build.owner(wildcards)
+        link, names = self.build.links[wildcards.link], self.build.owner(wildcards)
         weights = "gguf" if link.engine == "llama.cpp" else "checkpoint"
         files = {weights: self._weights(link, names)}
         if link.adapter:
@@ -35,16 +34,16 @@ class Links:
 
     def source(self, wildcards: Wildcards) -> str:
         """The weights of the link that this link is made from."""
-        source = self.links[wildcards.link].source
+        source = self.build.links[wildcards.link].source
         assert source is not None  # only links with a source are compared
-        return self._weights(self.links[source], self.build.owner(wildcards))
+        return self._weights(self.build.links[source], self.build.owner(wildcards))
 
     def _weights(self, link: chain.Link, names: dict[str, str]) -> str:
         return link.weights.format_map({**names, "link": link.name})
 
     def arguments(self, wildcards: Wildcards, input: InputFiles) -> list[str]:
         """Arguments that name the model to measure."""
-        link = self.links[wildcards.link]
+        link = self.build.links[wildcards.link]
         if link.engine == "llama.cpp":
             return ["--gguf", input.gguf]
         if link.precision == "trained":
@@ -66,8 +65,9 @@ class Links:
 
     @property
     def context_links(self) -> list[str]:
-        of_merged = self.config.evaluation.context.of_merged
-        return [link for link in self.task_links if link != "merged" or of_merged]
+        if self.config.evaluation.context.of_merged:
+            return self.task_links
+        return [link for link in self.task_links if link != "merged"]
 
     @property
     def sample_links(self) -> list[str]:
@@ -106,8 +106,15 @@ class Links:
         Args:
             files_of: selects the files of a link; None stands for a file that does not exist.
         """
-        links = [link for run in runs for link in self.chain(run).links]
-        return sorted({file for link in links for file in files_of(link) if file})
+        return sorted(
+            {
+                file
+                for run in runs
+                for link in self.chain(run).links
+                for file in files_of(link)
+                if file
+            }
+        )
 
     def context_arguments(self) -> list[str]:
         return flagged("--context", self.context_links)

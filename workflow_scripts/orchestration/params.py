@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ class Params:
 
     def base_model(self, wildcards: Wildcards) -> str:
         """The source of a base model. How its tokenizer is read must not fetch it again."""
-        model = self.config.models[wildcards.model]
-        return model.model_dump_json(include={"source", "revision"})
+        return self.config.models[wildcards.model].model_dump_json(include={"source", "revision"})
 
     def local_model_hashes(self, wildcards: Wildcards, resources: object) -> Mapping[str, str]:
         """Hashes of the files in a local folder. Like the versions of packages, only for the key of
@@ -102,8 +101,9 @@ class Params:
 
     def beginning(self, wildcards: Wildcards) -> str:
         """The settings that fetching a run's adapter or merged model depends on."""
-        keys = {"model", "dataset", "adapter", "merged", "revision"}
-        return self.config.runs[wildcards.run].model_dump_json(include=keys)
+        return self.config.runs[wildcards.run].model_dump_json(
+            include={"model", "dataset", "adapter", "merged", "revision"}
+        )
 
     def merge_base(self, wildcards: Wildcards, input: InputFiles) -> str:
         """`--merge-base`: the base that the config names, or the file with the measured choice."""
@@ -146,8 +146,9 @@ class Params:
         """What a run's files and model card say about their sources."""
         settings = self.config.runs[run]
         model, dataset = self.config.models[settings.model], self.config.datasets[settings.dataset]
-        quantized_by = self.config.gguf.quantized_by
-        return json.dumps(attribution.published(settings, model, dataset, quantized_by))
+        return json.dumps(
+            attribution.published(settings, model, dataset, self.config.gguf.quantized_by)
+        )
 
     def release(self, run: str) -> str:
         """The resolved config of a run for its release: the settings that change one of its files
@@ -169,16 +170,15 @@ class Params:
 
     def scoring(self) -> str:
         """The keys of `evaluation` that change a score, without gates and timing."""
-        return self._evaluation({"piece_tokens", "full_length", "max_conversations"})
+        return self.config.evaluation.model_dump_json(
+            include={"piece_tokens", "full_length", "max_conversations"}
+        )
 
     def positions(self) -> str:
-        return self._evaluation({"max_conversations"})
+        return self.config.evaluation.model_dump_json(include={"max_conversations"})
 
     def texts(self) -> str:
-        return self._evaluation({"text_context_tokens"})
-
-    def _evaluation(self, keys: Iterable[str]) -> str:
-        return self.config.evaluation.model_dump_json(include=set(keys))
+        return self.config.evaluation.model_dump_json(include={"text_context_tokens"})
 
     def context(self) -> str:
         """The settings that change the answers on long texts."""

@@ -37,10 +37,13 @@ class Releases:
             WorkflowError: a run was made with other settings.
         """
         for name in self.build.runs.keys() - self.build.made_runs.keys():
-            settings = self.build.runs[name].model_dump()
-            resolved = json.loads(self.params.release(name))
             with stopping():
-                frozen.check(name, settings, resolved, Path(f"results/runs/{name}/release"))
+                frozen.check(
+                    name,
+                    self.build.runs[name].model_dump(),
+                    json.loads(self.params.release(name)),
+                    Path(f"results/runs/{name}/release"),
+                )
 
     def beginning(self, wildcards: Wildcards) -> str:
         """The file that says where a run's model comes from: the manifest of its training, or the

@@ -1,4 +1,4 @@
-"""What jobs request from a machine or a cluster: threads, GPUs, memory."""
+"""Threads, GPUs and memory that jobs request from a machine or a cluster."""
 
 from __future__ import annotations
 
@@ -94,11 +94,7 @@ class Resources:
 
 def growing(amount: int) -> Megabytes:
     """A resource that grows by the same amount with each attempt."""
-
-    def requested(wildcards: Wildcards, attempt: int) -> int:
-        return amount * attempt
-
-    return requested
+    return lambda wildcards, attempt: amount * attempt
 
 
 def memory_of_models(n_models: float, other_mb: int = 4_000) -> Megabytes:

@@ -26,13 +26,10 @@ COMMIT = re.compile("[0-9a-f]{40}")
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
     """Package → version in Snakemake's environment; None if it is only in a job's environment,
     whose definition Snakemake's key includes already."""
-    found: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {
+        name: next((found.version for found in metadata.distributions(name=name)), None)
+        for name in packages
+    }
 
 
 @cache

@@ -54,7 +54,7 @@ class Targets:
         """For a target that scores some runs on these splits: stops before the first job if the
         config holds out no share for one. Requests no file. A share that gives no conversation is
         noticed when chats are rendered."""
-        scored = list(self.build.made_runs if runs is None else runs)
+        scored = list(self._made(runs))
 
         def check(wildcards: Wildcards) -> list[str]:
             for name, split in itertools.product(scored, splits):
@@ -67,10 +67,13 @@ class Targets:
 
     def recipe_checks(self, runs: Iterable[str] | None = None) -> list[str]:
         """The checks, before chats are packed, that the recipes of some runs fit their models."""
-        names = self.build.made_runs if runs is None else runs
-        trained = [self.config.runs[name] for name in names if self.config.runs[name].is_trained]
+        made = [self.config.runs[name] for name in self._made(runs)]
         return sorted(
-            {f"results/models/{run.model}/recipes/{run.recipe}_check.json" for run in trained}
+            {
+                f"results/models/{run.model}/recipes/{run.recipe}_check.json"
+                for run in made
+                if run.is_trained
+            }
         )
 
     # --- data and training ---
@@ -97,8 +100,12 @@ class Targets:
             f"results/data/{run.dataset}/clean/cleaning_report.html"
             for run in self.build.made_runs.values()
         }
-        pages = itertools.product(self._packing_folders(), ("preview.html", "packing.html"))
-        return sorted(cleaned | {f"{folder}/{page}" for folder, page in pages})
+        packed = {
+            f"{folder}/{page}"
+            for folder in self._packing_folders()
+            for page in ("preview.html", "packing.html")
+        }
+        return sorted(cleaned | packed)
 
     def built_trained_runs(self) -> list[str]:
         return [name for name, run in self.build.runs.items() if run.is_trained]
@@ -113,11 +120,14 @@ class Targets:
 
     def exported(self) -> list[str]:
         runs = self.build.made_runs
-        ggufs = itertools.product(runs, self.build.gguf_types)
         return [
             *_each("results/runs/{}/merged_check.json", runs),
             *_each("results/runs/{}/gguf_check.json", runs),
-            *(f"results/runs/{run}/gguf/{run}-{kind}.gguf" for run, kind in ggufs),
+            *(
+                f"results/runs/{run}/gguf/{run}-{kind}.gguf"
+                for run in runs
+                for kind in self.build.gguf_types
+            ),
             *(_each("results/runs/{}/awq", runs) if self.config.awq.use else []),
         ]
 
@@ -137,9 +147,9 @@ class Targets:
 
     def merge_base_choice(self, wildcards: Wildcards) -> list[str]:
         """The file of `choose_merge_base`, for runs with `merge_base: auto`."""
-        run = wildcards.run
-        is_measured = self.config.runs[run].merge_base == "auto"
-        return [f"results/runs/{run}/merge_base.json"] if is_measured else []
+        if self.config.runs[wildcards.run].merge_base != "auto":
+            return []
+        return [f"results/runs/{wildcards.run}/merge_base.json"]
 
     def imatrix(self, wildcards: Wildcards) -> list[str]:
         """The importance matrix, for a quantization that uses it."""

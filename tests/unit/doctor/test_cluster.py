@@ -59,8 +59,8 @@ def test_a_controller_that_does_not_answer_is_missing_for_slurm_profiles_only(co
     command("sinfo", "exec sleep 30")
     found = by_name(cluster.findings(REPOSITORY / "profiles" / "slurm", *cluster.partitions()))
     assert found["Slurm"].status == "missing" and "no answer in 0.2 s" in found["Slurm"].found
-    alone = by_name(cluster.findings(None, *cluster.partitions()))
-    assert alone["Slurm"].status == "ok"
+    without = by_name(cluster.findings(None, *cluster.partitions()))
+    assert without["Slurm"].status == "ok"
 
 
 def test_an_executor_whose_plugin_is_not_installed_is_named(slurm, tmp_path):

@@ -84,7 +84,7 @@ def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(overlay))
     paths = [tmp_path / "0.yaml", tmp_path / "1.yaml"]
     config = read_config(REPOSITORY, paths)
-    # Snakemake itself, asked for the settings of the disk's gate.
+    # The settings that Snakemake itself passes to the disk's gate.
     shown = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--nocolor"]
         + ["results/disk_plan.json", "--configfile", *map(str, paths)],

@@ -30,17 +30,17 @@ def leave(gate):
 
 
 def test_a_verdict_is_valid_only_with_the_settings_it_passed_with(gate, leave):
-    assert not gate.stands(RUN)
-    leave(passed_with=gate.asked)
-    assert gate.stands(RUN)
-    assert not gate._replace(settings='{"kl_divergence_nats":1e-06}').stands(RUN)
-    assert not gate._replace(version=3).stands(RUN)
+    assert not gate.is_valid(RUN)
+    leave(passed_with=gate.record)
+    assert gate.is_valid(RUN)
+    assert not gate._replace(settings='{"kl_divergence_nats":1e-06}').is_valid(RUN)
+    assert not gate._replace(version=3).is_valid(RUN)
 
 
 def test_a_gate_judges_again_if_a_verdict_is_no_longer_valid(gate, leave):
     other = RUN | {"run": "generic"}
     assert not gate.judges_again([RUN, other])  # nothing was judged yet
-    leave(passed_with=gate.asked)
+    leave(passed_with=gate.record)
     assert not gate.judges_again([RUN, other])
     leave(passed_with=None, run="generic")
     assert gate.judges_again([RUN, other])
@@ -57,7 +57,7 @@ def test_the_param_of_a_gate_changes_until_it_passes_and_then_stays(gate, leave)
     leave(passed_with=None)  # failed: Snakemake restored the previous verdict
     recorded[:] = ["2", repr(gate.settings), repr(second)]
     assert attempt() not in {first, second}
-    leave(passed_with=gate.asked)
+    leave(passed_with=gate.record)
     assert attempt() == second
     recorded.clear()  # a copied folder, without Snakemake's records
     assert attempt() == ""
