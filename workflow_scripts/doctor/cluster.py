@@ -59,7 +59,8 @@ def offered_gpus(found: list[Partition]) -> list[str]:
 def findings(
     profile: Path | None, found: list[Partition], answer: CompletedProcess[str]
 ) -> Iterator[Finding]:
-    """
+    """Findings about the profile's executor and, if it is used here, Slurm.
+
     Args:
         profile: folder given as `--workflow-profile`; None means this machine only.
         found: result of `partitions`, as is `answer`.
@@ -88,7 +89,7 @@ def findings(
     if executor == "slurm" or (executor is None and answer.returncode == 0):
         yield from _slurm(profile, settings, found, answer)
     elif executor is None:
-        yield Finding("Slurm", "ok", f"none here ({reason(answer)}); the profile needs none")
+        yield Finding("Slurm", "ok", f"none here ({reason(answer)}); not needed")
 
 
 def how_to_install(plugin: str) -> str:

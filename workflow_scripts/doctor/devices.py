@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from workflow_scripts.doctor.finding import Finding, Status
-from workflow_scripts.doctor.probes import Device, LlamaCpp, NoAnswer, Torch, Tried
+from workflow_scripts.doctor.probes import LlamaCpp, NoAnswer, Torch, Tried
 
 # For outputs of about 1: float32 is exact to 1e-6, bfloat16 has eight bits.
 ATTENTION_TOLERANCE = 0.03
@@ -21,13 +21,19 @@ FROM_SOURCE = (
 def gpu_finding(
     torch: Torch | NoAnswer, *, n_wanted: int | None, cluster_gpus: Sequence[str]
 ) -> Finding:
-    """
+    """Compare the GPUs that PyTorch can use with those that the config needs.
+
     Args:
         n_wanted: GPUs for one job of the config; None if the config is not known.
         cluster_gpus: the GPUs that Slurm offers.
     """
     devices = [] if isinstance(torch, NoAnswer) else torch.devices
-    found = "; ".join(map(_described, devices)) or "none that PyTorch can use"
+    described = (
+        f"{gpu.name}, capability {gpu.capability},"
+        f" {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
+        for gpu in devices
+    )
+    found = "; ".join(described) or "none that PyTorch can use"
     if len(devices) >= max(1, n_wanted or 0):
         return Finding("GPU", "ok", found)
     if not n_wanted:
@@ -41,15 +47,9 @@ def gpu_finding(
     return Finding("GPU", status, found, f"{n_wanted} NVIDIA GPU(s) (training.gpus)", to_fix)
 
 
-def _described(gpu: Device) -> str:
-    return (
-        f"{gpu.name}, capability {gpu.capability},"
-        f" {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
-    )
-
-
 def torch_findings(torch: Torch | NoAnswer, *, needs_gpu: bool, locked: str) -> Iterator[Finding]:
-    """
+    """Findings about PyTorch, its kernels, and 4-bit weights.
+
     Args:
         locked: torch's version in the lock file.
     """
@@ -115,7 +115,8 @@ def _tried(name: str, answer: Tried, tolerance: float, what: str) -> Finding:
 def llama_cpp_findings(
     llama: LlamaCpp | NoAnswer, *, has_gpu: bool, locked: str
 ) -> Iterator[Finding]:
-    """
+    """Findings about llama.cpp's build and its converter.
+
     Args:
         has_gpu: NVIDIA's driver lists a GPU.
         locked: llama-cpp-python's version in the lock file.

@@ -21,7 +21,8 @@ DEMO_DISK_BYTES = 0.3e9
 
 
 def findings(wanted: Wanted, *, gpu_bytes: int | None, has_torch: bool) -> Iterator[Finding]:
-    """
+    """Findings about memory, cores and disk.
+
     Args:
         gpu_bytes: free memory of the smallest GPU here; None without a GPU.
         has_torch: PyTorch can be imported; without it the memory of training is not predicted.

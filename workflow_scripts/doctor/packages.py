@@ -17,7 +17,8 @@ CHECK_SECONDS = 60
 
 
 def findings(lock: Path) -> Iterator[Finding]:
-    """
+    """Findings about Python and the installed packages.
+
     Args:
         lock: one `name==version` per line.
     """

@@ -45,7 +45,7 @@ def _is_fast(device: torch.device) -> bool:
 def attention_error(device: torch.device) -> Tried:
     """The packed attention of training, with a window, compared with attention under a dense
     mask."""
-    from workflow_scripts.train import attention  # what its imports lack is the answer
+    from workflow_scripts.train import attention  # an import error is an answer
 
     generator = torch.Generator().manual_seed(0)
     is_fast = device.type == "cuda" and _is_fast(device)
@@ -84,7 +84,7 @@ def attention_error(device: torch.device) -> Tried:
 
 def four_bit_error(device: torch.device) -> Tried:
     """bitsandbytes' product with NF4 weights on the device, compared with the full weights."""
-    import bitsandbytes  # that it cannot be imported is an answer, too
+    import bitsandbytes  # an import error is an answer
     from bitsandbytes import functional
 
     from workflow_scripts.models.checkpoint import compute_dtype

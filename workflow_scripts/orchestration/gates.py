@@ -127,11 +127,10 @@ class Gates:
     def samples(self) -> str:
         """The settings that change the figures of gates in reports and releases. Tolerances do
         not."""
-        tolerances = {"merge": {"perplexity_increase_fraction"}, "gguf": {"kl_divergence_nats"}}
-        samples = self.build.config.evaluation.gates.model_dump(include=set(tolerances))
-        for gate, keys in tolerances.items():
-            for key in keys:
-                del samples[gate][key]
+        samples = self.build.config.evaluation.gates.model_dump(
+            include={"merge", "gguf"},
+            exclude={"merge": {"perplexity_increase_fraction"}, "gguf": {"kl_divergence_nats"}},
+        )
         return json.dumps(samples | {"versions": [self.merged.version, self.gguf.version]})
 
     def look_again(self) -> None:

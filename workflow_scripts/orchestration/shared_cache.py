@@ -41,7 +41,8 @@ def content_of(folder: Path) -> dict[str, str]:
 
 
 def check(config: Config, runs: Iterable[str], named: Iterable[str]) -> None:
-    """
+    """Check that `--cache` can be used with this config.
+
     Args:
         named: the rules named after `--cache`.
     Raises:

@@ -132,7 +132,7 @@ class Targets:
         ]
 
     def adapter_ggufs(self) -> list[str]:
-        """The adapters of runs that have one, and their base models."""
+        """GGUF LoRAs of the runs that have an adapter, and F16 GGUFs of their base models."""
         recipes = self.config.recipes
         runs = {
             name: run

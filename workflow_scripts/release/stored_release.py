@@ -28,7 +28,8 @@ def send(*arguments: Any) -> None:
 async def sending(
     release: Path, url: str, note: Path, remote: Callable[[str], Any], say: Callable[[str], None]
 ) -> None:
-    """
+    """Send the files of a release, note each, and remove those of an earlier release.
+
     Args:
         url: folder on storage.
         note: JSON that lists the sent files, read and written.

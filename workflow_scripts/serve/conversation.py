@@ -32,7 +32,7 @@ class Conversation:
     turns: list[Message] = field(default_factory=list)
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to a message, piece by piece. What was written of it joins the history.
+        """The answer to a message, piece by piece. Both join the history.
 
         Raises:
             StageError: the message alone does not fit into the context.

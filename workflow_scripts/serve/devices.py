@@ -21,7 +21,7 @@ class Device:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every program that loads a release; `dest` is a field of `Device`."""
+    """Add the flags of every program that loads a release."""
     parser.add_argument(
         "--n-ctx",
         type=int,

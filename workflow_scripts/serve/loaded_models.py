@@ -224,9 +224,7 @@ def load_adapter(llama: Llama, path: Path) -> Any:
     Raises:
         StageError: there is no such file, or it does not fit the model.
     """
-    adapter = None
-    if path.is_file():
-        adapter = llama_cpp.llama_adapter_lora_init(llama.model, str(path).encode())
+    adapter = path.is_file() and llama_cpp.llama_adapter_lora_init(llama.model, str(path).encode())
     if not adapter:
         raise StageError(
             "llama.cpp cannot load the adapter",
