@@ -1,5 +1,5 @@
-# What rules of every room use, and wildcard constraints; no rules.
-# Functions and modules alone, under names that Snakemake, which shares this namespace, has not.
+# Objects that the rules of all rooms use, and wildcard constraints; no rules.
+# Only functions and modules, under names that do not collide with Snakemake's own.
 from workflow_scripts.handover import chain as measured_chain
 from workflow_scripts.orchestration.build import any_of, flagged, output_version
 from workflow_scripts.orchestration.resources import growing, memory_of_models

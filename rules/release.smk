@@ -1,6 +1,6 @@
 rule plan_disk:
-    """Gate: the disk holds what the build writes. It stops the others by being first, when sizes are
-    known: as an input of theirs it would make their files anew with every new quantization."""
+    """Gate: the disk has room for the build. It has priority, so it stops the build as soon as sizes
+    are known. As an input of other rules it would rebuild their files with every new quantization."""
     input:
         facts=expand("results/models/{model}/facts.json", model=BUILD.models),
     output:
@@ -25,7 +25,7 @@ rule plan_disk:
 
 
 rule package_release:
-    """GGUFs, Modelfile, model card with what was measured, checksums, provenance."""
+    """Package GGUFs, Modelfile, model card with all figures, checksums and provenance."""
     input:
         ggufs=RELEASES.ggufs,
         facts=BUILD.of_run("results/models/{model}/facts.json"),
@@ -65,7 +65,7 @@ rule package_release:
 
 
 rule push_release:
-    """Releases to the Hub; a dry run unless `push.dry_run` is false. Has no file: it asks the Hub."""
+    """Push releases to the Hub; a dry run unless `push.dry_run` is false. It has no output file."""
     input:
         releases=TARGETS.releases(BUILD.runs),
     log:
@@ -81,7 +81,7 @@ rule push_release:
 
 
 rule store_release:
-    """A run's release on storage: SHA256SUMS, this job's output, is sent after all other files."""
+    """Send a run's release to storage. SHA256SUMS, this job's output, is sent last."""
     input:
         release="results/runs/{run}/release",
     output:
@@ -95,5 +95,5 @@ rule store_release:
         mem_mb=growing(1_000),
         runtime=growing(240),  # minutes
     run:
-        # Not a program: storage's endpoint and credentials are Snakemake's to know.
+        # Not a program: only Snakemake knows the endpoint and credentials of the storage.
         RELEASES.store(wildcards.run, input.release, output.sums, log[0])

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP interface as downloads ask for."""
+"""A Hugging Face Hub on this machine: the part of its HTTP interface that downloads use."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NOBODY_LISTENS = "http://127.0.0.1:9"
 
 @dataclass(frozen=True)
 class Repository:
-    """Commits by their id, and the names that point to them."""
+    """A repository: commits by id, and the names that point to them."""
 
     commits: Mapping[str, Mapping[str, bytes]]
-    """Of each commit, its files by path."""
+    """Commit → path → content."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Branches and tags; a repository without `main` has its first commit there."""
+    """Branches and tags → commit; by default `main` is the first commit."""
     is_gated: bool = False
 
     def commit(self, revision: str) -> str | None:
@@ -34,11 +34,11 @@ class Repository:
 class Hub:
     address: str
     requests: list[str]
-    """Paths asked for, in order."""
+    """Requested paths, in order."""
 
 
 def environment(endpoint: str, *, offline: bool = False) -> dict[str, str]:
-    """What a process needs to speak with that Hub and no other."""
+    """Environment variables with which a process reaches that Hub and no other."""
     return {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": str(int(offline)),
@@ -52,7 +52,7 @@ def environment(endpoint: str, *, offline: bool = False) -> dict[str, str]:
 
 @contextmanager
 def serving(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
-    """A Hub of repositories: `models/owner/name` and `datasets/owner/name`."""
+    """A Hub with repositories: `models/owner/name` and `datasets/owner/name`."""
     requests: list[str] = []
     handler = type(
         "Handler", (_Handler,), {"repositories": dict(repositories), "requests": requests}
@@ -101,8 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             case "tree":
                 self.json(_tree(served, "/".join(path)))
             case "paths-info":
-                asked = parse_qs(body)["paths"] if "=" in body else json.loads(body)["paths"]
-                self.json([entry for entry in _tree(served, None) if entry["path"] in asked])
+                paths = parse_qs(body)["paths"] if "=" in body else json.loads(body)["paths"]
+                self.json([entry for entry in _tree(served, None) if entry["path"] in paths])
             case "resolve":
                 self.file(served.get("/".join(path)), commit)
             case _:
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _tree(served: Mapping[str, bytes], folder: str | None) -> list[dict[str, object]]:
-    """Everything below a folder, folders included; of all folders for None or the root."""
+    """All files and folders below a folder; everything for None or the root."""
     prefix = f"{folder}/" if folder else ""
     folders = {path.rpartition("/")[0] for path in served} - {""}
     entries = [

@@ -1,8 +1,8 @@
-"""A Hugging Face Hub on this machine that takes uploads: repositories, LFS, commits, over HTTP.
+"""A Hugging Face Hub on this machine that accepts uploads: repositories, LFS, commits, over HTTP.
 
-As much of the interface as huggingface_hub asks for when it creates a repository and commits files
-without Xet. It checks what the real one checks: who may write, the YAML of the model card, the hash
-and the size of every object.
+It has the part of the interface that huggingface_hub uses to create a repository and commit files
+without Xet. Like the real Hub it checks who may write, the YAML of the model card, and the hash and
+size of every object.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ LFS_SUFFIXES = (".gguf", ".model", ".safetensors")
 
 @dataclass
 class Uploaded:
-    """What a repository holds after its commits."""
+    """The content of a repository after its commits."""
 
     is_private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     lfs_paths: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
-    """Their messages."""
+    """Messages of the commits."""
 
 
 @dataclass
 class Hub:
     token: str
-    """May write to `owner`."""
+    """The token that may write to `owner`."""
     owner: str
     address: str = ""
     repositories: dict[str, Uploaded] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Hub:
     """LFS objects by sha256."""
     requests: list[str] = field(default_factory=list)
     fails_after: int | None = None
-    """Objects stored before storage is out of order; None is never."""
+    """Objects that are stored before storage fails; None means it never fails."""
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(404, {"error": "Not Found"})
 
     def do_GET(self) -> None:
-        """What a repository is."""
+        """Describe a repository."""
         self.hub.requests.append(f"GET {self.path}")
         name = "/".join(urlsplit(self.path).path.strip("/").split("/")[2:4])
         repository = self.hub.repositories.get(name)
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"id": name, "sha": sha, "siblings": siblings})
 
     def do_PUT(self) -> None:
-        """Storage: a signed address, no token."""
+        """Store an object: a signed address, without a token."""
         content = self.body()
         assert "Authorization" not in self.headers
         oid = self.path.rsplit("/", 1)[1]
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         front = body["content"].split("---\n")[1]
         data = yaml.safe_load(front)
         errors = []
-        # The Hub's own words for what it refuses.
+        # The Hub's own messages.
         for key in ("base_model", "license", "language"):
             if key in data and not isinstance(data[key], (str, list)):
                 errors.append({"message": f'"{key}" must be a string or an array'})
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(content: bytes, *, is_lfs: bool) -> str:
-    """What git calls the file: the hash of its blob, of an LFS file its sha256."""
+    """The id of a file in git: the hash of its blob or, for an LFS file, its sha256."""
     if is_lfs:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,4 +1,4 @@
-"""The server of releases as a process of its own, as users start it."""
+"""The server of releases in a separate process, as users start it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 
 
 class Served(NamedTuple):
-    """A server that answers."""
+    """A running server."""
 
     address: str
     log: Path
@@ -29,7 +29,7 @@ def serving(log: Path, *arguments: object, **environment: str) -> Iterator[Serve
     """`with serving(log, release, "--draft", …) as served`, on a free port.
 
     Args:
-        log: to write: what the server says.
+        log: to write: the server's log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""S3-compatible storage on this machine: moto's server, spoken to over HTTP."""
+"""S3-compatible storage on this machine: moto's server, over HTTP."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class S3Server:
 
     bucket: str
     client: Any
-    """boto3's, for what tests put and look at."""
+    """boto3's client, for the objects that tests write and read."""
     refused: set[str] = field(default_factory=set)
-    """Ends of the paths that no one may write to, for the time being."""
+    """Path suffixes that currently refuse writes."""
 
     def put(self, key: str, content: bytes) -> str:
-        """An object; returns its URL."""
+        """Write an object and return its URL."""
         self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
         return f"s3://{self.bucket}/{key}"
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
-        """What lies below a prefix, by key."""
+        """Key → content of the objects below a prefix."""
         listed = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)
         keys = [item["Key"] for item in listed.get("Contents", [])]
         return {
@@ -39,7 +39,7 @@ class S3Server:
 
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch, bucket: str = "chats") -> Iterator[S3Server]:
-    """A server, and the environment in which Snakemake finds it."""
+    """A running server, and the environment variables with which Snakemake finds it."""
     import boto3
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
@@ -59,7 +59,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch, bucket: str = "chats") -> Iterato
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}"
-        # moto keeps what lies in it for the process, not for the server.
+        # moto keeps its content per process, not per server.
         urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
         monkeypatch.setenv("SNAKEMAKE_STORAGE_S3_ENDPOINT_URL", address)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")

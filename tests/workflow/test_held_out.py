@@ -62,7 +62,7 @@ def test_nothing_held_out_is_refused_before_the_first_job(
     result = workflow(target, "-n", "--cores", 2, *overlay(**fractions))
     assert result.returncode == 1
     for part in (
-        f"nothing is held out for {split}, and this build scores runs.mistral on it",
+        f"nothing is held out for {split}, but this build scores runs.mistral on it",
         f"datasets.ten.cleaning.{split}_fraction",
         f"set {split}_fraction: 0.05",
     ):

@@ -1,1 +1,1 @@
-"""What this machine has and lacks for what a config builds. `python -m workflow_scripts.doctor`."""
+"""What this machine lacks for a config. Start with `python -m workflow_scripts.doctor`."""

@@ -1,4 +1,4 @@
-"""Snakemake's executors, and Slurm, as far as it answers."""
+"""Snakemake's executors and, where it answers, Slurm."""
 
 from __future__ import annotations
 
@@ -6,30 +6,39 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-from workflow_scripts.doctor.finding import Answer, Finding, ask
+from workflow_scripts.doctor.finding import Finding, ask, reason
 from workflow_scripts.doctor.packages import locked
 
 SECONDS = 5
 PLUGIN = "snakemake_executor_plugin_"
 LOCK = Path(__file__).resolve().parents[2] / "requirements-cluster.lock"
+# Programs that the Slurm executor reads the state of jobs from.
+STATUS_COMMANDS = {
+    "sacct": ["sacct", "--noheader", "--allocations", "--starttime=now"],
+    "squeue": ["squeue", "--noheader", "--me"],
+}
+# A profile of Snakemake's.
+Profile = dict[str, Any]  # untyped: any option of Snakemake's
 
 
 @dataclass(frozen=True)
 class Partition:
-    """As sinfo lists it: one line for nodes of a kind."""
+    """One line of sinfo: the nodes of one kind."""
 
     name: str
     state: str
     gpus: str
-    """`gpu:a100:4`; empty where there are none."""
+    """`gpu:a100:4`; empty if there are none."""
     n_nodes: int
 
 
-def partitions() -> tuple[list[Partition], Answer]:
+def partitions() -> tuple[list[Partition], CompletedProcess[str]]:
+    """Slurm's partitions, and what sinfo answered."""
     answer = ask(["sinfo", "--noheader", "--format=%P|%a|%G|%D"], seconds=SECONDS)
-    rows = [line.split("|") for line in answer.output.splitlines() if line.count("|") == 3]
+    rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 3]
     found = [
         Partition(name.rstrip("*"), state, _gpus(gres), int(nodes))
         for name, state, gres, nodes in rows
@@ -38,7 +47,7 @@ def partitions() -> tuple[list[Partition], Answer]:
 
 
 def _gpus(gres: str) -> str:
-    """Of `gpu:a100:4(S:0-1),license:2` the GPUs."""
+    """The GPUs in `gpu:a100:4(S:0-1),license:2`."""
     entries = (entry.partition("(")[0] for entry in gres.split(","))
     return ", ".join(entry for entry in entries if entry.startswith("gpu"))
 
@@ -47,61 +56,61 @@ def offered_gpus(found: list[Partition]) -> list[str]:
     return [f"{one.gpus} in {one.name}" for one in found if one.gpus and one.state.startswith("up")]
 
 
-def findings(profile: Path | None, found: list[Partition], answer: Answer) -> Iterator[Finding]:
-    """
+def findings(
+    profile: Path | None, found: list[Partition], answer: CompletedProcess[str]
+) -> Iterator[Finding]:
+    """Findings about the profile's executor and, if it is used here, Slurm.
+
     Args:
-        profile: folder given as `--workflow-profile`; None is this machine alone.
-        found: of `partitions`, with `answer`.
+        profile: folder given as `--workflow-profile`; None means this machine only.
+        found: result of `partitions`, as is `answer`.
     """
-    names = {module.name for module in pkgutil.iter_modules() if module.name.startswith(PLUGIN)}
-    plugins = sorted(name.removeprefix(PLUGIN).replace("_", "-") for name in names)
-    settings = _settings(profile) if profile else {}
-    executor = settings.get("executor")
-    if isinstance(settings.get("error"), str):
-        yield Finding("profile", "missing", settings["error"], None, "--workflow-profile FOLDER")
+    settings: Profile = {}
+    try:
+        if profile:
+            import yaml  # may be missing: the doctor starts without any package
+
+            text = (profile / "config.yaml").read_text(encoding="utf-8")
+            settings = yaml.safe_load(text) or {}
+    except (OSError, yaml.YAMLError) as error:
+        message = f"{profile}: {error}".splitlines()[0]
+        yield Finding("profile", "missing", message, None, "--workflow-profile FOLDER")
         return
-    is_there = executor in (None, "local", *plugins)
+    names = [one.name for one in pkgutil.iter_modules() if one.name.startswith(PLUGIN)]
+    plugins = ["local", *sorted(name.removeprefix(PLUGIN).replace("_", "-") for name in names)]
+    executor = settings.get("executor")
     yield Finding(
         "executors",
-        "ok" if is_there else "missing",
-        ", ".join(["local", *plugins]),
+        "ok" if executor in (None, *plugins) else "missing",
+        ", ".join(plugins),
         f"{executor}, which {profile} names",
         how_to_install(f"snakemake-executor-plugin-{executor}"),
     )
-    if executor == "slurm" or (executor is None and answer.code == 0):
+    if executor == "slurm" or (executor is None and answer.returncode == 0):
         yield from _slurm(profile, settings, found, answer)
     elif executor is None:
-        yield Finding("Slurm", "ok", f"none here ({_reason(answer)}); not asked for")
+        yield Finding("Slurm", "ok", f"none here ({reason(answer)}); not needed")
 
 
 def how_to_install(plugin: str) -> str:
-    """By the lock, where it has the plugin: with its dependencies pip would change numpy."""
+    """The command that installs a plugin. Plugins in the lock file are installed without their
+    dependencies, which would change numpy."""
     if plugin in locked(LOCK):
         return f"python -m pip install --no-deps -r {LOCK.name}"
     return f"pip install {plugin}"
 
 
-def _settings(profile: Path) -> dict[str, Any]:  # untyped: a profile of Snakemake's
-    import yaml
-
-    try:
-        text = (profile / "config.yaml").read_text(encoding="utf-8")
-        return yaml.safe_load(text) or {}
-    except (OSError, yaml.YAMLError) as error:
-        return {"error": f"{profile}: {error}".splitlines()[0]}
-
-
 def _slurm(
     profile: Path | None,
-    settings: dict[str, Any],  # untyped: a profile of Snakemake's
+    settings: Profile,
     found: list[Partition],
-    answer: Answer,
+    answer: CompletedProcess[str],
 ) -> Iterator[Finding]:
-    if answer.code != 0:
+    if answer.returncode != 0:
         yield Finding(
             "Slurm",
             "missing",
-            _reason(answer),
+            reason(answer),
             "an answer of slurmctld",
             "start on a login node of the cluster; SLURM_CONF names its configuration",
         )
@@ -112,32 +121,26 @@ def _slurm(
     yield Finding("Slurm", "ok", "; ".join(described) or "no partition is shown to you")
     resources = settings.get("default-resources") or {}
     wanted = resources.get("slurm_partition") if isinstance(resources, dict) else None
-    if wanted and wanted not in {one.name for one in found}:
+    names = [one.name for one in found]
+    if wanted and wanted not in names:
         yield Finding(
             "Slurm's partition",
             "missing",
             f"{wanted} ({profile})",
-            ", ".join(one.name for one in found),
+            ", ".join(names),
             "set default-resources.slurm_partition to one of these",
         )
-    asked = settings.get("slurm-status-command", "sacct" if profile else None)
-    commands = {
-        "sacct": ["sacct", "--noheader", "--allocations", "--starttime=now"],
-        "squeue": ["squeue", "--noheader", "--me"],
-    }
-    for name, command in commands.items():
-        told = ask(command, seconds=SECONDS)
-        if told.code == 0:
-            continue
-        needed = name == asked
-        yield Finding(
-            name,
-            "missing" if needed else "warning",
-            _reason(told),
-            "an answer: the state of jobs is read from it" if needed else None,
-            "slurm-status-command: squeue in the profile" if name == "sacct" else "ask its admin",
-        )
-
-
-def _reason(answer: Answer) -> str:
-    return answer.error.splitlines()[0] if answer.error else f"exit code {answer.code}"
+    status_command = settings.get("slurm-status-command", "sacct" if profile else None)
+    for name, command in STATUS_COMMANDS.items():
+        done = ask(command, seconds=SECONDS)
+        if done.returncode != 0:
+            is_needed = name == status_command
+            yield Finding(
+                name,
+                "missing" if is_needed else "warning",
+                reason(done),
+                "an answer: the state of jobs is read from it" if is_needed else None,
+                "slurm-status-command: squeue in the profile"
+                if name == "sacct"
+                else "ask its administrator",
+            )

@@ -1,4 +1,4 @@
-"""One thing looked at: what was found, what was expected, how to get it."""
+"""One check of the doctor: what it found, what it expected, how to fix it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from workflow_scripts.log import StageError
 
 Status = Literal["ok", "warning", "missing"]
+# Exit codes of a shell.
+NOT_INSTALLED, TIMED_OUT = 127, 124
 
 
 @dataclass(frozen=True)
@@ -20,35 +23,28 @@ class Finding:
 
     name: str
     status: Status
-    """`missing`: the config cannot be built without it; `warning`: it can, worse or unproved."""
+    """`missing`: the config cannot be built; `warning`: it can, but slower, or this is untested."""
     found: str
     expected: str | None = None
     to_fix: str | None = None
 
 
-def of_error(name: str, error: StageError, status: Status = "missing") -> Finding:
-    """An error of a stage as a finding."""
-    from workflow_scripts.log import DOCTOR
+def of_error(name: str, error: StageError) -> Finding:
+    """The error of a stage as a finding."""
+    from workflow_scripts.log import DOCTOR  # needs tqdm, which may be missing
 
-    parts = error.parts
+    parts = {key: str(value) for key, value in error.parts.items()}
     where = f" ({parts['where']})" if "where" in parts else ""
     found = f": {parts['found']}" if "found" in parts else ""
-    texts = {
-        key: str(parts[key]).splitlines()[0].removesuffix(f"; {DOCTOR}")
+    expected, to_fix = (
+        parts[key].splitlines()[0].removesuffix(f"; {DOCTOR}") if key in parts else None
         for key in ("expected", "to fix")
-        if key in parts
-    }
-    return Finding(
-        name,
-        status,
-        f"{error.what}{where}{found}",
-        texts.get("expected"),
-        texts.get("to fix"),
     )
+    return Finding(name, "missing", f"{error.what}{where}{found}", expected, to_fix)
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """What a terminal shows: a line a finding, and what to do below it where something is wrong."""
+    """Text for a terminal: one line per finding; where something is wrong, the remedy below it."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
@@ -61,35 +57,36 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    found = [asdict(finding) for finding in findings]
-    return json.dumps({"is_complete": is_complete(findings), "findings": found}, indent=2)
+    return json.dumps(
+        {
+            "is_complete": is_complete(findings),
+            "findings": [asdict(finding) for finding in findings],
+        },
+        indent=2,
+    )
 
 
 def is_complete(findings: Sequence[Finding]) -> bool:
-    """Whether nothing that the config needs is missing."""
+    """True if nothing that the config needs is missing."""
     return all(finding.status != "missing" for finding in findings)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command said."""
+def ask(command: Sequence[str], *, seconds: float) -> CompletedProcess[str]:
+    """Run a command that may be missing, hang or fail.
 
-    code: int | None
-    """None: it is not installed, or did not end in time."""
-    output: str
-    error: str
-
-
-def ask(command: Sequence[str], *, seconds: float, stdin: str = "") -> Answer:
-    """Run a command that may not be there, may not answer and may fail."""
+    Returns:
+        Exit code, stdout and stderr. `NOT_INSTALLED` and `TIMED_OUT` have the reason in stderr.
+    """
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, input=stdin
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except FileNotFoundError:
-        return Answer(None, "", "not installed")
+        return CompletedProcess(command, NOT_INSTALLED, "", "not installed")
     except subprocess.TimeoutExpired:
-        return Answer(None, "", f"no answer in {seconds:g} s")
+        return CompletedProcess(command, TIMED_OUT, "", f"no answer in {seconds:g} s")
     except OSError as error:
-        return Answer(None, "", str(error))
-    return Answer(done.returncode, done.stdout, done.stderr.strip())
+        return CompletedProcess(command, NOT_INSTALLED, "", str(error))
+
+
+def reason(done: CompletedProcess[str]) -> str:
+    """Why a command failed: the first line that it wrote to stderr, else its exit code."""
+    return next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")

@@ -1,18 +1,26 @@
-"""The Hub: is it reached, is it allowed, may the config's repositories be read, how large are they?
+"""The Hub: can it be reached, may the config's repositories be read, and how large are they?
 
-Little is asked: what a repository is, and its config.json.
+Downloads no more than each base model's config.json.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import filter_repo_objects
+
+from workflow_scripts import hub
 from workflow_scripts.doctor.finding import Finding, Status, of_error
 from workflow_scripts.doctor.requirements import Repository, Wanted, weight_bytes
+from workflow_scripts.hub import HubUnreachable
+from workflow_scripts.log import StageError
+from workflow_scripts.models.checkpoint_files import read_shape
+from workflow_scripts.models.fetch_base_model import UNWANTED, WANTED
 
 SECONDS = 5
 FETCH_ELSEWHERE = (
@@ -21,138 +29,104 @@ FETCH_ELSEWHERE = (
 
 
 def findings(wanted: Wanted) -> Iterator[Finding]:
-    """Every repository that is still to be fetched; the first that gets no answer ends it.
+    """Check every repository that is still to be fetched, up to the first without an answer.
 
-    What is learned of base models goes into `wanted`.
+    Adds the shapes and sizes of base models to `wanted`.
     """
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    from workflow_scripts.hub import HubUnreachable
-    from workflow_scripts.log import StageError
-
     repositories = wanted.repositories
     if not repositories:
-        yield Finding("Hub", "ok", "not asked: nothing is to be fetched from it")
+        yield Finding("Hub", "ok", "not asked: nothing needs to be fetched from it")
         return
     cache = Path(constants.HF_HOME).expanduser()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        yield Finding(
-            "Hub's cache",
-            "missing",
-            f"{cache} cannot be written",
-            "a folder of yours",
-            "set HF_HOME to one",
-        )
+        found = f"{cache} cannot be written"
+        yield Finding("Hub's cache", "missing", found, "a folder of yours", "set HF_HOME to one")
         return
-    token = "a token is set" if huggingface_hub.get_token() else "no token"
     if constants.HF_HUB_OFFLINE:
         yield from _offline(repositories)
         return
-    for number, repository in enumerate(repositories):
+    token = "a token is set" if huggingface_hub.get_token() else "no token"
+    for number, repository in enumerate(repositories, start=1):
         name = f"Hub, {repository.name}"
         try:
             size = _ask(repository, wanted)
-        except HubUnreachable as error:
-            rest = len(repositories) - number - 1
+        except StageError as error:
             finding = of_error(name, error)
             yield finding
-            if rest:
-                yield Finding("Hub", "missing", f"{rest} more not asked", None, finding.to_fix)
-            return
-        except StageError as error:
-            yield of_error(name, error)
-            continue
-        volume = f", {size / 1e9:.1f} GB" if size else ""
-        yield Finding(name, "ok", f"may be read{volume}; {token}")
+            if isinstance(error, HubUnreachable):
+                if rest := len(repositories) - number:
+                    yield Finding("Hub", "missing", f"{rest} more not asked", None, finding.to_fix)
+                return
+        else:
+            volume = f", {size / 1e9:.1f} GB" if size else ""
+            yield Finding(name, "ok", f"may be read{volume}; {token}")
 
 
 def _offline(repositories: Sequence[Repository]) -> Iterator[Finding]:
-    """A dataset may be in the cache of an earlier run; a model would not be looked for there."""
+    """A dataset may be in the cache of an earlier run; models are not looked for there."""
     datasets = [one.name for one in repositories if one.kind == "dataset"]
     models = [one.name for one in repositories if one.kind != "dataset"]
-    status: Status
-    for status, names in (("missing", models), ("warning", datasets)):
+    kinds: tuple[tuple[Status, list[str], str], ...] = (
+        ("missing", models, ""),
+        ("warning", datasets, ", unless the cache has it"),
+    )
+    for status, names, unless in kinds:
         if names:
-            found = f"HF_HUB_OFFLINE is set; to be fetched: {', '.join(names)}"
-            if status == "warning":
-                found += ", unless the cache has it"
+            found = f"HF_HUB_OFFLINE is set; to be fetched: {', '.join(names)}{unless}"
             yield Finding("Hub", status, found, None, FETCH_ELSEWHERE)
 
 
 def _ask(repository: Repository, wanted: Wanted) -> int:
-    """What is to be fetched, bytes; 0 where that is not known.
+    """Bytes that a repository's download takes; 0 if that is not known.
 
     Raises:
         StageError: gated, unknown, unknown revision; `HubUnreachable`.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    from workflow_scripts import hub
-
     kind = "dataset" if repository.kind == "dataset" else "model"
     folder = "datasets/" if kind == "dataset" else ""
-    with hub.refusals_explained(
-        repository.kind,
-        repository.name,
-        page=f"https://huggingface.co/{folder}{repository.name}",
-        key=repository.key,
-        revision=repository.revision,
-        otherwise="fetch it on another machine and name the folder",
+    name, model = repository.name, repository.model
+    with (
+        tempfile.TemporaryDirectory() as checkpoint,
+        hub.refusals_explained(
+            repository.kind,
+            name,
+            page=f"https://huggingface.co/{folder}{name}",
+            key=repository.key,
+            revision=repository.revision,
+            otherwise="fetch it on another machine and name the folder",
+        ),
     ):
         published = HfApi().repo_info(
-            repository.name,
+            name,
             repo_type=kind,
             revision=repository.revision,
             files_metadata=True,
             timeout=SECONDS,
         )
-
-        def get(path: str) -> bytes:
-            answer = get_session().get(
-                f"{constants.ENDPOINT}/{path}",
-                headers=build_hf_headers(),
-                timeout=SECONDS,
-                follow_redirects=True,
-            )
-            hf_raise_for_status(answer)
-            return answer.content
-
-        # Anyone may read about a gated repository; its files are what is refused.
+        # Anyone may read about a gated repository; only its files are refused.
         if published.gated:
-            get(f"api/{kind}s/{repository.name}/auth-check")
-        if repository.model is None:
+            HfApi().auth_check(name, repo_type=kind)
+        if model is None:
             return 0
-        description = get(f"{repository.name}/resolve/{published.sha}/config.json")
-    sizes = _wanted_sizes(
-        {file.rfilename: file.size for file in getattr(published, "siblings", None) or ()}
+        huggingface_hub.hf_hub_download(
+            name,
+            "config.json",
+            revision=published.sha,
+            local_dir=checkpoint,
+            etag_timeout=SECONDS,
+        )
+        wanted.shapes[model] = read_shape(
+            Path(checkpoint), wanted.config.models[model].rope_scaling
+        )
+    fetched = filter_repo_objects(
+        getattr(published, "siblings", None) or (),
+        allow_patterns=WANTED,
+        ignore_patterns=UNWANTED,
+        key=lambda file: file.rfilename,
     )
-    _learn(repository.model, description, sizes, wanted)
-    return sum(sizes.values())
-
-
-def _wanted_sizes(sizes: dict[str, int | None]) -> dict[str, int]:
-    """Of the files that fetch_base_model takes."""
-    from workflow_scripts.models.fetch_base_model import UNWANTED, WANTED
-
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-    return {
-        name: size
-        for name, size in sizes.items()
-        if size is not None and matches(name, WANTED) and not matches(name, UNWANTED)
-    }
-
-
-def _learn(model: str, description: bytes, sizes: dict[str, int], wanted: Wanted) -> None:
-    from workflow_scripts.models.checkpoint_files import read_shape
-
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "config.json").write_bytes(description)
-        wanted.shapes[model] = read_shape(Path(name), wanted.config.models[model].rope_scaling)
+    sizes = {file.rfilename: file.size for file in fetched if file.size is not None}
     if sizes:
         wanted.weight_bytes[model] = weight_bytes(sizes)
     wanted.download_bytes[model] = sum(sizes.values())
+    return wanted.download_bytes[model]

@@ -1,4 +1,4 @@
-"""Memory, cores and disk of this machine, against what the config's runs take."""
+"""Memory, cores and disk of this machine, compared with what the config's runs need."""
 
 from __future__ import annotations
 
@@ -7,87 +7,99 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflow_scripts.doctor import probes
 from workflow_scripts.doctor.finding import Finding, Status
 from workflow_scripts.doctor.requirements import Wanted
+from workflow_scripts.log import StageError
+from workflow_scripts.release import plan_disk
+from workflow_scripts.train.memory.ram import available_ram_bytes
 
-# Beside a model's weights, on their way to the GPU or while they are scored; the demo's largest job
-# takes 1.3 GB in all.
-BESIDE_BYTES, DEMO_RAM_BYTES = 4e9, 2e9
-# What the demo writes.
+# Memory on top of a model's weights while they move to the GPU or are scored. The demo's largest
+# job takes 1.3 GB in all.
+MARGIN_BYTES, DEMO_RAM_BYTES = 4e9, 2e9
+# Disk space that the demo's build takes.
 DEMO_DISK_BYTES = 0.3e9
 
 
-def findings(wanted: Wanted, *, gpu_bytes: int | None) -> Iterator[Finding]:
-    """
-    Args:
-        gpu_bytes: free of the smallest GPU here; None without one.
-    """
-    from workflow_scripts.train.memory.ram import available_ram_bytes
+def findings(wanted: Wanted, *, gpu_bytes: int | None, has_torch: bool) -> Iterator[Finding]:
+    """Findings about memory, cores and disk.
 
+    Args:
+        gpu_bytes: free memory of the smallest GPU here; None without a GPU.
+        has_torch: PyTorch can be imported; without it the memory of training is not predicted.
+    """
     ram = available_ram_bytes()
-    weights = wanted.weight_bytes.values()
-    needed = max(weights, default=0) + BESIDE_BYTES if wanted.needs_gpu else DEMO_RAM_BYTES
+    needed = (
+        max(wanted.weight_bytes.values(), default=0) + MARGIN_BYTES
+        if wanted.needs_gpu
+        else DEMO_RAM_BYTES
+    )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(
         "memory",
         "ok" if ram >= needed else "warning",
         f"{ram / 1e9:.1f} GB available of {total / 1e9:.1f}",
         f"{needed / 1e9:.0f} GB for the largest job",
-        "end what else runs, or take a larger machine",
+        "end other programs, or take a larger machine",
     )
-    for name in wanted.runs:
-        yield from _training(name, wanted, gpu_bytes=gpu_bytes, ram_bytes=ram)
+    for name, run in wanted.runs.items():
+        is_small = wanted.models[run.model].built_here is not None
+        if not run.is_trained or (is_small and run.model not in wanted.shapes):
+            continue  # the demo's shape is known once it is made, and it fits anywhere
+        if run.model not in wanted.shapes:
+            yield Finding(
+                f"memory, {name}",
+                "warning",
+                f"not known before {run.model} is fetched",
+                "its config.json",
+                f"snakemake --cores 1 results/models/{run.model}/facts.json",
+            )
+        elif not has_torch:
+            yield Finding(f"memory, {name}", "warning", "not predicted: that needs PyTorch")
+        elif gpu_bytes is not None or not is_small:
+            yield _training(name, wanted, is_on_gpu=True, available=gpu_bytes)
+        else:
+            yield _training(name, wanted, is_on_gpu=False, available=ram)
     yield _cores()
     yield _disk(wanted)
 
 
-def _training(
-    name: str, wanted: Wanted, *, gpu_bytes: int | None, ram_bytes: int
-) -> Iterator[Finding]:
-    """What plan_memory will say of a run, where its model's shape is known already."""
-    run, config = wanted.runs[name], wanted.config
-    if not run.is_trained:
-        return
-    is_small = config.models[run.model].built_here is not None
-    title = f"memory, {name}"
-    if run.model not in wanted.shapes:
-        if not is_small:  # the demo's shape is known once it is made, and fits anywhere
-            yield Finding(
-                title,
-                "warning",
-                f"not known before {run.model} is fetched",
-                "its config.json",
-                "snakemake --cores 1 results/models/" + run.model + "/facts.json",
-            )
-        return
-    on_gpu = gpu_bytes is not None or not is_small
-    available = gpu_bytes if on_gpu else ram_bytes
+def _training(name: str, wanted: Wanted, *, is_on_gpu: bool, available: int | None) -> Finding:
+    """The verdict that plan_memory will give on a run.
+
+    Args:
+        available: bytes of the device; None if that is not known.
+    """
+    # These may need PyTorch, which may be missing or broken: not before `probes` has tried it.
+    from workflow_scripts.train.memory import fit
+    from workflow_scripts.train.memory.layouts import Layouts
+    from workflow_scripts.train.memory.shape import PlannedRun
+
+    run, training = wanted.runs[name], wanted.config.training
     assert run.recipe is not None and run.packing is not None  # a run that is trained has both
-    answer = probes.ask_memory(
-        {
-            "shape": wanted.shapes[run.model].model_dump(),
-            "recipe": config.entry("recipes", run.recipe).model_dump(),
-            "training": config.training.model_dump(),
-            "row_tokens": config.packings[run.packing].row_tokens,
-            "n_gpus": config.training.gpus * config.training.nodes if on_gpu else 1,
-            "device_type": "cuda" if on_gpu else "cpu",
-            "available_bytes": available,
-        },
+    layouts = Layouts.of(
+        PlannedRun(
+            wanted.shapes[run.model],
+            wanted.config.recipes[run.recipe],
+            training,
+            row_tokens=wanted.config.packings[run.packing].row_tokens,
+            device_type="cuda" if is_on_gpu else "cpu",
+            n_gpus=training.gpus * training.nodes if is_on_gpu else 1,
+        )
     )
-    place = "a GPU" if on_gpu else "this machine"
-    if isinstance(answer, probes.NoAnswer):
-        yield Finding(title, "warning", f"not reckoned: {answer.reason}")
-        return
-    least = f"training takes at least {answer.least_bytes / 1e9:.1f} GB of {place}"
+    smallest = layouts.smallest.peak / (1 - fit.MARGIN)
+    place = "a GPU" if is_on_gpu else "this machine"
+    least = f"training takes at least {smallest / 1e9:.1f} GB of {place}"
+    title = f"memory, {name}"
     if available is None:
-        yield Finding(title, "ok", least)
-    elif answer.peak_bytes is None:
+        return Finding(title, "ok", least)
+    try:
+        chosen = fit.choose(layouts, available_bytes=available)
+    except StageError as error:
+        to_fix = str(error.parts["to fix"]).splitlines()[0]
         found = f"{least}; {available / 1e9:.1f} GB free"
-        yield Finding(title, "missing", found, "a layout that fits", answer.refusal)
-    else:
-        peak = f"{answer.peak_bytes / 1e9:.1f} GB predicted"
-        yield Finding(title, "ok", f"{peak} in the fastest layout that fits; {least}")
+        return Finding(title, "missing", found, "a layout that fits", to_fix)
+    peak = f"{chosen.peak / 1e9:.1f} GB predicted"
+    return Finding(title, "ok", f"{peak} in the fastest layout that fits; {least}")
 
 
 def _cores() -> Finding:
@@ -100,8 +112,8 @@ def _cores() -> Finding:
         return Finding(
             "CPU",
             "warning",
-            f"{found}, of which a control group gives {quota:g}",
-            f"as many threads as it gives: snakemake --cores {cores}",
+            f"{found}, of which a control group allows {quota:g}",
+            f"no more threads than that: snakemake --cores {cores}",
             f"export OMP_NUM_THREADS={cores}",
         )
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -109,7 +121,7 @@ def _cores() -> Finding:
 
 
 def _quota() -> float | None:
-    """Cores that a control group of version 2 leaves this process."""
+    """Cores that a control group (version 2) allows this process; None if there is no limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
@@ -118,9 +130,7 @@ def _quota() -> float | None:
 
 
 def _disk(wanted: Wanted) -> Finding:
-    """Base models to be fetched, and what plan_disk counts."""
-    from workflow_scripts.release import plan_disk
-
+    """Room for the base models that are still to be fetched, and for what plan_disk counts."""
     planned: dict[str, int] = {}
     unknown: set[str] = set()
     gguf, awq = wanted.config.gguf, wanted.config.awq.use
@@ -139,14 +149,12 @@ def _disk(wanted: Wanted) -> Finding:
     free = shutil.disk_usage(folder).free
     found = f"{free / 1e9:.1f} GB free at {folder}; the build writes {needed / 1e9:.1f}"
     if unknown:
-        found += f", and what {', '.join(sorted(unknown))} takes, which is not known yet"
-    status: Status = "missing" if needed > free else "warning" if unknown else "ok"
-    return Finding(
-        "disk",
-        status,
-        found,
-        f"{needed / 1e9:.1f} GB" if needed > free else "the sizes of the base models",
-        "make room, name fewer runs in `build` or fewer gguf.quantizations, or set retention"
-        if needed > free
-        else "fetch them, or let the Hub be asked",
-    )
+        found += f", plus {', '.join(sorted(unknown))}, whose size is not known yet"
+    status: Status = "warning" if unknown else "ok"
+    expected, to_fix = "the sizes of the base models", "fetch them, or allow access to the Hub"
+    if needed > free:
+        status, expected = "missing", f"{needed / 1e9:.1f} GB"
+        to_fix = (
+            "make room, name fewer runs in `build` or fewer gguf.quantizations, or set retention"
+        )
+    return Finding("disk", status, found, expected, to_fix)

@@ -1,54 +1,65 @@
-"""Python, and the installed packages against the lock file. The standard library is enough here."""
+"""Python and its packages, compared with the lock file. Needs the standard library only."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from workflow_scripts.doctor.finding import Finding
+from workflow_scripts.doctor.finding import Finding, ask
 
 OLDEST_PYTHON = (3, 11)
 N_NAMED = 8
+PIN = re.compile(r"^([\w.-]+)==([^\s;#]+)", re.MULTILINE)
+CHECK_SECONDS = 60
 
 
 def findings(lock: Path) -> Iterator[Finding]:
-    """
+    """Findings about Python and the installed packages.
+
     Args:
-        lock: `name==version` a line.
+        lock: one `name==version` per line.
     """
-    found = f"{sys.version.split()[0]}, {sys.executable}"
-    expected = ".".join(map(str, OLDEST_PYTHON)) + " or newer"
-    is_old = sys.version_info < OLDEST_PYTHON
     yield Finding(
-        "Python", "missing" if is_old else "ok", found, expected, "install it; PYTHON=… make run"
+        "Python",
+        "missing" if sys.version_info < OLDEST_PYTHON else "ok",
+        f"{sys.version.split()[0]}, {sys.executable}",
+        ".".join(map(str, OLDEST_PYTHON)) + " or newer",
+        "install it; PYTHON=… make run",
     )
-    wanted = locked(lock)
-    installed = {name: installed_version(name) for name in wanted}
+    pins = locked(lock)
+    installed = {name: installed_version(name) for name in pins}
     lacking = [name for name, version in installed.items() if version is None]
     others = [
-        f"{name} {version} ({wanted[name]})"
+        f"{name} {version} ({pins[name]})"
         for name, version in installed.items()
-        if version is not None and version != wanted[name]
+        if version not in (None, pins[name])
     ]
+    to_fix = f"python -m pip install -r {lock.name}"
     if lacking:
         yield Finding(
             "packages",
             "missing",
-            f"{len(lacking)} of {len(wanted)} are not installed: {_named(lacking)}",
+            f"{len(lacking)} of {len(pins)} are not installed: {_named(lacking)}",
             f"those of {lock.name}",
-            f"python -m pip install -r {lock.name}   (or: make run)",
+            f"{to_fix}   (or: make run)",
         )
     elif not others:
-        yield Finding("packages", "ok", f"{len(wanted)}, as {lock.name} pins them")
+        yield Finding("packages", "ok", f"{len(pins)}, as {lock.name} pins them")
     if others:
+        expected = f"the tested versions, in brackets, of {lock.name}"
+        yield Finding("versions", "warning", _named(others), expected, to_fix)
+        # The lock's own versions fit each other; whether these do is a question for pip.
+        checked = ask([sys.executable, "-m", "pip", "check"], seconds=CHECK_SECONDS)
+        found = (checked.stdout or checked.stderr).strip().splitlines()
         yield Finding(
-            "versions",
-            "warning",
-            _named(others),
-            f"those of {lock.name}, in brackets, which were tested",
-            f"python -m pip install -r {lock.name}",
+            "pip check",
+            "warning" if checked.returncode else "ok",
+            _named(found),
+            "no broken requirements",
+            to_fix,
         )
 
 
@@ -57,39 +68,38 @@ def harness_finding(names: Sequence[str], lock: Path, *, is_needed: bool) -> Fin
 
     Args:
         names: `evaluation.tasks.names`.
-        lock: of its environment.
-        is_needed: `snakemake` alone scores them, not `snakemake tasks` only.
+        lock: of the environment for tasks.
+        is_needed: plain `snakemake` scores the tasks, not only `snakemake tasks`.
     """
-    found, wanted = installed_version("lm_eval"), locked(lock)["lm_eval"]
+    found, tested = installed_version("lm_eval"), locked(lock)["lm_eval"]
     if found is None:
         return Finding(
             "lm_eval",
             "missing" if is_needed else "warning",
-            f"not installed, for {_named(list(names))}",
-            f"lm_eval {wanted}, in an environment of its own",
-            "make tasks, or --sdm conda; workflow_scripts/evaluate/README.md tells how",
+            f"not installed, for {_named(names)}",
+            f"lm_eval {tested}, in a separate environment",
+            "make tasks, or --sdm conda; see workflow_scripts/evaluate/README.md",
         )
-    if found != wanted:
-        to_fix = "make tasks"
-        return Finding("lm_eval", "warning", found, f"{wanted}, which was tested", to_fix)
-    return Finding("lm_eval", "ok", f"{found}, for {_named(list(names))}")
+    return Finding(
+        "lm_eval",
+        "ok" if found == tested else "warning",
+        f"{found}, for {_named(names)}",
+        f"{tested}, the tested version",
+        "make tasks",
+    )
 
 
 def locked(lock: Path) -> dict[str, str]:
     """Package → version of a lock file."""
-    lines = (line.partition("#")[0] for line in lock.read_text(encoding="utf-8").splitlines())
-    pins = (line.partition(";")[0].strip().partition("==") for line in lines)
-    return {name: version for name, separator, version in pins if separator}
+    return dict(PIN.findall(lock.read_text(encoding="utf-8")))
 
 
 def installed_version(package: str) -> str | None:
-    """Without the tag of a build: torch 2.13.0+cpu and +cu130 are 2.13.0."""
-    try:
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+    """The version without its build tag (torch 2.13.0+cpu and +cu130 are both 2.13.0), or None."""
+    installed = metadata.distributions(name=package)
+    return next((found.version.partition("+")[0] for found in installed), None)
 
 
-def _named(names: list[str]) -> str:
+def _named(names: Sequence[str]) -> str:
     rest = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
     return ", ".join(names[:N_NAMED]) + rest

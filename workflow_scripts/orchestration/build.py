@@ -1,10 +1,11 @@
-"""What a config builds: its runs, by how they begin, and the names that wildcards may take."""
+"""The runs that a config builds, grouped by what they start from, and the values of wildcards."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from snakemake.io import temp
 from snakemake.iocontainers import Wildcards
 
 from workflow_scripts.handover import chain
+from workflow_scripts.log import StageError
 from workflow_scripts.settings import Config, RunSettings, sweeps
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +24,13 @@ InputFunction = Callable[[Wildcards], str]
 
 
 class Build:
-    """The config as rules ask for it.
+    """The config, with the questions that rules ask about it.
 
     Args:
-        config: validated.
-        written: the same as the user wrote it, with the sweeps in it.
-        cores: of this machine, where jobs run on it; None on a cluster.
-        is_shared: whether Snakemake was started with `--cache`.
+        config: the validated config.
+        written: the config as the user wrote it, sweeps included.
+        cores: cores of this machine, if jobs run on it; None on a cluster.
+        is_shared: Snakemake was started with `--cache`.
     """
 
     def __init__(
@@ -48,13 +50,13 @@ class Build:
 
     @cached_property
     def runs(self) -> Runs:
-        """Those that reports show."""
+        """The runs that reports show."""
         return {name: self.config.runs[name] for name in self.config.build}
 
     @cached_property
     def made_runs(self) -> Runs:
-        """Those of them that this build makes."""
-        return self._not_frozen(self.runs)
+        """The runs that this build makes: those that are not frozen."""
+        return {name: run for name, run in self.runs.items() if not self.config.is_frozen(name)}
 
     @cached_property
     def trained_runs(self) -> Runs:
@@ -62,40 +64,31 @@ class Build:
 
     @cached_property
     def adapter_runs(self) -> Runs:
-        """Those that begin with an adapter of the user's."""
+        """The runs that start from an adapter of the user."""
         return {name: run for name, run in self.config.runs.items() if run.adapter}
 
     @cached_property
     def merged_runs(self) -> Runs:
-        """Those that begin with a merged model of the user's."""
+        """The runs that start from a merged model of the user."""
         return {name: run for name, run in self.config.runs.items() if run.merged}
 
     @cached_property
     def sweep_runs(self) -> list[str]:
-        """Names of the runs that sweeps stand for."""
+        """Names of the runs that sweeps expand to."""
         return [name for names in self.sweeps.runs.values() for name in names]
 
     @cached_property
     def made_sweep_runs(self) -> list[str]:
         return [name for name in self.sweep_runs if not self.config.is_frozen(name)]
 
-    def built(self, runs: Iterable[str], among: Iterable[str] | None = None) -> list[str]:
-        """Those of some runs that `build` names, in its order."""
-        wanted = set(runs)
-        return [name for name in (self.runs if among is None else among) if name in wanted]
-
     @cached_property
     def stopping_runs(self) -> list[str]:
-        """Those of the build that stop early by their validation loss."""
-        recipes = self.config.recipes
+        """The runs of this build that stop early by their validation loss."""
         return [
             name
             for name, run in self.made_runs.items()
-            if run.recipe and recipes[run.recipe].early_stopping
+            if run.recipe and self.config.recipes[run.recipe].early_stopping
         ]
-
-    def _not_frozen(self, runs: Runs) -> Runs:
-        return {name: run for name, run in runs.items() if not self.config.is_frozen(name)}
 
     # --- links ---
 
@@ -113,29 +106,32 @@ class Build:
 
     @cached_property
     def links(self) -> dict[str, chain.Link]:
-        """Every link that there can be."""
+        """Every possible link, by name."""
         return {link.name: link for link in chain.links(self.quantizations)}
 
     @cached_property
     def compared_links(self) -> set[str]:
-        """Those that are compared token by token with the link that they are made from."""
+        """The links that are compared token by token with the link that they are made from."""
         return {name for name, link in self.links.items() if "divergence" in link.measured}
 
     # --- models and datasets ---
 
     @cached_property
     def models(self) -> list[str]:
-        """Those that the build's runs are of."""
+        """The base models of the runs that this build makes."""
         return sorted({run.model for run in self.made_runs.values()})
 
     def models_that(self, key: str) -> list[str]:
-        """Models with something under `key`: `transplant`, `generate`, `is_local`."""
+        """Models with a value under `key`: `transplant`, `generate`, `is_local`."""
         return [name for name, model in self.config.models.items() if getattr(model, key)]
 
     @cached_property
     def hub_models(self) -> list[str]:
-        models = self.config.models.items()
-        return [name for name, model in models if model.source and not model.is_local]
+        return [
+            name
+            for name, model in self.config.models.items()
+            if model.source and not model.is_local
+        ]
 
     @cached_property
     def generated_datasets(self) -> list[str]:
@@ -153,34 +149,38 @@ class Build:
     # --- wildcards ---
 
     def any_run_of(self, names: Iterable[str]) -> str:
-        """A wildcard constraint: a frozen run has no rules, its files are as the user's own."""
+        """A wildcard constraint without frozen runs: no rule makes their files."""
         return any_of([name for name in names if not self.config.is_frozen(name)])
 
     @cached_property
     def any_place(self) -> str:
-        """Where measurements of a link go: below `runs/` or, of a base, below `evaluation/`."""
+        """A wildcard constraint: the folder of a link's measurements, below `runs/` or, for a base,
+        below `evaluation/`."""
         runs = self.any_run_of(self.config.runs)
         models, datasets = any_of(self.config.models), any_of(self.config.datasets)
         return f"runs/(?:{runs})/evaluation|evaluation/(?:{models})(?:/(?:{datasets}))?"
 
     def names(self, run: str) -> dict[str, str]:
-        """What the wildcards of a run's files stand for."""
+        """The values of the wildcards in the paths of a run."""
         settings = self.config.runs[run]
-        packing = settings.packing or ""
-        names = {"model": settings.model, "dataset": settings.dataset, "packing": packing}
-        return {"run": run} | names
+        return {
+            "run": run,
+            "model": settings.model,
+            "dataset": settings.dataset,
+            "packing": settings.packing or "",
+        }
 
     def owner(self, wildcards: Wildcards) -> dict[str, str]:
-        """Whose measurements a {place} holds: names of a run (not of a base), a model and a dataset
-        (not of what has nothing to do with one)."""
+        """The owner of the measurements in a {place}, as values of wildcards: model; run, unless
+        they are of a base; dataset, unless they do not depend on one."""
         kind, name, *rest = wildcards.place.split("/")
         if kind == "runs":
             return self.names(name)
         return {"model": name} | dict(zip(["dataset"], rest, strict=False))
 
     def of_run(self, pattern: str) -> InputFunction:
-        """An input function: `pattern` with {model}, {dataset}, {packing} filled in from the run.
-        Other wildcards stay as they are for Snakemake."""
+        """An input function: `pattern` with {model}, {dataset} and {packing} filled in from the
+        run."""
         return lambda wildcards: pattern.format(**self.names(wildcards.run))
 
     def of_place(self, pattern: str) -> InputFunction:
@@ -190,18 +190,33 @@ class Build:
     # --- outputs ---
 
     def kept(self, what: str, file: str) -> str:
-        """An output as the config wants it: one that does not stay goes once nothing needs it."""
+        """An output, temporary unless `retention` keeps it."""
         flagged: str = file if getattr(self.config.retention, what) else temp(file)
         return flagged
 
 
+@contextmanager
+def stopping(key: str = "") -> Iterator[None]:
+    """Turn a StageError into Snakemake's error, which stops it before the first job.
+
+    Args:
+        key: where in the config the error is; it precedes the message.
+    Raises:
+        WorkflowError: with the message of the StageError.
+    """
+    try:
+        yield
+    except StageError as error:
+        raise WorkflowError(f"{key}: {error}" if key else str(error)) from None
+
+
 def any_of(names: Iterable[str]) -> str:
-    """A wildcard constraint: one of these names and nothing else."""
+    """A wildcard constraint: exactly one of these names."""
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
 
 
 def output_version(stage: str) -> int:
-    """A stage's OUTPUT_VERSION, read without running it: a changed algorithm makes its files anew.
+    """A stage's OUTPUT_VERSION, read without importing it. Raising it rebuilds the stage's outputs.
 
     Args:
         stage: room and program: `packing/pack_sequences`.
@@ -215,6 +230,6 @@ def output_version(stage: str) -> int:
 
 
 def flagged(flag: str, files: Iterable[str]) -> list[str]:
-    """A flag with its files, or nothing where there are none."""
+    """A flag with its files; nothing if there are no files."""
     found = list(files)
     return [flag, *found] if found else []

@@ -1,4 +1,4 @@
-"""The environment that jobs inherit: which interpreter, where our code is, how threads wait."""
+"""The environment that jobs inherit: interpreter, path of our code, behaviour of threads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 def prepare(workflow_folder: Path) -> None:
-    """Set it for this process and the jobs it starts.
+    """Set the environment variables of this process and of the jobs that it starts.
 
-    Stages are `python -m workflow_scripts…`: run by the interpreter that runs Snakemake (with
-    `--sdm conda` the activated environment goes before it) and found from any working directory.
+    Stages are called as `python -m workflow_scripts…`. They run with Snakemake's own interpreter
+    (with `--sdm conda`, the activated environment precedes it) and from any working directory.
 
     Args:
-        workflow_folder: where the Snakefile lies.
+        workflow_folder: folder of the Snakefile.
     """
     _put_first("PATH", str(Path(sys.executable).parent))
     _put_first("PYTHONPATH", str(workflow_folder))
-    # Threads that spin at a barrier burn the core its last thread waits for. Scoring on a busy
-    # machine with 2 cores took 44 s with two threads and 14 s with one; spinning is the likely
-    # cause. Idle, passive waiting costs nothing there (8.3 s against 8.2 s).
+    # Threads that spin at a barrier occupy the core that the last thread needs. Scoring on a busy
+    # machine with 2 cores took 44 s with two threads and 14 s with one, probably because of this.
+    # On an idle machine, passive waiting costs nothing (8.3 s, spinning 8.2 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,17 +1,17 @@
-"""Gates: which settings a gate passed with, and whether its verdict still stands.
+"""Gates: the settings that a gate passed with, and whether its verdict is still valid.
 
-A changed tolerance runs its gate again and nothing else. So what follows takes the verdict as
-`ancient()`, and the gate writes it with `update()`: the file stays in place while the gate runs.
-That alone would let a failed gate through (Snakemake 9.27):
+A changed tolerance must run its gate again and nothing else. So downstream rules take the verdict
+as `ancient()`, and the gate writes it with `update()`, which keeps the file in place while the gate
+runs. With these two flags alone, a failed gate would be ignored (Snakemake 9.27):
 
-- Snakemake records the params of a failed job as it does those of a successful one, and `update()`
-  restores the verdict of before. The next start finds nothing to do, and runs what follows. So a
-  gate has a second output, `.passed`, which a failed job loses, and a param that changes for as
-  long as that file is missing.
-- Snakemake does not look at jobs downstream of one that runs: it assumes that their inputs change,
-  which `ancient()` inputs do not. A new quantization in the same edit as a new tolerance would be
-  left out, with exit status 0. So a gate that runs again over finished work is a checkpoint, after
-  which Snakemake looks again.
+- Snakemake records the params of failed jobs too, and `update()` restores the previous verdict. The
+  next start would find nothing to do for the gate and run the downstream jobs. So a gate has a
+  second output, `.passed`, which a failed job loses, and a param that changes as long as that file
+  is missing.
+- Snakemake does not examine the jobs downstream of a job that runs: it assumes that their inputs
+  will change, but `ancient()` inputs do not. A quantization that was added in the same edit as a
+  tolerance would be left out, with exit status 0. So a gate that runs again over finished work is
+  a checkpoint, after which Snakemake examines the jobs again.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ ATTEMPT = "no attempt passed before "
 
 
 class Gate(NamedTuple):
-    """A gate as its rule sees it."""
+    """A gate, as its rule needs it."""
 
     verdict: str
-    """Path of the JSON that it writes, with wildcards."""
+    """Path of the JSON that the gate writes, with wildcards."""
     settings: str
-    """JSON of its table."""
+    """JSON of its settings."""
     version: int
     """OUTPUT_VERSION of its stage."""
 
     @property
     def passed(self) -> str:
-        """Path of the file that says with which settings it passed, with wildcards."""
+        """Path of the file with the settings that the gate passed with, with wildcards."""
         return str(Path(self.verdict).with_suffix(".passed"))
 
     @property
-    def asked(self) -> str:
-        """Content of that file where the verdict stands."""
+    def record(self) -> str:
+        """Content of that file if the verdict is valid."""
         return f"{self.settings} {self.version}"
 
-    def stands(self, names: dict[str, str]) -> bool:
-        """Whether the last attempt passed, with the settings of now.
+    def is_valid(self, names: dict[str, str]) -> bool:
+        """True if the last attempt passed with the current settings.
 
         Args:
             names: values of the wildcards.
         """
         passed = Path(self.passed.format(**names))
-        return passed.is_file() and passed.read_text(encoding="utf-8") == self.asked
+        return passed.is_file() and passed.read_text(encoding="utf-8") == self.record
 
     def judges_again(self, places: Iterable[dict[str, str]]) -> bool:
-        """Whether there is a verdict that no longer stands.
+        """True if there is a verdict that is no longer valid.
 
         Args:
-            places: values of the wildcards of each of its jobs.
+            places: values of the wildcards, for each job of the gate.
         """
         return any(
-            Path(self.verdict.format(**names)).exists() and not self.stands(names)
+            Path(self.verdict.format(**names)).exists() and not self.is_valid(names)
             for names in places
         )
 
@@ -79,7 +79,7 @@ class Gate(NamedTuple):
         Args:
             names: values of the wildcards.
         Returns:
-            What was recorded, where the last attempt passed; else a text never seen before.
+            The recorded value if the last attempt passed, else a text that was never used.
         """
         if not Path(self.passed.format(**names)).is_file():
             return f"{ATTEMPT}{time.time_ns()}"
@@ -88,10 +88,10 @@ class Gate(NamedTuple):
 
 
 class Gates:
-    """The gates of a build, with what their rules and those that follow share.
+    """The gates of a build, with input functions for their rules and the rules downstream.
 
     Args:
-        workflow: Snakemake's own, which recorded the last attempts.
+        workflow: Snakemake's workflow, which recorded the last attempts.
     """
 
     def __init__(self, build: Build, workflow: Any) -> None:  # untyped: Snakemake's
@@ -115,27 +115,22 @@ class Gates:
         )
 
     def last_attempt(self, gate: Gate) -> Callable[[Wildcards], str]:
-        """A gate's param that changes until it passes."""
-
-        def recorded(path: str) -> Sequence[str] | None:
-            params: Sequence[str] | None = self.workflow.persistence.params(IOFile(path))
-            return params
-
-        return lambda wildcards: gate.last_attempt(dict(wildcards.items()), recorded)
+        """A param that changes until the gate passes."""
+        return lambda wildcards: gate.last_attempt(
+            dict(wildcards.items()), lambda path: self.workflow.persistence.params(IOFile(path))
+        )
 
     def verdict_of_tokens(self) -> Any:  # untyped: an input function with a flag
-        """A run's verdict as input of what follows, which a verdict asked for again does not
-        re-run."""
+        """A run's verdict as an input that does not re-run the job when the gate runs again."""
         return ancient(self.build.of_run(self.tokens.verdict))
 
     def samples(self) -> str:
-        """What the figures of gates in reports and releases depend on; tolerances change none of
-        them."""
-        tolerances = {"merge": {"perplexity_increase_fraction"}, "gguf": {"kl_divergence_nats"}}
-        samples = self.build.config.evaluation.gates.model_dump(include=set(tolerances))
-        for gate, keys in tolerances.items():
-            for key in keys:
-                del samples[gate][key]
+        """The settings that change the figures of gates in reports and releases. Tolerances do
+        not."""
+        samples = self.build.config.evaluation.gates.model_dump(
+            include={"merge", "gguf"},
+            exclude={"merge": {"perplexity_increase_fraction"}, "gguf": {"kl_divergence_nats"}},
+        )
         return json.dumps(samples | {"versions": [self.merged.version, self.gguf.version]})
 
     def look_again(self) -> None:

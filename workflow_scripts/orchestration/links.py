@@ -1,5 +1,5 @@
-"""The links of the chain as Snakemake sees them: their files, their arguments, where the
-measurements of runs are."""
+"""The links of the chain for Snakemake: their files, the arguments of programs that measure them,
+and the paths of measurements."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ class Links:
     def __init__(self, build: Build) -> None:
         self.build = build
         self.config = build.config
-        self.links = build.links
 
     def files(self, wildcards: Wildcards) -> dict[str, str]:
-        """The files that make up a link, by name."""
-        link, names = self.links[wildcards.link], self.build.owner(wildcards)
+        """The files of a link, by name."""
+        link, names = self.build.links[wildcards.link], self.build.owner(wildcards)
         weights = "gguf" if link.engine == "llama.cpp" else "checkpoint"
         files = {weights: self._weights(link, names)}
         if link.adapter:
@@ -34,17 +33,17 @@ class Links:
         return files
 
     def source(self, wildcards: Wildcards) -> str:
-        """The weights of the link that a link is made from."""
-        source = self.links[wildcards.link].source
-        assert source is not None  # of those that are compared with one
-        return self._weights(self.links[source], self.build.owner(wildcards))
+        """The weights of the link that this link is made from."""
+        source = self.build.links[wildcards.link].source
+        assert source is not None  # only links with a source are compared
+        return self._weights(self.build.links[source], self.build.owner(wildcards))
 
     def _weights(self, link: chain.Link, names: dict[str, str]) -> str:
         return link.weights.format_map({**names, "link": link.name})
 
     def arguments(self, wildcards: Wildcards, input: InputFiles) -> list[str]:
-        """Which model is measured."""
-        link = self.links[wildcards.link]
+        """Arguments that name the model to measure."""
+        link = self.build.links[wildcards.link]
         if link.engine == "llama.cpp":
             return ["--gguf", input.gguf]
         if link.precision == "trained":
@@ -53,34 +52,36 @@ class Links:
         return ["--checkpoint", input.checkpoint, *precision]
 
     def live_adapter(self, run: str, input: InputFiles) -> list[str]:
-        """Arguments of what was trained, live on the base it was trained on."""
+        """Arguments for the adapter on the base that it was trained on, not merged."""
         adapter = str(Path(input.adapter).parent)
         precision = self.config.trained_precision(run)
         return ["--checkpoint", input.checkpoint, "--adapter", adapter, "--precision", precision]
 
     @property
     def task_links(self) -> list[str]:
-        """The base, one more that honours the window, and the file that people run."""
+        """The base, the merged model (both honour the window), and the smallest file, which people
+        run."""
         return ["base", "merged", self.build.quantizations[-1]]
 
     @property
     def context_links(self) -> list[str]:
-        of_merged = self.config.evaluation.context.of_merged
-        return [link for link in self.task_links if link != "merged" or of_merged]
+        if self.config.evaluation.context.of_merged:
+            return self.task_links
+        return [link for link in self.task_links if link != "merged"]
 
     @property
     def sample_links(self) -> list[str]:
-        """Of the overview: the base, the tuned model and the file that people run, both by
-        llama.cpp."""
+        """The links on the overview: the base, and in llama.cpp the tuned model and the smallest
+        file, which people run."""
         return ["base", "F16", self.build.quantizations[-1]]
 
     @property
     def task_kinds(self) -> list[TaskKind]:
-        """What the tasks are: those that the config names, and reference answers."""
+        """The kinds of tasks: those that the config names, and reference answers."""
         return ["tasks", "references"] if self.config.evaluation.tasks.names else ["references"]
 
     def chain_settings(self, run: str) -> ChainSettings:
-        """What the chain of a run depends on."""
+        """The settings that the chain of a run depends on."""
         return ChainSettings(
             run=self.config.runs[run],
             quantizations=tuple(self.build.quantizations),
@@ -90,23 +91,30 @@ class Links:
         )
 
     def chain(self, run: str) -> Chain:
-        """Where everything measured of a run is."""
+        """The paths of all measurements of a run."""
         return chain.chain_of(run, self.chain_settings(run))
 
     def scores(self, run: str) -> list[str]:
-        """From the base to the smallest file."""
+        """The scores of a run's links, from the base to the smallest file."""
         return [link.scores for link in self.chain(run).links]
 
     def files_of(
         self, runs: Iterable[str], files_of: Callable[[LinkFiles], Iterable[str | None]]
     ) -> list[str]:
-        """Some files of every link of some runs; a base's once for all runs that share it.
+        """Some files of every link of some runs. Runs on the same base share its files.
 
         Args:
-            files_of: of a link; None where there is none.
+            files_of: selects the files of a link; None stands for a file that does not exist.
         """
-        links = [link for run in runs for link in self.chain(run).links]
-        return sorted({file for link in links for file in files_of(link) if file})
+        return sorted(
+            {
+                file
+                for run in runs
+                for link in self.chain(run).links
+                for file in files_of(link)
+                if file
+            }
+        )
 
     def context_arguments(self) -> list[str]:
         return flagged("--context", self.context_links)
@@ -115,7 +123,7 @@ class Links:
         return [*flagged("--tasks", self.task_links), *flagged("--kinds", self.task_kinds)]
 
     def also_measured(self) -> list[str]:
-        """Arguments of reports: what they tell of links beside scores and speed."""
+        """Arguments of reports that name further measurements, besides scores and speed."""
         evaluation = self.config.evaluation
         return [
             *(self.context_arguments() if evaluation.context.use else []),

@@ -1,9 +1,9 @@
-"""The parts of the config that stages are handed, as JSON: the smallest that change an output."""
+"""The settings that stages get, as JSON: only the parts of the config that change their output."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from workflow_scripts.settings import RUN_TABLES, ReadingSettings
 
 
 class Params:
-    """Functions of rules' `params:`."""
+    """Functions for the `params:` of rules."""
 
     def __init__(self, build: Build) -> None:
         self.build = build
         self.config = build.config
 
     def entry(self, table: str, name: str, *keys: str) -> str:
-        """An entry of a table, or the part of it under `keys`."""
+        """An entry of a table, or its part below `keys`."""
         settings: Any = self.config.entry(table, name)
         for key in keys:
             settings = getattr(settings, key)
@@ -33,22 +33,21 @@ class Params:
     # --- models ---
 
     def base_model(self, wildcards: Wildcards) -> str:
-        """Where a base model comes from; how its tokenizer is read must not fetch it again."""
-        model = self.config.models[wildcards.model]
-        return model.model_dump_json(include={"source", "revision"})
+        """The source of a base model. How its tokenizer is read must not fetch it again."""
+        return self.config.models[wildcards.model].model_dump_json(include={"source", "revision"})
 
     def local_model_hashes(self, wildcards: Wildcards, resources: object) -> Mapping[str, str]:
-        """What lies in a local folder: for the key of `--cache` alone, as the versions of
-        packages."""
+        """Hashes of the files in a local folder. Like the versions of packages, only for the key of
+        `--cache`."""
         if not self.build.is_shared:
             return {}
         source = self.config.models[wildcards.model].source
-        assert source is not None  # a rule of local models
+        assert source is not None  # only local models have this param
         return shared_cache.content_of(Path(source).expanduser())
 
     def versions_of(self, *packages: str) -> Callable[..., Mapping[str, str | None]]:
-        """What a shared file depends on beside its rule. Made of the resources, so that it counts
-        in the key of `--cache` alone: Snakemake runs nothing again for it."""
+        """Versions of packages that a shared file depends on. The function takes `resources`, so
+        that the versions count only in the key of `--cache` and re-run nothing."""
 
         def versions(wildcards: Wildcards, resources: object) -> Mapping[str, str | None]:
             return shared_cache.versions(packages) if self.build.is_shared else {}
@@ -56,14 +55,12 @@ class Params:
         return versions
 
     def tokenizer_version(self, wildcards: Wildcards) -> list[str]:
-        """`--version` where the config says what the checkpoint's own files would else be asked
-        for."""
+        """`--version`, if the config gives it; otherwise the checkpoint's own files do."""
         version = self.config.models[wildcards.model].tokenizer_version
         return ["--version", version] if version else []
 
     def facts_arguments(self, wildcards: Wildcards) -> list[str]:
-        """What the config says of a model beside the checkpoint's own files, where it says
-        anything."""
+        """Arguments for facts that the config sets in place of the checkpoint's own files."""
         scaling = self.config.models[wildcards.model].rope_scaling
         rope = ["--rope-scaling", scaling.model_dump_json()] if scaling else []
         return self.tokenizer_version(wildcards) + rope
@@ -71,8 +68,8 @@ class Params:
     # --- chats ---
 
     def cleaning(self, wildcards: Wildcards) -> str:
-        """What cleaning a dataset depends on beside its files: the cleaning table, and each
-        source's format, columns and weight."""
+        """The settings that cleaning a dataset depends on: the cleaning table, and each source's
+        format, columns and weight."""
         dataset = self.config.datasets[wildcards.dataset]
         return json.dumps(
             {
@@ -86,36 +83,35 @@ class Params:
         )
 
     def hub_source(self, wildcards: Wildcards) -> str:
-        """Which dataset of the Hub a source is; how it is read is cleaning's affair."""
+        """The dataset on the Hub that a source names. How it is read belongs to `cleaning`."""
         source = self.config.datasets[wildcards.dataset].all_sources[wildcards.source]
         return source.model_dump_json(include={"hub", "revision", "subset", "split"})
 
     # --- training and merging ---
 
     def recipe(self, wildcards: Wildcards) -> str:
-        """Of a run that is trained."""
-        recipe = self.config.runs[wildcards.run].recipe
-        assert recipe is not None
-        return self.entry("recipes", recipe)
+        """The recipe of a run that is trained."""
+        return self.entry("recipes", self._recipe(wildcards.run))
 
     def training(self, resources: Any, n_nodes: int = 1) -> str:
-        """The table `training`, with as many GPUs a node as the job was given on so many: a profile
-        may have fewer. Without a GPU slot there are as many processes as the table says."""
+        """The table `training`, with the number of GPUs per node that the job was given, as a
+        profile may have fewer. Without GPU slots, the table's own number of processes stays."""
         gpus = resources.gpu // n_nodes or self.config.training.gpus
         return self.config.training.model_copy(update={"gpus": gpus}).model_dump_json()
 
     def beginning(self, wildcards: Wildcards) -> str:
-        """What fetching a run's adapter or merged model depends on."""
-        keys = {"model", "dataset", "adapter", "merged", "revision"}
-        return self.config.runs[wildcards.run].model_dump_json(include=keys)
+        """The settings that fetching a run's adapter or merged model depends on."""
+        return self.config.runs[wildcards.run].model_dump_json(
+            include={"model", "dataset", "adapter", "merged", "revision"}
+        )
 
     def merge_base(self, wildcards: Wildcards, input: InputFiles) -> str:
-        """`--merge-base`: what the config names, or the file that says what was measured."""
+        """`--merge-base`: the base that the config names, or the file with the measured choice."""
         base: str = input.choice or self.config.runs[wildcards.run].merge_base
         return base
 
     def merged_adapter(self, wildcards: Wildcards, input: InputFiles) -> list[str]:
-        """Arguments of the gate: what was merged, how it was trained, and into which base."""
+        """Arguments of the gate: the adapter, the precision it was trained in, the merge base."""
         return [
             "--adapter",
             str(Path(input.adapter).parent),
@@ -128,8 +124,7 @@ class Params:
     # --- GGUF ---
 
     def imatrix(self) -> str:
-        """The keys of `gguf.imatrix` that change the matrix; which quantization takes it is
-        another's."""
+        """The keys of `gguf.imatrix` that change the matrix, not those that say who uses it."""
         return self.config.gguf.imatrix.model_dump_json(include={"n_tokens"})
 
     def quantizations(self) -> str:
@@ -142,21 +137,22 @@ class Params:
         return self.config.gguf.mix(wildcards.quant).model_dump_json()
 
     def disk(self) -> str:
-        """What the large files of a build depend on."""
+        """The settings that the large files of a build depend on."""
         gguf = self.config.gguf.model_dump(include={"mixes", "quantizations"})
         runs = {name: run.model for name, run in self.build.made_runs.items()}
         return json.dumps({"runs": runs, "gguf": gguf, "awq": self.config.awq.use})
 
     def published(self, run: str) -> str:
-        """What a run's files and card say of where they come from."""
+        """What a run's files and model card say about their sources."""
         settings = self.config.runs[run]
         model, dataset = self.config.models[settings.model], self.config.datasets[settings.dataset]
-        quantized_by = self.config.gguf.quantized_by
-        return json.dumps(attribution.published(settings, model, dataset, quantized_by))
+        return json.dumps(
+            attribution.published(settings, model, dataset, self.config.gguf.quantized_by)
+        )
 
     def release(self, run: str) -> str:
-        """The config of a run, resolved, as its release tells it: what changes a file of it or a
-        figure; how pages are previewed and speed is timed does not."""
+        """The resolved config of a run for its release: the settings that change one of its files
+        or figures. Those of previews and of timing do not."""
         settings = self.config.runs[run]
         entries: dict[str, Any] = {
             field: json.loads(self.entry(table, getattr(settings, field)))
@@ -164,52 +160,47 @@ class Params:
             if getattr(settings, field)
         }
         entries["dataset"].pop("preview")
-        awq = {"awq": self.config.awq.model_dump()} if self.config.awq.use else {}
-        return json.dumps(
-            {
-                **entries,
-                **awq,
-                "gguf": self.config.gguf.model_dump(),
-                "evaluation": json.loads(self.scoring()),
-            }
-        )
+        if self.config.awq.use:
+            entries["awq"] = self.config.awq.model_dump()
+        entries["gguf"] = self.config.gguf.model_dump()
+        entries["evaluation"] = json.loads(self.scoring())
+        return json.dumps(entries)
 
     # --- evaluation and reports ---
 
     def scoring(self) -> str:
-        """The keys of `evaluation` that change a score; gates and timing are others'."""
-        return self._evaluation({"piece_tokens", "full_length", "max_conversations"})
+        """The keys of `evaluation` that change a score, without gates and timing."""
+        return self.config.evaluation.model_dump_json(
+            include={"piece_tokens", "full_length", "max_conversations"}
+        )
 
     def positions(self) -> str:
-        return self._evaluation({"max_conversations"})
+        return self.config.evaluation.model_dump_json(include={"max_conversations"})
 
     def texts(self) -> str:
-        return self._evaluation({"text_context_tokens"})
-
-    def _evaluation(self, keys: Iterable[str]) -> str:
-        return self.config.evaluation.model_dump_json(include=set(keys))
+        return self.config.evaluation.model_dump_json(include={"text_context_tokens"})
 
     def context(self) -> str:
-        """What the answers on long texts depend on."""
+        """The settings that change the answers on long texts."""
         return self.config.evaluation.context.model_dump_json(exclude={"files", "of_merged", "use"})
 
     def samples(self) -> str:
-        """What changes the answers to read."""
+        """The settings that change the sample answers."""
         return self.config.evaluation.samples.model_dump_json(exclude={"use"})
 
     def tasks(self) -> str:
-        """What changes a score of lm-evaluation-harness."""
+        """The settings that change a score of lm-evaluation-harness."""
         return self.config.evaluation.tasks.model_dump_json(exclude={"use", "max_answer_tokens"})
 
     def task_data(self) -> str:
         return self.config.evaluation.tasks.model_dump_json(include={"names", "include"})
 
     def references(self) -> str:
-        """What changes a score of reference answers."""
+        """The settings that change a score of reference answers."""
         return self.config.evaluation.tasks.model_dump_json(include={"limit", "max_answer_tokens"})
 
     def experiment(self) -> str:
-        """Every run trained and built with its settings; arms and seeds are found in these."""
+        """The settings of every trained run in `build`; the report finds arms and seeds in them."""
         return json.dumps(
             {
                 name: {"model": run.model, "dataset": run.dataset}
@@ -223,7 +214,7 @@ class Params:
         )
 
     def sweeps(self) -> str:
-        """Every sweep with what its runs share, and the swept values of each."""
+        """Every sweep: its recipe, and the swept values of each run."""
         recipes = self.build.sweeps.recipes
         return json.dumps(
             {
@@ -240,8 +231,8 @@ class Params:
         assert recipe is not None
         return recipe
 
-    def _swept_values(self, run: str) -> dict[str, Any]:  # untyped: of any key of a recipe
-        """The swept keys of a run with the values as validated: `2e-4` is a number."""
+    def _swept_values(self, run: str) -> dict[str, Any]:  # untyped: values of any recipe key
+        """The swept keys of a run, with validated values: `2e-4` is a number."""
         recipe = self._recipe(run)
         settings = self.config.recipes[recipe].model_dump(mode="json")
         return {key: settings[key] for key in self.build.sweeps.recipes[recipe].values}

@@ -1,4 +1,4 @@
-"""Releases as Snakemake sees them: what they are made from, frozen ones, and storage."""
+"""Releases for Snakemake: their inputs, frozen runs, and storage."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from snakemake.exceptions import WorkflowError
 from snakemake.iocontainers import Wildcards
 
 from workflow_scripts.log import StageError
-from workflow_scripts.orchestration.build import Build
+from workflow_scripts.orchestration.build import Build, stopping
 from workflow_scripts.orchestration.params import Params
 from workflow_scripts.orchestration.user_files import Remote
 from workflow_scripts.release import frozen, stored_release
 
 
 class Releases:
-    """What the rules of releases share.
+    """Input functions of the rules that make and send releases.
 
     Args:
-        remote: a URL as Snakemake's input or output, by the storage plugin for it.
+        remote: turns a URL into an input or output, by its storage plugin.
     """
 
     def __init__(self, build: Build, params: Params, remote: Remote) -> None:
@@ -30,22 +30,24 @@ class Releases:
         self.remote = remote
 
     def check_frozen(self) -> None:
-        """The frozen runs that this build shows are what the config says now: else reports would
-        say of them what is not so.
+        """Check that the frozen runs of this build were made with the settings of the config;
+        otherwise reports would describe them wrongly.
 
         Raises:
-            WorkflowError: one was made with other settings.
+            WorkflowError: a run was made with other settings.
         """
         for name in self.build.runs.keys() - self.build.made_runs.keys():
-            settings = self.build.runs[name].model_dump()
-            resolved = json.loads(self.params.release(name))
-            try:
-                frozen.check(name, settings, resolved, Path(f"results/runs/{name}/release"))
-            except StageError as error:
-                raise WorkflowError(str(error)) from None
+            with stopping():
+                frozen.check(
+                    name,
+                    self.build.runs[name].model_dump(),
+                    json.loads(self.params.release(name)),
+                    Path(f"results/runs/{name}/release"),
+                )
 
     def beginning(self, wildcards: Wildcards) -> str:
-        """Of a run: the manifest of its training, or where else its model came from."""
+        """The file that says where a run's model comes from: the manifest of its training, or the
+        source of what the user gave."""
         run = wildcards.run
         if run in self.build.merged_runs:
             return f"results/runs/{run}/merged"
@@ -61,17 +63,16 @@ class Releases:
         return [f"{folder}/{split}.parquet" for split in ("train", "validation", "test")]
 
     def stored_sums(self) -> object:
-        """SHA256SUMS of a run's release on storage; where the config names none, a file no one asks
-        for."""
+        """SHA256SUMS of a run's release on storage; without storage, a path that nothing
+        requests."""
         folder = self.config.storage.releases
-        try:
-            sums: object = self.remote(f"{folder}/{{run}}/SHA256SUMS") if folder else None
-        except StageError as error:
-            raise WorkflowError(f"storage.releases: {error}") from None
-        return sums or "results/runs/{run}/SHA256SUMS"
+        if not folder:
+            return "results/runs/{run}/SHA256SUMS"
+        with stopping("storage.releases"):
+            return self.remote(f"{folder}/{{run}}/SHA256SUMS")
 
     def store(self, run: str, release: str, sums: str, log_file: str) -> None:
-        """Send a run's release, all but SHA256SUMS, which is left for Snakemake to send."""
+        """Send a run's release, except SHA256SUMS, which Snakemake sends after this."""
         with open(log_file, "w", encoding="utf-8") as stream:
 
             def say(line: str) -> None:

@@ -1,7 +1,7 @@
-"""Snakemake's `--cache`: what may be shared between working copies, and what tells it apart.
+"""Snakemake's `--cache`: what may be shared between working copies, and what its keys depend on.
 
-The key of a shared file is made of rules, params and the content of inputs, back to the first ones.
-Nothing here logs: the Snakefile asks it before the first job.
+The key of a shared file is a hash of rules, params and the content of inputs, back to the first
+inputs. Nothing here logs: the Snakefile calls it before the first job.
 """
 
 from __future__ import annotations
@@ -24,49 +24,47 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 @cache
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    """Package → its version where Snakemake runs; None where it is only in a job's environment,
-    whose definition Snakemake counts in itself."""
-    found: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Package → version in Snakemake's environment; None if it is only in a job's environment,
+    whose definition Snakemake's key includes already."""
+    return {
+        name: next((found.version for found in metadata.distributions(name=name)), None)
+        for name in packages
+    }
 
 
 @cache
 def content_of(folder: Path) -> dict[str, str]:
-    """File → SHA-256, of a folder's files; read once."""
-    if not folder.is_dir():  # its own stage says so
+    """File → SHA-256 of a folder's files; each folder is read once."""
+    if not folder.is_dir():  # its own stage reports that
         return {}
     return {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def check(config: Config, runs: Iterable[str], named: Iterable[str]) -> None:
-    """
+    """Check that `--cache` can be used with this config.
+
     Args:
-        named: rules after `--cache`.
+        named: the rules named after `--cache`.
     Raises:
-        StageError: a rule is named; the folder for shared files cannot be written to; or what the
-            runs begin with is not told by the config: made on the spot, or a branch of the Hub.
+        StageError: a rule is named; the folder for shared files is not writable; or the config does
+            not fix the inputs of the runs: they are generated, on storage, or a branch on the Hub.
     """
     if named := list(named):
-        # Named ones Snakemake also takes on a cluster's nodes, where it sees one job alone and
-        # fails to hash the folders that it reads.
+        # Snakemake also applies named rules on a cluster's nodes, where it knows only one job and
+        # cannot hash the folders that this job reads.
         raise StageError(
-            "--cache takes no names of rules here",
+            "--cache must not name rules in this workflow",
             where="the command line",
             found=", ".join(named),
-            expected="--cache alone, with another option after it: the rules say what is shared",
+            expected="--cache followed by another option; the rules define what is shared",
         )
     location = os.environ.get(LOCATION)
     if not location or not (is_url(location) or os.access(location, os.W_OK)):
         raise StageError(
-            "--cache has no folder to share files in",
+            "--cache has no folder for shared files",
             where=f"the environment, {LOCATION}",
             found=location,
-            expected="a folder that is there, and that you may write to",
+            expected="an existing folder that you may write to",
         )
     found = []
     for name in runs:
@@ -86,9 +84,9 @@ def check(config: Config, runs: Iterable[str], named: Iterable[str]) -> None:
             found += filter(is_url, dataset.cleaning.decontamination.files)
     if found:
         raise StageError(
-            "--cache cannot tell what a run begins with",
+            "--cache needs inputs that cannot change, but those of a run can",
             where="models and datasets of the runs in `build`",
             found=", ".join(dict.fromkeys(found)),
-            expected="commits of the Hub (40 hexadecimal digits), or files of this machine",
-            to_fix="pin a commit; without --cache anything goes",
+            expected="commits on the Hub (40 hexadecimal digits), or files on this machine",
+            to_fix="pin a commit, or start without --cache",
         )

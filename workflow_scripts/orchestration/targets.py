@@ -1,4 +1,4 @@
-"""The files that each target asks for, and that reports and releases gather."""
+"""The files that each target requests, and those that reports and releases gather."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TargetInput = Callable[[Wildcards], list[str]]
 
 
 class Targets:
-    """Inputs of the targets in the Snakefile, and of the rules that gather."""
+    """Inputs of the targets in the Snakefile, and of the rules that gather files."""
 
     def __init__(self, build: Build, links: Links, remote: Remote) -> None:
         self.build = build
@@ -29,12 +29,12 @@ class Targets:
     # --- checks before the first job ---
 
     def disk_plan(self) -> list[str]:
-        """Before anything large is made."""
+        """The check of disk space, before anything large is made."""
         return ["results/disk_plan.json"] if self.build.made_runs else []
 
     def quantization_plans(self) -> TargetInput:
-        """Of a target that makes GGUFs: the types that llama.cpp will give them. What GGUF has no
-        form of is said before the first job."""
+        """For a target that makes GGUFs: the types that llama.cpp will give their tensors. Stops
+        before the first job if GGUF cannot represent a model."""
 
         def plans(wildcards: Wildcards) -> list[str]:
             for name in self.build.models:
@@ -43,18 +43,18 @@ class Targets:
                     raise WorkflowError(
                         "GGUF has no form of dynamic NTK\n"
                         f"  where:    models.{name}.rope_scaling.type\n"
-                        "  expected: linear or yarn, for a GGUF\n"
-                        "  to fix:   use yarn, or build the target `train`, which makes no GGUF"
+                        "  expected: linear or yarn\n"
+                        "  to fix:   use yarn, or build the target `train`, which makes no GGUFs"
                     )
             return _each("results/models/{}/quantization_plan.json", self.build.models)
 
         return plans
 
     def held_out(self, *splits: str, runs: Iterable[str] | None = None) -> TargetInput:
-        """Of a target that scores some runs on these splits, before the first job: the config gives
-        them a share. It asks for no file; that a share came to a conversation is seen when chats
-        are rendered."""
-        scored = list(self.build.made_runs if runs is None else runs)
+        """For a target that scores some runs on these splits: stops before the first job if the
+        config holds out no share for one. Requests no file. A share that gives no conversation is
+        noticed when chats are rendered."""
+        scored = list(self._made(runs))
 
         def check(wildcards: Wildcards) -> list[str]:
             for name, split in itertools.product(scored, splits):
@@ -66,11 +66,14 @@ class Targets:
         return check
 
     def recipe_checks(self, runs: Iterable[str] | None = None) -> list[str]:
-        """Before chats are packed: the recipes of some runs fit their models."""
-        names = self.build.made_runs if runs is None else runs
-        trained = [self.config.runs[name] for name in names if self.config.runs[name].is_trained]
+        """The checks, before chats are packed, that the recipes of some runs fit their models."""
+        made = [self.config.runs[name] for name in self._made(runs)]
         return sorted(
-            {f"results/models/{run.model}/recipes/{run.recipe}_check.json" for run in trained}
+            {
+                f"results/models/{run.model}/recipes/{run.recipe}_check.json"
+                for run in made
+                if run.is_trained
+            }
         )
 
     # --- data and training ---
@@ -83,7 +86,7 @@ class Targets:
         }
 
     def data(self) -> list[str]:
-        """Tokens of every run that passed their gate, and the plan of what is trained."""
+        """The gate of every run's tokens, and the packing plans of trained runs."""
         checks = {
             f"results/data/{run.dataset}/{run.model}/tokens/check.json"
             for run in self.build.made_runs.values()
@@ -91,20 +94,24 @@ class Targets:
         return sorted(checks | {f"{folder}/plan.parquet" for folder in self._packing_folders()})
 
     def preview(self) -> list[str]:
-        """The pages on the data: what was kept and why, conversations as tokens, how they are
-        packed."""
+        """The pages about the data: what cleaning kept and why, conversations as tokens, and how
+        they are packed."""
         cleaned = {
             f"results/data/{run.dataset}/clean/cleaning_report.html"
             for run in self.build.made_runs.values()
         }
-        pages = itertools.product(self._packing_folders(), ("preview.html", "packing.html"))
-        return sorted(cleaned | {f"{folder}/{page}" for folder, page in pages})
+        packed = {
+            f"{folder}/{page}"
+            for folder in self._packing_folders()
+            for page in ("preview.html", "packing.html")
+        }
+        return sorted(cleaned | packed)
 
     def built_trained_runs(self) -> list[str]:
-        return self.build.built(self.build.trained_runs)
+        return [name for name, run in self.build.runs.items() if run.is_trained]
 
     def made_trained_runs(self) -> list[str]:
-        return self.build.built(self.build.trained_runs, self.build.made_runs)
+        return [name for name, run in self.build.made_runs.items() if run.is_trained]
 
     def adapters(self) -> list[str]:
         return _each("results/runs/{}/adapter/adapter_model.safetensors", self.made_trained_runs())
@@ -113,16 +120,19 @@ class Targets:
 
     def exported(self) -> list[str]:
         runs = self.build.made_runs
-        ggufs = itertools.product(runs, self.build.gguf_types)
         return [
             *_each("results/runs/{}/merged_check.json", runs),
             *_each("results/runs/{}/gguf_check.json", runs),
-            *(f"results/runs/{run}/gguf/{run}-{kind}.gguf" for run, kind in ggufs),
+            *(
+                f"results/runs/{run}/gguf/{run}-{kind}.gguf"
+                for run in runs
+                for kind in self.build.gguf_types
+            ),
             *(_each("results/runs/{}/awq", runs) if self.config.awq.use else []),
         ]
 
     def adapter_ggufs(self) -> list[str]:
-        """The adapters of runs that have one, and the bases that they go on."""
+        """GGUF LoRAs of the runs that have an adapter, and F16 GGUFs of their base models."""
         recipes = self.config.recipes
         runs = {
             name: run
@@ -136,13 +146,13 @@ class Targets:
         ]
 
     def merge_base_choice(self, wildcards: Wildcards) -> list[str]:
-        """The file of `choose_merge_base`, for the runs that ask it."""
-        run = wildcards.run
-        is_measured = self.config.runs[run].merge_base == "auto"
-        return [f"results/runs/{run}/merge_base.json"] if is_measured else []
+        """The file of `choose_merge_base`, for runs with `merge_base: auto`."""
+        if self.config.runs[wildcards.run].merge_base != "auto":
+            return []
+        return [f"results/runs/{wildcards.run}/merge_base.json"]
 
     def imatrix(self, wildcards: Wildcards) -> list[str]:
-        """The importance matrix, where a quantization is made with one."""
+        """The importance matrix, for a quantization that uses it."""
         if not self.config.gguf.uses_imatrix(wildcards.quant):
             return []
         return [f"results/runs/{wildcards.run}/gguf/imatrix.gguf"]
@@ -150,11 +160,11 @@ class Targets:
     # --- measurements ---
 
     def token_scores(self, runs: Iterable[str]) -> list[str]:
-        """The losses of every token, of every link of some runs."""
+        """The loss of every token, for every link of some runs."""
         return self.links.files_of(runs, lambda link: [link.token_scores])
 
     def text_scores(self, runs: Iterable[str] | None = None) -> list[str]:
-        """Of the texts that the config names."""
+        """Scores on the texts that the config names."""
         return self.links.files_of(self._made(runs), lambda link: link.texts.values())
 
     def evaluations(self, runs: Iterable[str] | None = None) -> list[str]:
@@ -168,18 +178,18 @@ class Targets:
         ]
 
     def contexts(self, runs: Iterable[str] | None = None) -> list[str]:
-        """Usable context of the links that are asked."""
-        asked = self.links.context_links
+        """Usable context of the links that it is measured for."""
+        measured = self.links.context_links
         return self.links.files_of(
-            self._shown(runs), lambda link: [link.context if link.name in asked else None]
+            self._shown(runs), lambda link: [link.context if link.name in measured else None]
         )
 
     def task_scores(self, runs: Iterable[str] | None = None) -> list[str]:
-        """Scores in tasks, with what every document scored."""
-        asked, kinds = self.links.task_links, self.links.task_kinds
+        """Scores in tasks, with the scores of every document."""
+        measured, kinds = self.links.task_links, self.links.task_kinds
         scores = self.links.files_of(
             self._shown(runs),
-            lambda link: [link.tasks.get(kind) for kind in kinds if link.name in asked],
+            lambda link: [link.tasks.get(kind) for kind in kinds if link.name in measured],
         )
         return scores + [chain.samples_beside(file) for file in scores]
 
@@ -217,17 +227,17 @@ class Targets:
         return _each("results/report/tasks.{}", ["tsv", "md", "html"])
 
     def data_reports(self, run: str) -> list[str]:
-        """What was counted of a run's conversations and, where it is trained here, of its rows."""
+        """The counts of a run's conversations and, if it is trained here, of its rows."""
         of_run = self.links.chain(run)
         return [of_run.cleaning_report, *_there(of_run.packing_report)]
 
     def training_files(self, run: str) -> list[str]:
-        """What the page of a run draws of its training, where it was trained here."""
+        """The files for the training plots on a run's page, if it is trained here."""
         of_run = self.links.chain(run)
         return _there(of_run.history, of_run.training_manifest, of_run.memory_plan)
 
     def training_reports(self, run: str) -> list[str]:
-        """What was counted of a run's rows and of its training, where it was trained here."""
+        """The reports on a run's rows and training, if it is trained here."""
         of_run = self.links.chain(run)
         return _there(of_run.packing_report, of_run.training_manifest)
 
@@ -252,24 +262,23 @@ class Targets:
         folder = self.config.storage.releases
         if not folder:
             raise WorkflowError(
-                "where the releases go to is not said\n"
+                "the config names no storage for releases\n"
                 "  where:    storage.releases\n"
-                "  expected: a folder on storage, as s3://bucket/folder"
+                "  expected: a folder on storage, such as s3://bucket/folder"
             )
         return [self.remote(f"{folder}/{run}/SHA256SUMS") for run in self.build.runs]
 
     def experiment(self) -> list[str]:
-        """Of an overlay in `config/experiments/`: its runs trained and compared, nothing
-        exported."""
+        """For an overlay in `config/experiments/`: its runs, trained and compared; no export."""
         return _each("results/report/experiment.{}", ["tsv", "md", "html", "svg"])
 
     def sweep(self, wildcards: Wildcards) -> list[str]:
-        """Of the sweeps in `runs`: every combination trained, scored on validation and ranked."""
+        """For the sweeps in `runs`: every combination, trained, scored on validation and ranked."""
         if not self.build.sweeps.runs:
             raise WorkflowError(
                 "no run of this config is a sweep\n"
                 "  where:    runs.<name>.recipe\n"
-                "  to fix:   --configfile config/sweeps/learning_rate.yaml shows one: a recipe with"
+                "  to fix:   see config/sweeps/learning_rate.yaml: a recipe with"
                 " `sweep: true` and a list of values"
             )
         return _each("results/report/sweep.{}", ["tsv", "md", "html", "svg"])
@@ -290,7 +299,7 @@ def _nothing_held_out(name: str, dataset: str, split: str) -> str:
         "test": "`snakemake export` needs no test split",
     }
     return (
-        f"nothing is held out for {split}, and this build scores runs.{name} on it\n"
+        f"nothing is held out for {split}, but this build scores runs.{name} on it\n"
         f"  where:    datasets.{dataset}.cleaning.{split}_fraction\n"
         "  found:    0\n"
         "  expected: a share above 0, of at least 20 conversations\n"

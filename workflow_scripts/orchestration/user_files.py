@@ -1,4 +1,4 @@
-"""Files of the user's as inputs: on this machine, or on storage, brought here as jobs need them."""
+"""The user's files as inputs: on this machine, or on storage and fetched when a job needs them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from snakemake.iocontainers import Wildcards
 from workflow_scripts import urls
 from workflow_scripts.chats import sources
 from workflow_scripts.files import check_whole
-from workflow_scripts.log import StageError
 from workflow_scripts.merge import user_models
-from workflow_scripts.orchestration.build import Build
+from workflow_scripts.orchestration.build import Build, stopping
 from workflow_scripts.settings import is_local
 
 Remote = Callable[[str], Any]
 
 
 class UserFiles:
-    """What the config names of the user's.
+    """The files that the config names.
 
     Args:
-        remote: a URL as Snakemake's input, by the storage plugin for it.
+        remote: turns a URL into an input, by its storage plugin.
     """
 
     def __init__(self, build: Build, remote: Remote) -> None:
@@ -33,23 +32,19 @@ class UserFiles:
         self.remote = remote
 
     def look_for_all(self) -> None:
-        """Look for what jobs will read, so that a file which is not there stops everything with its
-        message alone. What is on storage is not asked for.
+        """Look for the files that jobs will read, so that a missing one stops Snakemake before the
+        first job. Storage is not asked.
 
         Raises:
-            WorkflowError: a file is missing, or something stands in for it.
+            WorkflowError: a file is missing, or is a placeholder for the real one.
         """
         for name in [*self.build.made_runs, *self.build.made_sweep_runs]:
             dataset = self.config.runs[name].dataset
-            try:
+            with stopping(f"datasets.{dataset}"):
                 self.sources(dataset), self.held_out(dataset)
-            except StageError as error:
-                raise WorkflowError(f"datasets.{dataset}: {error}") from None
         for name in self.build.made_runs:
-            try:
+            with stopping(f"runs.{name}"):
                 self.of_beginning(name)
-            except StageError as error:
-                raise WorkflowError(f"runs.{name}: {error}") from None
         for text, name in self.config.evaluation.texts.items():
             if not urls.is_url(name):
                 self.texts(f"evaluation.texts.{text}", [name])
@@ -57,20 +52,23 @@ class UserFiles:
     def input(self, name: str) -> Any:  # untyped: a path, or what a storage plugin makes of it
         """A file as an input.
 
-        What stands in for a file is refused here, before any job: some are read after training."""
+        Placeholders (a Git LFS pointer, a web page) are refused here, before any job: some files
+        are read only after training."""
         if not urls.is_url(name):
             path = Path(name).expanduser()
-            check_whole(path, may_be_empty=True)  # an empty one among many is right
+            check_whole(path, may_be_empty=True)  # one of many may be empty
             return str(path)
         urls.check_one_file(name)
         return self.remote(name)
 
     def texts(self, key: str, names: Iterable[str]) -> list[Any]:
-        """Text files, which `key` of the config names, as inputs."""
-        try:
+        """Text files as inputs.
+
+        Args:
+            key: the key of the config that names them.
+        """
+        with stopping(key):
             return [self.input(name) for name in names]
-        except StageError as error:
-            raise WorkflowError(f"{key}: {error}") from None
 
     def evaluation_text(self, wildcards: Wildcards) -> list[Any]:
         text = wildcards.text
@@ -80,33 +78,32 @@ class UserFiles:
         return self.texts("evaluation.context.files", self.config.evaluation.context.files)
 
     def calibration_texts(self) -> list[Any]:
-        """Texts that the importance matrix is computed on beside the chats."""
+        """Texts that the importance matrix is computed on, besides the chats."""
         return self.texts("gguf.imatrix.files", self.config.gguf.imatrix.files)
 
     def tasks(self) -> list[str]:
-        """Task files, with what lies beside them: data, and functions they name."""
+        """Task files and the other files of their folder: data, and functions that tasks name."""
         folder = self.config.evaluation.tasks.include
         if folder is None:
             return []
-        found = sorted(path for path in Path(folder).expanduser().rglob("*") if path.is_file())
-        found = [path for path in found if "__pycache__" not in path.parts]
-        try:
-            for path in found:
-                check_whole(path, may_be_empty=True)
-        except StageError as error:
-            raise WorkflowError(f"evaluation.tasks.include: {error}") from None
-        files = [str(path) for path in found]
+        files = [
+            str(path)
+            for path in sorted(Path(folder).expanduser().rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        ]
+        with stopping("evaluation.tasks.include"):
+            for name in files:
+                check_whole(Path(name), may_be_empty=True)
         if not any(name.endswith((".yaml", ".yml")) for name in files):
             raise WorkflowError(
                 "there is no task file\n"
                 f"  where:    evaluation.tasks.include, {folder}\n"
-                "  expected: a folder with YAML of lm-evaluation-harness"
+                "  expected: a folder with YAML files of lm-evaluation-harness"
             )
         return files
 
     def sources(self, dataset: str) -> dict[str, list[Any]]:
-        """What each source of a dataset is read from: the user's files, what was fetched, or
-        made."""
+        """Source → files of a dataset: the user's, fetched from the Hub, or generated."""
         settings = self.config.datasets[dataset]
         if settings.generate:
             return {"demo": [f"results/data/{dataset}/source/conversations.jsonl"]}
@@ -120,7 +117,7 @@ class UserFiles:
         }
 
     def held_out(self, dataset: str) -> list[Any]:
-        """Evaluation files that training must not hold."""
+        """Evaluation files whose text must not be in the training data."""
         decontamination = self.config.datasets[dataset].cleaning.decontamination
         if not decontamination:
             return []
@@ -133,8 +130,7 @@ class UserFiles:
         return self.held_out(wildcards.dataset)
 
     def source_arguments(self, wildcards: Wildcards) -> list[str]:
-        """`--source name file …` for every source; `--fetched` says where a URL's file lies
-        here."""
+        """`--source name file …` for every source; `--fetched` gives the local path of a URL."""
         arguments: list[str] = []
         places: list[str] = []
         for name, files in self.sources(wildcards.dataset).items():
@@ -145,7 +141,7 @@ class UserFiles:
         return [*arguments, *places]
 
     def of_beginning(self, run: str) -> list[str]:
-        """The files of a run's adapter or merged model that lie on this machine already."""
+        """The files of a run's adapter or merged model, if they are on this machine."""
         settings = self.config.runs[run]
         source = settings.adapter or settings.merged
         if source is None or not is_local(source):
@@ -155,7 +151,7 @@ class UserFiles:
 
 
 def name_of(file: Any) -> str:  # untyped: a path, or what a storage plugin makes of it
-    """What the config calls an input: the URL of one that comes from storage."""
+    """The name of an input in the config: its path, or its URL if it is on storage."""
     on_storage = getattr(file, "flags", {}).get("storage_object")
     name: str = on_storage.query if on_storage else file
     return name

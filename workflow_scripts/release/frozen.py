@@ -1,4 +1,4 @@
-"""Runs that are not made again: whether the config still says what they were made with."""
+"""Frozen runs, which are not made again: a check that the config still has their settings."""
 
 from __future__ import annotations
 
@@ -15,49 +15,47 @@ Tables = Mapping[str, Any]  # untyped: tables of a config, of this version or of
 
 
 def check(run: str, names: Tables, config: Tables, release: Path) -> None:
-    """Hold a frozen run's settings against those its release was made with. Keys that a later
-    version of the workflow added are no difference; a run that was not released is not checked.
+    """Compare a frozen run's settings with those that its release was made with.
+
+    Keys that a later version of the workflow added do not count. A run without a release is not
+    checked.
 
     Args:
         run: its name.
-        names: of its model, dataset, packing and recipe.
-        config: what the release would say of them (`release_json`).
+        names: its model, dataset, packing and recipe.
+        config: its settings, as `Params.release` gives them to its release.
         release: folder of the release.
     Raises:
-        StageError: a setting is another; reports would say what is not so.
+        StageError: a setting differs, so reports would describe the run wrongly.
     """
     provenance = release / "provenance.json"
     if not provenance.is_file():
         return
     made = ReleasedRun.read(provenance)
-    # A release of an earlier version may say less.
+    # The release of an earlier version may lack tables.
     tables = made.config
     shared = {"evaluation": tables.get("evaluation", {})}
     if "quantizations" in tables.get("gguf", {}):
         shared["gguf"] = {"quantizations": tables["gguf"]["quantizations"]}
-    for key, old, new in differences(shared, config):
-        raise _changed(run, key, old, new, provenance)
+    found = list(differences(shared, config))
     for field, table in RUN_TABLES.items():
         now = without_folders({"name": names.get(field), **config.get(field, {})})
         before = {"name": getattr(made, field), **tables.get(field, {})}
-        for key, old, new in differences(before, now):
-            place = f"runs.{run}, {table}.{names.get(field)}: {key}"
-            raise _changed(run, place, old, new, provenance)
-
-
-def _changed(run: str, key: str, old: Any, new: Any, provenance: Path) -> StageError:
-    return StageError(
-        f"the frozen run {run} was made with other settings",
-        where=key,
-        found=new,
-        expected=f"{old!r}, as in {provenance}",
-        to_fix="set it back; or take the run out of `frozen`, and it is made anew; or give the new"
-        " settings to a run of another name, built apart",
-    )
+        found += differences(before, now, f"runs.{run}, {table}.{names.get(field)}: ")
+    if found:
+        key, old, new = found[0]
+        raise StageError(
+            f"the frozen run {run} was made with other settings",
+            where=key,
+            found=new,
+            expected=f"{old!r}, as in {provenance}",
+            to_fix="set it back; or take the run out of `frozen`, and it is made again; or give"
+            " the new settings to a run with another name, which is built separately",
+        )
 
 
 def differences(before: Tables, now: Tables, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Key, old and new value of what changed, of the keys that were there before."""
+    """Key, old and new value of each changed setting, among the keys of `before`."""
     for key, old in before.items():
         new = now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

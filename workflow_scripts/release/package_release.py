@@ -42,14 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--beginning",
         type=Path,
         required=True,
-        help="training manifest, source.json of an adapter, or the folder of a model, as given",
+        help="training manifest; or source.json of a given adapter, or folder of a given model",
     )
     parser.add_argument(
         "--checks", type=Path, nargs=2, required=True, help="merged_check.json and gguf_check.json"
     )
-    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="of every link")
+    parser.add_argument(
+        "--scores", type=Path, nargs="+", required=True, help="scores of every link"
+    )
     parser.add_argument("--dataset", type=Path, nargs="+", required=True, help="cleaned splits")
-    parser.add_argument("--config", required=True, help="JSON: the entries that the run combines")
+    parser.add_argument("--config", required=True, help="JSON: the tables that the run combines")
     parser.add_argument("--benchmarks", type=Path, help="folder of Snakemake's benchmarks")
     parser.add_argument("--published", default="{}", help="JSON of `origin.published`")
     parser.add_argument("--release", type=Path, required=True, help="to write: folder")
@@ -59,33 +61,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     gguf_settings = settings_from_json(GgufSettings, json.dumps(config["gguf"]))
     facts = Facts.read(arguments.facts)
     scores = {path.stem: Scores.read(path) for path in arguments.scores}
-    source_file = arguments.checkpoint / "source.json"
-    source = Origin.read(source_file) if source_file.is_file() else Origin(source=run.model)
-    source = source.changed(**provenance.without_folders(source.model_dump()))
+    source = read_base(arguments.checkpoint, run)
+    given, manifest = read_beginning(run, arguments.beginning)
+    contents = {
+        path.name: tensor_types.written(
+            path, facts, gguf_settings, model_card.quantization(path, arguments.name)
+        )
+        for path in arguments.ggufs
+    }
 
     with files.atomic_folder(arguments.release) as folder:
-        for gguf in arguments.ggufs:
-            files.copy_or_link(gguf, folder / gguf.name)
-        default = arguments.ggufs[-1].name
-        files.write_text(
-            folder / "Modelfile",
-            modelfile.modelfile(
-                default,
-                tokenizer_version=facts.tokenizer_version,
-                context_tokens=facts.served_context_tokens,
-            ),
-        )
-        # Mistral's own tokenizer file: what the release is served with, and can be checked by.
+        # Mistral's own tokenizer file: serving uses it, and the release can be checked with it.
         own = find_tokenizer(arguments.tokenizer, facts.tokenizer_version).name
-        for name in ("chat_template.jinja", "tokenizer_config.json", own):
-            files.copy_or_link(arguments.tokenizer / name, folder / name)
-        given, manifest = read_beginning(run, arguments.beginning)
-        contents = {
-            path.name: tensor_types.written(
-                path, facts, gguf_settings, model_card.quantization(path, arguments.name)
-            )
-            for path in arguments.ggufs
-        }
+        of_tokenizer = ("chat_template.jinja", "tokenizer_config.json", own)
+        for path in [*arguments.ggufs, *(arguments.tokenizer / name for name in of_tokenizer)]:
+            files.copy_or_link(path, folder / path.name)
+        recipe = modelfile.modelfile(
+            arguments.ggufs[-1].name,
+            tokenizer_version=facts.tokenizer_version,
+            context_tokens=facts.served_context_tokens,
+        )
+        files.write_text(folder / "Modelfile", recipe)
         card = model_card.model_card(
             arguments.name,
             run,
@@ -119,17 +115,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             duration_seconds=durations(arguments.benchmarks) if arguments.benchmarks else {},
         )
         made_of.write(folder / "provenance.json")
-        released = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
-        sums = [f"{files.sha256(path)}  {path.name}" for path in released]
-        files.write_text(folder / "SHA256SUMS", "\n".join(sums) + "\n")
-    logger.info("packaged n_files=%d path=%s", len(sums) + 1, arguments.release)
+        n_files = write_checksums(folder)
+    logger.info("packaged n_files=%d path=%s", n_files, arguments.release)
+
+
+def read_base(checkpoint: Path, run: RunSettings) -> Origin:
+    """The origin of the base model, without folders of this machine."""
+    path = checkpoint / "source.json"
+    source = Origin.read(path) if path.is_file() else Origin(source=run.model)
+    return source.changed(**provenance.without_folders(source.model_dump()))
+
+
+def write_checksums(folder: Path) -> int:
+    """Write SHA256SUMS of a folder's files; returns the number of files with it."""
+    paths = sorted(folder.iterdir())
+    sums = "".join(f"{files.sha256(path)}  {path.name}\n" for path in paths)
+    files.write_text(folder / "SHA256SUMS", sums)
+    return len(paths) + 1
 
 
 def read_beginning(run: RunSettings, path: Path) -> tuple[GivenOrigin | None, AnyManifest | None]:
-    """What a run began with, where it was given; and how it was trained, as far as that is known.
+    """The adapter or model that a run was given, and the manifest of its training, if known.
 
     Args:
-        path: of `--beginning`.
+        path: value of `--beginning`.
     """
     if run.is_trained:
         return None, files.read_json(path)
@@ -139,18 +148,11 @@ def read_beginning(run: RunSettings, path: Path) -> tuple[GivenOrigin | None, An
 
 
 def read_gates(run: RunSettings, merged_check: Path, gguf_check: Path) -> Gates:
-    """What the gates measured.
-
-    Args:
-        merged_check: the first path of `--checks`.
-        gguf_check: the second.
-    """
-    merged: GivenMergedCheck | MergedCheck
-    if run.merged:
-        merged = GivenMergedCheck.read(merged_check)
-    else:
-        merged = MergedCheck.read(merged_check)
-    return Gates(merged_check=merged, gguf_check=GgufCheck.read(gguf_check))
+    """The figures of the gates."""
+    return Gates(
+        merged_check=(GivenMergedCheck if run.merged else MergedCheck).read(merged_check),
+        gguf_check=GgufCheck.read(gguf_check),
+    )
 
 
 if __name__ == "__main__":

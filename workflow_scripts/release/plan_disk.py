@@ -1,8 +1,8 @@
-"""Gate: the disk holds all that the runs of a build will write, or the sum of what is lacking.
+"""Gate: the disk has room for everything that the runs of a build will write.
 
-Merged model and F16 GGUF are the size of the base in 16 bits; a quantization takes the bits a
-weight that llama.cpp's own tool states of its type. Releases are hard links and take nothing. What
-is there already is not counted again.
+Merged model and F16 GGUF have the size of the base in 16 bits. For a quantization, llama.cpp's own
+tool states the bits per weight of its type. Releases are hard links and take no space. Files that
+exist already are not counted.
 
 python -m workflow_scripts.release.plan_disk --facts m=results/models/m/facts.json
     --settings '{"runs": {"my-run": "m"}, "gguf": {…}, "awq": false}' --results results
@@ -24,8 +24,8 @@ from workflow_scripts.settings import GgufSettings, settings_from_json
 from workflow_scripts.settings.fields import Settings
 
 OUTPUT_VERSION = 2
-# Of a whole file: the sizes of an 8B model in tools/quantize/quantize.cpp over its 8.03e9 weights,
-# or the bits named there.
+# Bits per weight of a whole file: the size of an 8B model in tools/quantize/quantize.cpp divided by
+# its 8.03e9 weights, or the bits named there.
 BITS_PER_WEIGHT = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.52, "Q6_K": 6.57, "Q5_1": 6.04, "Q5_K_M": 5.7,
     "Q5_K_S": 5.57, "Q5_K": 5.7, "Q5_0": 5.57, "Q4_1": 5.11, "Q4_K_M": 4.9, "Q4_K_S": 4.67,
@@ -35,23 +35,23 @@ BITS_PER_WEIGHT = {
     "IQ2_XS": 2.51, "Q2_0": 2.45, "IQ2_XXS": 2.26, "TQ2_0": 2.26, "IQ1_M": 1.95, "TQ1_0": 1.89,
     "IQ1_S": 1.76, "Q1_0": 1.33,
 }  # fmt: skip
-# Weights that a k-quant scales together. A tensor whose rows are not a multiple of it falls back to
-# Q5_0 or larger, at most to Q8_0: a model of width 576 in Q4_K_M took 6.0 bits a weight.
+# Weights that a k-quant scales together. A tensor whose rows are not a multiple of this falls back
+# to Q5_0 or larger, at most to Q8_0: a model of width 576 in Q4_K_M took 6.0 bits per weight.
 K_BLOCK = 256
 ANY_WIDTH = {"F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "IQ4_NL", "MXFP4"}
-# Of a 7B: 4 bits and a scale and a zero for every 128, embeddings and output layer in 16.
+# For a 7B: 4 bits, a scale and a zero point per 128 weights, embeddings and output layer in 16.
 AWQ_BITS = 4.6
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Headers, tokenizer, adapter, scores, and what a filesystem keeps for itself.
+# For headers, tokenizer, adapter, scores, and blocks that the file system reserves.
 MARGIN = 1.03
 logger = log.stage_logger("plan_disk")
 
 
 class DiskSettings(Settings):
-    """What the large files of a build depend on."""
+    """The settings that the large files of a build depend on."""
 
     runs: dict[str, str]
-    """Run → its model."""
+    """Run → model."""
     gguf: GgufSettings
     awq: bool
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if needed > free:
         largest = sorted(lacking, key=lacking.__getitem__, reverse=True)[:6]
         raise StageError(
-            "the disk has no room for what this build writes",
+            "the disk has no room for the files of this build",
             where=arguments.results.resolve(),
             found=f"{free / 1e9:.1f} GB free",
             expected=f"{needed / 1e9:.1f} GB: "
@@ -93,19 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             " retention.merged and retention.f16 to false and build one run at a time;"
             f" {log.DOCTOR}",
         )
-    plan = DiskPlan(needed_bytes=needed, free_bytes=free, planned_bytes=planned)
-    plan.write(arguments.disk_plan)
+    DiskPlan(needed_bytes=needed, free_bytes=free, planned_bytes=planned).write(arguments.disk_plan)
     logger.info("fits needed_gb=%.1f free_gb=%.1f", needed / 1e9, free / 1e9)
 
 
 def files_of(
     run: str, shape: ModelShape, weight_bytes: int, gguf: GgufSettings, *, has_awq: bool = False
 ) -> dict[str, int]:
-    """Path below `results/` → bytes, of the large files of a run.
+    """Path below `results/` → bytes, for the large files of a run.
 
     Args:
-        shape: of its base model.
-        weight_bytes: of the base's safetensors.
+        shape: the base model's.
+        weight_bytes: size of the base model's safetensors.
     """
     n_weights = weight_bytes / WEIGHT_BYTES.get(shape.dtype or "", 2)
     sizes = {"merged": 16.0, f"gguf/{run}-F16.gguf": 16.0}
@@ -115,12 +114,12 @@ def files_of(
     for name in gguf.quantizations:
         mix = gguf.mix(name)
         types = [mix.type, mix.output, mix.token_embd, *mix.tensors.values()]
-        # Of a mix the largest of its types: more than it takes.
+        # For a mix, the largest of its types: an upper bound.
         bits = max(BITS_PER_WEIGHT[one] for one in types if one)
         if falls_back and not ANY_WIDTH.issuperset(one for one in types if one):
             bits = max(bits, BITS_PER_WEIGHT["Q8_0"])
         elif falls_back and not mix.output:
-            # llama.cpp wants the output layer in Q6_K whatever the type, and takes Q8_0 for it.
+            # llama.cpp makes the output layer Q6_K in every type, and falls back to Q8_0 for it.
             n_output = shape.vocabulary_size * shape.hidden_size
             bits += max(0, BITS_PER_WEIGHT["Q8_0"] - bits) * n_output / n_weights
         sizes[f"gguf/{run}-{name}.gguf"] = bits
@@ -128,12 +127,12 @@ def files_of(
 
 
 def missing(planned: Mapping[str, int], results: Path) -> dict[str, int]:
-    """Those of the planned files that are not there yet."""
+    """The planned files that do not exist yet."""
     return {path: n_bytes for path, n_bytes in planned.items() if not (results / path).exists()}
 
 
 def needed_bytes(lacking: Mapping[str, int]) -> int:
-    """Room for files, with the margin."""
+    """Space for files, with the margin."""
     return round(MARGIN * sum(lacking.values()))
 
 

@@ -1,6 +1,6 @@
-"""Where a release comes from: settings, hashes, versions, machine, durations.
+"""The origin of a release: hashes, versions, machine.
 
-Nothing of it names a folder of the machine it was made on: a release may be published.
+A release may be published, so nothing here names a folder of the machine that it was made on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide a release's numbers."""
+    """Package → version, for the packages that determine a release's figures."""
     return {package: metadata.version(package) for package in PACKAGES}
 
 
 def git_revision() -> str | None:
-    """Commit of the workflow, `-dirty` where tracked files differ from it; None outside of git."""
+    """Commit of the workflow, with `-dirty` if tracked files differ from it; None outside git."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -37,7 +37,7 @@ def git_revision() -> str | None:
 
 
 def hardware() -> Hardware:
-    """The machine that this runs on; what training ran on is in its manifest."""
+    """This machine. The machine of the training is in its manifest."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
@@ -50,7 +50,7 @@ def hardware() -> Hardware:
 
 
 def hashes(paths: Sequence[Path]) -> dict[str, FileFacts]:
-    """Hash and size of files, by their names."""
+    """File name → hash and size."""
     return {
         path.name: FileFacts(sha256=files.sha256(path), size_bytes=path.stat().st_size)
         for path in paths
@@ -58,7 +58,7 @@ def hashes(paths: Sequence[Path]) -> dict[str, FileFacts]:
 
 
 def without_folders(value: Any) -> Any:
-    """A JSON value, absolute paths in it cut down to their names."""
+    """A JSON value in which absolute paths are reduced to file names."""
     match value:
         case dict():
             return {key: without_folders(inner) for key, inner in value.items()}

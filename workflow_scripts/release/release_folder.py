@@ -1,4 +1,4 @@
-"""What a release holds, and that it is as it was packaged.
+"""The files of a release, and a check that they are as they were packaged.
 
 Nothing here logs: the Snakefile imports it.
 """
@@ -15,7 +15,7 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def checksums(sums: Path) -> dict[str, str]:
-    """File → SHA-256, of a SHA256SUMS."""
+    """File → SHA-256, from a SHA256SUMS file."""
     return {
         match[2]: match[1]
         for match in map(LINE.fullmatch, sums.read_text(encoding="utf-8").splitlines())
@@ -24,7 +24,7 @@ def checksums(sums: Path) -> dict[str, str]:
 
 
 def released_files(release: Path) -> list[Path]:
-    """A release's files, each as it was when the release was packaged.
+    """A release's files, after a check that each is as it was packaged.
 
     Raises:
         StageError: a file is missing, was changed, or does not belong to the release.
@@ -32,14 +32,12 @@ def released_files(release: Path) -> list[Path]:
     sums = release / "SHA256SUMS"
     if not sums.is_file():
         raise StageError(
-            "this is no release", where=release, to_fix="snakemake makes it: target `all`"
+            "this is not a release folder", where=release, to_fix="snakemake makes it: target `all`"
         )
     listed = checksums(sums)
-    # Snakemake keeps a hidden file of its own in a folder that it made.
-    names = {path.name for path in release.iterdir()}
-    there = {name for name in names if not name.startswith(".")} - {sums.name}
-    if there != listed.keys():
-        differing = sorted(there ^ listed.keys())
+    # Snakemake keeps a hidden file in every folder that it made.
+    there = {path.name for path in release.iterdir() if not path.name.startswith(".")}
+    if differing := sorted(there - {sums.name} ^ listed.keys()):
         raise StageError(
             "the release's files are not those it was packaged with",
             where=release,

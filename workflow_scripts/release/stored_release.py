@@ -1,9 +1,9 @@
-"""A release sent to storage, file by file, all but its SHA256SUMS.
+"""Send a release to storage, file by file, except its SHA256SUMS.
 
-Snakemake removes SHA256SUMS there before this runs and sends the new one after it: where it lies,
-the release is whole. What was sent is noted here, so that a try after a broken one goes on, and a
-file of the release before does not stay. Nothing here logs: a rule's `run:` calls it within
-Snakemake, which knows the endpoint and the credentials.
+Snakemake removes SHA256SUMS on storage before this runs and sends the new one afterwards, so a
+release with SHA256SUMS is complete. A note lists the files that were sent: the next attempt
+continues after them, and files of an earlier release are removed. Nothing here logs: a rule's
+`run:` calls it within Snakemake, which knows the endpoint and the credentials.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workflow_scripts.release.release_folder import checksums, released_files
 
 
 def send(*arguments: Any) -> None:
-    """`sending`, done; in a thread of its own, as Snakemake's has a loop that runs already."""
+    """Run `sending` in a separate thread, as Snakemake's thread has a running event loop."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: asyncio.run(sending(*arguments))).result()
 
@@ -28,20 +28,21 @@ def send(*arguments: Any) -> None:
 async def sending(
     release: Path, url: str, note: Path, remote: Callable[[str], Any], say: Callable[[str], None]
 ) -> None:
-    """
+    """Send the files of a release, note each, and remove those of an earlier release.
+
     Args:
         url: folder on storage.
-        note: JSON of what was sent where, read and written.
-        remote: a URL as a storage object of Snakemake's.
-        say: takes a line for each file.
+        note: JSON that lists the sent files, read and written.
+        remote: turns a URL into a storage object of Snakemake's.
+        say: called with one line per file.
     Raises:
-        StageError: the release is not as it was packaged, or storage has not what was sent.
+        StageError: the release is not as it was packaged, or a file on storage differs.
         WorkflowError: storage refuses, or cannot be reached.
     """
     paths = released_files(release)
     digests = checksums(release / "SHA256SUMS")
     before = StoredRelease.read(note) if note.is_file() else None
-    # What was sent to another folder says nothing about this one.
+    # A note about another folder says nothing about this one.
     sent = dict(before.files) if before and before.url == url else {}
     for path in paths:
         if path.name == "SHA256SUMS":
@@ -55,7 +56,7 @@ async def sending(
         await there.managed_store()
         if (found := await size(there)) != n_bytes:
             raise StageError(
-                "a file on storage is not what was sent",
+                "a file on storage differs from the file that was sent",
                 where=f"{url}/{path.name}",
                 found=f"{found} bytes",
                 expected=f"{n_bytes}",
@@ -74,5 +75,5 @@ async def sending(
 
 
 async def size(remote: Any) -> int | None:
-    """Bytes of an object; None where there is none."""
+    """Size of an object in bytes; None if it does not exist."""
     return await remote.managed_size() if await remote.managed_exists() else None

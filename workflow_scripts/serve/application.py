@@ -1,4 +1,4 @@
-"""llama-cpp-python's server over our models."""
+"""llama-cpp-python's server, with our models and prompts."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from llama_cpp.server.settings import ServerSettings
 from starlette.concurrency import run_in_threadpool
 
 from workflow_scripts.serve.loaded_models import Models
-from workflow_scripts.serve.requests import ChatRequest, refusal, refused
+from workflow_scripts.serve.requests import ChatRequest, refusal
 
 CHATS = "/v1/chat/completions"
 
 
 def application(served: Models, api_key: str | None) -> FastAPI:
-    """The library's server, changed where it would answer otherwise than the model was trained to:
+    """The library's server, with changes where it would answer unlike the trained model:
 
-    - chats are checked and rendered by `prompts`, and answered in the model's own tool format;
-    - what current clients send is understood: `max_completion_tokens`, a null `content` beside
-      tool calls, the role `developer`, a `json_schema`;
-    - sampling is the release's unless the request says otherwise (no repetition penalty, which
-      OpenAI clients cannot turn off);
-    - a name that is not served is an error, not another model;
+    - `prompts` checks and renders chats; answers use the model's own tool format;
+    - it accepts what current clients send: `max_completion_tokens`, a null `content` next to tool
+      calls, the role `developer`, a `json_schema`;
+    - sampling defaults to the release's (no repetition penalty, which OpenAI clients cannot turn
+      off);
+    - an unknown model name is an error and does not select another model;
     - a new request waits for its turn and does not cut off an answer that streams;
-    - no page of another origin may ask (CORS).
+    - pages of other origins are refused (CORS).
 
-    The models are closed when it ends.
+    The models are closed when the server ends.
     """
     library.set_server_settings(ServerSettings(api_key=api_key, interrupt_requests=False))
-    # Its own proxy holds one model at a time.
-    # In place of the library's own: it has the same methods, and is of no class of its.
+    # The library's proxy holds one model at a time; ours has the same methods, not its class.
     library._llama_proxy = served  # type: ignore[assignment]
     chats = APIRouter()
 
@@ -43,10 +42,10 @@ def application(served: Models, api_key: str | None) -> FastAPI:
         response_model=None,
     )
     async def create_chat_completion(request: Request, body: ChatRequest) -> Any:
-        reason = await run_in_threadpool(refusal, body, served)
-        if reason:
-            return refused(reason)
-        body.model = body.model or served.default  # else the answer would name a path
+        refused = await run_in_threadpool(refusal, body, served)
+        if refused is not None:
+            return refused
+        body.model = body.model or served.default  # otherwise the answer would name a path
         return await library.create_chat_completion(request, body)
 
     @asynccontextmanager

@@ -1,52 +1,46 @@
-"""An answer of the model in OpenAI's shape: text, or the tool calls that it writes.
+"""An answer of the model in OpenAI's shape: text, or the tool calls that the model writes.
 
-llama-cpp-python's own handler answers with tool calls only where one tool was forced, and then in
-no form that the model was trained on. A Mistral model opens them with a control token and writes
-them as JSON, so that is what is read here.
+llama-cpp-python's own handler answers with tool calls only if one tool is forced, and in a format
+that the model was not trained on. A Mistral model opens calls with a control token and writes them
+as JSON; this module parses that.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from workflow_scripts.chats.messages import CALL_ID
-from workflow_scripts.serve.prompts import Message, Prompts, UnusableChat
+from llama_cpp import Llama
+from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
+from llama_cpp.llama_tokenizer import LlamaTokenizer
+from llama_cpp.llama_types import (
+    ChatCompletionMessageToolCall,
+    ChatCompletionMessageToolCallChunk,
+    ChatCompletionNamedToolChoice,
+    ChatCompletionRequestResponseFormat,
+    ChatCompletionResponseMessage,
+    ChatCompletionStreamResponseDelta,
+    ChatCompletionTool,
+    CreateChatCompletionResponse,
+    CreateChatCompletionStreamResponse,
+    CreateCompletionResponse,
+)
 
-if TYPE_CHECKING:
-    from llama_cpp import Llama
-    from llama_cpp.llama_grammar import LlamaGrammar
-    from llama_cpp.llama_types import (
-        ChatCompletionMessageToolCall,
-        ChatCompletionMessageToolCallChunk,
-        ChatCompletionNamedToolChoice,
-        ChatCompletionRequestResponseFormat,
-        ChatCompletionResponseMessage,
-        ChatCompletionStreamResponseChoice,
-        ChatCompletionStreamResponseDelta,
-        ChatCompletionTool,
-        CreateChatCompletionResponse,
-        CreateChatCompletionStreamResponse,
-        CreateCompletionResponse,
-    )
+from workflow_scripts.chats.messages import CALL_ID, Message
+from workflow_scripts.serve.prompts import Prompts, UnusableChat
 
 OPENS_CALLS = "[TOOL_CALLS]"
-# What llama-cpp-python hands a chat handler and its `create_completion` does not know.
-_NOT_SAMPLING = ("functions", "function_call", "logprobs", "top_logprobs")
 
 
 def install(llama: Llama, prompts: Prompts) -> None:
-    """Let a loaded model answer chats as it was trained to."""
-    from llama_cpp.llama_tokenizer import LlamaTokenizer
-
+    """Make a loaded model answer chats in the format that it was trained on."""
     opens_calls = prompts.tool_calls_id
 
     class VisibleCalls(LlamaTokenizer):
-        """llama.cpp's text of control tokens is nothing; the one that opens tool calls is kept."""
+        """llama.cpp omits the text of control tokens; this keeps the one that opens tool calls."""
 
         def detokenize(
             self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
@@ -66,7 +60,7 @@ def install(llama: Llama, prompts: Prompts) -> None:
 def chat_handler(
     prompts: Prompts,
 ) -> Callable[..., CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]]:
-    """What `Llama.create_chat_completion` calls."""
+    """The function that `Llama.create_chat_completion` calls."""
 
     def answer(
         *,
@@ -77,15 +71,18 @@ def chat_handler(
         response_format: ChatCompletionRequestResponseFormat | None = None,
         grammar: LlamaGrammar | None = None,
         stream: bool = False,
+        # llama-cpp-python passes these on, but `create_completion` does not know them.
+        functions: object = None,
+        function_call: object = None,
+        logprobs: object = None,
+        top_logprobs: object = None,
         **sampling: Any,
     ) -> CreateChatCompletionResponse | Iterator[CreateChatCompletionStreamResponse]:
-        for name in _NOT_SAMPLING:
-            sampling.pop(name, None)
         tools = None if tool_choice == "none" else tools
         prompt = prompts.render(messages, tools)
         callable_tools = forced_tools(tools, tool_choice)
         if callable_tools:
-            assert prompts.tool_calls_id is not None  # else rendering had refused the tools
+            assert prompts.tool_calls_id is not None  # otherwise rendering refuses tools
             prompt.append(prompts.tool_calls_id)
             grammar = calls_grammar(callable_tools, prompts)
         elif grammar is None and response_format and response_format["type"] == "json_object":
@@ -105,10 +102,10 @@ def forced_tools(
     tools: Sequence[ChatCompletionTool] | None,
     tool_choice: str | ChatCompletionNamedToolChoice | None,
 ) -> list[ChatCompletionTool]:
-    """The tools of which one must be called; none where the model is free to answer.
+    """The tools of which one must be called; empty if the model may answer freely.
 
     Raises:
-        UnusableChat: a tool is to be called that is not offered.
+        UnusableChat: a tool must be called that is not offered.
     """
     if tool_choice is None or tool_choice in ("none", "auto"):
         return []
@@ -118,12 +115,12 @@ def forced_tools(
         name = tool_choice["function"]["name"]
         chosen = [tool for tool in tools or [] if tool["function"]["name"] == name]
     if not chosen:
-        raise UnusableChat(f"tool_choice names no tool that is offered: {tool_choice}")
+        raise UnusableChat(f"tool_choice names a tool that is not offered: {tool_choice}")
     return chosen
 
 
 def calls_grammar(tools: Sequence[ChatCompletionTool], prompts: Prompts) -> LlamaGrammar:
-    """One call of one of the tools, spelled as in training."""
+    """A grammar for one call of one of the tools, written as in training."""
     calls = []
     for tool in tools:
         function = tool["function"]
@@ -146,13 +143,11 @@ def calls_grammar(tools: Sequence[ChatCompletionTool], prompts: Prompts) -> Llam
 
 
 def json_grammar(schema: object, prompts: Prompts) -> LlamaGrammar:
-    """JSON of a schema, after the space that a SentencePiece model begins every answer with.
+    """A grammar for JSON of a schema, after the space that starts every SentencePiece answer.
 
     Args:
         schema: JSON Schema; None is any object.
     """
-    from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
-
     rules = json_schema_to_gbnf(json.dumps(schema or {"type": "object"}))
     if prompts.has_leading_space:
         rules = rules.replace("root ::= ", "answer ::= ", 1) + '\nroot ::= " " answer\n'
@@ -160,10 +155,10 @@ def json_grammar(schema: object, prompts: Prompts) -> LlamaGrammar:
 
 
 def parse_calls(text: str) -> list[ChatCompletionMessageToolCall] | None:
-    """Tool calls in OpenAI's shape; None where the text is no list of calls.
+    """Tool calls in OpenAI's shape; None if the text is not a list of calls.
 
     Args:
-        text: what follows the token that opens them.
+        text: the text after the token that opens calls.
     """
     try:
         written = json.loads(text)
@@ -178,29 +173,33 @@ def parse_calls(text: str) -> list[ChatCompletionMessageToolCall] | None:
             }
             for call in written
         ]
-    # What the model writes may be any JSON, or none.
+    # The model may write any JSON, or none.
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return calls or None
 
 
 def _id_of(call: Mapping[str, Any]) -> str:  # untyped: written by a model
-    """The id the model wrote (v3 and later), or a fresh one."""
+    """The id that the model wrote (v3 and later), or a random one."""
     written = call.get("id")
     if isinstance(written, str) and CALL_ID.fullmatch(written):
         return written
-    alphabet = string.ascii_letters + string.digits
-    return "".join(secrets.choice(alphabet) for _ in range(9))
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 def _whole(
     completion: CreateCompletionResponse, begins: str, prompts: Prompts, *, reads_calls: bool
 ) -> CreateChatCompletionResponse:
     choice = completion["choices"][0]
-    said, calls = _split(begins + choice["text"], prompts, reads_calls=reads_calls)
-    message: ChatCompletionResponseMessage = {"role": "assistant", "content": said}
+    text = begins + choice["text"]
+    if prompts.has_leading_space:
+        text = text.removeprefix(" ")
+    content, opened, written = text.partition(OPENS_CALLS)
+    calls = parse_calls(written) if opened and reads_calls else None
+    # Text after the token that is not a call stays text.
+    message: ChatCompletionResponseMessage = {"role": "assistant", "content": content + written}
     if calls:
-        message = {"role": "assistant", "content": said or None, "tool_calls": calls}
+        message = {"role": "assistant", "content": content or None, "tool_calls": calls}
     return {
         "id": "chat" + completion["id"],
         "object": "chat.completion",
@@ -218,17 +217,6 @@ def _whole(
     }
 
 
-def _split(
-    text: str, prompts: Prompts, *, reads_calls: bool
-) -> tuple[str, list[ChatCompletionMessageToolCall] | None]:
-    """What was said, and the calls after it. Text after the token that is no call stays text."""
-    if prompts.has_leading_space:
-        text = text.removeprefix(" ")
-    said, opened, written = text.partition(OPENS_CALLS)
-    calls = parse_calls(written) if opened and reads_calls else None
-    return (said, calls) if calls else (said + written, None)
-
-
 def _streamed(
     chunks: Iterable[CreateCompletionResponse],
     begins: str,
@@ -236,24 +224,22 @@ def _streamed(
     *,
     reads_calls: bool,
 ) -> Iterator[CreateChatCompletionStreamResponse]:
-    """Text as it comes; tool calls at the end, whole."""
+    """Text as it is generated; tool calls as a whole at the end."""
     opened = begins
-    has_begun = has_text = False
-    for chunk in chunks:
+    has_text = False
+    for number, chunk in enumerate(chunks):
         choice = chunk["choices"][0]
-        if not has_begun:
+        if number == 0:
             yield _delta(chunk, {"role": "assistant", "content": ""})
-            has_begun = True
         text = choice["text"]
         if text and not has_text:
             text = text.removeprefix(" ") if prompts.has_leading_space else text
             has_text = True
         if opened:
-            opened += text
-            text = ""
-        elif OPENS_CALLS in text:
-            text, _, written = text.partition(OPENS_CALLS)
-            opened = OPENS_CALLS + written
+            opened, text = opened + text, ""
+        else:
+            text, token, written = text.partition(OPENS_CALLS)
+            opened = token + written
         if text:
             yield _delta(chunk, {"content": text})
         if choice["finish_reason"] is None:
@@ -261,23 +247,19 @@ def _streamed(
         written = opened.removeprefix(OPENS_CALLS)
         calls = parse_calls(written) if reads_calls else None
         if calls:
-            yield _delta(chunk, {"tool_calls": list(map(_numbered, itertools.count(), calls))})
+            numbered: list[ChatCompletionMessageToolCallChunk] = [
+                {
+                    "index": index,
+                    "id": call["id"],
+                    "type": "function",
+                    "function": {**call["function"]},
+                }
+                for index, call in enumerate(calls)
+            ]
+            yield _delta(chunk, {"tool_calls": numbered})
         elif written:
             yield _delta(chunk, {"content": written})
         yield _delta(chunk, {}, "tool_calls" if calls else choice["finish_reason"])
-
-
-def _numbered(
-    index: int, call: ChatCompletionMessageToolCall
-) -> ChatCompletionMessageToolCallChunk:
-    """A call as a stream carries it."""
-    name, arguments = call["function"]["name"], call["function"]["arguments"]
-    return {
-        "index": index,
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
 
 
 def _delta(
@@ -285,16 +267,10 @@ def _delta(
     delta: ChatCompletionStreamResponseDelta,
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None,
 ) -> CreateChatCompletionStreamResponse:
-    choice: ChatCompletionStreamResponseChoice = {
-        "index": 0,
-        "delta": delta,
-        "logprobs": None,
-        "finish_reason": finish_reason,
-    }
     return {
         "id": "chat" + chunk["id"],
         "object": "chat.completion.chunk",
         "created": chunk["created"],
         "model": chunk["model"],
-        "choices": [choice],
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
     }

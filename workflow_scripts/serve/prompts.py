@@ -1,9 +1,9 @@
 """A chat as token ids, exactly as in training.
 
-llama-cpp-python renders the GGUF's chat template as text and reads the control tokens back out of
-it; a user who writes `[INST]` or `</s>` then writes control tokens. mistral-common rendered the
-training data, so it renders here as well, from the tokenizer file that the release carries. It
-sets the one BOS, and a text never makes a control token.
+llama-cpp-python renders the GGUF's chat template as text and parses control tokens from it, so a
+user who writes `[INST]` or `</s>` writes control tokens. mistral-common rendered the training data,
+and it renders here too, with the tokenizer file of the release. It adds exactly one BOS, and text
+never becomes a control token.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.chats.messages import CALL_ID
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from workflow_scripts.chats.messages import CALL_ID, Message
 from workflow_scripts.models.tokenizer_files import (
     find_tokenizer,
     load_mistral_tokenizer,
@@ -24,69 +27,38 @@ if TYPE_CHECKING:
     from llama_cpp.llama_types import ChatCompletionTool
 
 
-class CalledFunction(TypedDict):
-    """What a tool call calls."""
-
-    name: str
-    arguments: str
-    """JSON."""
-
-
-class ToolCall(TypedDict):
-    """A tool call in OpenAI's shape."""
-
-    id: str
-    type: str
-    function: CalledFunction
-
-
-class Message(TypedDict):
-    """A message as OpenAI's clients send it. mistral-common checks it when it is rendered."""
-
-    role: str
-    content: NotRequired[object]
-    """Text, its parts, or None."""
-    tool_calls: NotRequired[list[ToolCall] | None]
-    tool_call_id: NotRequired[str | None]
-    refusal: NotRequired[str | None]
-
-
 class UnusableChat(ValueError):
-    """Why a conversation has no prompt."""
+    """A conversation that cannot be rendered; the message is the reason."""
 
 
 class Prompts:
-    """Renders what comes before an answer.
+    """Renders prompts: everything before an answer.
 
     Args:
-        folder: of the release: Mistral's own tokenizer file.
+        folder: the release, which has Mistral's own tokenizer file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = load_mistral_tokenizer(folder, for_training=False)
-        path = find_tokenizer(folder)
-        self.version = tokenizer_version(path)
+        self.version = tokenizer_version(find_tokenizer(folder))
         self.has_leading_space = self.version != "tekken"
-        """Whether an answer's first token begins with SentencePiece's space."""
+        """An answer's first token starts with SentencePiece's space."""
 
     def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[ChatCompletionTool] | None = None,
     ) -> list[int]:
-        """Token ids, BOS first, up to where the answer begins.
+        """Token ids from BOS to the start of the answer.
 
         Args:
-            messages: in OpenAI's shape; `developer` is taken for `system`.
+            messages: in OpenAI's shape; the role `developer` becomes `system`.
             tools: in OpenAI's shape.
         Raises:
-            UnusableChat: mistral-common refuses the conversation, or v1 is offered tools.
+            UnusableChat: mistral-common refuses the conversation, or a v1 model is offered tools.
         """
-        from mistral_common.exceptions import MistralCommonException
-        from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
         if tools and self.version == "v1":
-            raise UnusableChat("a model of tokenizer v1 has no tools")
+            raise UnusableChat("a model with tokenizer v1 cannot use tools")
         try:
             request = ChatCompletionRequest.from_openai(
                 messages=[_as_trained(message) for message in messages],
@@ -105,13 +77,12 @@ class Prompts:
 
 
 def call_id(text: str) -> str:
-    """An id as Mistral's templates want it, nine letters or digits: itself, or one that stands for
-    it."""
+    """A tool call's id in Mistral's form, nine letters or digits: the id itself, or its hash."""
     return text if CALL_ID.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:9]
 
 
-def _as_trained(message: Message) -> dict[str, Any]:  # untyped: mistral-common takes such
-    """A message of a client as mistral-common takes it: nulls left out, ids of nine characters."""
+def _as_trained(message: Message) -> dict[str, Any]:  # untyped: for mistral-common
+    """A client's message in mistral-common's form: without nulls, ids of nine characters."""
     kept: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
     if kept.get("role") == "developer":
         kept["role"] = "system"

@@ -1,10 +1,14 @@
-"""What is served: a GGUF, the tokenizer it was trained with, and the context it may be run with."""
+"""A release to serve: a GGUF, the tokenizer of its training, and its usable context."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import llama_cpp
+from llama_cpp._internals import LlamaModel
+from llama_cpp._logger import set_verbose
 
 from workflow_scripts.handover.provenance import ReleasedRun
 from workflow_scripts.log import StageError
@@ -18,29 +22,29 @@ class Release:
     """One model of one release."""
 
     name: str
-    """The run's, or the file's where a file was named."""
+    """Name of the run, or of the file if a file was named."""
     gguf: Path
     tokenizer: Path
-    """Folder of Mistral's own tokenizer file."""
+    """Folder with Mistral's own tokenizer file."""
     context_tokens: int
-    """Usable context: what the GGUF states, which is capped at the sliding window."""
+    """Usable context: the GGUF's own figure, which is at most the sliding window."""
 
 
 def read(path: Path) -> Release:
-    """A release by its folder (the file its Modelfile runs) or by one of its GGUFs.
+    """Read a release by its folder (then its Modelfile names the GGUF) or by one of its GGUFs.
 
-    Any folder with GGUFs and the tokenizer file of their model will do.
+    Any folder with GGUFs and the tokenizer file of their model is accepted.
 
     Raises:
-        StageError: no such GGUF, several to choose from, or no tokenizer beside it.
+        StageError: no such GGUF, several to choose from, or no tokenizer next to it.
     """
     folder = path if path.is_dir() else path.parent
     gguf = _default_gguf(path) if path.is_dir() else path
     if not gguf.is_file():
         raise StageError(
-            "there is no such release",
+            "the release does not exist",
             where=gguf,
-            expected="a folder of package_release, or a GGUF in one",
+            expected="a folder that package_release made, or a GGUF in one",
         )
     find_tokenizer(folder)
     provenance = folder / "provenance.json"
@@ -50,15 +54,11 @@ def read(path: Path) -> Release:
 
 
 def context_of(gguf: Path) -> int:
-    """The context that a GGUF states, in tokens, read without its weights.
+    """The context in a GGUF's metadata, in tokens; the weights are not read.
 
     Raises:
         StageError: llama.cpp cannot read the file.
     """
-    import llama_cpp
-    from llama_cpp._internals import LlamaModel
-    from llama_cpp._logger import set_verbose
-
     set_verbose(False)
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
@@ -79,9 +79,9 @@ def _default_gguf(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         raise StageError(
-            "which GGUF of the folder is meant",
+            "the folder does not say which GGUF to serve",
             where=folder,
-            found=", ".join(path.name for path in found) or "none",
+            found=", ".join(path.name for path in found) or "no GGUF",
             to_fix="name the file",
         )
     return found[0]

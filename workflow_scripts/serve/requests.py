@@ -1,8 +1,7 @@
-"""A chat request as current OpenAI clients send it, and why one is refused."""
+"""A chat request as current OpenAI clients send it, and the reasons to refuse one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from llama_cpp.llama_types import (
@@ -14,20 +13,20 @@ from llama_cpp.server.types import CreateChatCompletionRequest
 from pydantic import GetPydanticSchema, model_validator
 from starlette.responses import JSONResponse
 
+from workflow_scripts.chats.messages import Message
 from workflow_scripts.release.modelfile import SAMPLING
 from workflow_scripts.serve.completions import forced_tools
 from workflow_scripts.serve.loaded_models import Models
-from workflow_scripts.serve.prompts import Message, UnusableChat
+from workflow_scripts.serve.prompts import UnusableChat
 
-# A JSON object, whatever its keys: mistral-common checks it when the prompt is rendered.
+# A JSON object with any keys: mistral-common checks it when the prompt is rendered.
 AsSent = GetPydanticSchema(lambda _, handler: handler(dict[str, Any]))
 
 
 class ChatRequest(CreateChatCompletionRequest):
-    """llama-cpp-python's request, as far as it is too narrow made wider."""
+    """llama-cpp-python's request, extended to what current clients send."""
 
-    # The library's types refuse what clients send (a null `content` beside tool calls).
-    # llama-cpp-python's types are narrower than what clients send.
+    # The library's types refuse what clients send (a null `content` next to tool calls).
     messages: list[Annotated[Message, AsSent]]  # type: ignore[assignment]
     tools: list[Annotated[ChatCompletionTool, AsSent]] | None = None
     tool_choice: str | Annotated[ChatCompletionNamedToolChoice, AsSent] | None = None  # type: ignore[assignment]
@@ -43,7 +42,7 @@ class ChatRequest(CreateChatCompletionRequest):
     def _as_the_library_knows_it(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        # What a client leaves to the server it may send as null.
+        # A client may send null for what it leaves to the server.
         body = {key: value for key, value in body.items() if value is not None}
         if "max_completion_tokens" in body:
             body["max_tokens"] = body.pop("max_completion_tokens")
@@ -54,46 +53,37 @@ class ChatRequest(CreateChatCompletionRequest):
         return body
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An error in OpenAI's shape."""
-
-    status: int
-    message: str
-    code: str
-    param: str | None = None
-
-
-def refusal(body: ChatRequest, served: Models) -> Refusal | None:
-    """Why a request cannot be answered, said before a stream begins; None where it can."""
+def refusal(body: ChatRequest, served: Models) -> JSONResponse | None:
+    """The error for a request that cannot be answered, before a stream begins; None if it can."""
     if body.model is not None and body.model not in served:
-        found = ", ".join(served)
-        message = f"The model `{body.model}` is not served here; there are: {found}"
-        return Refusal(404, message, "model_not_found", "model")
+        return _error(
+            404,
+            f"The model `{body.model}` is not served here; available: {', '.join(served)}",
+            "model_not_found",
+            "model",
+        )
     if body.logprobs:
-        return Refusal(400, "logprobs are not kept by this server", "unsupported", "logprobs")
+        return _error(400, "this server does not keep logprobs", "unsupported", "logprobs")
     if body.n not in (None, 1):
-        return Refusal(400, "one answer a request (n=1)", "unsupported", "n")
+        return _error(400, "one answer per request (n=1)", "unsupported", "n")
     tools = None if body.tool_choice == "none" else body.tools
     try:
         n_tokens = len(served.prompts(body.model).render(body.messages, tools))
         forced_tools(tools, body.tool_choice)
     except UnusableChat as error:
-        return Refusal(400, str(error), "invalid_messages", "messages")
+        return _error(400, str(error), "invalid_messages", "messages")
     n_ctx = served.n_ctx(body.model)
     if n_tokens >= n_ctx:
-        message = (
-            f"The prompt has {n_tokens} tokens; the context is {n_ctx} tokens, answer included"
+        return _error(
+            400,
+            f"The prompt has {n_tokens} tokens; the context, answer included, is {n_ctx}",
+            "context_length_exceeded",
+            "messages",
         )
-        return Refusal(400, message, "context_length_exceeded", "messages")
     return None
 
 
-def refused(reason: Refusal) -> JSONResponse:
-    error = {
-        "message": reason.message,
-        "type": "invalid_request_error",
-        "param": reason.param,
-        "code": reason.code,
-    }
-    return JSONResponse({"error": error}, status_code=reason.status)
+def _error(status: int, message: str, code: str, param: str) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status)

@@ -1,7 +1,7 @@
 """Serve releases to OpenAI clients: llama-cpp-python's server, with Mistral's own prompts.
 
-The first release answers where a request names no model. The API key is taken from
-TRAMONTANE_API_KEY or a file; without one the server listens on this machine alone.
+The first release answers if a request names no model. The API key comes from TRAMONTANE_API_KEY or
+a file; without a key the server listens on this machine only.
 
 python -m workflow_scripts.serve.server results/runs/mistral/release
 python -m workflow_scripts.serve.server large/release --draft small/release --port 8080
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from workflow_scripts import log
 from workflow_scripts.log import StageError
-from workflow_scripts.serve import loaded_models, release
+from workflow_scripts.serve import devices
 
 KEY_VARIABLE = "TRAMONTANE_API_KEY"
 logger = log.stage_logger("server")
@@ -34,16 +34,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a GGUF LoRA served by its name, on the first release; may be given several times",
+        help="a GGUF LoRA on the first release, served as NAME; may be repeated",
     )
     parser.add_argument(
-        "--draft", type=Path, help="smaller release of the same tokenizer: speculative decoding"
+        "--draft",
+        type=Path,
+        help="smaller release with the same tokenizer, which guesses ahead",
     )
     parser.add_argument("--draft-tokens", type=int, default=8, help="tokens guessed at a time")
-    loaded_models.add_arguments(parser)
+    devices.add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api-key-file", type=Path, help=f"else {KEY_VARIABLE}, else no key")
+    parser.add_argument("--api-key-file", type=Path, help=f"default: {KEY_VARIABLE}, or no key")
     arguments = parser.parse_args(argv)
     api_key = read_key(arguments.api_key_file)
     if api_key is None and not is_loopback(arguments.host):
@@ -57,11 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import uvicorn
 
+    from workflow_scripts.serve import loaded_models, release
     from workflow_scripts.serve.application import application
 
     served = loaded_models.Models(
         [release.read(path) for path in arguments.releases],
-        loaded_models.device_of(arguments),
+        devices.Device(arguments.n_ctx, arguments.n_gpu_layers, arguments.threads),
         adapters=dict(named_file(text) for text in arguments.adapter),
         draft=release.read(arguments.draft) if arguments.draft else None,
         n_ahead=arguments.draft_tokens,
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_key(path: Path | None) -> str | None:
-    """The API key: of the file, else of the environment; None where neither has one.
+    """The API key from the file or, without a file, from the environment; None if it has none.
 
     Raises:
         StageError: the file is missing or empty.
@@ -80,7 +83,7 @@ def read_key(path: Path | None) -> str | None:
         return os.environ.get(KEY_VARIABLE) or None
     key = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if not key:
-        raise StageError("there is no API key", where=path, expected="a file that holds it")
+        raise StageError("the file has no API key", where=path, expected="a file with the key")
     return key
 
 

@@ -1,4 +1,4 @@
-"""Configs and commands for the doctor to find."""
+"""Configs and commands for the doctor to examine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workflow_scripts.settings import config_files
 
 @pytest.fixture
 def command(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
-    """`command("nvidia-smi", script)`: a program of that name, first on PATH."""
+    """`command("nvidia-smi", script)`: a program of that name, first in PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -45,7 +45,7 @@ def wanted(tmp_path) -> Callable[..., Wanted]:
 
 
 def model_overlay(source: str, **keys: object) -> dict:
-    """A run of QLoRA on one base model, and nothing else."""
+    """One QLoRA run on one base model, and no other run."""
     run = {"model": "m", "dataset": "stdlib-help", "packing": "swa-aware", "recipe": "mistral-lora"}
     return {"models": {"m": {"source": source, **keys}}, "runs": {"r": run}, "build": ["r"]}
 

@@ -29,7 +29,7 @@ def profile(tmp_path, text):
 
 def test_partitions_and_their_gpus_are_read_from_sinfo(slurm):
     found, answer = cluster.partitions()
-    assert answer.code == 0
+    assert answer.returncode == 0
     assert [(one.name, one.gpus, one.n_nodes) for one in found] == [
         ("cpu", "", 12),
         ("gpu", "gpu:a100:4", 3),
@@ -45,7 +45,7 @@ def test_the_profile_that_ships_needs_squeue_and_no_accounting(slurm):
     assert "squeue" not in found
 
 
-def test_a_profile_that_reads_states_from_sacct_needs_it(slurm, tmp_path):
+def test_a_profile_that_reads_job_states_from_sacct_needs_it(slurm, tmp_path):
     folder = profile(tmp_path, "executor: slurm\ndefault-resources: {slurm_partition: gpux}\n")
     found = by_name(cluster.findings(folder, *cluster.partitions()))
     assert found["sacct"].status == "missing"
@@ -54,13 +54,13 @@ def test_a_profile_that_reads_states_from_sacct_needs_it(slurm, tmp_path):
     assert found["Slurm's partition"].expected == "cpu, gpu, old"
 
 
-def test_a_controller_that_does_not_answer_is_missing_for_that_profile_alone(command, monkeypatch):
+def test_a_controller_that_does_not_answer_is_missing_for_slurm_profiles_only(command, monkeypatch):
     monkeypatch.setattr(cluster, "SECONDS", 0.2)
     command("sinfo", "exec sleep 30")
     found = by_name(cluster.findings(REPOSITORY / "profiles" / "slurm", *cluster.partitions()))
     assert found["Slurm"].status == "missing" and "no answer in 0.2 s" in found["Slurm"].found
-    alone = by_name(cluster.findings(None, *cluster.partitions()))
-    assert alone["Slurm"].status == "ok"
+    without = by_name(cluster.findings(None, *cluster.partitions()))
+    assert without["Slurm"].status == "ok"
 
 
 def test_an_executor_whose_plugin_is_not_installed_is_named(slurm, tmp_path):

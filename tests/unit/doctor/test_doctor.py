@@ -26,7 +26,7 @@ def run_doctor(python, *arguments):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """`bare_python(without)`: an environment with this one's packages, but for those named."""
+    """`bare_python(without)`: an environment with the packages of this one, without some."""
 
     def make(without) -> Path:
         folder = tmp_path_factory.mktemp("environment")
@@ -41,7 +41,7 @@ def bare_python(tmp_path_factory):
     return make
 
 
-def test_the_demo_can_be_built_here_and_json_says_the_same():
+def test_the_demo_can_be_built_here_and_json_lists_every_finding():
     done = run_doctor(sys.executable, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0, found
@@ -51,7 +51,7 @@ def test_the_demo_can_be_built_here_and_json_says_the_same():
     assert {"llama.cpp", "memory", "CPU", "disk", "Hub", "executors", "Slurm"} <= names
 
 
-def test_with_no_package_at_all_it_says_what_to_install(bare_python):
+def test_with_no_package_at_all_it_names_what_to_install(bare_python):
     done = run_doctor(bare_python(lambda _: True))
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
@@ -59,7 +59,7 @@ def test_with_no_package_at_all_it_says_what_to_install(bare_python):
     assert "No module named 'torch'" in done.stdout
 
 
-def test_without_torch_everything_else_is_looked_at(bare_python):
+def test_without_torch_everything_else_is_examined(bare_python):
     done = run_doctor(bare_python(lambda name: name in ("torch", "functorch")))
     assert done.returncode == 1 and done.stderr == "", done.stderr
     assert "missing  packages" in done.stdout and "not installed: torch" in done.stdout
@@ -85,7 +85,7 @@ def test_overlays_are_merged_as_snakemake_merges_them(tmp_path):
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(overlay))
     paths = [config_files.DEMO, tmp_path / "0.yaml", tmp_path / "1.yaml"]
     config = read_config(paths)
-    # Snakemake itself, asked for the settings of the disk's gate.
+    # The settings that Snakemake itself passes to the disk's gate.
     shown = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--nocolor"]
         + ["results/disk_plan.json", "--configfile", *map(str, paths)],

@@ -8,7 +8,7 @@ from tests import hub_server
 from tests.unit.doctor.conftest import model_overlay
 
 COMMIT = "a" * 40
-# Mistral 7B's shape, with weights of no size to speak of.
+# Mistral 7B's shape; the weights are a few bytes.
 CONFIG = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 32,
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -36,7 +36,7 @@ print(json.dumps([found, wanted.download_bytes, shapes]))
 
 @pytest.fixture
 def ask_hub(run_python, tmp_path):
-    """The Hub's findings for an overlay, in a process that speaks with that Hub alone."""
+    """The Hub's findings for an overlay, in a process that can reach no other Hub."""
 
     def ask(endpoint, overlay, *, is_offline=False, cache=tmp_path / "cache"):
         path = tmp_path / "overlay.yaml"
@@ -53,18 +53,18 @@ def ask_hub(run_python, tmp_path):
     return ask
 
 
-def test_a_model_that_may_be_read_tells_its_size_and_shape(ask_hub):
+def test_a_model_that_may_be_read_reports_its_size_and_shape(ask_hub):
     repository = hub_server.Repository({COMMIT: FILES})
     with hub_server.serving({"models/owner/model": repository}) as hub:
         found, sizes, shapes = ask_hub(hub.address, model_overlay("owner/model"))
     assert [one["status"] for one in found] == ["ok"]
-    # What fetch_base_model takes: not the weights a second time.
+    # Only what fetch_base_model takes: the weights are not counted twice.
     assert sizes == {"m": 7000 + len(FILES["config.json"])}
     assert shapes["m"]["n_kv_heads"] == 8 and shapes["m"]["sliding_window"] is None
     assert not any("model.safetensors" in path for path in hub.requests)
 
 
-def test_a_gated_model_says_where_its_licence_is_accepted(ask_hub):
+def test_a_gated_model_names_the_page_where_its_licence_is_accepted(ask_hub):
     repository = hub_server.Repository({COMMIT: FILES}, is_gated=True)
     with hub_server.serving({"models/owner/model": repository}) as hub:
         ((found,), _, _) = ask_hub(hub.address, model_overlay("owner/model"))
@@ -81,7 +81,7 @@ CHATS = {
 }
 
 
-def test_a_gated_dataset_is_seen_though_anyone_may_read_about_it(ask_hub):
+def test_a_gated_dataset_is_noticed_although_anyone_may_read_about_it(ask_hub):
     repository = hub_server.Repository({COMMIT: {"a.jsonl": b"{}"}}, is_gated=True)
     with hub_server.serving({"datasets/owner/chats": repository}) as hub:
         ((found,), _, _) = ask_hub(hub.address, CHATS)
@@ -89,7 +89,7 @@ def test_a_gated_dataset_is_seen_though_anyone_may_read_about_it(ask_hub):
     assert "accept the licence" in found["to_fix"]
 
 
-def test_a_repository_or_a_revision_that_is_not_there_is_named(ask_hub):
+def test_a_repository_or_revision_that_does_not_exist_is_named(ask_hub):
     repository = hub_server.Repository({COMMIT: FILES})
     with hub_server.serving({"models/owner/model": repository}) as hub:
         ((no_model,), _, _) = ask_hub(hub.address, model_overlay("owner/modle"))
@@ -100,7 +100,7 @@ def test_a_repository_or_a_revision_that_is_not_there_is_named(ask_hub):
     assert "no such revision" in no_revision["found"]
 
 
-def test_without_a_connection_the_first_repository_is_asked_alone(ask_hub):
+def test_without_a_connection_only_the_first_repository_is_asked(ask_hub):
     overlay = model_overlay("owner/model")
     overlay["models"]["n"] = {"source": "owner/other"}
     overlay["runs"]["s"] = {**overlay["runs"]["r"], "model": "n"}
@@ -110,7 +110,7 @@ def test_without_a_connection_the_first_repository_is_asked_alone(ask_hub):
     assert "cannot be reached" in found[0]["found"] and found[1]["found"] == "1 more not asked"
 
 
-def test_offline_mode_says_what_to_fetch_elsewhere(ask_hub):
+def test_offline_mode_names_what_to_fetch_elsewhere(ask_hub):
     ((found,), _, _) = ask_hub(
         hub_server.NOBODY_LISTENS, model_overlay("owner/model"), is_offline=True
     )
@@ -119,7 +119,7 @@ def test_offline_mode_says_what_to_fetch_elsewhere(ask_hub):
     assert "source: ./folder" in found["to_fix"]
 
 
-def test_offline_a_dataset_may_be_in_the_cache(ask_hub):
+def test_in_offline_mode_a_dataset_may_be_in_the_cache(ask_hub):
     ((found,), _, _) = ask_hub(hub_server.NOBODY_LISTENS, CHATS, is_offline=True)
     assert found["status"] == "warning" and "owner/chats, unless the cache" in found["found"]
 
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_missing(ask_hub, tmp_path):
     assert found["status"] == "missing" and "HF_HOME" in found["to_fix"]
 
 
-def test_what_was_fetched_is_not_asked_for_again(ask_hub, tmp_path):
+def test_a_fetched_model_is_not_requested_again(ask_hub, tmp_path):
     (tmp_path / "results" / "models" / "m" / "checkpoint").mkdir(parents=True)
     ((found,), _, _) = ask_hub(hub_server.NOBODY_LISTENS, model_overlay("owner/model"))
     assert found["status"] == "ok" and "not asked" in found["found"]

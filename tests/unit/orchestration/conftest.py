@@ -1,4 +1,4 @@
-"""A build of the demo's config, and of overlays over it, without Snakemake."""
+"""A build of the demo's config and overlays on it, without Snakemake."""
 
 from __future__ import annotations
 

@@ -6,14 +6,15 @@ import pytest
 from snakemake.exceptions import WorkflowError
 from snakemake.iocontainers import Wildcards
 
-from workflow_scripts.orchestration.build import any_of, flagged, output_version
+from workflow_scripts.log import StageError
+from workflow_scripts.orchestration.build import any_of, flagged, output_version, stopping
 
 
 def wildcards(**names: str) -> Wildcards:
     return Wildcards(fromdict=names)
 
 
-def test_a_constraint_is_one_of_the_names_and_nothing_else():
+def test_a_constraint_matches_exactly_its_names():
     pattern = any_of(["a", "a.b", "a-long"])
     for name in ("a", "a.b", "a-long"):
         assert re.fullmatch(pattern, name)
@@ -22,7 +23,7 @@ def test_a_constraint_is_one_of_the_names_and_nothing_else():
     assert not re.fullmatch(any_of([]), "")
 
 
-def test_runs_are_told_apart_by_how_they_begin(build):
+def test_runs_are_grouped_by_what_they_start_from(build):
     begun = {"model": "demo", "dataset": "stdlib-help"}
     found = build(
         {
@@ -36,7 +37,6 @@ def test_runs_are_told_apart_by_how_they_begin(build):
     )
     assert list(found.runs) == list(found.made_runs) == ["mistral", "whole"]
     assert list(found.adapter_runs) == ["lora"] and list(found.merged_runs) == ["whole"]
-    assert found.built(found.trained_runs) == ["mistral"]
     assert not re.fullmatch(found.any_run_of(found.config.runs), "generic")  # frozen
     assert build({"frozen": ["gen*"]}).made_runs.keys() == {"mistral"}
 
@@ -55,7 +55,7 @@ def test_a_place_belongs_to_a_run_or_to_a_base(build):
         assert not re.fullmatch(found.any_place, place)
 
 
-def test_a_pattern_takes_the_names_of_the_run_and_leaves_other_wildcards(build):
+def test_a_pattern_is_filled_with_the_names_of_its_run_or_place(build):
     found = build()
     path = found.of_run("{run}/{model}/{dataset}/{packing}")(wildcards(run="mistral"))
     assert path == "mistral/demo/stdlib-help/swa-aware-demo"
@@ -67,6 +67,12 @@ def test_the_version_of_a_stage_is_read_from_its_file():
     assert output_version("packing/pack_sequences") >= 1
     with pytest.raises(WorkflowError, match="has no OUTPUT_VERSION"):
         output_version("packing/plan")
+
+
+def test_an_error_of_a_stage_stops_snakemake_with_its_key():
+    with pytest.raises(WorkflowError, match="runs.mistral: not right"):
+        with stopping("runs.mistral"):
+            raise StageError("not right")
 
 
 def test_a_flag_without_files_is_left_out():

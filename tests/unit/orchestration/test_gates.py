@@ -16,7 +16,7 @@ def gate(tmp_path):
 
 @pytest.fixture
 def leave(gate):
-    """Leave what an attempt leaves: a verdict, and the settings that it passed with, or none."""
+    """Write the files of an attempt: a verdict and, if it passed, its settings."""
 
     def write(*, passed_with: str | None, **changes):
         names = RUN | changes
@@ -29,18 +29,18 @@ def leave(gate):
     return write
 
 
-def test_a_verdict_stands_only_with_the_settings_it_passed_with(gate, leave):
-    assert not gate.stands(RUN)
-    leave(passed_with=gate.asked)
-    assert gate.stands(RUN)
-    assert not gate._replace(settings='{"kl_divergence_nats":1e-06}').stands(RUN)
-    assert not gate._replace(version=3).stands(RUN)
+def test_a_verdict_is_valid_only_with_the_settings_it_passed_with(gate, leave):
+    assert not gate.is_valid(RUN)
+    leave(passed_with=gate.record)
+    assert gate.is_valid(RUN)
+    assert not gate._replace(settings='{"kl_divergence_nats":1e-06}').is_valid(RUN)
+    assert not gate._replace(version=3).is_valid(RUN)
 
 
-def test_a_gate_judges_again_where_a_verdict_is_left_that_does_not_stand(gate, leave):
+def test_a_gate_judges_again_if_a_verdict_is_no_longer_valid(gate, leave):
     other = RUN | {"run": "generic"}
     assert not gate.judges_again([RUN, other])  # nothing was judged yet
-    leave(passed_with=gate.asked)
+    leave(passed_with=gate.record)
     assert not gate.judges_again([RUN, other])
     leave(passed_with=None, run="generic")
     assert gate.judges_again([RUN, other])
@@ -54,10 +54,10 @@ def test_the_param_of_a_gate_changes_until_it_passes_and_then_stays(gate, leave)
 
     first, second = attempt(), attempt()
     assert first != second
-    leave(passed_with=None)  # failed: the verdict of before was restored
+    leave(passed_with=None)  # failed: Snakemake restored the previous verdict
     recorded[:] = ["2", repr(gate.settings), repr(second)]
     assert attempt() not in {first, second}
-    leave(passed_with=gate.asked)
+    leave(passed_with=gate.record)
     assert attempt() == second
-    recorded.clear()  # of another folder, without Snakemake's records
+    recorded.clear()  # a copied folder, without Snakemake's records
     assert attempt() == ""

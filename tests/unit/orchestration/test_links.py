@@ -44,18 +44,16 @@ ADAPTER = "results/runs/mistral/adapter/adapter_model.safetensors"
         (BASE, "base-F16", {"gguf": "results/models/demo/gguf/demo-F16.gguf"}, []),
     ],
 )
-def test_a_link_is_made_up_of_its_files_and_said_to_the_program(
-    build, place, link, files, arguments
-):
+def test_a_link_has_its_files_and_the_arguments_that_name_it(build, place, link, files, arguments):
     links = Links(build())
-    asked = wildcards(place=place, link=link)
-    assert links.files(asked) == files
+    values = wildcards(place=place, link=link)
+    assert links.files(values) == files
     weights = [("--checkpoint" if "checkpoint" in files else "--gguf")]
     weights.append(files.get("checkpoint") or files["gguf"])
-    assert links.arguments(asked, SimpleNamespace(**files)) == weights + arguments
+    assert links.arguments(values, SimpleNamespace(**files)) == weights + arguments
 
 
-def test_a_gate_stops_and_is_no_reason_to_run_again(build):
+def test_a_gate_is_an_input_that_re_runs_nothing(build):
     files = Links(build()).files(wildcards(place=RUN, link="merged"))
     assert files["gate"].flags["ancient"] is True
     assert not getattr(files["checkpoint"], "flags", {})
@@ -67,7 +65,7 @@ def test_a_quantization_is_compared_with_the_file_it_is_made_from(build):
     assert source == "results/runs/mistral/gguf/mistral-F16.gguf"
 
 
-def test_a_base_s_scores_are_asked_for_once_for_all_runs(build):
+def test_runs_on_one_base_share_its_scores(build):
     links = Links(build())
     scores = links.files_of(links.build.runs, lambda link: [link.scores])
     bases = [path for path in scores if "/base" in path]
@@ -86,20 +84,20 @@ def test_a_base_s_scores_are_asked_for_once_for_all_runs(build):
         ),
     ],
 )
-def test_reports_are_told_what_the_config_asks_for(build, tasks, arguments):
+def test_reports_get_the_measurements_that_the_config_requests(build, tasks, arguments):
     links = Links(build({"evaluation": {"tasks": tasks, "context": {"use": False}}}))
     assert links.also_measured() == arguments
 
 
 @pytest.mark.parametrize("of_merged", [True, False])
-def test_usable_context_is_of_the_merged_model_where_that_is_asked_for(build, of_merged):
+def test_usable_context_includes_the_merged_model_on_request(build, of_merged):
     context = {"use": True, "of_merged": of_merged}
     found = Links(build({"evaluation": {"context": context}})).also_measured()
     assert found == ["--context", "base", *(["merged"] if of_merged else []), "Q4_0"]
 
 
-def test_what_is_asked_for_is_no_part_of_the_chain(build):
-    """So that asking for more runs nothing but that."""
+def test_requested_measurements_are_not_part_of_the_chain(build):
+    """So a further measurement re-runs nothing else."""
     chains = [
         Links(build({"evaluation": evaluation})).chain_settings("mistral")
         for evaluation in (

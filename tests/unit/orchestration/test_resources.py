@@ -13,12 +13,12 @@ from workflow_scripts.orchestration.resources import Resources, growing, memory_
 OF_RUN = "runs/mistral/evaluation"
 
 
-def test_each_attempt_asks_for_as_much_again():
-    asked = growing(500)
-    assert [asked(wildcards(), attempt) for attempt in (1, 2, 3)] == [500, 1000, 1500]
+def test_a_resource_grows_with_each_attempt():
+    amount = growing(500)
+    assert [amount(wildcards(), attempt) for attempt in (1, 2, 3)] == [500, 1000, 1500]
 
 
-def test_memory_is_by_the_size_of_the_weights_and_read_anew_when_the_facts_change(tmp_path):
+def test_memory_follows_the_size_of_the_weights_and_changed_facts(tmp_path):
     path = tmp_path / "facts.json"
     given = SimpleNamespace(facts=str(path))
     megabytes = memory_of_models(2)
@@ -35,7 +35,7 @@ def test_memory_is_by_the_size_of_the_weights_and_read_anew_when_the_facts_chang
         assert megabytes(wildcards(), given, 2) == 2 * (2 * size // 10**6 + 4_000)
 
 
-def test_the_demo_takes_no_gpu_slot_and_llama_cpp_none_of_a_real_model(build):
+def test_the_demo_and_llama_cpp_take_no_gpu_slot(build):
     source = {"models": {"real": {"source": "owner/model"}}}
     runs = {"runs": {"real": {"model": "real", "dataset": "stdlib-help", "merged": "owner/m"}}}
     resources = Resources(build(source | runs))

@@ -33,7 +33,7 @@ FILES = {"files": ["chats.jsonl"]}
 
 @pytest.mark.parametrize("model", [PINNED, {"source": "./folder"}])
 @pytest.mark.parametrize("dataset", [FILES, {"hub": "owner/chats", "revision": COMMIT}])
-def test_what_the_config_tells_to_the_byte_is_shared(model, dataset):
+def test_inputs_that_the_config_fixes_are_shared(model, dataset):
     shared_cache.check(config(model, dataset), ["run"], [])
 
 
@@ -49,20 +49,20 @@ def test_what_the_config_tells_to_the_byte_is_shared(model, dataset):
         (PINNED, {"files": ["s3://bucket/chats.jsonl"]}, "s3://bucket/chats.jsonl"),
     ],
 )
-def test_what_is_another_on_another_day_or_machine_is_not(model, dataset, named):
-    with pytest.raises(StageError, match="cannot tell") as error:
+def test_inputs_that_can_change_are_refused(model, dataset, named):
+    with pytest.raises(StageError, match="inputs that cannot change") as error:
         shared_cache.check(config(model, dataset), ["run"], [])
     assert named in str(error.value)
 
 
-def test_a_rule_of_ones_choice_is_refused():
-    with pytest.raises(StageError, match="no names of rules") as error:
+def test_a_named_rule_is_refused():
+    with pytest.raises(StageError, match="must not name rules") as error:
         shared_cache.check(config(PINNED, FILES), ["run"], ["convert_gguf"])
     assert "convert_gguf" in str(error.value)
 
 
 @pytest.mark.parametrize("place", [None, "/nowhere"])
-def test_the_folder_is_asked_for_before_anything_is_made(monkeypatch, place):
+def test_a_missing_folder_is_refused_before_any_job(monkeypatch, place):
     if place:
         monkeypatch.setenv(shared_cache.LOCATION, place)
     else:
@@ -71,7 +71,7 @@ def test_the_folder_is_asked_for_before_anything_is_made(monkeypatch, place):
         shared_cache.check(config(PINNED, FILES), ["run"], [])
 
 
-def test_a_folder_is_told_by_the_bytes_of_its_files(tmp_path):
+def test_the_content_of_a_folder_is_the_bytes_of_its_files(tmp_path):
     for name, byte in (("one", b"a"), ("same", b"a"), ("other", b"b")):
         folder = tmp_path / name
         folder.mkdir()

@@ -8,7 +8,7 @@ from workflow_scripts.orchestration.user_files import UserFiles, name_of
 
 
 class Stored(str):
-    """What a storage plugin makes of a URL."""
+    """An input, as a storage plugin returns it for a URL."""
 
     def __new__(cls, url: str) -> Stored:
         stored = super().__new__(cls, f".snakemake/storage/{url.removeprefix('s3://')}")
@@ -18,7 +18,7 @@ class Stored(str):
 
 
 def chats(*files: str) -> dict:
-    """An overlay with a run on the user's files."""
+    """An overlay with one run, on the user's files."""
     return {
         "datasets": {"mine": {"files": list(files)}},
         "runs": {"mistral": {"dataset": "mine"}},
@@ -31,7 +31,7 @@ def user_files(build):
     return lambda overlay: UserFiles(build(overlay), Stored)
 
 
-def test_files_of_every_source_are_inputs_and_named_to_the_program(user_files, tmp_path):
+def test_files_of_every_source_are_inputs_and_arguments(user_files, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{}\n")
     found = user_files(chats(str(path), "s3://bucket/b.jsonl"))
@@ -54,13 +54,13 @@ def test_files_of_every_source_are_inputs_and_named_to_the_program(user_files, t
         ),
     ],
 )
-def test_a_file_that_is_not_there_stops_before_any_job(user_files, overlay, key):
+def test_a_missing_file_stops_before_any_job(user_files, overlay, key):
     with pytest.raises(WorkflowError) as caught:
         user_files(overlay).look_for_all()
     assert str(caught.value).startswith(f"{key}: ") and "missing" in str(caught.value)
 
 
-def test_what_stands_in_for_a_text_stops_before_any_job(user_files, tmp_path):
+def test_a_placeholder_for_a_text_stops_before_any_job(user_files, tmp_path):
     pointer = tmp_path / "wiki.txt"
     pointer.write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"

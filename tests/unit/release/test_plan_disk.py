@@ -51,7 +51,7 @@ def test_a_7b_with_three_quantizations_takes_about_fifty_gigabytes(plan, tmp_pat
     assert 45e9 < needed < 50e9
 
 
-def test_awq_takes_its_place_too(plan, tmp_path):
+def test_awq_counts_too(plan, tmp_path):
     needed = []
     for awq in (False, True):
         main, arguments = plan(free_gb=60, awq=awq)
@@ -61,7 +61,7 @@ def test_awq_takes_its_place_too(plan, tmp_path):
     assert 4e9 < needed[1] - needed[0] < 4.5e9
 
 
-def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_with_message):
+def test_a_full_disk_is_refused_with_the_largest_files(plan, tmp_path, ends_with_message):
     message = ends_with_message(*plan(free_gb=40, runs=("one", "two")))
     parts = (
         "no room",
@@ -76,14 +76,14 @@ def test_what_is_lacking_is_refused_with_the_largest_files(plan, tmp_path, ends_
     assert not (tmp_path / "disk_plan.json").exists()
 
 
-def test_a_width_that_k_quants_cannot_have_is_planned_at_what_they_fall_back_to():
-    """SmolLM2-135M's weights as a Mistral: 125,093,000 of them, width 576. llama.cpp wrote
-    94,409,952 bytes in Q4_K_M, where 4.9 bits a weight are 76.6 MB, 133,766,880 in Q8_0 and
-    80,849,216 in Q4_0."""
+def test_a_width_that_k_quants_do_not_support_is_planned_with_their_fallback():
+    """SmolLM2-135M as a Mistral has 125,093,000 weights and width 576. llama.cpp wrote 94,409,952
+    bytes in Q4_K_M, where 4.9 bits per weight would be 76.6 MB, 133,766,880 in Q8_0 and 80,849,216
+    in Q4_0."""
     shape, size = MISTRAL_7B.changed(hidden_size=576, intermediate_size=1536), 250_186_136
     settings = GgufSettings(quantizations=["Q8_0", "Q4_K_M", "Q4_0"])
     sizes = plan_disk.files_of("one", shape, size, settings)
-    # Its output layer fell back to Q8_0; 4.34 bits a weight would be 67.9 MB.
+    # Its output layer fell back to Q8_0; 4.34 bits per weight would be 67.9 MB.
     assert 80_849_216 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_0.gguf"] < 85e6
     assert plan_disk.MARGIN * sizes["runs/one/gguf/one-Q4_K_M.gguf"] > 94_409_952
     assert 133_766_880 < plan_disk.MARGIN * sizes["runs/one/gguf/one-Q8_0.gguf"] < 140e6
@@ -92,7 +92,7 @@ def test_a_width_that_k_quants_cannot_have_is_planned_at_what_they_fall_back_to(
     assert even["runs/one/gguf/one-Q4_K_M.gguf"] < 80e6
 
 
-def test_what_is_there_already_is_not_counted_again(plan, tmp_path):
+def test_existing_files_are_not_counted(plan, tmp_path):
     main, arguments = plan(free_gb=40)
     (tmp_path / "results" / "runs" / "one" / "merged").mkdir(parents=True)
     main([str(argument) for argument in arguments])
@@ -100,7 +100,7 @@ def test_what_is_there_already_is_not_counted_again(plan, tmp_path):
     assert 30e9 < needed < 36e9
 
 
-def test_every_type_has_a_size_and_a_mix_that_of_its_largest():
+def test_every_type_has_a_size_and_a_mix_has_that_of_its_largest_type():
     assert {*get_args(QuantizationType), *get_args(TensorType)} <= plan_disk.BITS_PER_WEIGHT.keys()
     mixed = GgufSettings(
         mixes={"own": {"type": "Q2_K", "output": "Q8_0"}}, quantizations=["Q2_K", "own", "Q8_0"]
@@ -110,7 +110,7 @@ def test_every_type_has_a_size_and_a_mix_that_of_its_largest():
     assert sizes["runs/r/gguf/r-own.gguf"] == sizes["runs/r/gguf/r-Q8_0.gguf"]
 
 
-def test_a_base_in_float32_is_merged_to_half_its_size():
+def test_the_merged_model_of_a_float32_base_has_half_its_size():
     base = MISTRAL.changed(dtype="float32")
     sizes = plan_disk.files_of("r", base, base.weight_bytes, GgufSettings())
     assert sizes["runs/r/merged"] == pytest.approx(14_496_078_512 / 2, rel=1e-6)

@@ -1,6 +1,6 @@
 """Pushing to a Hub on this machine, over HTTP, with huggingface_hub itself.
 
-Uploads go by LFS here; what the real Hub takes by Xet is the library's own affair.
+Uploads use LFS here; uploads by Xet to the real Hub are up to the library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def release(tmp_path):
     (folder / "README.md").write_text("---\nbase_model: owner/name\n---\n# run\n")
     files.write_json(folder / "provenance.json", {"run": "run"})
     write_sums(folder)
-    (folder / ".snakemake_timestamp").touch()  # as in every folder that is a rule's output
+    (folder / ".snakemake_timestamp").touch()  # as in every folder that a rule made
     return folder
 
 
@@ -71,7 +71,7 @@ def test_a_push_leaves_every_file_on_the_hub_as_it_is_here(push, hub, release):
 
 
 def test_the_token_is_written_nowhere(push, hub, release):
-    """Not even where the library is asked to log its requests, nor where the Hub refuses them."""
+    """Not even if the library logs its requests, or the Hub refuses them."""
     for done in (push(release), push(release, owner="another")):
         assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN in request for request in hub.requests)
@@ -79,7 +79,7 @@ def test_the_token_is_written_nowhere(push, hub, release):
         assert TOKEN.encode() not in path.read_bytes()
 
 
-def test_a_dry_run_says_what_would_be_uploaded_and_asks_nobody(push, hub, release):
+def test_a_dry_run_lists_the_uploads_and_contacts_nobody(push, hub, release):
     done = push(release, token="", dry_run=True)
     assert done.returncode == 0, done.stderr
     assert not hub.requests
@@ -95,11 +95,11 @@ def test_a_dry_run_is_the_default(run_stage, hub, release):
     assert not hub.requests
 
 
-def test_pushing_again_sends_no_object_twice_and_a_changed_file_alone(push, hub, release):
+def test_a_second_push_sends_only_changed_files(push, hub, release):
     push(release)
     assert hub.requests.count("PUT object") == 1
     again = push(release)
-    # Nothing to commit: the library then asks what the last commit was.
+    # Nothing to commit: the library then requests the last commit.
     assert hub.requests.count("PUT object") == 1
     assert len(hub.repositories["me/run-GGUF"].commits) == 1, again.stderr
     (release / "README.md").write_text("---\nbase_model: owner/name\n---\n# better\n")
@@ -119,14 +119,14 @@ def test_pushing_again_sends_no_object_twice_and_a_changed_file_alone(push, hub,
         ({"owner": None}, "push.owner"),
     ],
 )
-def test_what_may_not_be_pushed_ends_with_a_message(push, hub, release, options, message):
+def test_a_push_that_is_not_allowed_ends_with_a_message(push, hub, release, options, message):
     done = push(release, **options)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not hub.repositories
 
 
-def test_a_login_kept_on_the_machine_is_not_used(push, hub, release, tmp_path, monkeypatch):
+def test_a_login_on_the_machine_is_not_used(push, hub, release, tmp_path, monkeypatch):
     (tmp_path / "token").write_text(TOKEN)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     assert "there is no token" in push(release, token="").stderr
@@ -148,7 +148,7 @@ def test_a_damaged_release_is_not_pushed(push, hub, release, tmp_path):
     assert not hub.requests
 
 
-def test_a_card_that_the_hub_refuses_is_said_before_anything_is_stored(push, hub, release):
+def test_a_card_that_the_hub_refuses_is_reported_before_any_upload(push, hub, release):
     (release / "README.md").write_text("---\nbase_model: {a: 1}\n---\n# run\n")
     write_sums(release)
     done = push(release)

@@ -1,6 +1,6 @@
-"""A tiny model that knows a few chats by heart, released: what it answers shows what it was asked.
+"""A release of a tiny model that has memorized a few chats: its answer shows which prompt it got.
 
-Greedy decoding gives the learned answer only where the prompt is the one of training.
+Greedy decoding gives the memorized answer only for the prompt of training.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ CHATS: dict[str, tuple[list[dict], list[dict] | None]] = {
     "result": ([*ANSWERED, {"role": "assistant", "content": "It is 21 degrees."}], [WEATHER]),
     "rag": (said("How do I sort?", "With sort.", system=RAG_SYSTEM + DOCUMENTS["sort"]), None),
 }
-# Of words that the output layer has learned, as an adapter leaves that layer alone.
+# Only words that the output layer has learned: an adapter does not change that layer.
 FORMAL = {"question": (said(LEN, "Texts like any other."), None)}
 CONTEXT_TOKENS = 256
 
 
 @pytest.fixture(scope="session")
 def learned(make_checkpoint, tokenizer_v3, tmp_path_factory) -> Path:
-    """A checkpoint that has the chats by heart, with the v3 tokenizer."""
+    """A checkpoint that has memorized the chats, with the v3 tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def learned(make_checkpoint, tokenizer_v3, tmp_path_factory) -> Path:
 
 
 def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
-    """Train until every answer is by far the likeliest."""
+    """Train until every answer is by far the most likely one."""
     import torch
 
     from workflow_scripts.models.tokenizer_files import load_mistral_tokenizer
@@ -99,7 +99,7 @@ def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
         for messages, tools in chats.values()
     ]
     n_tokens = max(len(rendering.input_ids) for rendering in renderings)
-    # Padded on the right, which a causal model does not see.
+    # Padded on the right, which a causal model ignores.
     input_ids = torch.zeros(len(renderings), n_tokens, dtype=torch.int64)
     labels = torch.full_like(input_ids, -100)
     for row, rendering in enumerate(renderings):
@@ -113,7 +113,7 @@ def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
     loss = float("inf")
     for _ in range(200):
         optimizer.zero_grad()
-        # The output layer on the answers alone: it is nearly all of the work.
+        # The output layer takes nearly all of the time: only for answers.
         states = decoder(input_ids=input_ids).last_hidden_state[:, :-1]
         logits = model.get_output_embeddings()(states[is_learned])
         mean = torch.nn.functional.cross_entropy(logits, labels[:, 1:][is_learned])
@@ -128,7 +128,7 @@ def learn(model, chats, tokenizer: Path, *, learning_rate: float) -> None:
 
 @pytest.fixture(scope="session")
 def released(learned, tokenizer_v3, tmp_path_factory) -> Path:
-    """What package_release leaves, as far as serving reads it."""
+    """The files of package_release that serving reads."""
     from workflow_scripts.models import read_model_facts
     from workflow_scripts.quantize import convert_gguf
 
@@ -148,7 +148,7 @@ def released(learned, tokenizer_v3, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def formal_adapter(learned, tokenizer_v3, tmp_path_factory) -> Path:
-    """A GGUF LoRA that answers one of the chats in other words, by llama.cpp's own converter."""
+    """A GGUF LoRA that answers one of the chats differently, made by llama.cpp's own converter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -173,7 +173,7 @@ def formal_adapter(learned, tokenizer_v3, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory) -> Callable[..., object]:
-    """`with serving(release, "--port", …) as served`: the program, in its own process."""
+    """`with serving(release, "--port", …) as served`: the server, in a separate process."""
     return lambda *arguments, **environment: release_server.serving(
         tmp_path_factory.mktemp("server") / "log", *arguments, **environment
     )

@@ -26,7 +26,7 @@ def talk(released, text, *arguments):
     )
 
 
-def test_through_a_pipe_answers_alone_go_to_stdout_and_the_history_is_kept(released):
+def test_through_a_pipe_only_answers_go_to_stdout_and_the_history_is_kept(released):
     done = talk(released, f"{LEN}\nAnd of «str»?\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{ANSWER}\nGröße.\n"
@@ -35,14 +35,14 @@ def test_through_a_pipe_answers_alone_go_to_stdout_and_the_history_is_kept(relea
     assert len(speeds) == 2
 
 
-def test_a_system_prompt_is_set_by_flag_or_command_and_a_chat_begun_anew(released):
+def test_a_flag_or_command_sets_the_system_prompt_and_new_starts_a_chat(released):
     done = talk(released, "Size of int?\n", "--system", "Answer in one word.")
     assert done.stdout == "28 – mostly.\n"
     commands = f"{LEN}\n/new\n/system Answer in one word.\nSize of int?\n/quit\n{LEN}\n"
     assert talk(released, commands).stdout == f"{ANSWER}\n28 – mostly.\n"
 
 
-def test_a_backslash_goes_on_in_the_next_line(released):
+def test_a_backslash_continues_the_message_in_the_next_line(released):
     from workflow_scripts.serve.chat import messages_of
 
     class Lines(list):
@@ -53,16 +53,16 @@ def test_a_backslash_goes_on_in_the_next_line(released):
     assert list(messages_of(lines)) == ["One\ntwo", "three", "four\n"]
 
 
-def test_what_no_longer_fits_is_forgotten_and_what_never_fits_is_said(released):
+def test_old_turns_are_forgotten_and_a_message_that_never_fits_is_reported(released):
     lines = [*[LEN] * 5, LEN * 60, LEN]
     done = talk(released, "\n".join(lines), "--n-ctx", "64")
     assert done.returncode == 0, done.stderr
     assert "does not fit into the context" in done.stderr
     assert "forgot the oldest turns" in done.stderr
-    assert done.stdout.splitlines()[-1] == ANSWER  # nothing is left of what did not fit
+    assert done.stdout.splitlines()[-1] == ANSWER  # the message that did not fit left no trace
 
 
-def test_in_a_terminal_it_asks_and_streams(released):
+def test_in_a_terminal_it_prompts_and_streams(released):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "workflow_scripts.serve.chat", str(released)]
     process = subprocess.Popen(

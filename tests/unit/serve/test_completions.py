@@ -13,7 +13,7 @@ CALLS = '[{"name": "f", "arguments": {"x": "ü"}, "id": "abc123XYZ"}]'
 
 
 def chunks(*texts, finish_reason="stop"):
-    """As llama-cpp-python's `create_completion` streams them."""
+    """Chunks as llama-cpp-python's `create_completion` streams them."""
     for text, reason in [*((text, None) for text in texts), ("", finish_reason)]:
         choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
         yield {"id": "cmpl-1", "created": 0, "model": "m", "choices": [choice]}
@@ -26,7 +26,7 @@ def streamed(*texts, begins="", reads_calls=True, **options):
     return [chunk["choices"][0] for chunk in shaped]
 
 
-def test_a_stream_has_one_beginning_one_end_and_loses_one_space():
+def test_a_stream_has_one_start_and_one_end_and_drops_one_space():
     choices = streamed("", " ", " a", "b ")
     assert [choice["delta"].get("role") for choice in choices].count("assistant") == 1
     assert "".join(choice["delta"].get("content", "") for choice in choices) == " ab "
@@ -34,7 +34,7 @@ def test_a_stream_has_one_beginning_one_end_and_loses_one_space():
 
 
 @pytest.mark.parametrize("cut", range(1, len(CALLS)))
-def test_a_call_is_whole_wherever_its_text_is_cut(cut):
+def test_a_call_is_complete_wherever_its_text_is_split(cut):
     pieces = (" Well", "[TOOL_CALLS]", " " + CALLS[:cut], CALLS[cut:])
     choices = streamed(*pieces)
     (calls,) = [
@@ -46,7 +46,7 @@ def test_a_call_is_whole_wherever_its_text_is_cut(cut):
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
-def test_what_is_no_call_stays_text():
+def test_text_that_is_not_a_call_stays_text():
     for reads_calls, text in ((True, "[1, 2"), (True, '[{"name": "f"}]'), (False, CALLS)):
         choices = streamed("[TOOL_CALLS]", text, reads_calls=reads_calls, finish_reason="length")
         assert "".join(choice["delta"].get("content", "") for choice in choices) == text
@@ -58,18 +58,18 @@ def test_calls_are_a_list_of_names_and_arguments(written):
     assert completions.parse_calls(written) is None
 
 
-def test_a_call_without_an_id_gets_one_of_nine_characters_of_its_own():
+def test_each_call_without_an_id_gets_a_new_one_of_nine_characters():
     written = json.dumps([{"name": "f", "arguments": {}}] * 2)
     first, second = (call["id"] for call in completions.parse_calls(written))
     assert len(first) == len(second) == 9 and first != second and first.isalnum()
 
 
-def test_a_choice_of_tools_is_those_that_are_offered():
+def test_only_offered_tools_can_be_chosen():
     tools = [{"function": {"name": name}} for name in ("f", "g")]
     chosen = {"type": "function", "function": {"name": "g"}}
     assert completions.forced_tools(tools, chosen) == tools[1:]
     assert completions.forced_tools(tools, "required") == tools
     assert completions.forced_tools(tools, "auto") == completions.forced_tools(tools, None) == []
     for choice, offered in ((chosen, tools[:1]), ("required", None)):
-        with pytest.raises(UnusableChat, match="no tool that is offered"):
+        with pytest.raises(UnusableChat, match="a tool that is not offered"):
             completions.forced_tools(offered, choice)

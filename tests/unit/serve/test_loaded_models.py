@@ -8,6 +8,7 @@ import pytest
 from tests.unit.serve.conftest import CHATS
 from workflow_scripts.log import StageError
 from workflow_scripts.serve import loaded_models, release
+from workflow_scripts.serve.devices import Device
 from workflow_scripts.serve.prompts import Prompts
 
 
@@ -17,10 +18,10 @@ def parrot(released):
 
 
 @pytest.mark.parametrize("n_ahead", [1, 5])
-def test_a_draft_guesses_what_the_model_says_and_saves_it_steps(parrot, n_ahead):
-    """Of a draft that is the model itself every guess is right."""
+def test_a_draft_guesses_the_model_s_tokens_and_saves_it_steps(parrot, n_ahead):
+    """A draft that is the model itself always guesses right."""
     prompts = Prompts(parrot.tokenizer)
-    device = loaded_models.Device(n_threads=1)
+    device = Device(n_threads=1)
     small = loaded_models.load(parrot, prompts, device)
     draft = loaded_models.DraftModel(small, n_ahead=n_ahead)
     steps = {}
@@ -38,22 +39,20 @@ def test_a_draft_guesses_what_the_model_says_and_saves_it_steps(parrot, n_ahead)
     assert steps["drafted"][1] <= -(-steps["alone"][1] // (n_ahead + 1)) + 1
 
 
-def test_past_its_context_a_draft_guesses_nothing(parrot):
-    llama = loaded_models.load(
-        parrot, Prompts(parrot.tokenizer), loaded_models.Device(n_ctx=32, n_threads=1)
-    )
+def test_a_draft_guesses_nothing_beyond_its_context(parrot):
+    llama = loaded_models.load(parrot, Prompts(parrot.tokenizer), Device(n_ctx=32, n_threads=1))
     draft = loaded_models.DraftModel(llama, n_ahead=4)
     tokens = np.ones(40, dtype=np.intc)
     assert [len(draft(tokens[:n])) for n in (10, 30, 31, 32, 40)] == [4, 2, 1, 0, 0]
     llama.close()
 
 
-def test_an_answer_ends_where_the_context_does_though_llama_cpp_has_more(parrot):
-    """It rounds up to a multiple of 256."""
+def test_an_answer_ends_with_the_context_although_llama_cpp_has_more(parrot):
+    """llama.cpp rounds up to a multiple of 256."""
     prompts = Prompts(parrot.tokenizer)
     messages = CHATS["question"][0][:-1]
     n_ctx = len(prompts.render(messages)) + 5
-    llama = loaded_models.load(parrot, prompts, loaded_models.Device(n_ctx=n_ctx, n_threads=1))
+    llama = loaded_models.load(parrot, prompts, Device(n_ctx=n_ctx, n_threads=1))
     assert llama.n_ctx() > loaded_models.context_of(llama) == n_ctx
     answer = llama.create_chat_completion(messages, temperature=0.0)
     assert answer["choices"][0]["finish_reason"] == "length"
@@ -61,11 +60,11 @@ def test_an_answer_ends_where_the_context_does_though_llama_cpp_has_more(parrot)
     llama.close()
 
 
-def test_nothing_computed_with_one_adapter_is_read_with_another(parrot, formal_adapter):
-    """Greedy answers hide it: the last token alone can tell the models apart."""
+def test_values_computed_with_one_adapter_are_not_used_with_another(parrot, formal_adapter):
+    """Greedy answers hide this: the last token alone can distinguish the models."""
     prompt = Prompts(parrot.tokenizer).render(CHATS["question"][0][:-1])
     served = loaded_models.Models(
-        [parrot], loaded_models.Device(n_threads=1), adapters={"formal": formal_adapter}
+        [parrot], Device(n_threads=1), adapters={"formal": formal_adapter}
     )
 
     def logits(name):
@@ -81,7 +80,7 @@ def test_nothing_computed_with_one_adapter_is_read_with_another(parrot, formal_a
     served.close()
 
 
-def test_a_draft_of_another_tokenizer_is_refused(parrot, released, official_tokenizer, tmp_path):
+def test_a_draft_with_another_tokenizer_is_refused(parrot, released, official_tokenizer, tmp_path):
     for path in released.glob("*.gguf"):
         shutil.copyfile(path, tmp_path / path.name)
     shutil.copyfile(official_tokenizer("v2"), tmp_path / "tokenizer.model.v2")
@@ -89,7 +88,7 @@ def test_a_draft_of_another_tokenizer_is_refused(parrot, released, official_toke
         loaded_models.check_draft(parrot, release.read(tmp_path))
 
 
-def test_a_release_is_named_by_its_run_and_a_file_by_itself(released, tmp_path):
+def test_a_release_has_the_name_of_its_run_or_of_the_named_file(released, tmp_path):
     found = release.read(released)
     assert (found.name, found.gguf.name) == ("parrot", "parrot-F16.gguf")
     assert found.context_tokens == 256
@@ -103,7 +102,7 @@ def test_a_release_is_named_by_its_run_and_a_file_by_itself(released, tmp_path):
     assert release.read(tmp_path / "b.gguf").name == "b"
 
 
-def test_a_file_that_is_no_gguf_is_a_message(released, tmp_path):
+def test_a_file_that_is_not_a_gguf_is_refused(released, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"not one")
     shutil.copyfile(released / "tokenizer.model.v3", tmp_path / "tokenizer.model.v3")
     with pytest.raises(StageError, match="cannot read the GGUF"):

@@ -19,10 +19,10 @@ VERSIONS = list(OFFICIAL_TOKENIZERS)
         (version, name)
         for version in VERSIONS
         for name, (_, tools) in CHATS.items()
-        if version != "v1" or not tools  # v1 has none
+        if version != "v1" or not tools  # v1 has no tools
     ],
 )
-def test_a_prompt_is_what_training_saw_before_the_answer(exported_tokenizer, version, name):
+def test_a_prompt_equals_the_training_tokens_before_the_answer(exported_tokenizer, version, name):
     messages, tools = CHATS[name]
     folder = exported_tokenizer(version)
     renderer = Renderer(load_mistral_tokenizer(folder, for_training=True))
@@ -44,8 +44,8 @@ def test_there_is_one_bos_and_a_user_cannot_write_control_tokens(exported_tokeni
     assert prompts.render(plain).count(tokenizer.bos_id) == 1
 
 
-def test_what_clients_send_is_the_chat_that_was_meant(tokenizer_v3):
-    """Nulls, foreign ids, `developer`, content in parts: each as its plain form."""
+def test_what_clients_send_becomes_the_chat_that_they_mean(tokenizer_v3):
+    """Nulls, foreign ids, `developer`, content in parts: each becomes its plain form."""
     prompts = Prompts(tokenizer_v3)
     expected = prompts.render(ANSWERED, [WEATHER])
     foreign = "call_" + "x" * 24
@@ -75,7 +75,7 @@ def test_what_clients_send_is_the_chat_that_was_meant(tokenizer_v3):
         ([{"role": "tool", "tool_call_id": "abc123XYZ", "content": "first"}], "cannot be rendered"),
     ],
 )
-def test_a_chat_without_a_prompt_is_refused_with_the_reason(tokenizer_v3, messages, reason):
+def test_a_chat_that_cannot_be_rendered_is_refused_with_the_reason(tokenizer_v3, messages, reason):
     with pytest.raises(UnusableChat, match=reason):
         Prompts(tokenizer_v3).render(messages)
 

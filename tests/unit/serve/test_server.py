@@ -1,4 +1,4 @@
-"""The server by its real clients: openai, LangChain, curl."""
+"""The server, tested with real clients: openai, LangChain, curl."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ask(client, messages, **options):
 
 
 @pytest.mark.parametrize("name", [name for name in CHATS if name != "call"])
-def test_openai_gets_the_answer_that_was_trained(client, name):
+def test_openai_gets_the_trained_answer(client, name):
     messages, tools = CHATS[name]
     options = {"tools": tools} if tools else {}
     answer = ask(client, messages[:-1], **options)
@@ -64,20 +64,20 @@ def test_openai_streams_the_same_answer_in_pieces(client):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_openai_gets_the_call_the_model_chose_to_make_and_sends_its_result(client):
+def test_openai_gets_the_call_that_the_model_makes_and_sends_its_result(client):
     answer = ask(client, QUESTION, tools=[WEATHER]).choices[0]
     assert answer.finish_reason == "tool_calls"
     assert answer.message.content is None
     (call,) = answer.message.tool_calls
     assert (call.id, call.function.name) == (CALL["id"], "get_weather")
     assert json.loads(call.function.arguments) == {"city": "Paris"}
-    # As the client's documentation has it: the message itself goes back into the conversation.
+    # As in the client's documentation: the message itself goes back into the conversation.
     result = {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}
     final = ask(client, [*QUESTION, answer.message, result], tools=[WEATHER])
     assert final.choices[0].message.content == "It is 21 degrees."
 
 
-def test_openai_streams_a_call_whole(client):
+def test_openai_streams_a_call_as_a_whole(client):
     chunks = [chunk.choices[0] for chunk in ask(client, QUESTION, tools=[WEATHER], stream=True)]
     calls = [call for choice in chunks for call in choice.delta.tool_calls or ()]
     assert [(call.index, call.id, call.function.name) for call in calls] == [
@@ -92,8 +92,8 @@ def test_openai_streams_a_call_whole(client):
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "clock"}}]
 )
-def test_a_tool_that_must_be_called_is(client, choice, stream):
-    """Of a question whose answer would be text."""
+def test_a_tool_that_must_be_called_is_called(client, choice, stream):
+    """The question would otherwise be answered with text."""
     clock = {
         "type": "function",
         "function": {
@@ -115,29 +115,29 @@ def test_a_tool_that_must_be_called_is(client, choice, stream):
     assert re.fullmatch(r"[a-zA-Z0-9]{9}", calls[0].id)
 
 
-def test_no_tool_is_called_that_must_not_be(client):
+def test_a_tool_that_must_not_be_called_is_not_called(client):
     answer = ask(client, QUESTION, tools=[WEATHER], tool_choice="none", max_tokens=8)
     assert not answer.choices[0].message.tool_calls
 
 
-def test_a_schema_is_kept_to(client):
+def test_an_answer_follows_the_requested_schema(client):
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    asked = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
-    answer = ask(client, said(LEN), response_format=asked, max_tokens=60)
+    wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    answer = ask(client, said(LEN), response_format=wanted, max_tokens=60)
     content = answer.choices[0].message.content
     # The model has never seen JSON: cut off by max_tokens, what there is still fits the schema.
     assert re.match(r'\{\s*"n"\s*:\s*-?\d', content), content
 
 
-def test_an_adapter_answers_by_its_name_and_the_release_by_its_own(client):
-    for _ in range(2):  # back and forth: each forgets what the other has read
+def test_an_adapter_and_its_release_answer_by_their_names(client):
+    for _ in range(2):  # alternating: each forgets what the other has read
         formal = ask(client, said(LEN), model="formal").choices[0].message.content
         plain = ask(client, said(LEN)).choices[0].message.content
         assert (formal, plain) == ("Texts like any other.", ANSWER)
     assert [model.id for model in client.models.list()] == ["parrot", "formal"]
 
 
-def test_current_clients_limits_are_kept(client):
+def test_limits_of_current_clients_are_respected(client):
     short = ask(client, said(LEN), max_completion_tokens=3).choices[0]
     assert short.finish_reason == "length"
     assert 0 < len(short.message.content) < len(ANSWER)
@@ -156,7 +156,7 @@ def test_current_clients_limits_are_kept(client):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered_is_an_error_before_any_answer(
+def test_an_unanswerable_request_is_an_error_before_any_answer(
     client, options, status, code, stream
 ):
     from openai import APIStatusError
@@ -178,7 +178,7 @@ def test_an_answer_that_streams_is_not_cut_off_by_another_request(client):
         assert waiting.result().choices[0].message.content == ANSWER
 
 
-def test_without_a_name_the_first_release_answers_and_an_unknown_one_never(server, client):
+def test_the_first_release_answers_without_a_name_but_not_to_an_unknown_one(server, client):
     import httpx
     from openai import BadRequestError
 
@@ -191,7 +191,7 @@ def test_without_a_name_the_first_release_answers_and_an_unknown_one_never(serve
         client.completions.create(model="gpt-3.5", prompt="Hello")
 
 
-def test_a_wrong_key_is_refused_and_no_other_origin_may_ask(server):
+def test_a_wrong_key_and_other_origins_are_refused(server):
     import httpx
     from openai import AuthenticationError, OpenAI
 
@@ -200,8 +200,8 @@ def test_a_wrong_key_is_refused_and_no_other_origin_may_ask(server):
             ask(stranger, said(LEN))
         with pytest.raises(AuthenticationError):
             stranger.models.list()
-    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
-    reply = httpx.options(f"{server.address}/v1/chat/completions", headers=asked)
+    headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    reply = httpx.options(f"{server.address}/v1/chat/completions", headers=headers)
     assert "access-control-allow-origin" not in reply.headers
     assert KEY not in server.log.read_text()
 
@@ -216,7 +216,7 @@ def test_curl_gets_an_answer(server):
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == ANSWER
 
 
-def test_langchain_answers_from_the_document_its_store_finds(server):
+def test_langchain_answers_from_the_document_that_its_store_finds(server):
     from langchain_core.embeddings import Embeddings
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import ChatPromptTemplate
@@ -225,7 +225,7 @@ def test_langchain_answers_from_the_document_its_store_finds(server):
     from langchain_openai import ChatOpenAI
 
     class Words(Embeddings):
-        """Which words of a list a text has."""
+        """Embeds a text by the words of a list that it contains."""
 
         words = ("sort", "list", "open", "file")
 
@@ -275,7 +275,7 @@ def test_a_draft_changes_no_answer(serving, released):
             assert ask(client, messages[:-1]).choices[0].message.content == messages[-1]["content"]
 
 
-def test_without_a_key_only_this_machine_is_served(run_stage, released):
+def test_without_a_key_the_server_listens_on_this_machine_only(run_stage, released):
     done = run_stage("workflow_scripts.serve.server", released, "--host", "0.0.0.0")
     assert done.returncode == 1
     assert "without a key" in done.stderr and "TRAMONTANE_API_KEY" in done.stderr
@@ -284,15 +284,15 @@ def test_without_a_key_only_this_machine_is_served(run_stage, released):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--n-ctx", "1000"], "longer than the model computes rightly"),
+        (["--n-ctx", "1000"], "longer than the model supports"),
         (["--adapter", "formal"], "an adapter needs a name"),
         (["--adapter", "formal=missing.gguf"], "cannot load the adapter"),
         (["--adapter", "parrot=missing.gguf"], "two models have one name"),
-        (["--api-key-file", "missing"], "there is no API key"),
-        (["--n-gpu-layers", "4"], "built without a GPU"),
+        (["--api-key-file", "missing"], "the file has no API key"),
+        (["--n-gpu-layers", "4"], "built without GPU support"),
     ],
 )
-def test_what_cannot_be_served_ends_with_a_message(run_stage, released, arguments, message):
+def test_what_cannot_be_served_is_refused_with_a_message(run_stage, released, arguments, message):
     done = run_stage("workflow_scripts.serve.server", released, *arguments)
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
