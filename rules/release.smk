@@ -1,6 +1,7 @@
 rule plan_disk:
     """Gate: the disk has room for the build. It has priority, so it stops the build as soon as sizes
-    are known. As an input of other rules it would rebuild their files with every new quantization."""
+    are known. As an input of other rules it would rebuild their files with every new quantization.
+    """
     input:
         facts=expand("results/models/{model}/facts.json", model=BUILD.models),
     output:

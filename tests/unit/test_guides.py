@@ -77,6 +77,17 @@ def test_a_config_in_a_page_has_options_that_there_are(page):
         jsonschema.validate(config or {}, schema)
 
 
+def test_the_code_in_the_contributing_guide_is_that_of_the_files_it_links():
+    text = text_of("docs/contributing.md")
+    _, examples = text.split("## One example of each kind of file")
+    examples, _ = examples.split("## Tests")
+    for example in examples.split("### ")[1:]:
+        (source,) = re.findall(r"\]\(\.\./([^)]+)\)", example)[:1]
+        lines = {line.strip() for line in text_of(source).splitlines()}
+        (excerpt,) = re.findall(r"^```python\n(.*?)^```$", example, re.MULTILINE | re.DOTALL)
+        assert not {line.strip() for line in excerpt.splitlines()} - lines, source
+
+
 def test_the_readme_leads_to_every_page_of_the_documentation():
     """In two steps at most: through the start page."""
     linked = {

@@ -78,7 +78,7 @@ def harness_finding(names: Sequence[str], lock: Path, *, is_needed: bool) -> Fin
             "missing" if is_needed else "warning",
             f"not installed, for {_named(names)}",
             f"lm_eval {tested}, in a separate environment",
-            "make tasks, or --sdm conda; see workflow_scripts/evaluate/README.md",
+            "make tasks, or --sdm conda; see docs/evaluation.md",
         )
     return Finding(
         "lm_eval",

@@ -18,5 +18,5 @@ def check_installed() -> None:
             where="evaluation.tasks.names",
             found="no module lm_eval",
             to_fix="`make tasks`, or `snakemake tasks --sdm conda`;"
-            " workflow_scripts/evaluate/README.md says how",
+            " docs/evaluation.md says how",
         )

@@ -56,7 +56,7 @@ def load(
             where="--n-gpu-layers",
             found=device.n_gpu_layers,
             expected=0,
-            to_fix="build it with CUDA or Metal: see workflow_scripts/serve/README.md",
+            to_fix="build it with CUDA or Metal: see docs/serving.md",
         )
     all_layers = -1 if has_gpu else 0
     try:
