@@ -95,7 +95,7 @@ def _read_messages(raw: Sequence[Any], repair: Repair, corrections: Corrections)
 def _role(message: Any, number: int) -> str:
     if not isinstance(message, dict):
         detail = f"message {number}: {schemas.json_type(message)}"
-        raise Rejected("a message is no object", detail)
+        raise Rejected("a message is not an object", detail)
     role = message.get("role")
     known = schemas.ROLES.get(role) if isinstance(role, str) else None
     if known is None:
@@ -138,7 +138,8 @@ def _read_answer_fields(read: Message, message: schemas.Json, corrections: Corre
 
 
 def _references(marked: Any, repair: Repair, corrections: Corrections) -> list[str] | None:
-    """Return the right answers of a record as texts, without those that are no text or number."""
+    """Return the right answers of a record as texts, without those that are neither text nor
+    number."""
     answers = schemas.parsed(marked)
     texts = [
         read_text(answer if isinstance(answer, str) else str(answer), repair, corrections)

@@ -148,7 +148,7 @@ class _Fields:
         """Return the messages of a field, with OpenAI's names for their fields."""
         messages = parsed(self[field])
         if not isinstance(messages, list):
-            raise Rejected("messages are no list", f"{self.name(field)}: {json_type(messages)}")
+            raise Rejected("messages are not a list", f"{self.name(field)}: {json_type(messages)}")
         return [
             _message(message, self.columns) if isinstance(message, dict) else message
             for message in messages
@@ -178,7 +178,7 @@ def _spelled_calls(content: Any) -> list[Json]:
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Rejected("a tool call is no object", f"function_call: {json_type(calls)}")
+        raise Rejected("a tool call is not an object", f"function_call: {json_type(calls)}")
     for call in calls:
         if isinstance(call.get("arguments"), dict):
             call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
@@ -233,7 +233,7 @@ def _from_alpaca(record: _Fields) -> Iterator[Any]:
     history = parsed(record["history"]) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Rejected("history is no list of pairs", json_type(pair))
+            raise Rejected("history is not a list of pairs", json_type(pair))
         yield {"role": "user", "content": pair[0]}
         yield {"role": "assistant", "content": pair[1]}
     question = record["instruction"]

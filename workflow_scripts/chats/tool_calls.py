@@ -41,16 +41,16 @@ def read_calls(message: schemas.Json, corrections: Corrections) -> list[ToolCall
         corrections["function_call made tool_calls"] = None
     calls = schemas.parsed(calls) or []
     if not isinstance(calls, list):
-        raise Rejected("tool calls are no list", schemas.json_type(calls))
+        raise Rejected("tool calls are not a list", schemas.json_type(calls))
     return [_call(call, corrections) for call in calls]
 
 
 def _call(call: Any, corrections: Corrections) -> ToolCall:
     if not isinstance(call, dict):
-        raise Rejected("a tool call is no object", schemas.json_type(call))
+        raise Rejected("a tool call is not an object", schemas.json_type(call))
     given = call.get("function", call)  # some records leave out the layer between
     if call.get("type") not in (None, "function") or not isinstance(given, dict):
-        raise Rejected("a tool call is no function call", shown(call.get("type")))
+        raise Rejected("a tool call is not a function call", shown(call.get("type")))
     name, arguments = _function_name(given.get("name")), given.get("arguments")
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -58,7 +58,7 @@ def _call(call: Any, corrections: Corrections) -> ToolCall:
     elif arguments in (None, ""):
         arguments = "{}"  # as mistral-common does
     if not isinstance(arguments, str) or not isinstance(json_content(arguments), dict):
-        raise Rejected("tool arguments are no JSON object", shown(arguments))
+        raise Rejected("tool arguments are not a JSON object", shown(arguments))
     function: Function = {"name": name, "arguments": encodable(arguments, corrections)}
     return {"id": _given_id(call.get("id")), "type": "function", "function": function}
 
@@ -176,7 +176,7 @@ def read_tools(tools: Any) -> str | None:
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Rejected("tools are no list of objects", schemas.json_type(tools))
+        raise Rejected("tools are not a list of objects", schemas.json_type(tools))
     wrapped = [_wrapped(tool) if "name" in tool else tool for tool in tools]
     try:
         text = json.dumps(wrapped, ensure_ascii=False)

@@ -134,7 +134,7 @@ def other_turns(
     """
     turns = []
     if entry.signature is not None and parameter_names(entry):
-        # Not if a default is no expression, such as `<object object>`.
+        # Not if a default is not an expression, such as `<object object>`.
         if signatures.parse(str(entry.signature)) is not None:
             turns.append(_turn(DEFAULTS, entry, _defaults_answer(entry), generator))
         parameters = f"It takes {_joined(parameter_names(entry))}."

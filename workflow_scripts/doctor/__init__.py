@@ -1,1 +1,2 @@
-"""What this machine lacks for a config. Start with `python -m workflow_scripts.doctor`."""
+"""Report of what this machine lacks for a config. Start it with `python -m
+workflow_scripts.doctor`."""

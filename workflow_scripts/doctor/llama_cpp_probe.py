@@ -1,4 +1,4 @@
-"""How llama.cpp was built, and which CPU features it uses; printed for `probes` to read."""
+"""Print the build options of llama.cpp and the CPU features it uses, for `probes` to read."""
 
 from __future__ import annotations
 

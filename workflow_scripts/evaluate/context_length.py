@@ -1,4 +1,4 @@
-"""How much of its context a link can use, from its answers and from its loss on long documents."""
+"""Usable context of a link, from its answers and from its loss on long documents."""
 
 from __future__ import annotations
 

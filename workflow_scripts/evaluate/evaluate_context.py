@@ -1,4 +1,4 @@
-"""How much of its context a link can use: questions on long texts, and the gain from long context.
+"""Measure a link's usable context: questions on long texts, and the gain from long context.
 
 The score of a length is the share of right answers over all tasks and depths, in per cent. The
 effective length is the longest up to which every score is at least 85.6 (RULER, arXiv:2404.06654:

@@ -17,6 +17,5 @@ def check_installed() -> None:
             "lm-evaluation-harness is not installed",
             where="evaluation.tasks.names",
             found="no module lm_eval",
-            to_fix="`make tasks`, or `snakemake tasks --sdm conda`;"
-            " docs/evaluation.md says how",
+            to_fix="`make tasks`, or `snakemake tasks --sdm conda`; docs/evaluation.md says how",
         )

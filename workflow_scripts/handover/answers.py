@@ -1,4 +1,4 @@
-"""What a link answers to the first questions of held-out conversations (`answer_prompts`)."""
+"""Answers of a link to the first questions of held-out conversations (`answer_prompts`)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Answer(Record):
     n_tokens: int
     """Tokens of the answer."""
     is_ended: bool
-    """Whether the model closed its answer within the limit."""
+    """True if the model ended its answer within the limit."""
     is_reference: bool
-    """Whether the answer has the token ids of the reference."""
+    """True if the answer has the token ids of the reference."""
 
 
 class Answers(Record):

@@ -38,7 +38,7 @@ output."""
 RUN_PLACE = "runs/{run}/evaluation"
 BASE_PLACE = "evaluation/{model}/{dataset}"
 MODEL_PLACE = "evaluation/{model}"
-"""Of the measurements of a base that have nothing to do with the run's dataset."""
+"""Folder of the measurements of a base that do not depend on the run's dataset."""
 WITHOUT_DATASET: tuple[Measurement, ...] = ("text", "tasks")
 
 
@@ -50,28 +50,29 @@ class Link:
     """
 
     name: str
-    """As files and rules call it: `base-nf4`, `Q4_K_M`."""
+    """Name in files and rules: `base-nf4`, `Q4_K_M`."""
     title: str
-    """As reports call it."""
+    """Name in reports."""
     engine: Engine
     weights: str
     """Pattern of its folder or, for llama.cpp, of its GGUF."""
     measured: frozenset[Measurement]
-    """What can be measured of it."""
+    """Measurements that can be made of it."""
     adapter: str | None = None
     """Pattern of the adapter that is applied to the weights as they are loaded."""
     precision: str | None = None
-    """Of the weights in memory; `trained`: as the adapter was trained; None: as they are stored."""
+    """Precision of the weights in memory. `trained`: as the adapter was trained. None: as
+    stored."""
     gate: str | None = None
     """Pattern of the verdict that comes before any measurement."""
     source: str | None = None
     """The link that it is made from, if that is not the one before it in the chain."""
     is_of_model: bool = False
-    """Whether it is measured once for all runs of a model and dataset."""
+    """True if it is measured once for all runs of a model and dataset."""
     is_aside: bool = False
-    """Whether figures draw it by itself: no other link is made from it."""
+    """True if no other link is made from it; figures draw it apart."""
     is_product: bool = False
-    """Whether people run it, so that its size and speed matter."""
+    """True if people run it, so that its size and speed matter."""
 
     def place(self, measurement: Measurement) -> str:
         """Pattern of the folder of a measurement."""
@@ -180,7 +181,7 @@ def links(quantizations: Sequence[str]) -> list[Link]:
 
 
 class ChainSettings(Settings):
-    """What the chain of a run depends on."""
+    """Settings that decide the chain of a run."""
 
     run: RunSettings
     quantizations: tuple[str, ...]
@@ -191,18 +192,18 @@ class ChainSettings(Settings):
 
 
 class LinkFiles(Record):
-    """Where the measurements of a link are; null where one is never made of it. The files of
+    """Paths of the measurements of a link; null for one that is never made. The files of
     `context`, `answers` and `tasks` are there if the config asked for them."""
 
     name: str
     title: str
-    """As reports call it."""
+    """Name in reports."""
     source: str | None
     """The link that it is made from; null for the base."""
     is_aside: bool
-    """Whether figures draw it by itself: no other link is made from it."""
+    """True if no other link is made from it; figures draw it apart."""
     is_product: bool
-    """Whether people run it, so that its size and speed matter."""
+    """True if people run it, so that its size and speed matter."""
     scores: str
     token_scores: str
     divergence: str | None

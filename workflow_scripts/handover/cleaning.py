@@ -1,4 +1,4 @@
-"""What cleaning did to a dataset, in numbers (`clean_dataset`)."""
+"""Numbers of what cleaning kept, corrected and rejected (`clean_dataset`)."""
 
 from __future__ import annotations
 

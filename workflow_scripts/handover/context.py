@@ -1,4 +1,4 @@
-"""How much of its context a link can use, and what it recalls (`evaluate_context`,
+"""Usable context and recall of a link (`evaluate_context`,
 `evaluate_recall`)."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LengthScore(Record):
 
 
 class Questions(Record):
-    """What a link was asked, and what it answered."""
+    """Questions to a link, and its answers."""
 
     advertised_tokens: int
     """Context of the base model."""
@@ -86,7 +86,7 @@ class EffectiveIntervals(Record):
 
 
 class LongGain(Record):
-    """What the context beyond `short_tokens` gains."""
+    """Gain from the context beyond `short_tokens`."""
 
     short_tokens: int
     """Context that the whole context is compared with."""

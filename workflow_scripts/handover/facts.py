@@ -1,4 +1,4 @@
-"""What a model is, as its own files say it (`read_model_facts`)."""
+"""Facts of a model, from its own files (`read_model_facts`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FileFacts(Record):
 
 
 class RopeStretch(Record):
-    """How far `models.<name>.rope_scaling` stretches the positions."""
+    """RoPE scaling of `models.<name>.rope_scaling`."""
 
     type: Literal["linear", "yarn", "dynamic"]
     factor: float
@@ -59,7 +59,7 @@ class ModelShape(Record):
     n_experts_per_token: int | None
     """Experts that compute a token; None for a dense model."""
     ties_embeddings: bool
-    """Whether the output layer is the embedding matrix."""
+    """True if the output layer is the embedding matrix."""
     dtype: str | None
     """Type of the weights, as config.json names it: `bfloat16`."""
 

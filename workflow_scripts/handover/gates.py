@@ -1,4 +1,4 @@
-"""What the gates of the export measured (`check_merged`, `check_gguf`), and the base that was
+"""Measurements of the gates of the export (`check_merged`, `check_gguf`), and the base that was
 chosen to merge into (`choose_merge_base`)."""
 
 from __future__ import annotations

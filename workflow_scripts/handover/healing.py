@@ -1,4 +1,4 @@
-"""How the demo's model was trained after its new vocabulary (`build_demo_model`)."""
+"""Training of the demo's model after its vocabulary was replaced (`build_demo_model`)."""
 
 from __future__ import annotations
 

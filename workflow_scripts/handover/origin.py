@@ -1,4 +1,4 @@
-"""Where the files of a model or a dataset come from."""
+"""Origin of the files of a model or a dataset."""
 
 from __future__ import annotations
 

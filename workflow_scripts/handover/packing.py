@@ -1,4 +1,4 @@
-"""What a packing plan achieves (`pack_sequences`)."""
+"""Fill, cost and balance of a packing plan (`pack_sequences`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build is going to write, before anything large is made (`plan_disk`,
+"""Files that a build will write, predicted before anything large is made (`plan_disk`,
 `plan_quantizations`), and what a GGUF holds."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GgufSize(Record):
 
 
 class GgufContents(TensorTypes, GgufSize):
-    """What a GGUF holds, from its own table of tensors. The fields of `GgufSize` come first."""
+    """Contents of a GGUF, from its own table of tensors. The fields of `GgufSize` come first."""
 
 
 class QuantizationPlan(Record, RootModel[dict[str, TensorTypes]]):

@@ -1,4 +1,4 @@
-"""What a release was made of (`package_release`), and what of it was sent to storage."""
+"""Origin of a release (`package_release`), and the files of it that are on storage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Hardware(Record):
 
 
 class Gates(Record):
-    """What the gates of the export measured."""
+    """Measurements of the gates of the export."""
 
     merged_check: GivenMergedCheck | MergedCheck
     gguf_check: GgufCheck

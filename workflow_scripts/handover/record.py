@@ -16,7 +16,7 @@ LEFT_OUT: Any = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Record(BaseModel):
-    """What a JSON file between two stages holds. Frozen; an unknown key is an error.
+    """Content of a JSON file between two stages. Frozen; an unknown key is an error.
 
     The meaning and unit of a field are in the docstring below it. Keys are in the order of the
     fields: those of the last base class first, those of the class itself last.
@@ -48,7 +48,7 @@ class Record(BaseModel):
         return self.model_validate(self.model_dump() | values)
 
     def content(self) -> dict[str, Any]:  # untyped: what JSON can hold
-        """What the file holds."""
+        """The content of the file."""
         return self.model_dump(mode="json")
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How good a link of the chain is on held-out conversations (`evaluate_perplexity`,
+"""Loss of a link of the chain on held-out conversations (`evaluate_perplexity`,
 `evaluate_positions`)."""
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Compared(Record):
 
 
 class Distance(Record):
-    """How far next-token probabilities are from those of a reference, in the terms of
+    """Distance of next-token probabilities from those of a reference, in the terms of
     `llama-perplexity --kl-divergence`."""
 
     n_conversations: int

@@ -1,4 +1,4 @@
-"""How fast a link is, in llama-bench's terms (`benchmark_inference`)."""
+"""Speed of a link, in the terms of llama-bench (`benchmark_inference`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SpeedTest(Record):
 
 
 class Conditions(Record):
-    """What was timed, and where."""
+    """Conditions of the measurement: engine, device, lengths."""
 
     engine: Literal["llama.cpp", "transformers"]
     device: str

@@ -1,4 +1,4 @@
-"""What links score in tasks with a right answer (`evaluate_tasks`, `match_references`)."""
+"""Scores of links in tasks with a right answer (`evaluate_tasks`, `match_references`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TaskScores(Record):
 
     scores: tuple[TaskScore, ...]
     are_chats: bool
-    """Whether prompts were put as chats."""
+    """True if prompts were formatted as chats."""
     context_tokens: int
     """Longest input that the link was given."""
     duration_seconds: float

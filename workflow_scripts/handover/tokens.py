@@ -1,4 +1,4 @@
-"""What rendering made of the conversations (`render_chats`), and what its gate compared
+"""Counts of rendered conversations (`render_chats`), and of those that its gate compared
 (`check_tokens`)."""
 
 from __future__ import annotations

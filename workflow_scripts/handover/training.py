@@ -1,4 +1,4 @@
-"""What training leaves and what it planned (`train_adapter`, `plan_memory`)."""
+"""Plan and results of training (`train_adapter`, `plan_memory`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from workflow_scripts.settings import RecipeSettings
 
 
 class Setup(Record):
-    """How a run is laid out on a GPU."""
+    """Layout of a run on a GPU."""
 
     rows_per_micro_batch: int
     n_checkpointed_layers: int
     """Layers recomputed in the backward pass, evenly spread."""
     offloads_activations: bool
-    """Whether the CPU's memory keeps what checkpointing saves."""
+    """True if CPU memory keeps the activations that checkpointing saves."""
 
 
 class MemoryParts(Record):

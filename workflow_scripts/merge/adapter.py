@@ -32,14 +32,14 @@ FETCH_AGAIN = "fetch the adapter again, or save it again with PEFT"
 
 
 class Factors(NamedTuple):
-    """Where the file holds A and B of a parameter, and the name by which PEFT finds their rank."""
+    """Places of A and B of a parameter in the file, and the name by which PEFT finds their rank."""
 
     stem: str
     pattern_name: str
 
 
 class _OfThread(threading.local):
-    """What an adapter keeps between two slabs, for each thread that merges."""
+    """Values that an adapter keeps between two slabs, for each thread that merges."""
 
     part: Part | None = None
     factors: tuple[torch.Tensor, torch.Tensor]

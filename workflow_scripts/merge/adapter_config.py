@@ -1,4 +1,4 @@
-"""What an adapter's adapter_config.json says: rank and scale of each module, and which it names.
+"""Contents of adapter_config.json: the modules it names, with rank and scale of each.
 
 Source: PEFT 0.21, `check_target_module_exists` and `get_pattern_key` in tuners/tuners_utils.py.
 """

@@ -37,7 +37,7 @@ logger = log.stage_logger("check_merged")
 
 @dataclass(frozen=True)
 class TensorResult:
-    """How one tensor of the merged model compares.
+    """Comparison of one tensor of the merged model with the reference.
 
     Attributes:
         rounding: which numbers were rounded to the stored type: `once`, the sum alone (ours and
@@ -56,7 +56,7 @@ class TensorResult:
 
 
 class ExactResult(NamedTuple):
-    """How the merged model's tensors compare with base + adapter."""
+    """Comparison of the merged model's tensors with base + adapter."""
 
     merge_base: MergeBase
     n_tensors: int

@@ -100,7 +100,7 @@ def check_shape(folder: Path, facts: ModelShape) -> None:
 
 
 def stretched(facts: ModelShape) -> RopeParameters:
-    """How positions are stretched, in the form of `rope_parameters`; {} if they are not."""
+    """RoPE scaling in the form of `rope_parameters`; {} without one."""
     rope = {key: value for key, value in facts.rope_parameters.items() if key != "rope_theta"}
     return {} if rope.get("rope_type", "default") == "default" else rope
 

@@ -28,7 +28,7 @@ ARITHMETIC = 2.0**-20
 
 
 class Expected(NamedTuple):
-    """What a slab of the merged model must be before rounding, all float64."""
+    """Expected values of a slab of the merged model before rounding, all float64."""
 
     base: torch.Tensor
     total: torch.Tensor

@@ -1,4 +1,4 @@
-"""How the names of tensors in a checkpoint's files map to parameters of the model.
+"""Mapping from names of tensors in a checkpoint's files to parameters of the model.
 
 Mixtral's files hold one tensor per expert and matrix, as its first release did; transformers 5
 holds the experts of a layer in two tensors, and PEFT adapts these. Source: transformers 5.23,

@@ -143,7 +143,7 @@ class Params:
         return json.dumps({"runs": runs, "gguf": gguf, "awq": self.config.awq.use})
 
     def published(self, run: str) -> str:
-        """What a run's files and model card say about their sources."""
+        """Sources that a run's files and model card name."""
         settings = self.config.runs[run]
         model, dataset = self.config.models[settings.model], self.config.datasets[settings.dataset]
         return json.dumps(

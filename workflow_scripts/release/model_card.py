@@ -125,7 +125,7 @@ hardware and durations; `sha256sum -c SHA256SUMS` checks the files.
 
 
 def about_context(facts: ModelShape) -> str:
-    """How long a context the GGUFs support, and why."""
+    """Paragraph on the context that the GGUFs support, and why."""
     context, window = facts.served_context_tokens, facts.sliding_window
     text = f"Context: {context} tokens."
     if window and window < facts.context_tokens:

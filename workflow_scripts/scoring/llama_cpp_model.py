@@ -185,8 +185,8 @@ class LlamaCppModel:
     def resumed_logit_blocks(
         self, input_ids: np.ndarray, positions: np.ndarray
     ) -> Iterator[Tensor]:
-        """As `logit_blocks`, but the tokens at the start that the previous input shares are not run
-        again.
+        """Like `logit_blocks`, but the tokens at the start that the previous input shares are not
+        run again.
 
         The cost of questions after the same examples, or of choices after the same question, is
         then that of the tokens in which they differ.

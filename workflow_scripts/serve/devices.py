@@ -1,4 +1,4 @@
-"""How a release runs on this machine: context, GPU layers, threads. Imports no llama.cpp."""
+"""Settings to run a release on this machine: context, GPU layers, threads. Imports no llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workflow_scripts.release.modelfile import DEFAULT_CONTEXT_TOKENS
 
 @dataclass(frozen=True)
 class Device:
-    """How a model runs on this machine."""
+    """Settings to run a model on this machine."""
 
     n_ctx: int | None = None
     """Context in tokens; None is `DEFAULT_CONTEXT_TOKENS`, or less if the release has less."""

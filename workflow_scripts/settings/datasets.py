@@ -122,7 +122,7 @@ class PreviewSettings(Settings):
 
 
 class ReadingSettings(Settings):
-    """How records are read as conversations, and how often training sees them."""
+    """Options of how records are read as conversations, and how often training sees them."""
 
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Shape of a record; `auto` recognizes each of the others by its field names."""

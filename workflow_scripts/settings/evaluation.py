@@ -151,7 +151,7 @@ class TaskSettings(Settings):
     limit: Count | None = None
     """Documents of each task, the first; null is all, which published scores need."""
     chat_template: bool = False
-    """Whether prompts become chats, examples turns; published scores of base models are without."""
+    """Format prompts as chats and examples as turns. Published scores of base models do not."""
     max_answer_tokens: Count = 64
     """Longest answer to a prompt whose chat marks a reference answer, tokens."""
 

@@ -150,7 +150,7 @@ class GgufSettings(Settings):
         return self.mixes.get(name) or MixSettings.model_validate({"type": name})
 
     def uses_imatrix(self, name: str) -> bool:
-        """Whether a quantization is made with the importance matrix."""
+        """True if a quantization is made with the importance matrix."""
         mix = self.mix(name)
         return mix.needs_imatrix or (self.imatrix.use == "always" and mix.takes_imatrix)
 

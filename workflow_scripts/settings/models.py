@@ -102,5 +102,5 @@ class ModelSettings(Settings):
 
     @property
     def built_here(self) -> TransplantSettings | RandomModelSettings | None:
-        """How the workflow builds the model itself; None for a user's model."""
+        """Settings of a model that the workflow builds itself; None for a user's model."""
         return self.transplant or self.generate

@@ -94,7 +94,7 @@ class Checkpoints:
 
     @property
     def n_steps_down(self) -> int:
-        """How often this run ran out of memory and went on with a smaller layout."""
+        """Number of times this run ran out of memory and continued with a smaller layout."""
         path = self.folder / STEPS_DOWN
         return files.read_json(path)["n_steps_down"] if path.is_file() else 0
 
