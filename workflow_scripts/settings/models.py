@@ -15,7 +15,6 @@ from workflow_scripts.settings.fields import (
     is_local,
 )
 
-
 TokenizerVersion = Literal["v1", "v2", "v3", "v7", "tekken"]
 
 
