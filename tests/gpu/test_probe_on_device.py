@@ -87,7 +87,7 @@ def test_attention_over_the_whole_micro_batch_stops_the_stage(model, documents, 
     AttentionInterface.register("whole_micro_batch", whole)
     base = model.get_base_model()
     base.set_attn_implementation("whole_micro_batch")
-    with pytest.raises(StageError, match="out of its reach"):
+    with pytest.raises(StageError, match="must not see them"):
         check_attention(model, documents, plan(strategy), [WINDOW] * 4)
     base.set_attn_implementation(attention.NAME)
 
