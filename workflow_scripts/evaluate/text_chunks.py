@@ -8,7 +8,6 @@ from mistral_common.tokens.tokenizers.base import Tokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece_tokenizer
 
 from workflow_scripts.tokens.documents import documents_schema
-from workflow_scripts.tokens.segment_cache import TextEncoder
 
 
 def encode_bare(text: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -18,12 +17,12 @@ def encode_bare(text: str, tokenizer: Tokenizer) -> np.ndarray:
     a line end takes that space: it is put in front, is a token of its own bytes, and merges with
     nothing.
     """
-    encoder = TextEncoder(tokenizer)
-    if not is_sentencepiece_tokenizer(tokenizer):
-        return np.frombuffer(encoder.encode(text), np.int32)
-    line_end, found = encoder.encode("\n"), encoder.encode("\n" + text)
-    assert found.startswith(line_end)
-    return np.frombuffer(found[len(line_end) :], np.int32)
+    in_front = "\n" if is_sentencepiece_tokenizer(tokenizer) else ""
+    line_end, found = (
+        tokenizer.encode(each, bos=False, eos=False) for each in (in_front, in_front + text)
+    )
+    assert found[: len(line_end)] == line_end
+    return np.array(found[len(line_end) :], np.int32)
 
 
 def cut(token_ids: np.ndarray, bos_id: int, *, context_tokens: int) -> np.ndarray:

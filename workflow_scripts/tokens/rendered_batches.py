@@ -105,10 +105,7 @@ def render_batch(batch: CleanBatch) -> RenderedBatch:
     renderings: list[Rendering] = []
     rejected: list[tuple[int, CannotRender]] = []
     tools = batch.rows.column("tools").to_pylist()
-    conversations = list(read_messages(batch.rows.column("messages")))
-    contents = (message["content"] for messages in conversations for message in messages)
-    _renderer.encode_ahead(filter(None, contents))
-    for row, messages in enumerate(conversations):
+    for row, messages in enumerate(read_messages(batch.rows.column("messages"))):
         try:
             renderings.append(_renderer.render(messages, tools[row]))
             kept.append(row)

@@ -1,10 +1,10 @@
 """Rendering: a conversation as token ids by mistral-common, with its supervised spans.
 
 mistral-common's own templates are used unchanged. Its tokenizer writes the conversation as a
-skeleton: control tokens, with a placeholder for each text. A faster encoder that gives the same ids
-(`segment_cache`) then fills in the texts. So the rules for the system prompt, for stripping and for
-tool calls are not written a second time here. Plain chats skip validation, normalization and
-decoding of the result, which take three quarters of the library's time.
+skeleton: control tokens, with a placeholder for each text. Its encoder then fills in the texts. So
+the rules for the system prompt, for stripping and for tool calls are not written a second time
+here. Plain chats skip validation, normalization and decoding of the result, which take three
+quarters of the library's time.
 
 The spans come from the same call: a recording tokenizer notes the length of each answer. Plain
 chats with the same sequence of roles have the same skeleton, so the library is called once per
@@ -20,14 +20,13 @@ import itertools
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from workflow_scripts.chats.messages import Message, ToolCall
-from workflow_scripts.tokens.segment_cache import TOKEN_BYTES, TextEncoder
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -108,7 +107,7 @@ class Renderer:
         # mistral-common, here and below: 0.7 s that programs' --help must not wait for.
         from mistral_common.protocol.instruct import normalize
 
-        self._text_encoder = TextEncoder(tokenizer.instruct_tokenizer.tokenizer)
+        self._library_encode = tokenizer.instruct_tokenizer.tokenizer.encode
         self._max_tokens = max_tokens
         self._supervises_last_turn = supervise == "last_turn"
         # Copies, so that the caller's tokenizer never returns placeholders.
@@ -129,16 +128,10 @@ class Renderer:
         )
         self._texts: list[str] = []
         self._answers: list[_Answer] = []
-        self._ahead: dict[str, bytes] = {}
         self._shapes: dict[tuple[str, ...], _Written] = {}
         """Skeletons of plain chats, by their roles."""
-        self._control = functools.cache(lambda token: array("i", [token]).tobytes())
+        self._control = functools.cache(lambda token: array("i", [token]))
         self._listen()
-
-    def encode_ahead(self, texts: Iterable[str]) -> None:
-        """Encode the texts of the next conversations in one call; earlier texts are dropped."""
-        ahead = list(dict.fromkeys(texts))
-        self._ahead = dict(zip(ahead, self._text_encoder.encode_all(ahead), strict=True))
 
     def render(self, messages: Sequence[Message], tools: str | None = None) -> Rendering:
         """Render one conversation.
@@ -163,7 +156,7 @@ class Renderer:
         pieces = [
             self._control(token) if token >= 0 else texts[-token - 1] for token in written.skeleton
         ]
-        starts = [0, *itertools.accumulate(len(piece) // TOKEN_BYTES for piece in pieces)]
+        starts = [0, *itertools.accumulate(len(piece) for piece in pieces)]
         is_learned = self._choose(messages, written.answers)
         spans = [
             (starts[place[0]], starts[place[1]])
@@ -174,9 +167,8 @@ class Renderer:
             raise CannotRender("no supervised token", f"{len(is_learned)} answers, none learned")
         return self._rendering(pieces, spans)
 
-    def _encode_text(self, text: str) -> bytes:
-        encoded = self._ahead.get(text)
-        return self._text_encoder.encode(text) if encoded is None else encoded
+    def _encode_text(self, text: str) -> array[int]:
+        return array("i", self._library_encode(text, bos=False, eos=False))
 
     def _render_text(self, text: str) -> Rendering:
         """Render a plain text: every token except BOS is supervised."""
@@ -184,9 +176,9 @@ class Renderer:
         if not encoded:
             raise CannotRender("no supervised token", "an empty text")
         pieces = [self._control(self.bos_id), encoded, self._control(self.eos_id)]
-        return self._rendering(pieces, [(1, len(encoded) // TOKEN_BYTES + 2)])
+        return self._rendering(pieces, [(1, len(encoded) + 2)])
 
-    def _rendering(self, pieces: Sequence[bytes], spans: list[tuple[int, int]]) -> Rendering:
+    def _rendering(self, pieces: Sequence[array[int]], spans: list[tuple[int, int]]) -> Rendering:
         token_ids = np.frombuffer(b"".join(pieces), dtype=np.int32)
         if self._max_tokens is not None and len(token_ids) > self._max_tokens:
             raise CannotRender(
