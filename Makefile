@@ -54,7 +54,7 @@ docs: .venv/.tests-installed  ## build the documentation in site/; `mkdocs serve
 	    -r requirements-cluster.lock
 	touch $@
 
-# What requirements.lock has, seen through a path file, and llama.cpp's converter through a link;
+# The packages of requirements.lock, seen through a path file, and llama.cpp's converter through a link;
 # before it what is of this lock alone.
 .venv-tasks/.installed: .venv/.installed requirements-tasks.lock
 	$(BIN)/python -m venv --without-pip --clear .venv-tasks

@@ -21,10 +21,10 @@ ENVIRONMENTS = sorted((REPOSITORY / "envs").glob("*.yaml"))
 RULES = sorted((REPOSITORY / "rules").rglob("*.smk"))
 NAMED = re.compile(r"conda:\n +\"\.\./envs/(\w+)\.yaml\"")
 # Imported by functions that these programs' rules do not call: loading a model in 4 bits, Liger's
-# kernels where they are installed.
+# kernels where they are installed, a GGUF among links that apply the window.
 NOT_CALLED = {
     "data": {"torch", "bitsandbytes"},
-    "train": {"liger_kernel"},
+    "train": {"liger_kernel", "llama_cpp"},
 }
 # Module → the packages that bring it.
 DISTRIBUTIONS = metadata.packages_distributions()

@@ -35,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     import numpy as np
 
     from workflow_scripts.evaluate import inference_tests, links
-    from workflow_scripts.scoring.transformers_model import TransformersModel
 
     context_tokens = link.facts.served_context_tokens
     lengths: dict[Phase, int] = {
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         low=0, high=link.facts.vocabulary_size, size=context_tokens, dtype=np.int32
     )
     with links.loaded(link, context_tokens) as model:
-        device = str(model.model.device) if isinstance(model, TransformersModel) else "cpu"
+        device = str(model.model.device) if model.engine == "transformers" else "cpu"
         tests = {
             (phase, depth): inference_tests.test_of(
                 model, tokens[:depth], tokens[depth : depth + n_tokens], phase

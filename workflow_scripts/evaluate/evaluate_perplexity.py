@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.reference and not link.gguf:
         parser.error("--reference is for a --gguf")
 
+    import torch
+
     from workflow_scripts.evaluate import gguf_pair, links
     from workflow_scripts.scoring import pieces as cutting
     from workflow_scripts.scoring.likelihood import score_documents
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_fix=f"raise datasets.<name>.cleaning.{arguments.tokens.stem}_fraction",
         )
     sources = sources_of(arguments.clean) if arguments.clean else None
+    if link.gguf:
+        torch.set_num_threads(link.n_threads)  # sums over logits use as many threads as llama.cpp
     shown = log.progress(pieces, logger, total=len(pieces), unit="pieces")
     started = time.perf_counter()
     whole_nats = None

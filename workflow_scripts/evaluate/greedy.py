@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from workflow_scripts.scoring.llama_cpp_model import BATCH_TOKENS, LlamaCppModel
-from workflow_scripts.scoring.transformers_model import TransformersModel
+if TYPE_CHECKING:  # an environment may have one engine only
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 IsDone = Callable[[Sequence[int]], bool]
 
@@ -34,14 +35,14 @@ class Greedy(Protocol):
 
 def by_link(model: LlamaCppModel | TransformersModel, eos: int) -> Greedy:
     """Greedy decoding by a loaded link."""
-    if isinstance(model, LlamaCppModel):
+    if model.engine == "llama.cpp":
         return by_llama_cpp(model, eos)
     return by_transformers(model.model, eos)
 
 
 def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
     def answer(prompt: np.ndarray, max_tokens: int, is_done: IsDone = never) -> list[int]:
-        logits = read_tokens(model, prompt)
+        logits = model.read(prompt)
         tokens: list[int] = []
         while True:
             assert logits is not None
@@ -49,28 +50,9 @@ def by_llama_cpp(model: LlamaCppModel, eos: int) -> Greedy:
             if tokens[-1] == eos or len(tokens) == max_tokens or is_done(tokens):
                 return tokens
             place = len(prompt) + len(tokens) - 1
-            logits = read_tokens(model, np.array(tokens[-1:]), first=place)
+            logits = model.read(np.array(tokens[-1:]), first=place)
 
     return answer
-
-
-def read_tokens(model: LlamaCppModel, tokens: np.ndarray, *, first: int = 0) -> np.ndarray | None:
-    """Run tokens through llama.cpp in batches, with the logits of the last one alone.
-
-    Args:
-        first: position of the first token, after those in the cache; 0 empties the cache.
-    Returns:
-        (1, vocabulary) float32, valid until the next call; None without tokens.
-    """
-    if not first:
-        model.forget()
-    wants_logits = np.zeros(len(tokens), dtype=bool)
-    wants_logits[-1:] = True
-    logits = None
-    for start in range(0, len(tokens), BATCH_TOKENS):
-        batch = slice(start, start + BATCH_TOKENS)
-        logits = model.decode(tokens[batch], first=first + start, wants_logits=wants_logits[batch])
-    return logits
 
 
 def by_transformers(model: Any, eos: int) -> Greedy:

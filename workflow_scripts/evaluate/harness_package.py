@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from workflow_scripts.log import StageError
 
 
@@ -12,10 +10,12 @@ def check_installed() -> None:
     Raises:
         StageError: the harness is not installed.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:  # of the package itself, or of one that it needs
         raise StageError(
             "lm-evaluation-harness is not installed",
             where="evaluation.tasks.names",
-            found="no module lm_eval",
+            found=error,
             to_fix="`make tasks`, or `snakemake tasks --sdm conda`; docs/evaluation.md says how",
-        )
+        ) from error

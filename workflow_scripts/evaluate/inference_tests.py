@@ -6,15 +6,17 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
-from workflow_scripts.evaluate.greedy import read_tokens
 from workflow_scripts.handover.speed import Phase, SpeedTest, Times
-from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
-from workflow_scripts.scoring.transformers_model import TransformersModel
+
+# Each engine is imported only for its own links: the memory that is measured of one must not
+# include the other's, and PyTorch takes 185 MB.
+if TYPE_CHECKING:
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 
 class Test(NamedTuple):
@@ -35,9 +37,9 @@ def test_of(
         timed: (n,) integer.
     """
     at_once = len(timed) if phase == "prompt" else 1
-    if isinstance(model, LlamaCppModel):
+    if model.engine == "llama.cpp":
         return Test(
-            lambda: read_tokens(model, before),
+            lambda: model.read(before),
             lambda _: run_llama_cpp(model, timed, tokens_at_once=at_once, first=len(before)),
         )
     return Test(
@@ -111,7 +113,7 @@ def run_llama_cpp(
         first: position of the first token, after those in the cache; 0 empties the cache.
     """
     for start in range(0, len(tokens), tokens_at_once):
-        read_tokens(model, tokens[start : start + tokens_at_once], first=first + start)
+        model.read(tokens[start : start + tokens_at_once], first=first + start)
 
 
 def run_transformers(
@@ -124,6 +126,8 @@ def run_transformers(
     Returns:
         The cache of all tokens; None if there are none.
     """
+    import torch
+
     with torch.inference_mode():
         flat = torch.from_numpy(tokens.astype("int64"))[None].to(model.device)
         for stretch in flat.split(tokens_at_once, dim=1) if len(tokens) else ():
@@ -137,5 +141,7 @@ def run_transformers(
 def peak_memory_bytes(device: str) -> int:
     """Peak memory of the GPU for a model on it, else of this process."""
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from workflow_scripts.evaluate.link_arguments import Link
-from workflow_scripts.models.checkpoint import Precision
 from workflow_scripts.models.checkpoint_files import weight_files
-from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
-from workflow_scripts.scoring.precision import measured_precision
-from workflow_scripts.scoring.transformers_model import TransformersModel
+
+# Each engine is imported only for its own links. The conda environments that train have no
+# llama.cpp, and the memory that is measured of a GGUF must not include PyTorch's.
+if TYPE_CHECKING:
+    from workflow_scripts.models.checkpoint import Precision
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+    from workflow_scripts.scoring.transformers_model import TransformersModel
 
 
 @contextmanager
@@ -23,12 +25,15 @@ def loaded(link: Link, context_tokens: int) -> Iterator[LlamaCppModel | Transfor
         context_tokens: longest input, which llama.cpp reserves a key-value cache for.
     """
     if link.gguf:
-        torch.set_num_threads(link.n_threads)  # for sums over logits: no more than llama.cpp's
+        from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
+
         with LlamaCppModel(
             link.gguf, context_tokens=context_tokens, n_threads=link.n_threads
         ) as model:
             yield model
     else:
+        from workflow_scripts.scoring.transformers_model import TransformersModel
+
         assert link.checkpoint is not None
         yield TransformersModel(
             link.checkpoint,
@@ -41,6 +46,8 @@ def loaded(link: Link, context_tokens: int) -> Iterator[LlamaCppModel | Transfor
 
 def precision(link: Link) -> Precision:
     """Weights and arithmetic of a checkpoint on this machine."""
+    from workflow_scripts.scoring.precision import measured_precision
+
     return measured_precision(link.precision, link.checkpoint)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from workflow_scripts import files
 from workflow_scripts.log import StageError
-from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 from workflow_scripts.tokens.documents import Documents
+
+if TYPE_CHECKING:  # quantize_awq's environment has no llama.cpp
+    from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
 Item = TypeVar("Item")
 # Tokens are seldom longer than this; text beyond it would not be used.

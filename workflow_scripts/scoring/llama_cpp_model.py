@@ -10,14 +10,15 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import llama_cpp
 import numpy as np
-import torch
-from torch import Tensor
 
 from workflow_scripts.log import StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # llama.cpp's default. With 256, two layers of a 7B in Q4_K_M took 3 to 9 % more processor time
 # (AVX2; two runs each, on a machine with other jobs).
@@ -48,6 +49,8 @@ class LlamaCppModel:
     Raises:
         StageError: llama.cpp cannot load the file.
     """
+
+    engine: Literal["llama.cpp"] = "llama.cpp"
 
     def __init__(
         self,
@@ -212,11 +215,34 @@ class LlamaCppModel:
         Args:
             n_done: tokens that are in the cache already.
         """
+        # Not at the top: the memory that is measured of a GGUF must not include PyTorch's.
+        import torch
+
         for first in range(n_done, len(input_ids), self._batch_tokens):
             batch = slice(first, first + self._batch_tokens)
             block = self.decode(input_ids[batch], first=first, wants_logits=wants_logits[batch])
             if block is not None:
                 yield torch.from_numpy(block)
+
+    def read(self, tokens: np.ndarray, *, first: int = 0) -> np.ndarray | None:
+        """Run tokens in batches, and compute only the logits of the last token.
+
+        Args:
+            first: position of the first token, after those in the cache; 0 empties the cache.
+        Returns:
+            (1, vocabulary) float32, valid until the next call; None without tokens.
+        """
+        if not first:
+            self.forget()
+        wants_logits = np.zeros(len(tokens), dtype=bool)
+        wants_logits[-1:] = True
+        logits = None
+        for start in range(0, len(tokens), BATCH_TOKENS):
+            batch = slice(start, start + BATCH_TOKENS)
+            logits = self.decode(
+                tokens[batch], first=first + start, wants_logits=wants_logits[batch]
+            )
+        return logits
 
     def tokenize(self, text: str, *, adds_bos: bool, parses_control: bool) -> list[int]:
         """Token ids of a text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class TransformersModel:
             fine-tune.
         device: name of a torch device; None is the first GPU, else the CPU.
     """
+
+    engine: Literal["transformers"] = "transformers"
 
     def __init__(
         self,

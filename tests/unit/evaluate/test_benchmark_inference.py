@@ -9,7 +9,6 @@ import torch
 
 from workflow_scripts import files
 from workflow_scripts.evaluate import benchmark_inference, inference_tests
-from workflow_scripts.evaluate.greedy import read_tokens
 from workflow_scripts.models.checkpoint import load_model
 from workflow_scripts.scoring.llama_cpp_model import LlamaCppModel
 
@@ -40,6 +39,17 @@ def test_a_link_is_measured_with_its_size_and_memory(chain, tmp_path, engine):
     for phase in ("prompt", "decode"):
         assert 0 < report[f"{phase}_milliseconds_per_token"] < 10_000
         assert report[f"{phase}_standard_deviation_milliseconds_per_token"] >= 0
+
+
+def test_the_memory_of_a_gguf_is_measured_without_pytorch(chain, tmp_path, run_python):
+    arguments = ["--gguf", str(chain.gguf), "--facts", str(chain.facts), "--threads", "1"]
+    arguments += ["--settings", SETTINGS, "--speed", str(tmp_path / "speed.json")]
+    done = run_python(
+        "import sys; from workflow_scripts.evaluate import benchmark_inference\n"
+        f"benchmark_inference.main({arguments!r}); print('torch' in sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_tokens_are_limited_to_the_window_and_a_single_pass_has_no_deviation(chain, tmp_path):
@@ -115,7 +125,7 @@ def test_both_phases_leave_the_cache_after_the_last_token(gguf_model, tokens_at_
 
 @pytest.mark.parametrize("tokens_at_once", [len(TOKENS), 1], ids=["read", "write"])
 def test_a_pass_continues_after_the_tokens_of_earlier_passes(gguf_model, tokens_at_once):
-    read_tokens(gguf_model, TOKENS[:12])
+    gguf_model.read(TOKENS[:12])
     inference_tests.run_llama_cpp(
         gguf_model, TOKENS[12:-1], tokens_at_once=tokens_at_once, first=12
     )

@@ -156,3 +156,12 @@ def test_unknown_settings_are_refused(run_stage, tmp_path):
     )
     assert done.returncode == 1
     assert "max_conversation: unknown key" in done.stderr
+
+
+def test_links_that_apply_the_window_need_no_llama_cpp(run_python):
+    done = run_python(
+        "import sys; sys.modules['llama_cpp'] = None  # as in the environment that trains\n"
+        "from workflow_scripts.evaluate import links, long_prompts\n"
+        "from workflow_scripts.scoring import likelihood, token_scores, transformers_model"
+    )
+    assert done.returncode == 0, done.stderr
