@@ -58,7 +58,8 @@ def comparison(runs: Sequence[RunResults]) -> Table:
         title="Runs compared",
         note=(
             "Lower perplexity is better. It is measured on the test split:"
-            f" {scores.n_conversations} conversations with {scores.n_scored_tokens:,} supervised"
+            f" {scores.n_conversations} conversation{'s' * (scores.n_conversations != 1)} with"
+            f" {scores.n_scored_tokens:,} supervised"
             f" tokens, in pieces of at most {scores.piece_tokens} tokens. ± is a standard error;"
             " for speeds, a standard deviation over repetitions. The context of a GGUF ends at the"
             " sliding window, because llama.cpp does not apply it."
