@@ -7,6 +7,7 @@ from hypothesis import given, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.facts import MISTRAL_7B
+from tests.unit.train.counted_memory import config_of
 from workflow_scripts.packing.cost import CostModel, attention_pairs
 from workflow_scripts.packing.packing import Piece, Pieces, Rows, best_fit
 
@@ -67,19 +68,9 @@ def test_a_rows_pairs_are_the_sum_over_its_segments_and_layers(
 
 def counted_flops(n_tokens):
     """PyTorch's count for the forward and backward pass of a frozen model."""
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import MistralForCausalLM
 
-    config = MistralConfig(
-        num_hidden_layers=SHAPE.n_layers,
-        hidden_size=SHAPE.hidden_size,
-        num_attention_heads=SHAPE.n_heads,
-        num_key_value_heads=SHAPE.n_kv_heads,
-        head_dim=SHAPE.head_dim,
-        intermediate_size=SHAPE.intermediate_size,
-        vocab_size=SHAPE.vocabulary_size,
-        sliding_window=None,
-        attn_implementation="eager",
-    )
+    config = config_of(SHAPE, attn_implementation="eager")
     model = MistralForCausalLM(config).requires_grad_(False)
     embedded = torch.randn(1, n_tokens, SHAPE.hidden_size, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

@@ -14,7 +14,8 @@ from workflow_scripts.train import attention, projections
 from workflow_scripts.train.model import adapt
 
 
-def config_of(facts, **options):
+def config_of(facts, *, attn_implementation=None, **options):
+    """The configuration of a model with these facts; attention is ours unless another is named."""
     return MistralConfig(
         vocab_size=facts.vocabulary_size,
         hidden_size=facts.hidden_size,
@@ -25,7 +26,7 @@ def config_of(facts, **options):
         head_dim=facts.head_dim,
         sliding_window=facts.sliding_window,
         tie_word_embeddings=facts.ties_embeddings,
-        attn_implementation=attention.register(),
+        attn_implementation=attn_implementation or attention.register(),
         **options,
     )
 
